@@ -1,0 +1,21 @@
+"""Same forward to the bit, LibraGrad-balanced backward: a compiler pass for any PyTorch model."""
+
+from __future__ import annotations
+
+from libragrad_fx import errors
+from libragrad_fx.api import audit, plan, trace, transform, verify
+from libragrad_fx.types import Certificate, Ledger, Plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Certificate",
+    "Ledger",
+    "Plan",
+    "audit",
+    "errors",
+    "plan",
+    "trace",
+    "transform",
+    "verify",
+]

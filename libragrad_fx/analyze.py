@@ -1,0 +1,271 @@
+"""Roles of all values, and what the balanced gradient will pass through: an abstract interpretation.
+
+Forwards, every value gets a role from the roles of its operands. Backwards from the outputs, a node
+is *demanded* if a gradient reaches it without crossing a gate operand. A gate source that is
+demanded is no gate after all (a tanh MLP, an LSTM's cell): the least gate-like ones are relabelled
+as carrying the signal and everything is recomputed, until nothing changes. Relabelling only grows,
+so this ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterator, Mapping
+
+
+import torch
+from torch.fx import Node
+
+from libragrad_fx.normalize import module_path, source_line
+from libragrad_fx.ops import insert
+from libragrad_fx.ops.twin import bind
+from libragrad_fx.rulebook import RuleBook, op_name
+from libragrad_fx.types import Analysis, Finding, Kind, OpFacts, Role, Trace
+
+_RANK_RECIPROCAL, _RANK_GATE_ONLY = 4, 5
+_ZEROS = {"aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default"}
+
+
+def analyze(trace: Trace, book: RuleBook) -> Analysis:
+    """Roles, live nodes and gaps of a captured graph. Touches nothing."""
+    return _Analyzer(trace, book).run()
+
+
+def operands(node: Node, names: tuple[str, ...]) -> list[tuple[str, Node]]:
+    """(operand, producing node) for the named schema arguments; list members as ``name[i]``."""
+    values = bind(aten_op(node), node.args, node.kwargs)
+    found: list[tuple[str, Node]] = []
+    for name in names:
+        value = values.get(name)
+        if isinstance(value, Node):
+            found.append((name, value))
+        elif isinstance(value, (list, tuple)):
+            found.extend((f"{name}[{i}]", v) for i, v in enumerate(value) if isinstance(v, Node))
+    return found
+
+
+def is_affine(node: Node, fact: OpFacts) -> bool:
+    """Whether a literal of this call makes the op affine (batch norm that does not train)."""
+    values = bind(node.target, node.args, node.kwargs) if fact.affine_if else {}
+    return bool(fact.affine_if) and all(values[k] == v for k, v in fact.affine_if.items())
+
+
+def kind_of(node: Node, fact: OpFacts) -> Kind:
+    return Kind.LINEAR if is_affine(node, fact) else fact.kind
+
+
+def is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values)
+
+
+@dataclasses.dataclass
+class _Analyzer:
+    trace: Trace
+    book: RuleBook
+
+    def __post_init__(self) -> None:
+        self.nodes = list(self.trace.graph.nodes)
+        self.facts: dict[str, OpFacts] = {}
+        self.groups: dict[str, dict[str, list[tuple[str, Node]]]] = {}
+        for node in self.nodes:
+            fact = self.book.fact(node.target) if _is_op(node) else None
+            if fact is not None:
+                self.facts[node.name] = fact
+                groups = ("stream", "factors", "gate", "denominator")
+                self.groups[node.name] = {g: operands(node, getattr(fact, g)) for g in groups}
+        self.zeros = self._zeros()
+        self.relabelled: set[str] = set()
+        self.roles: dict[str, Role] = {}
+
+    def run(self) -> Analysis:
+        while True:
+            self._assign_roles()
+            demanded, gates = self._demand()
+            sources = [n for n in demanded if self._is_source(n) and n.name not in self.relabelled]
+            if not sources:
+                break
+            least = min(map(self._rank, sources))
+            self.relabelled |= {n.name for n in sources if self._rank(n) == least}
+        return Analysis(
+            roles=self.roles,
+            facts=self.facts,
+            live=frozenset(n.name for n in demanded),
+            relabelled=frozenset(self.relabelled),
+            gate_outputs=gates,
+            unruled=tuple(self._unruled(n) for n in self.nodes if n in demanded and self._unknown(n)),
+        )
+
+    # --- forwards
+
+    def _assign_roles(self) -> None:
+        for node in self.nodes:
+            self.roles[node.name] = self._role(node)
+
+    def _role(self, node: Node) -> Role:
+        if node.op in ("placeholder", "get_attr", "output"):
+            return Role.STATIC
+        if node.target is insert.guard:
+            return Role.VALUE if is_float(node) else Role.CUT
+        inputs = [self.roles[n.name] for n in node.all_input_nodes]
+        joined = max(inputs, default=Role.STATIC)
+        if joined is Role.STATIC or node.name in self.zeros:
+            return Role.STATIC
+        if node.target is operator.getitem:
+            return self._getitem_role(node, joined)
+        fact = self.facts.get(node.name)
+        if fact is not None and fact.kind is Kind.EMBEDDING:
+            return Role.VALUE
+        if not is_float(node):
+            return Role.CUT
+        if fact is None:
+            return Role.VALUE if joined >= Role.GATE else Role.CUT
+        return min(joined, Role.CUT) if fact.kind is Kind.CUT else self._op_role(node, fact, joined)
+
+    def _op_role(self, node: Node, fact: OpFacts, joined: Role) -> Role:
+        carried = max(self._of(node, "stream"), self._of(node, "factors"))
+        if kind_of(node, fact) is Kind.GATE_SOURCE and carried is Role.VALUE:
+            return Role.VALUE if node.name in self.relabelled else Role.GATE
+        if carried <= Role.CUT and self._gates(node) >= Role.GATE:
+            return Role.VALUE if node.name in self.relabelled else Role.GATE
+        return carried if carried >= Role.GATE else min(joined, Role.CUT)
+
+    def _getitem_role(self, node: Node, joined: Role) -> Role:
+        source, index = node.args[0], node.args[1]
+        if not is_float(node):
+            return Role.CUT
+        fact = self.facts.get(getattr(source, "name", ""))
+        gated = fact is not None and index in fact.gate_outputs
+        return Role.GATE if gated and joined is Role.VALUE else joined
+
+    def _of(self, node: Node, group: str) -> Role:
+        return max((self.roles[n.name] for _, n in self.groups[node.name][group]), default=Role.STATIC)
+
+    def _gates(self, node: Node) -> Role:
+        return max(self._of(node, "gate"), self._of(node, "denominator"))
+
+    def _zeros(self) -> set[str]:
+        """Values that are zero whatever the input: a product with one of them is constant."""
+        zeros: set[str] = set()
+        for node in self.nodes:
+            fact = self.facts.get(node.name)
+            name = op_name(node.target) if _is_op(node) else ""
+            filled = name == "aten.full.default" and node.args[1] == 0
+            if name in _ZEROS or filled:
+                zeros.add(node.name)
+            elif fact is not None and (groups := self.groups[node.name]):
+                streams, factors = groups["stream"], groups["factors"]
+                if fact.kind is Kind.PRODUCT and any(n.name in zeros for _, n in factors):
+                    if all(n.name in zeros for _, n in streams):
+                        zeros.add(node.name)
+                elif fact.kind is Kind.LINEAR and name not in ("aten.fill.Scalar",):
+                    whole = len(streams) == len(node.all_input_nodes) == 1
+                    if whole and streams[0][1].name in zeros and _moves_only(node):
+                        zeros.add(node.name)
+        return zeros
+
+    # --- backwards
+
+    def _demand(self) -> tuple[set[Node], tuple[str, ...]]:
+        """Nodes that a balanced gradient reaches, and outputs left alone because they are gates."""
+        output = self.nodes[-1]
+        results = [n for n in output.all_input_nodes if self.roles[n.name] >= Role.GATE]
+        results = [m for n in results for m in (n.all_input_nodes if n.op == "call_module" else [n])]
+        values = [n for n in results if self.roles[n.name] is Role.VALUE]
+        gates = tuple(n.name for n in results if self.roles[n.name] is Role.GATE)
+        demanded: set[Node] = set()
+        stack = values or [n for n in results if self.roles[n.name] is Role.GATE]
+        while stack:
+            node = stack.pop()
+            if node in demanded or self.roles[node.name] < Role.GATE:
+                continue
+            demanded.add(node)
+            stack.extend(n for _, n in self.carriers(node))
+        return demanded, gates
+
+    def carriers(self, node: Node) -> list[tuple[str, Node]]:
+        """The operands through which a demanded node passes its gradient on."""
+        groups = self.groups.get(node.name)
+        if groups is None:
+            return [(n.name, n) for n in node.all_input_nodes if self.roles[n.name] >= Role.GATE]
+        factors = [(k, n) for k, n in groups["factors"] if self.roles[n.name] >= Role.GATE]
+        if any(self.roles[n.name] is Role.VALUE for _, n in factors):
+            factors = [(k, n) for k, n in factors if self.roles[n.name] is Role.VALUE]
+        streams = [(k, n) for k, n in groups["stream"] if self.roles[n.name] >= Role.GATE]
+        if not factors and not streams:  # only its gates are live: it is a gate source itself
+            gates = groups["gate"] + groups["denominator"]
+            return [(k, n) for k, n in gates if self.roles[n.name] >= Role.GATE]
+        return streams + factors
+
+    def _is_source(self, node: Node) -> bool:
+        if self.roles[node.name] is not Role.GATE or node.name not in self.groups:
+            return False
+        return any(self.roles[n.name] is Role.VALUE for _, n in self.carriers(node))
+
+    def _rank(self, node: Node) -> int:
+        fact = self.facts[node.name]
+        if fact.kind is Kind.GATE_SOURCE:
+            return fact.rank
+        return _RANK_RECIPROCAL if self._of(node, "denominator") >= Role.GATE else _RANK_GATE_ONLY
+
+    # --- gaps
+
+    def _unknown(self, node: Node) -> bool:
+        passes = node.target in (operator.getitem, insert.guard) or node.op == "call_module"
+        return node.name not in self.facts and not passes
+
+    def _unruled(self, node: Node) -> Finding:
+        op = op_name(node.target)
+        tensors = [k for k, _ in operands(node, tensor_arguments(node))] if _is_op(node) else []
+        packet = op.rsplit(".", 1)[0]
+        return finding(
+            node,
+            "no fact says how its output depends on its operands, and the gradient passes through it",
+            f"add a row: {{op: {packet}, kind: …, stream: [{', '.join(tensors)}], why: \"…\"}} with"
+            " transform(..., rules=FILE), or accept autograd's gradient with on_unknown='keep'",
+        )
+
+
+def finding(node: Node, problem: str, remedy: str) -> Finding:
+    """A finding at ``node``, with its place in the user's code."""
+    return Finding(
+        node.name, op_name(node.target), module_path(node), source_line(node), problem, remedy
+    )
+
+
+def tensor_arguments(node: Node) -> tuple[str, ...]:
+    """Names of all arguments in an op's schema."""
+    return tuple(a.name for a in aten_op(node)._schema.arguments)
+
+
+def aten_op(node: Node) -> torch._ops.OpOverload:
+    """The ATen op of a node, also where a twin stands for it."""
+    return getattr(node.target, "aten_op", node.target)  # type: ignore[return-value]
+
+
+def _is_op(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload)
+
+
+def _moves_only(node: Node) -> bool:
+    """Whether a linear op of one operand has no constant of its own (``add(x, 1)`` has one)."""
+    name = op_name(node.target).split(".")[1]
+    return name not in ("add", "sub", "rsub", "pad", "constant_pad_nd", "masked_fill", "where")
+
+
+def live_operands(node: Node, analysis: Analysis) -> Mapping[str, Node]:
+    """Operands of a live node through which the balanced gradient flows, by schema name."""
+    fact = analysis.facts.get(node.name)
+    if fact is None:
+        return {n.name: n for n in node.all_input_nodes if n.name in analysis.live}
+    return {k: n for k, n in _flowing(node, fact, analysis) if n.name in analysis.live}
+
+
+def _flowing(node: Node, fact: OpFacts, analysis: Analysis) -> Iterator[tuple[str, Node]]:
+    carrying = operands(node, fact.stream) + operands(node, fact.factors)
+    values = [(k, n) for k, n in carrying if analysis.roles[n.name] is Role.VALUE]
+    yield from values or operands(node, fact.denominator)
+
+

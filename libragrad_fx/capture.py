@@ -1,0 +1,345 @@
+"""``nn.Module`` (+ example inputs) -> ``torch.export`` program: the only file that knows export.
+
+What export alone would lose is put into the graph first: ``no_grad`` regions (its decomposition
+step drops them) become ``detach`` nodes, and every module call leaves marks on its arguments and
+outputs, from which the module tree of the result is rebuilt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from libragrad_fx.errors import CaptureError, CustomBackwardWarning, InputError
+from libragrad_fx.ops.insert import observe
+
+_CHECKPOINT = "torch.utils.checkpoint"
+_INFERENCE_TRIED = "the model's metadata (timm, torchvision, Hugging Face, Lightning), its first layers"
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One module call, as its forward hook saw it: structures whose tensors carry observe marks."""
+
+    path: str
+    arguments: tuple[list[Any], pytree.TreeSpec]
+    output: tuple[list[Any], pytree.TreeSpec]
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """An exported, functional program, with what export does not keep beside it."""
+
+    program: ExportedProgram
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    forced: frozenset[str]
+    calls: tuple[Call, ...]
+    notes: tuple[str, ...]
+
+
+def capture(model: torch.nn.Module, example_inputs: Any = None) -> Capture:
+    """Export ``model`` and make it functional. The model is left as it was, whatever happens.
+
+    Args:
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments;
+            None infers them (see ``infer_inputs``). Dimension 0 of every tensor becomes free.
+
+    Raises:
+        CaptureError: export refuses the model, or it has hooks.
+        InputError: the inputs could not be inferred, or do not fit ``forward``.
+    """
+    _refuse_hooks(model)
+    with _untouched(model):
+        args, kwargs = infer_inputs(model) if example_inputs is None else _as_call(example_inputs)
+        kwargs, forced = _without_cache(model, kwargs)
+        _check_call(model, args, kwargs)
+        calls: list[Call] = []
+        custom: list[str] = []
+        with _export_state(), _observed(model, calls), _custom_functions(custom):
+            program, notes = _export(model, *_batch_of_two(args, kwargs))
+        _detach_no_grad_regions(program)
+        program = program.run_decompositions({})
+    if custom:
+        text = (
+            f"{', '.join(sorted(set(custom)))}: a user-written autograd.Function was traced through; "
+            "its forward is kept, its own backward is replaced by that of the ops it calls"
+        )
+        warnings.warn(text, CustomBackwardWarning, stacklevel=3)
+        notes = (*notes, text)
+    return Capture(program, args, kwargs, forced, tuple(calls), notes)
+
+
+def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    raise InputError(
+        f"example inputs must be a tensor, a tuple of positional arguments or a dict of keyword"
+        f" arguments; got {type(inputs).__name__}"
+    )
+
+
+def _check_call(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as e:
+        sig = inspect.signature(model.forward)
+        raise InputError(f"the inputs do not fit {type(model).__name__}.forward{sig}: {e}") from e
+
+
+def _without_cache(
+    model: torch.nn.Module, kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], frozenset[str]]:
+    """Key-value caches are mutable outputs that no graph can return: switch them off."""
+    if "use_cache" in inspect.signature(model.forward).parameters and "use_cache" not in kwargs:
+        return {**kwargs, "use_cache": False}, frozenset({"use_cache"})
+    return kwargs, frozenset()
+
+
+def _batch_of_two(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Export bakes a dimension of size 1 in; a batch of one is doubled where all tensors agree."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    tensors = [t for t in leaves if isinstance(t, torch.Tensor) and t.ndim > 0]
+    if tensors and all(t.shape[0] == 1 for t in tensors):
+        leaves = [
+            torch.cat([t.detach(), t.detach()]) if isinstance(t, torch.Tensor) and t.ndim else t
+            for t in leaves
+        ]
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def _export(
+    model: torch.nn.Module, args: Any, kwargs: Any
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    free = pytree.tree_map(
+        lambda t: {0: Dim.AUTO} if isinstance(t, torch.Tensor) and t.ndim else None, (args, kwargs)
+    )
+    shapes = _by_name(model, *free) if kwargs else free[0]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False), ()
+    except Exception as e:
+        raise CaptureError(
+            f"torch.export could not capture {type(model).__name__}: {_first_line(e)}\n"
+            "  Usual causes: control flow on tensor values, a cache or a custom class among inputs or"
+            " outputs, numpy inside forward. Capture the part that is a plain function of tensors, or"
+            " rewrite the branch with torch.where."
+        ) from e
+
+
+def _by_name(model: torch.nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    names = list(inspect.signature(model.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else '(no message)'}"
+
+
+# --- what surrounds the export, and is put back afterwards
+
+
+def _refuse_hooks(model: torch.nn.Module) -> None:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooked = [n or "(root)" for n, m in model.named_modules() if any(getattr(m, k) for k in kinds)]
+    if hooked:
+        raise CaptureError(
+            f"these modules have hooks: {', '.join(hooked[:8])}{' …' if len(hooked) > 8 else ''}."
+            " A hook is Python that a graph cannot hold. Remove them, transform, and register them on"
+            " the result, where forward hooks fire as on the model. (Old-style weight_norm and"
+            " spectral_norm are hooks too: use torch.nn.utils.parametrizations, or remove_weight_norm.)"
+        )
+
+
+@contextlib.contextmanager
+def _untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Put back every attribute of every submodule, whatever tracing left there."""
+    saved = [(m, dict(vars(m))) for m in model.modules()]
+    inner = [(v, copy.copy(v)) for _, d in saved for v in d.values() if isinstance(v, (dict, list))]
+    try:
+        yield
+    finally:
+        for container, before in inner:
+            if _differs(container, before):
+                container.clear()
+                (container.update if isinstance(container, dict) else container.extend)(before)
+        for module, before in saved:
+            if _differs(vars(module), before):
+                vars(module).clear()
+                vars(module).update(before)
+
+
+def _differs(now: Any, before: Any) -> bool:
+    if isinstance(now, dict):
+        return list(now) != list(before) or any(now[k] is not before[k] for k in before)
+    return len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True))
+
+
+@contextlib.contextmanager
+def _export_state() -> Iterator[None]:
+    """Grad mode on, and no fused inference path: the graph is that of a forward under autograd."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def _observed(model: torch.nn.Module, calls: list[Call]) -> Iterator[None]:
+    """Mark the tensors of every submodule call, through a global hook: the model gets none."""
+    paths = {id(m): name for name, m in model.named_modules() if m is not model}
+
+    def hook(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if id(module) not in paths:
+            return
+        path, call = paths[id(module)], len(calls)
+        sides = [pytree.tree_flatten((args, kwargs)), pytree.tree_flatten(output)]
+        for place, (leaves, _) in zip("ao", sides, strict=True):
+            for i, t in enumerate(leaves):
+                if isinstance(t, torch.Tensor):
+                    observe(t, path, call, f"{place}{i}")
+        kept = [([None if isinstance(x, torch.Tensor) else x for x in s[0]], s[1]) for s in sides]
+        calls.append(Call(path, kept[0], kept[1]))
+
+    handle = torch.nn.modules.module.register_module_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _custom_functions(found: list[str]) -> Iterator[None]:
+    """Notice user-written ``autograd.Function``s: tracing keeps their forward and not their backward."""
+    apply = inspect.getattr_static(torch.autograd.Function, "apply")
+
+    def spy(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__ != _CHECKPOINT:
+            found.append(f"{cls.__module__}.{cls.__qualname__}")
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    with mock.patch.object(torch.autograd.Function, "apply", classmethod(spy)):
+        yield
+
+
+def _detach_no_grad_regions(program: ExportedProgram) -> None:
+    """``no_grad`` regions come as sub-graphs and are flattened without a trace: detach around them."""
+    module = program.graph_module
+    for node in list(module.graph.nodes):
+        if getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled":
+            continue
+        enabled = node.args[0]
+        if enabled:
+            continue
+        for user in list(node.users):
+            if isinstance(user.meta.get("val"), torch.Tensor) and user.meta["val"].is_floating_point():
+                with module.graph.inserting_after(user):
+                    cut = module.graph.call_function(torch.ops.aten.detach.default, (user,))
+                cut.meta = dict(user.meta)
+                user.replace_all_uses_with(cut, delete_user_cb=lambda u, cut=cut: u is not cut)
+    module.recompile()
+
+
+# --- example inputs, when none are given
+
+
+def infer_inputs(model: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs of batch 2, from the model's own metadata or from its first layers.
+
+    Raises:
+        InputError: nothing fits; says what was tried.
+    """
+    example = getattr(model, "example_input_array", None)
+    if example is not None:
+        return _as_call(example)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    place = {"device": like.device, "dtype": like.dtype}
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    if isinstance(config, Mapping) and config.get("input_size"):
+        size = tuple(getattr(model, "img_size", None) or config["input_size"][-2:])
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+        channels = getattr(_first_layer(model), "in_channels", config["input_size"][0])
+        return (torch.randn(2, channels, *size, **place),), {}
+    if type(model).__module__.startswith("torchvision.models"):
+        side = 299 if "inception" in type(model).__module__ else 224
+        if ".video" in type(model).__module__:
+            return (torch.randn(2, 3, 16, 112, 112, **place),), {}
+        return (torch.randn(2, 3, side, side, **place),), {}
+    if hasattr(model, "dummy_inputs") and hasattr(model, "config"):
+        return (), _hugging_face(model, place)
+    return _probe(model, place)
+
+
+def _hugging_face(model: Any, place: dict[str, Any]) -> dict[str, Any]:
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        side = getattr(config, "image_size", 224)
+        side = tuple(side) if isinstance(side, (list, tuple)) else (side, side)
+        channels = getattr(config, "num_channels", 3)
+        return {"pixel_values": torch.randn(2, channels, *side, **place)}
+    ids = model.dummy_inputs.get("input_ids")
+    if ids is None:
+        raise InputError(
+            f"{type(model).__name__} has no dummy input_ids or pixel_values to start from; pass"
+            " example_inputs=dict(...) as you would call it"
+        )
+    return {"input_ids": (ids[:2, :8] % config.get_text_config().vocab_size).to(place["device"])}
+
+
+def _first_layer(model: torch.nn.Module) -> torch.nn.Module | None:
+    leaves = (m for m in model.modules() if not list(m.children()) and list(m.parameters()))
+    return next(leaves, None)
+
+
+def _candidates(layer: Any, place: dict[str, Any]) -> Iterator[torch.Tensor]:
+    if isinstance(layer, torch.nn.modules.conv._ConvNd):
+        dims = len(layer.kernel_size)
+        for side in (224, 64, 32, 28):
+            yield torch.randn(2, layer.in_channels, *[side if dims < 3 else side // 2] * dims, **place)
+    elif isinstance(layer, torch.nn.Embedding):
+        yield torch.randint(layer.num_embeddings, (2, 16), device=place["device"])
+    width = getattr(layer, "in_features", None) or getattr(layer, "input_size", None)
+    width = width or getattr(layer, "num_features", None)
+    shape = getattr(layer, "normalized_shape", None)
+    if width is not None and not isinstance(layer, torch.nn.modules.conv._ConvNd):
+        yield from (torch.randn(2, width, **place), torch.randn(2, 16, width, **place))
+    elif shape is not None:
+        yield torch.randn(2, *shape, **place)
+
+
+def _probe(model: torch.nn.Module, place: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Try what the first layer takes, on fake tensors: nothing is computed and nothing written."""
+    layer = _first_layer(model)
+    tried = []
+    for candidate in _candidates(layer, place):
+        tried.append(f"{tuple(candidate.shape)} {candidate.dtype}")
+        mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        with mode, contextlib.suppress(Exception), torch.no_grad():
+            fake = {k: mode.from_tensor(v) for k, v in state.items()}
+            torch.func.functional_call(model, fake, (mode.from_tensor(candidate),))
+            return (candidate,), {}
+    what = f"{type(layer).__name__} takes {', '.join(tried)}" if tried else "no layer to start from"
+    raise InputError(
+        f"cannot guess inputs for {type(model).__name__}: tried {_INFERENCE_TRIED} ({what}). Pass an"
+        " example: transform(model, (x,)), with x as you would call the model, batch first."
+    )

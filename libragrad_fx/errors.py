@@ -1,0 +1,39 @@
+"""One class a failure. A message says what was wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class LibraGradError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class CaptureError(LibraGradError):
+    """The model could not be captured as a graph."""
+
+
+class InputError(LibraGradError):
+    """An argument does not fit the model, the captured graph or the method asked for."""
+
+
+class RuleError(LibraGradError):
+    """A rules file or an added row is malformed; the message starts with ``file:line``."""
+
+
+class UnknownOpError(LibraGradError):
+    """Ops without a fact or a policy row lie on a live gradient path; all of them are listed."""
+
+
+class ModeError(LibraGradError):
+    """The captured graph was asked to be something it is not (train mode, a dtype, forward AD)."""
+
+
+class VerificationError(LibraGradError):
+    """The forward differs or an edit cannot be undone: the transform broke its promise."""
+
+
+class CustomBackwardWarning(UserWarning):
+    """The model holds a user-written ``autograd.Function``: its own backward was not captured."""
+
+
+class GateOutputWarning(UserWarning):
+    """An output of the model is a gate (a softmax, a sigmoid): explain the logits instead."""

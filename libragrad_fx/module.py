@@ -1,0 +1,228 @@
+"""The ``GraphModule`` a user gets: a drop-in for the ``nn.Module`` that it was captured from.
+
+It differs from PyTorch's own exported module where that one is not a module any more: signature,
+``train/eval``, ``to``, pickling, and a module tree with the old names and classes whose forward
+hooks fire. Submodules are *shells*: same class, same attributes, the same parameters; their ops are
+inlined in the graph, and a probe node at the end of each call hands the true arguments and output
+to whoever listens.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from libragrad_fx.errors import ModeError
+from libragrad_fx.ops import TWINS, insert
+
+_TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_META = ("nn_module_stack", "stack_trace", "libragrad")
+_INSERTS = {
+    insert.guard: "guard", insert.constant: "constant", insert.scale: "scale",
+    insert.probe: "probe",
+}  # fmt: skip
+
+
+class Structure(torch.nn.Module):
+    """Puts tensors back into a structure that fx cannot spell (a dataclass such as ModelOutput)."""
+
+    def __init__(self, spec: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, *leaves: Any) -> Any:
+        return pytree.tree_unflatten(list(leaves), self.spec)
+
+
+def leaf(structure: Any, index: int) -> Any:
+    """Leaf ``index`` of a structure, in pytree order."""
+    return pytree.tree_leaves(structure)[index]
+
+
+def _refuse_backward_hook(*_: Any, **__: Any) -> Any:
+    raise ModeError(
+        "a submodule of a transformed model has no backward of its own: its ops are inlined in the"
+        " graph. Methods that rewrite the backward by module type (guided backpropagation,"
+        " deconvolution, DeepLift, LRP composites) would be silently wrong here, so they are refused;"
+        " use the original model for them, or a tensor hook on the module's output."
+    )
+
+
+_REFUSED = ("register_full_backward_hook", "register_full_backward_pre_hook", "register_backward_hook")
+
+
+def shell_tree(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
+    """A shell for every submodule, by ``id`` of the original. Parameters and buffers are shared."""
+    shells = {id(m): _shell(m) for m in model.modules() if m is not model}
+    for m in model.modules():
+        if m is not model:
+            children = {k: None if c is None else shells[id(c)] for k, c in m._modules.items()}
+            shells[id(m)].__dict__["_modules"] = children
+    return shells
+
+
+def _shell(module: torch.nn.Module) -> torch.nn.Module:
+    shell = type(module).__new__(type(module))
+    blank = torch.nn.Module()
+    state = {k: copy.copy(v) if isinstance(v, (dict, set)) else v for k, v in vars(module).items()}
+    shell.__dict__.update(state)
+    shell.__dict__.update({k: v for k, v in vars(blank).items() if "hooks" in k})
+    shell.__dict__["forward"] = insert.probe
+    shell.__dict__.update(dict.fromkeys(_REFUSED, _refuse_backward_hook))
+    return shell
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a captured module remembers of how it was made; plain data, so that it pickles."""
+
+    training: bool
+    dtype_pins: tuple[str, ...] = ()
+    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class CapturedModule(torch.fx.GraphModule):
+    """A graph with the face of the module it was captured from. Built by ``build`` only."""
+
+    record: Record
+
+    def __init__(self, root: torch.nn.Module, graph: torch.fx.Graph, record: Record) -> None:
+        super().__init__(torch.nn.Module(), torch.fx.Graph())
+        own = set(vars(self))
+        for key, value in vars(root).items():
+            if key in _TREE:
+                self.__dict__[key] = copy.copy(value)
+            elif key not in own:
+                self.__dict__[key] = value
+        self.__dict__["training"] = record.training
+        self._attributes = tuple(k for k in vars(self) if k not in own)
+        self.record = record
+        self.graph = graph
+
+    def train(self, mode: bool = True) -> CapturedModule:
+        """Set the training flag. A forward in a mode other than the captured one is refused."""
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        before = _anchor(self)
+        wanted = None if before is None else fn(before.detach()[:0] if before.ndim else before.detach())
+        if before is not None and wanted.dtype != before.dtype and self.record.dtype_pins:
+            raise ModeError(
+                f"the graph was captured in {before.dtype} and holds casts that may or may not follow"
+                f" a change to {wanted.dtype}: {', '.join(self.record.dtype_pins[:5])}. Convert the"
+                " model first and transform that: transform(model.to(dtype))."
+            )
+        _unshare(self)
+        super()._apply(fn, recurse)
+        if before is not None and wanted.device != before.device:
+            _move_literals(self, wanted.device)
+        return self
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (_state(self),)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__reduce__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
+        result = _rebuild(copy.deepcopy(_state(self), memo))
+        memo[id(self)] = result
+        return result
+
+
+def _anchor(module: torch.nn.Module) -> torch.Tensor | None:
+    """A floating-point tensor of the module, to see what a conversion does."""
+    tensors = (*module.parameters(), *module.buffers())
+    return next((t for t in tensors if t.is_floating_point()), None)
+
+
+def _unshare(module: torch.nn.Module) -> None:
+    """New Parameter objects over the same storage: a conversion must not reach the user's model."""
+    fresh: dict[int, torch.nn.Parameter] = {}
+    for m in module.modules():
+        for name, p in m._parameters.items():
+            if p is not None:
+                if id(p) not in fresh:
+                    fresh[id(p)] = torch.nn.Parameter(p.detach(), p.requires_grad)
+                m._parameters[name] = fresh[id(p)]
+
+
+def _move_literals(module: CapturedModule, device: torch.device) -> None:
+    """``arange(device=cpu)`` and the like are part of the captured graph and follow ``.to()``."""
+    for node in module.graph.nodes:
+        if isinstance(node.kwargs.get("device"), torch.device):
+            node.kwargs = {**node.kwargs, "device": device}
+    module.recompile()
+
+
+# --- pickling: fx would re-trace generated code, and lose the twins and all provenance on the way
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ref:
+    name: str
+
+
+def _state(module: CapturedModule) -> dict[str, Any]:
+    root = {k: vars(module)[k] for k in (*_TREE, *module._attributes)}
+    nodes = [
+        (n.op, n.name, _encode(n.target) if n.op == "call_function" else n.target,
+         _refs(n.args), _refs(n.kwargs), {k: _plain(n.meta[k]) for k in _META if k in n.meta})
+        for n in module.graph.nodes
+    ]  # fmt: skip
+    return {"root": root, "nodes": nodes, "record": module.record}
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _refs(args: Any) -> Any:
+    return torch.fx.node.map_aggregate(args, lambda a: _Ref(a.name) if isinstance(a, torch.fx.Node) else a)
+
+
+def _rebuild(state: dict[str, Any]) -> CapturedModule:
+    graph, by_name = torch.fx.Graph(), {}
+
+    def deref(args: Any) -> Any:
+        return torch.fx.node.map_aggregate(args, lambda a: by_name[a.name] if isinstance(a, _Ref) else a)
+
+    for op, name, target, args, kwargs, meta in state["nodes"]:
+        real = _decode(target) if op == "call_function" else target
+        node = graph.create_node(op, real, deref(args), deref(kwargs), name)
+        node.meta.update(meta)
+        by_name[name] = node
+    root = torch.nn.Module()
+    root.__dict__.update(state["root"])
+    return CapturedModule(root, graph, state["record"])
+
+
+def _encode(target: Any) -> tuple[str, str]:
+    if isinstance(target, torch._ops.OpOverload):
+        return "op", str(target)
+    if target in _INSERTS:
+        return "insert", _INSERTS[target]
+    if TWINS.get(getattr(target, "__name__", "")) is target:
+        return "twin", target.__name__
+    module = "operator" if target.__module__ == "_operator" else target.__module__
+    return "python", f"{module}:{target.__qualname__}"
+
+
+def _decode(code: tuple[str, str]) -> Any:
+    kind, name = code
+    if kind == "op":
+        return operator.attrgetter(name)(torch.ops)
+    if kind == "insert":
+        return getattr(insert, name)
+    if kind == "twin":
+        return TWINS[name]
+    module, _, qualified = name.partition(":")
+    return operator.attrgetter(qualified)(importlib.import_module(module))

@@ -1,0 +1,343 @@
+"""Exported program -> ``Trace``: a plain functional graph in one vocabulary, with the model's face.
+
+The normal form keeps every op that computes, node for node. It differs from the exported graph
+where that one would not run as the model runs: parameters are looked up, arguments and outputs have
+their original structure, ``view`` is ``reshape`` (a kernel may choose other strides than the one
+traced), batch norm is the public op (so that it picks the kernel the model picks, and updates its
+statistics itself), and ``copy``, which autograd refuses, is a cast and an expansion.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+from libragrad_fx.capture import Call, Capture
+from libragrad_fx.errors import CaptureError
+from libragrad_fx.module import CapturedModule, Record, Structure, shell_tree
+from libragrad_fx.ops import insert
+from libragrad_fx.types import ArgSpec, ModuleCall, Trace
+
+aten = torch.ops.aten
+_CONSTANT_TYPES = (int, float, bool, str, type(None), torch.dtype, torch.device)
+_BUILTIN_NODES = (tuple, list, dict, type(None))
+_DROPPED = {
+    "_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range",
+    "sym_constrain_range_for_size",
+}  # fmt: skip
+_BATCH_NORMS = {
+    "_native_batch_norm_legit_no_training", "_native_batch_norm_legit_functional",
+    "_native_batch_norm_legit",
+}  # fmt: skip
+
+
+def normalize(model: torch.nn.Module, captured: Capture) -> Trace:
+    """Build the normal form of ``captured`` on shells of ``model``'s modules.
+
+    Raises:
+        CaptureError: the program writes into its inputs, or holds sub-graphs (``cond``, ``scan``).
+    """
+    return _Normaliser(model, captured).run()
+
+
+class _Normaliser:
+    """One pass over the exported graph; ``env`` maps its node names to nodes of the new graph."""
+
+    def __init__(self, model: torch.nn.Module, captured: Capture) -> None:
+        self.model, self.captured = model, captured
+        self.program = captured.program
+        self.graph = Graph()
+        self.env: dict[str, Any] = {}
+        self.pins: list[str] = []
+        self.specs: list[ArgSpec] = []
+        self.marks: dict[int, dict[str, Node]] = {}
+        self.after: dict[int, Node] = {}
+        self.root = torch.nn.Module()
+        self.root.__dict__.update(vars(_root_shell(model)))
+        self.last: Node | None = None
+
+    def run(self) -> Trace:
+        self._inputs()
+        self._parameters()
+        for node in self.program.graph.nodes:
+            if node.op == "call_function":
+                self._op(node)
+            elif node.op == "get_attr":
+                raise CaptureError(
+                    f"the graph holds a sub-graph ({', '.join(str(u.target) for u in node.users)});"
+                    " control flow as a higher-order op is not handled: use torch.where"
+                )
+        self._outputs()
+        _drop_unused_lookups(self.graph)
+        record = Record(self.model.training, tuple(dict.fromkeys(self.pins)))
+        module = CapturedModule(self.root, self.graph, record)
+        calls = tuple(filter(None, (self._call(i, c) for i, c in enumerate(self.captured.calls))))
+        return Trace(module, tuple(self.specs), calls, self.captured.notes)
+
+    # --- arguments
+
+    def _inputs(self) -> None:
+        """Placeholders named like ``forward``'s parameters; tensors inside containers are looked up."""
+        given = [s for s in self.program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+        leaves = pytree.tree_flatten_with_path((self.captured.args, dict(self.captured.kwargs)))[0]
+        names = list(inspect.signature(self.model.forward).parameters)
+        training = self.graph.create_node("get_attr", "training", name="training")
+        mode = (training, self.model.training)
+        values = {s.name: s.meta.get("val") for s in self.program.graph.nodes if s.op == "placeholder"}
+        by_param: dict[str, list[tuple[Any, Any, Any]]] = {}
+        for spec, (path, leaf) in zip(given, leaves, strict=True):
+            by_param.setdefault(_parameter(names, path), []).append((path, leaf, spec.arg))
+        placeholders = self._placeholders(by_param)
+        for name, found in by_param.items():
+            for path, leaf, arg in found:
+                value: Any = placeholders[name]
+                for key in path[2:]:
+                    value = self._look_up(value, key)
+                text = name + "".join(map(str, path[2:]))
+                if isinstance(leaf, torch.Tensor):
+                    value = self._guard(value, text, values[arg.name], mode)
+                    self.env[arg.name] = value
+                elif isinstance(arg, ConstantArgument) and isinstance(leaf, _CONSTANT_TYPES):
+                    self.graph.call_function(insert.constant, (value, text, leaf))
+                else:
+                    raise CaptureError(f"{text} is a {type(leaf).__name__}: not a tensor, not a constant")
+
+    def _placeholders(self, used: Mapping[str, Any]) -> dict[str, Node]:
+        """One placeholder a parameter of ``forward``, with its default; unused ones are guarded."""
+        found: dict[str, Node] = {}
+        unused: list[inspect.Parameter] = []
+        parameters = inspect.signature(self.model.forward).parameters
+        order = [*parameters.values()]
+        for extra in (n for n in used if n not in parameters):
+            order.append(inspect.Parameter(extra, inspect.Parameter.KEYWORD_ONLY))
+        required = [p for p in order if p.kind is not p.VAR_KEYWORD]
+        for p in sorted(required, key=lambda p: p.default is not p.empty or p.kind is p.VAR_POSITIONAL):
+            if p.kind is p.VAR_POSITIONAL:
+                if p.name in used:
+                    found[p.name] = self.graph.create_node("placeholder", f"*{p.name}", name=p.name)
+                continue
+            default = False if p.name in self.captured.forced else p.default
+            has = default is not p.empty
+            if has and not isinstance(default, _CONSTANT_TYPES):
+                continue
+            found[p.name] = self.graph.create_node(
+                "placeholder", p.name, (default,) if has else (), name=p.name
+            )
+            if p.name not in used:
+                unused.append(p.replace(default=default))
+        for p in unused:
+            self.graph.call_function(insert.constant, (found[p.name], p.name, p.default))
+        return found
+
+    def _look_up(self, value: Node, key: Any) -> Node:
+        if isinstance(key, (pytree.SequenceKey, pytree.MappingKey)):
+            at = key.idx if isinstance(key, pytree.SequenceKey) else key.key
+            return self.graph.call_function(operator.getitem, (value, at))
+        return self.graph.call_function(getattr, (value, key.name))
+
+    def _guard(self, value: Node, path: str, fake: torch.Tensor, mode: Any) -> Node:
+        shape = tuple(d if isinstance(d, int) else str(d) for d in fake.shape)
+        spec = ArgSpec(path, shape, fake.is_floating_point() or fake.is_complex())
+        self.specs.append(spec)
+        node = self.graph.call_function(insert.guard, (value, path, shape, spec.floating, mode))
+        node.meta["val"] = fake
+        self.last = node
+        return node
+
+    # --- parameters, buffers, constants
+
+    def _parameters(self) -> None:
+        constants = self.program.constants
+        fakes = {n.name: n.meta.get("val") for n in self.program.graph.nodes if n.op == "placeholder"}
+        for spec in self.program.graph_signature.input_specs:
+            if spec.kind is InputKind.USER_INPUT:
+                continue
+            target = spec.target
+            if spec.kind is InputKind.CONSTANT_TENSOR or not _has(self.root, target):
+                target = f"constant_{spec.arg.name}".replace(".", "_")
+                self.root.register_buffer(target, constants[spec.target].detach(), persistent=False)
+            node = self.graph.create_node("get_attr", target)
+            node.meta["val"] = fakes[spec.arg.name]
+            self.env[spec.arg.name] = node
+
+    # --- ops
+
+    def _op(self, node: Node) -> None:
+        name = getattr(node.target, "_opname", "")
+        args, kwargs = self._new(node.args), self._new(node.kwargs)
+        if node.target is insert.observe:
+            value, _, call, place = args
+            self.marks.setdefault(call, {})[place] = value
+            if self.last is not None:
+                self.after[call] = self.last
+            return
+        self._pin(node)
+        if name in _DROPPED:
+            return
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(f"the graph holds a higher-order op ({node.target}): not handled")
+        if name in _BATCH_NORMS:
+            self.env[node.name] = self._emit(aten.batch_norm.default, _batch_norm(name, args), {}, node)
+        elif node.target is operator.getitem and _is_batch_norm(node.args[0]):
+            self.env[node.name] = args[0] if args[1] == 0 else None
+        elif name in ("view", "_unsafe_view") and node.target is not aten.view.dtype:
+            self.env[node.name] = self._emit(aten.reshape.default, args, kwargs, node)
+        elif name == "copy":
+            self.env[node.name] = self._copy(node, *args[:2])
+        else:
+            self.env[node.name] = self._emit(node.target, args, kwargs, node)
+
+    def _emit(self, target: Any, args: Any, kwargs: Any, like: Node) -> Node:
+        new = self.graph.create_node("call_function", target, args, kwargs, like.name)
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in like.meta:
+                new.meta[key] = like.meta[key]
+        new.meta["val"] = like.meta.get("val")
+        if target is aten.batch_norm.default and isinstance(new.meta["val"], (tuple, list)):
+            new.meta["val"] = new.meta["val"][0]
+        self.last = new
+        return new
+
+    def _copy(self, node: Node, into: Node, source: Node) -> Node:
+        """``copy(into, source)``: the source, in the dtype and shape of what it overwrites."""
+        want, have = node.meta["val"], source.meta["val"]
+        if want.dtype != have.dtype or want.device != have.device:
+            options = {"dtype": want.dtype, "device": want.device}
+            source = self._emit(aten._to_copy.default, (source,), options, node)
+        if tuple(want.shape) != tuple(have.shape):
+            source = self._emit(aten.expand_as.default, (source, into), {}, node)
+        return source
+
+    def _pin(self, node: Node) -> None:
+        """A float dtype in the graph: a cast, or the assertion export leaves where it dropped one."""
+        literals = [*node.args, *node.kwargs.values()]
+        if any(isinstance(a, torch.dtype) and a.is_floating_point for a in literals):
+            self.pins.append(source_line(node) or node.name)
+
+    def _new(self, args: Any) -> Any:
+        return torch.fx.node.map_arg(args, lambda n: self.env[n.name])
+
+    # --- outputs
+
+    def _outputs(self) -> None:
+        results = self._new(next(n for n in self.program.graph.nodes if n.op == "output").args[0])
+        leaves: list[Any] = []
+        for spec, value in zip(self.program.graph_signature.output_specs, results, strict=True):
+            if spec.kind is OutputKind.USER_OUTPUT:
+                leaves.append(value if isinstance(value, Node) else getattr(spec.arg, "value", value))
+            elif spec.kind is OutputKind.BUFFER_MUTATION:
+                if isinstance(value, Node):  # batch norm updates its own statistics
+                    buffer = self.graph.create_node("get_attr", spec.target)
+                    kept = self.graph.call_function(aten.detach.default, (value,))
+                    self.graph.call_function(aten.copy_.default, (buffer, kept))
+            else:
+                raise CaptureError(
+                    f"{type(self.model).__name__}.forward writes into an input in place"
+                    f" ({spec.target}): clone it first"
+                )
+        self.graph.output(self._structure(leaves, self.program.call_spec.out_spec))
+
+    def _structure(self, leaves: Sequence[Any], spec: Any) -> Any:
+        if _spelled(spec):
+            return pytree.tree_unflatten(list(leaves), spec)
+        if not hasattr(self.root, "output_structure"):
+            self.root.add_module("output_structure", Structure(spec))
+        return self.graph.create_node("call_module", "output_structure", tuple(leaves))
+
+    def _call(self, index: int, call: Call) -> ModuleCall | None:
+        """A module call in terms of graph nodes; None if none of its outputs is in the graph."""
+        marks, after = self.marks.get(index, {}), self.after.get(index)
+        sides = []
+        for place, (leaves, spec) in (("a", call.arguments), ("o", call.output)):
+            filled = [marks.get(f"{place}{i}", x) for i, x in enumerate(leaves)]
+            if not _spelled(spec):
+                return None
+            sides.append(pytree.tree_unflatten([_name(x) for x in filled], spec))
+        if after is None or not any(place.startswith("o") for place in marks):
+            return None
+        (args, kwargs), output = sides
+        return ModuleCall(call.path, after.name, args, kwargs, output)
+
+
+def _name(value: Any) -> Any:
+    if isinstance(value, Node):
+        return value
+    return value if isinstance(value, _CONSTANT_TYPES) else None
+
+
+def _spelled(spec: pytree.TreeSpec) -> bool:
+    """Whether fx can write the structure down: tuples, lists and dicts of leaves."""
+    return spec.is_leaf() or (
+        spec.type in _BUILTIN_NODES and all(_spelled(c) for c in spec.children())
+    )
+
+
+def _root_shell(model: torch.nn.Module) -> torch.nn.Module:
+    shells = shell_tree(model)
+    root = torch.nn.Module()
+    root.__dict__.update({k: v for k, v in vars(model).items() if "hooks" not in k})
+    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+        root.__dict__[name] = type(vars(model)[name])(vars(model)[name])
+    root.__dict__["_modules"] = {
+        k: None if c is None else shells[id(c)] for k, c in model._modules.items()
+    }
+    return root
+
+
+def _parameter(names: Sequence[str], path: tuple[Any, ...]) -> str:
+    """The parameter of ``forward`` that a leaf of ``(args, kwargs)`` belongs to."""
+    side, key = path[0], path[1]
+    return names[key.idx] if side.idx == 0 else key.key
+
+
+def _has(root: torch.nn.Module, target: str | None) -> bool:
+    try:
+        operator.attrgetter(target or "")(root)
+    except AttributeError:
+        return False
+    return True
+
+
+def _is_batch_norm(node: Any) -> bool:
+    return isinstance(node, Node) and getattr(node.target, "_opname", "") in _BATCH_NORMS
+
+
+def _batch_norm(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of the public op; whether cuDNN may be used is a flag of the moment."""
+    x, weight, bias, *rest = args
+    mean, var = (None, None) if len(rest) == 3 else rest[:2]
+    training = False if name.endswith("no_training") else rest[-3]
+    return (x, weight, bias, mean, var, training, *rest[-2:], torch.backends.cudnn.enabled)
+
+
+def _drop_unused_lookups(graph: Graph) -> None:
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+
+
+def source_line(node: Node) -> str:
+    """The user's ``file:line`` that made a node: its innermost frame outside PyTorch."""
+    frames = [ln.strip() for ln in (node.meta.get("stack_trace") or "").splitlines()]
+    places = [_place(ln) for ln in frames if ln.startswith('File "')]
+    outside = [p for p in places if "/torch/" not in p]
+    return (outside or places or [""])[-1]
+
+
+def _place(frame: str) -> str:
+    file, line = frame.split('"')[1], frame.split("line ")[1].split(",")[0]
+    return f"{file}:{line}"
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the submodule a node was traced in; ``""`` for the root."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return stack[-1][0] if stack else ""
+

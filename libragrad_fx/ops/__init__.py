@@ -1,0 +1,19 @@
+"""Balanced twins by name: tensors in, tensors out, no graph. ``ops.yaml`` refers to these names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from libragrad_fx.ops import activation, attention, norm, recurrent
+
+_MODULES = (activation, norm, attention, recurrent)
+
+TWINS: dict[str, Callable[..., Any]] = {
+    name: fn
+    for module in _MODULES
+    for name, fn in vars(module).items()
+    if callable(fn) and hasattr(fn, "aten_op") and not name.startswith("_")
+}
+for _name, _fn in TWINS.items():
+    _fn.__name__ = _fn.__qualname__ = _name  # two twins may share an ATen op

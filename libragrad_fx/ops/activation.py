@@ -1,0 +1,136 @@
+"""Secants of unary functions, and the activations that are not elementwise.
+
+A gated activation ``f(x) = x * gate(x)`` keeps its gate constant on the way back (method: Gated
+Activation rule), so ``dx = g * gate(x)``. For any unary function the gate is the secant slope
+``(f(x) - f(0)) / x``, whose limit at 0 is ``f'(0)``: then ``<f(x), g> = <x, dx> + <f(0), g>``.
+Power functions have no finite ``f(0)`` in general; for them Euler's relation gives ``f(x) / x``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from libragrad_fx.ops.twin import Grads, twin
+
+aten = torch.ops.aten
+
+
+def secant_slope(
+    x: torch.Tensor, y: torch.Tensor, at_zero: torch.Tensor | float, slope: float
+) -> torch.Tensor:
+    """``(y - f(0)) / x`` with its limit ``slope`` where |x| is too small to divide by."""
+    if not isinstance(at_zero, torch.Tensor) and at_zero == 0:
+        return torch.where(x == 0, slope, y / x)
+    # below sqrt(eps) the difference y - f(0) is rounding; the limit is right to eps there
+    tiny = x.abs() < math.sqrt(torch.finfo(x.dtype).eps)
+    return torch.where(tiny, slope, (y - at_zero) / torch.where(tiny, 1.0, x))
+
+
+def _secant(
+    op: torch._ops.OpOverload, slope: float, at_zero: Callable[..., Any] | float = 0.0
+) -> Callable[..., Any]:
+    """Twin of a unary op. ``at_zero`` is f(0): a number, or a function of the op's parameters."""
+    stream = op._schema.arguments[0].name
+
+    def vjp(needs: frozenset[str], g: torch.Tensor, *, result: torch.Tensor, **args: Any) -> Grads:
+        x = args.pop(stream)
+        zero = at_zero(**args) if callable(at_zero) else at_zero
+        return {stream: secant_slope(x, result, zero, slope) * g}
+
+    return twin(op, vjp, saves=(stream, "result"))
+
+
+gelu = _secant(aten.gelu.default, 0.5)
+silu = _secant(aten.silu.default, 0.5)
+mish = _secant(aten.mish.default, 0.6)
+hardswish = _secant(aten.hardswish.default, 0.5)
+elu = _secant(aten.elu.default, 1.0)
+celu = _secant(aten.celu.default, 1.0)
+selu = _secant(aten.selu.default, 1.0507009873554805)
+tanh = _secant(aten.tanh.default, 1.0)
+tan = _secant(aten.tan.default, 1.0)
+sinh = _secant(aten.sinh.default, 1.0)
+sin = _secant(aten.sin.default, 1.0)
+asinh = _secant(aten.asinh.default, 1.0)
+atan = _secant(aten.atan.default, 1.0)
+erf = _secant(aten.erf.default, 2 / math.sqrt(math.pi))
+expm1 = _secant(aten.expm1.default, 1.0)
+log1p = _secant(aten.log1p.default, 1.0)
+exp = _secant(aten.exp.default, 1.0, 1.0)
+exp2 = _secant(aten.exp2.default, math.log(2), 1.0)
+cos = _secant(aten.cos.default, 0.0, 1.0)
+cosh = _secant(aten.cosh.default, 0.0, 1.0)
+erfc = _secant(aten.erfc.default, -2 / math.sqrt(math.pi), 1.0)
+sigmoid = _secant(aten.sigmoid.default, 0.25, 0.5)
+hardsigmoid = _secant(aten.hardsigmoid.default, 1 / 6, 0.5)
+log_sigmoid = _secant(aten.log_sigmoid.default, 0.5, -math.log(2))
+softplus = _secant(
+    aten.softplus.default, 0.5, lambda beta, threshold: math.log(2) / beta if threshold > 0 else 0.0
+)
+sqrt = _secant(aten.sqrt.default, 0.0)
+rsqrt = _secant(aten.rsqrt.default, 0.0)
+reciprocal = _secant(aten.reciprocal.default, 0.0)
+square = _secant(aten.square.default, 0.0)
+pow = _secant(
+    aten.pow.Tensor_Scalar, 0.0, lambda exponent: 1.0 if exponent == 0 else 0.0
+)
+
+
+def _pow_tensor(
+    needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, result: torch.Tensor, **_: Any
+) -> Grads:
+    return {"self": torch.where(self == 0, 0.0, result / self) * g}
+
+
+pow_tensor = twin(
+    aten.pow.Tensor_Tensor, _pow_tensor, saves=("self", "result"), name="pow_tensor"
+)
+
+
+def _log(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, result: torch.Tensor) -> Grads:
+    """Secant through (1, 0), the point where the logarithm is finite and known."""
+    near = (self - 1).abs() < math.sqrt(torch.finfo(self.dtype).eps)
+    return {"self": torch.where(near, 1.0, result / torch.where(near, 1.0, self - 1)) * g}
+
+
+log = twin(aten.log.default, _log, saves=("self", "result"))
+
+
+def softmax_at_zero(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Value of exp(x)/Z at x = 0 with the normaliser Z held at its value: exp(-logsumexp(x))."""
+    return torch.exp(-torch.logsumexp(x, dim, keepdim=True))
+
+
+def _softmax(
+    needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, result: torch.Tensor, dim: int, **_: Any
+) -> Grads:
+    """A softmax that carries the signal: its denominator is held, its exponential is a secant."""
+    zero = softmax_at_zero(self, dim)
+    tiny = self.abs() < math.sqrt(torch.finfo(self.dtype).eps)
+    slope = torch.where(tiny, zero, (result - zero) / torch.where(tiny, 1.0, self))
+    return {"self": slope * g}
+
+
+softmax = twin(aten.softmax.int, _softmax, saves=("self", "result"))
+
+
+def _log_softmax(needs: frozenset[str], g: torch.Tensor, **_: Any) -> Grads:
+    """x - logsumexp(x) with the logsumexp held: the gradient passes through unchanged."""
+    return {"self": g}
+
+
+log_softmax = twin(aten.log_softmax.int, _log_softmax, saves=())
+
+
+def _glu(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, dim: int) -> Grads:
+    """GLU(a, b) = a * sigmoid(b): the sigmoid is a gate and is held."""
+    gate = self.chunk(2, dim)[1]
+    return {"self": torch.cat([g * torch.sigmoid(gate), torch.zeros_like(g)], dim)}
+
+
+glu = twin(aten.glu.default, _glu, saves=("self",))
+

@@ -1,0 +1,112 @@
+"""Nodes that return what they are given: the only things a rewrite may *insert* into a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from libragrad_fx.errors import InputError, ModeError
+from libragrad_fx.ops.twin import LIBRARY, NAMESPACE
+
+stop = torch.ops.aten.detach.default
+"""Prune the backward of one operand. ``detach`` is ATen: it survives every transformation."""
+
+
+class _Scale(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: torch.Tensor, factor: float) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        return g * ctx.factor, None
+
+
+LIBRARY.define("scale(Tensor x, float factor) -> Tensor")
+# a custom op may not return its argument: while exporting, and only then, scaling costs a copy
+torch.library.impl(f"{NAMESPACE}::scale", "CompositeExplicitAutograd", lib=LIBRARY)(
+    lambda x, factor: x.clone()
+)
+torch.library.register_fake(f"{NAMESPACE}::scale", lambda x, factor: x.clone(), lib=LIBRARY)
+torch.library.register_autograd(
+    f"{NAMESPACE}::scale",
+    lambda ctx, g: (g * ctx.factor, None),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "factor", inputs[1]),
+    lib=LIBRARY,
+)
+
+
+def scale(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """``x`` itself (a view); its gradient is multiplied by ``factor`` on the way back."""
+    if torch.compiler.is_exporting():
+        return torch.ops.libragrad_fx.scale(x, factor)
+    return _Scale.apply(x, factor)  # type: ignore[no-any-return]
+
+
+LIBRARY.define("observe(Tensor x, str path, int call, str place) -> ()")
+torch.library.impl(f"{NAMESPACE}::observe", "CompositeExplicitAutograd", lib=LIBRARY)(
+    lambda x, path, call, place: None
+)
+torch.library.register_fake(
+    f"{NAMESPACE}::observe", lambda x, path, call, place: None, lib=LIBRARY
+)
+observe = torch.ops.libragrad_fx.observe.default
+"""Capture's own mark on a value: it says which module call a tensor belongs to, and does nothing."""
+torch.fx.node.has_side_effect(observe)
+
+
+def probe(*args: Any, _output: Any, _args: tuple[Any, ...], **kwargs: Any) -> Any:
+    """Stands for a whole module call: hooks see the module's true arguments and output.
+
+    A pre-hook that swaps an argument would be ignored by a captured graph, so it is refused.
+    """
+    if any(a is not b for a, b in zip(args, _args, strict=False)) or len(args) != len(_args):
+        raise ModeError(
+            "a forward pre-hook changed the arguments of a submodule of a transformed model. The "
+            "submodule's ops are inlined in the graph, so the change cannot take effect; register "
+            "a forward hook on the module that produces the tensor instead."
+        )
+    return _output
+
+
+def guard(x: Any, path: str, shape: tuple[int | str, ...], floating: bool, mode: Any) -> Any:
+    """``x`` itself, if it fits what was captured; otherwise an error that says what does not fit.
+
+    mode: the training flag that the graph was captured with, and the one it is called with.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise InputError(f"{path} must be a tensor, as it was at capture; got {type(x).__name__}")
+    if x.is_floating_point() != floating:
+        wanted = "floating point" if floating else "an integer or bool type"
+        raise InputError(f"{path} was captured as {wanted}, got {x.dtype}")
+    if len(x.shape) != len(shape) or any(
+        isinstance(want, int) and got != want for got, want in zip(x.shape, shape, strict=False)
+    ):
+        raise InputError(
+            f"{path} was captured with shape ({', '.join(map(str, shape))}), got {tuple(x.shape)}."
+            " Dimensions in letters are free; for another shape call transform(model, inputs) again"
+            " with an example of it."
+        )
+    if not torch.compiler.is_compiling() and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+        raise ModeError(
+            "forward-mode AD through a balanced graph is not defined: LibraGrad is a rule for the"
+            " backward pass. Use reverse mode (torch.autograd.grad, torch.func.grad or vjp)."
+        )
+    return x
+
+
+def constant(x: Any, path: str, captured: Any) -> Any:
+    """``x`` itself, if it is the value that was baked into the graph at capture."""
+    if x is not captured and not (type(x) is type(captured) and x == captured):
+        raise InputError(
+            f"{path} was {captured!r} at capture and is part of the graph; got {type(x).__name__}."
+            f" Call transform(model, inputs) again with an example of {path}."
+        )
+    return x

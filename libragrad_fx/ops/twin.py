@@ -1,0 +1,194 @@
+"""Twins: functions whose forward calls an ATen op unchanged and whose backward is ours.
+
+No single PyTorch primitive survives everything. A ``torch.autograd.Function`` in ``setup_context``
+form works in eager, ``torch.compile`` and ``torch.func``, but ``torch.export`` erases its backward
+without a word; a ``torch.library`` custom op survives export, but fails under ``vmap(grad)``. So a
+twin is a small dispatcher: the Function normally, the custom op while exporting. Neither has a
+forward-mode rule: both refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+NAMESPACE = "libragrad_fx"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+Grads = Mapping[str, "torch.Tensor | Sequence[torch.Tensor] | None"]
+Vjp = Callable[..., Grads]
+
+
+def twin(
+    op: torch._ops.OpOverload,
+    vjp: Vjp,
+    *,
+    saves: Sequence[str],
+    name: str | None = None,
+    forward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """The balanced twin of ``op``: same schema, same forward kernel, backward ``vjp``.
+
+    vjp:     called as ``vjp(needs, g, **saved)`` with ``needs`` the names of arguments whose
+             gradient is wanted, ``g`` the gradient of the output (a tuple for several outputs) and
+             ``saved`` every non-tensor argument plus the tensors named in ``saves`` (``"result"``
+             is the output). Returns gradients by argument name.
+    saves:   names of the tensor arguments that the backward reads; anything else is not kept.
+    forward: computes the same bits as ``op`` from the same arguments; ``op`` itself by default.
+    """
+    label = name or op._schema.name.split("::")[1]
+    arguments = op._schema.arguments
+    names = tuple(a.name for a in arguments)
+    run = forward or op
+    custom = _custom_op(op, label, run, vjp, saves)
+    function = _function(op, label, run, vjp, saves)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting():
+            return custom(*args, **kwargs)
+        values = bind(op, args, kwargs)
+        sizes = tuple(len(v) if _is_tensors(v) else -1 for v in values.values())
+        flat: list[Any] = []
+        for v in values.values():
+            flat.extend(v) if _is_tensors(v) else flat.append(v)
+        return function.apply(sizes, *flat)
+
+    call.__name__ = call.__qualname__ = label
+    call.__doc__ = f"Balanced twin of ``{op}`` (arguments {', '.join(names)})."
+    call.aten_op = op  # type: ignore[attr-defined]
+    return call
+
+
+def bind(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by schema name, defaults filled in, in schema order."""
+    values: dict[str, Any] = {}
+    for i, a in enumerate(op._schema.arguments):
+        if i < len(args) and not a.kwarg_only:
+            values[a.name] = args[i]
+        elif a.name in kwargs:
+            values[a.name] = kwargs[a.name]
+        else:
+            values[a.name] = a.default_value if a.has_default_value() else None
+    return values
+
+
+def _is_tensors(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(isinstance(v, torch.Tensor) for v in value)
+    )
+
+
+def _call(op_or_fn: Callable[..., Any], op: torch._ops.OpOverload, values: Mapping[str, Any]) -> Any:
+    keyword = {a.name for a in op._schema.arguments if a.kwarg_only}
+    args = [v for k, v in values.items() if k not in keyword]
+    return op_or_fn(*args, **{k: v for k, v in values.items() if k in keyword})
+
+
+def _save(ctx: Any, values: Mapping[str, Any], output: Any, saves: Sequence[str]) -> None:
+    """Keep what the backward reads; tensors through ``save_for_backward``, so views and vmap work."""
+    tensors: dict[str, list[torch.Tensor]] = {}
+    for name in saves:
+        value = output if name == "result" else values[name]
+        if isinstance(value, torch.Tensor):
+            tensors[name] = [value]
+        elif value is not None:
+            tensors[name] = list(value)
+    ctx.layout = tuple((k, -1 if isinstance(values.get(k, output), torch.Tensor) else len(v))
+                       for k, v in tensors.items())  # fmt: skip
+    ctx.plain = {
+        k: v for k, v in values.items() if not isinstance(v, torch.Tensor) and not _is_tensors(v)
+    }
+    ctx.save_for_backward(*(t for ts in tensors.values() for t in ts))
+
+
+def _saved(ctx: Any, saves: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {**ctx.plain}
+    flat = iter(ctx.saved_tensors)
+    for name, size in ctx.layout:
+        found[name] = next(flat) if size < 0 else [next(flat) for _ in range(size)]
+    return {**{s: None for s in saves}, **found}
+
+
+def _gradients(ctx: Any, g: Sequence[Any], needs: frozenset[str], vjp: Vjp, saves: Any) -> Grads:
+    upstream = g[0] if len(g) == 1 else tuple(g)
+    device = next((t.device.type for t in g if t is not None), "cpu")
+    if torch.is_autocast_enabled(device):
+        # a backward runs in the dtypes that its forward chose, whatever surrounds .backward()
+        with torch.autocast(device, enabled=False):
+            return vjp(needs, upstream, **_saved(ctx, saves))
+    return vjp(needs, upstream, **_saved(ctx, saves))
+
+
+def _function(
+    op: torch._ops.OpOverload, label: str, run: Callable[..., Any], vjp: Vjp, saves: Sequence[str]
+) -> Any:
+    names = tuple(a.name for a in op._schema.arguments)
+
+    def unflatten(sizes: Sequence[int], flat: Sequence[Any]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        at = 0
+        for name, size in zip(names, sizes, strict=True):
+            values[name] = flat[at] if size < 0 else list(flat[at : at + size])
+            at += max(size, 1) if size != 0 else 0
+        return values
+
+    class Balanced(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(sizes: tuple[int, ...], *flat: Any) -> Any:
+            return _call(run, op, unflatten(sizes, flat))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.sizes = inputs[0]
+            _save(ctx, unflatten(inputs[0], inputs[1:]), output, saves)
+
+        @staticmethod
+        def backward(ctx: Any, *g: Any) -> Any:
+            wanted = unflatten(ctx.sizes, ctx.needs_input_grad[1:])
+            needs = frozenset(k for k, w in wanted.items() if (any(w) if isinstance(w, list) else w))
+            grads = _gradients(ctx, g, needs, vjp, saves)
+            out: list[Any] = [None]
+            for name, size in zip(names, ctx.sizes, strict=True):
+                got = grads.get(name)
+                if size < 0:
+                    out.append(got)
+                else:
+                    out.extend([None] * size if got is None else got)
+            return tuple(out)
+
+    Balanced.__name__ = Balanced.__qualname__ = f"Balanced_{label}"
+    return Balanced
+
+
+def _custom_op(
+    op: torch._ops.OpOverload, label: str, run: Callable[..., Any], vjp: Vjp, saves: Sequence[str]
+) -> Any:
+    schema = str(op._schema)
+    LIBRARY.define(label + schema[schema.index("(") :])
+    qualified = f"{NAMESPACE}::{label}"
+    torch.library.impl(qualified, "CompositeExplicitAutograd", lib=LIBRARY)(run)
+    torch.library.register_fake(qualified, run, lib=LIBRARY)
+    positional = tuple(a.name for a in op._schema.arguments if not a.kwarg_only)
+    keyword = tuple(a.name for a in op._schema.arguments if a.kwarg_only)
+
+    def setup(
+        ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Any = None
+    ) -> None:
+        values = dict(zip(positional, inputs, strict=True))
+        values |= {k: (keyword_only_inputs or {}).get(k) for k in keyword}
+        _save(ctx, values, output, saves)
+
+    def backward(ctx: Any, *g: Any) -> Any:
+        wanted = dict(zip(positional, ctx.needs_input_grad, strict=False))
+        needs = frozenset(k for k, w in wanted.items() if (any(w) if isinstance(w, list) else w))
+        grads = _gradients(ctx, g, needs, vjp, saves)
+        return tuple(grads.get(n) for n in positional)
+
+    torch.library.register_autograd(qualified, backward, setup_context=setup, lib=LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), label).default

@@ -1,0 +1,201 @@
+"""Does what the plan says and nothing else: inserts nodes that return what they get, or twins.
+
+``erase`` undoes it. ``same_graph(erase(gm), trace)`` is the proof that the forward is the original's,
+node for node; ``torch.equal`` is only its check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+from libragrad_fx.errors import VerificationError
+from libragrad_fx.module import CapturedModule, Record, leaf
+from libragrad_fx.ops import TWINS, insert
+from libragrad_fx.types import Action, Edit, ModuleCall, Plan, Trace
+
+_INSERTED = "libragrad"  # node.meta: (rule, host) of a twin or an inserted node
+_PROBE = "probe"
+
+
+def rewrite(trace: Trace, plan: Plan | None, info: dict[str, Any] | None = None) -> CapturedModule:
+    """A new module: ``trace``'s graph with the plan's edits, and a probe for every module call.
+
+    ``plan=None`` gives the captured model with autograd's own backward.
+    """
+    source: CapturedModule = trace.module  # type: ignore[assignment]
+    graph = Graph()
+    env: dict[Node, Node] = {}
+    graph.output(graph.graph_copy(trace.graph, env))
+    by_name = {old.name: new for old, new in env.items()}
+    for edit in plan.edits if plan else ():
+        _apply(graph, by_name[edit.node], edit)
+    _insert_probes(graph, trace.calls, by_name)
+    graph.lint()
+    record = Record(source.record.training, source.record.dtype_pins, info or {})
+    return CapturedModule(_root(source), graph, record)
+
+
+def _root(module: torch.nn.Module) -> torch.nn.Module:
+    """The module's tree under a fresh root: two results of one trace share parameters, not dicts."""
+    root = torch.nn.Module()
+    root.__dict__.update({k: v for k, v in vars(module).items() if "hooks" not in k})
+    return root
+
+
+def _apply(graph: Graph, node: Node, edit: Edit) -> None:
+    node.meta[_INSERTED] = (edit.rule, node.name)
+    if edit.twin is not None:
+        node.target = TWINS[edit.twin]
+        return
+    make: Callable[[Node], Node] = lambda n: graph.call_function(insert.stop, (n,))  # noqa: E731
+    if edit.action is Action.SCALE:
+        make = lambda n: graph.call_function(insert.scale, (n, edit.factor))  # noqa: E731
+    if not edit.operands:
+        with graph.inserting_after(node):
+            new = _mark(make(node), node, edit)
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        return
+    for operand in edit.operands:
+        with graph.inserting_before(node):
+            _set_operand(node, operand, lambda n: _mark(make(n), node, edit))
+
+
+def _mark(new: Node, host: Node, edit: Edit) -> Node:
+    for key in ("nn_module_stack", "stack_trace"):
+        if key in host.meta:
+            new.meta[key] = host.meta[key]
+    new.meta[_INSERTED] = (edit.rule, host.name)
+    return new
+
+
+def _set_operand(node: Node, operand: str, change: Callable[[Node], Node]) -> None:
+    """Replace one operand, given by schema name (``tensors[1]`` for a member of a list)."""
+    name, _, index = operand.partition("[")
+    schema = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    place = schema.index(name)
+    args, kwargs = list(node.args), dict(node.kwargs)
+    holder: Any = kwargs if name in kwargs else args
+    key: Any = name if name in kwargs else place
+    if index:
+        members = list(holder[key])
+        members[int(index[:-1])] = change(members[int(index[:-1])])
+        holder[key] = members
+    else:
+        holder[key] = change(holder[key])
+    node.args, node.kwargs = tuple(args), kwargs
+
+
+# --- the module tree: a probe where each call ended
+
+
+def _insert_probes(graph: Graph, calls: tuple[ModuleCall, ...], by_name: dict[str, Node]) -> None:
+    """One pass in graph order; from a probe on, its outputs are what later nodes read."""
+    ends: dict[Node, list[ModuleCall]] = {}
+    for call in calls:
+        if call.after in by_name:
+            ends.setdefault(by_name[call.after], []).append(call)
+    scaled = {n: _scaled(n) for n in by_name.values()}
+    replaced: dict[Node, Node] = {}
+
+    def latest(node: Node) -> Node:
+        while node in replaced:
+            node = replaced[node]
+        return node
+
+    def value(node: Node) -> Node:
+        """What a node of the trace reads as at this point of the new graph."""
+        return latest(scaled[by_name[node.name]])
+
+    for node in list(graph.nodes):
+        if replaced:
+            node.args = torch.fx.node.map_arg(node.args, latest)
+            node.kwargs = torch.fx.node.map_arg(node.kwargs, latest)
+        last = scaled.get(node, node)
+        for call in ends.get(node, ()):
+            parts = (call.args, dict(call.kwargs), call.output)
+            args, kwargs, output = (torch.fx.node.map_arg(part, value) for part in parts)
+            with graph.inserting_after(last):
+                last = probe = graph.call_module(
+                    call.path, args, {**kwargs, "_output": output, "_args": args}
+                )
+            probe.meta[_INSERTED] = (_PROBE, call.path)
+            if isinstance(output, Node):
+                replaced[output] = probe
+                continue
+            for i, old in enumerate(_leaves(output)):
+                if isinstance(old, Node):
+                    with graph.inserting_after(last):
+                        last = graph.call_function(leaf, (probe, i))
+                    last.meta[_INSERTED] = (_PROBE, call.path)
+                    replaced[latest(old)] = last
+
+
+def is_scale(node: Node) -> bool:
+    """Whether ``node`` is a gradient scale that a rewrite inserted."""
+    return node.target is insert.scale and _INSERTED in node.meta
+
+
+def _scaled(node: Node) -> Node:
+    """The node that stands for ``node``'s value: itself, or the scale inserted on its output."""
+    for user in node.users:
+        if is_scale(user) and user.meta[_INSERTED][1] == node.name:
+            return user
+    return node
+
+
+def _leaves(structure: Any) -> list[Any]:
+    return pytree.tree_leaves(structure)
+
+
+# --- the proof
+
+
+def erase(module: CapturedModule) -> Graph:
+    """``module``'s graph without probes and inserted nodes, twins mapped back to their ATen ops."""
+    graph = Graph()
+    env: dict[Node, Any] = {}
+    for node in module.graph.nodes:
+        mark = node.meta.get(_INSERTED)
+        args = torch.fx.node.map_arg(node.args, lambda n: env[n])
+        kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: env[n])
+        if node.op == "call_module" and mark is not None:
+            env[node] = kwargs["_output"]
+        elif node.target is leaf:
+            env[node] = _leaves(args[0])[args[1]]
+        elif mark is not None and node.target in (insert.stop, insert.scale):
+            env[node] = args[0]
+        else:
+            target = getattr(node.target, "aten_op", node.target)
+            env[node] = graph.create_node(node.op, target, args, kwargs, node.name)
+    return graph
+
+
+def same_graph(a: Graph, b: Graph) -> str | None:
+    """None if the graphs are equal node for node; else where and how they first differ."""
+    pairs: dict[Node, Node] = {}
+    left, right = list(a.nodes), list(b.nodes)
+    for x, y in zip(left, right, strict=False):
+        mapped = torch.fx.node.map_arg((x.args, x.kwargs), lambda n: pairs[n])
+        if (x.op, x.target) != (y.op, y.target) or _text(mapped) != _text((y.args, y.kwargs)):
+            return f"{x.format_node()} is not {y.format_node()}"
+        pairs[x] = y
+    return None if len(left) == len(right) else f"{len(left)} nodes are not {len(right)}"
+
+
+def _text(args: Any) -> str:
+    """Arguments as text; nodes by name, so that equal text means the same operands."""
+    return repr(torch.fx.node.map_aggregate(args, lambda v: v.name if isinstance(v, Node) else repr(v)))
+
+
+def require_same_graph(module: CapturedModule, trace: Trace) -> None:
+    """Raise ``VerificationError`` unless erasing the edits gives the trace back, node for node."""
+    difference = same_graph(erase(module), trace.graph)
+    if difference is not None:
+        raise VerificationError(f"an edit changed the forward graph: {difference}")
+
+

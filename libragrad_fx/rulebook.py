@@ -1,0 +1,213 @@
+"""``rules/*.yaml`` -> ``RuleBook``: strict, and every complaint starts with ``file:line``."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from libragrad_fx.errors import RuleError
+from libragrad_fx.ops import TWINS
+from libragrad_fx.ops.bias import BIASES
+from libragrad_fx.types import Action, Kind, Location, OpFacts, PolicyRow
+
+SITES = ("value", "values", "gate", "denominator")
+_LISTS = ("stream", "factors", "gate", "denominator", "gate_outputs")
+_FIELDS = {f.name for f in dataclasses.fields(OpFacts)} - {"where"}
+
+
+def rules_folder() -> Path:
+    """The shipped rules: inside the wheel, or at the top of the checkout."""
+    here = Path(__file__).resolve().parent
+    return next(p for p in (here / "rules", here.parent / "rules") if p.is_dir())
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleBook:
+    """Facts about ops, and one policy over them."""
+
+    facts: Mapping[str, OpFacts]
+    rows: Mapping[tuple[Kind, str], PolicyRow]
+    policy: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the rules say (not of how the files are laid out), in hex."""
+        body = [_content(f) for f in self.facts.values()] + [_content(r) for r in self.rows.values()]
+        return hashlib.sha256(json.dumps(sorted(body)).encode()).hexdigest()
+
+    def fact(self, target: Any) -> OpFacts | None:
+        """The row for an ATen overload: its own if there is one, else its packet's."""
+        name = op_name(target)
+        return self.facts.get(name) or self.facts.get(name.rsplit(".", 1)[0])
+
+    def without(self, row: PolicyRow) -> RuleBook:
+        """The same book with one policy row taken out (the control that a row is needed)."""
+        rows = {k: r for k, r in self.rows.items() if r != row}
+        return dataclasses.replace(self, rows=rows)
+
+    def extended(self, rules: str | Path | Iterable[Mapping[str, Any]]) -> RuleBook:
+        """The same book with rows added, from a file like ``ops.yaml`` or as mappings in code.
+
+        An added row replaces a shipped one for the same op.
+
+        Raises:
+            RuleError: a row is malformed, or names an op twice.
+        """
+        if isinstance(rules, (str, Path)):
+            rows = _load_facts(Path(rules))
+        else:
+            rows = _parse_facts([(dict(r), Location("<rules=>", i + 1)) for i, r in enumerate(rules)])
+        return dataclasses.replace(self, facts={**self.facts, **rows})
+
+
+def load(policy: str | Path = "libra", rules: Any = None) -> RuleBook:
+    """The shipped facts under ``policy`` (a shipped name or a file), with ``rules`` added.
+
+    Raises:
+        RuleError: a file is malformed (``file:line`` first) or the policy does not exist.
+    """
+    folder = rules_folder()
+    file = Path(policy) if str(policy).endswith((".yaml", ".yml")) else folder / f"{policy}.yaml"
+    if not file.is_file():
+        names = sorted(p.stem for p in folder.glob("*.yaml") if p.stem != "ops")
+        raise RuleError(f"no policy {str(policy)!r}: give one of {', '.join(names)}, or a .yaml file")
+    name, rows = _load_policy(file)
+    book = RuleBook(_load_facts(folder / "ops.yaml"), rows, name)
+    return book if rules is None else book.extended(rules)
+
+
+def op_name(target: Any) -> str:
+    """``aten.add.Tensor`` for an overload; the function's own name for anything else."""
+    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+
+
+def _content(row: OpFacts | PolicyRow) -> str:
+    body = {k: v for k, v in dataclasses.asdict(row).items() if k not in ("where", "why", "cite")}
+    return json.dumps(body, sort_keys=True)
+
+
+def _load_facts(file: Path) -> dict[str, OpFacts]:
+    node, where = _read(file)
+    if not isinstance(node, yaml.SequenceNode):
+        raise RuleError(f"{where}: a facts file is a list of rows, '- {{op: ..., kind: ...}}'")
+    return _parse_facts([_mapping(child, file) for child in node.value])
+
+
+def _load_policy(file: Path) -> tuple[str, dict[tuple[Kind, str], PolicyRow]]:
+    node, where = _read(file)
+    body, _ = _mapping(node, file, deep=False)
+    if set(body) != {"policy", "rows"} or not isinstance(body["rows"], yaml.SequenceNode):
+        raise RuleError(f"{where}: a policy file has two keys, 'policy' (its name) and 'rows' (a list)")
+    rows: dict[tuple[Kind, str], PolicyRow] = {}
+    for child in body["rows"].value:
+        values, at = _mapping(child, file)
+        row = _policy_row(values, at)
+        if (row.kind, row.site) in rows:
+            first = rows[row.kind, row.site].where
+            raise RuleError(f"{at}: unreachable row: {row.name} is already ruled at {first}")
+        rows[row.kind, row.site] = row
+    return yaml.SafeLoader("").construct_object(body["policy"]), rows
+
+
+def _read(file: Path) -> tuple[yaml.Node, Location]:
+    try:
+        node = yaml.compose(file.read_text("utf-8"), Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as e:
+        line = e.problem_mark.line + 1 if e.problem_mark else 1
+        raise RuleError(f"{Location(str(file), line)}: not YAML: {e.problem}") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise RuleError(f"{Location(str(file), 1)}: cannot be read: {e}") from e
+    if node is None:
+        raise RuleError(f"{Location(str(file), 1)}: the file is empty")
+    return node, Location(str(file), node.start_mark.line + 1)
+
+
+def _mapping(node: yaml.Node, file: Path, deep: bool = True) -> tuple[dict[str, Any], Location]:
+    """One YAML mapping with its line; a key given twice is an error (PyYAML would keep the last)."""
+    where = Location(str(file), node.start_mark.line + 1)
+    if not isinstance(node, yaml.MappingNode):
+        raise RuleError(f"{where}: expected a mapping '{{key: value, ...}}'")
+    loader, found = yaml.SafeLoader(""), {}
+    for key_node, value in node.value:
+        key = str(loader.construct_object(key_node))
+        if key in found:
+            raise RuleError(f"{where}: key {key!r} is given twice")
+        found[key] = loader.construct_object(value, deep=True) if deep else value
+    return found, where
+
+
+def _parse_facts(items: Iterable[tuple[dict[str, Any], Location]]) -> dict[str, OpFacts]:
+    facts: dict[str, OpFacts] = {}
+    for values, where in items:
+        row = _fact_row(values, where)
+        if row.op in facts:
+            raise RuleError(f"{where}: {row.op} already has a row at {facts[row.op].where}")
+        facts[row.op] = row
+    return facts
+
+
+def _fact_row(values: dict[str, Any], where: Location) -> OpFacts:
+    _keys(values, _FIELDS, {"op", "kind", "why"}, where)
+    lists = {k: tuple(values[k]) for k in _LISTS if isinstance(values.get(k), (list, tuple))}
+    for key in set(_LISTS) & set(values) - set(lists):
+        raise RuleError(f"{where}: {key!r} must be a list, got {values[key]!r}")
+    rest = {k: v for k, v in values.items() if k not in _LISTS}
+    row = OpFacts(**{**rest, **lists, "kind": _enum(Kind, values["kind"], where), "where": where})
+    _check_schema(row)
+    if row.vjp is not None and row.vjp not in TWINS:
+        raise RuleError(f"{where}: no balanced vjp {row.vjp!r}; there are {', '.join(sorted(TWINS))}")
+    if row.bias not in BIASES:
+        raise RuleError(f"{where}: no bias {row.bias!r}; there are {', '.join(sorted(BIASES))}")
+    if not row.operands and row.kind is not Kind.CUT:
+        raise RuleError(f"{where}: {row.op} names no operand (stream, factors, gate or denominator)")
+    return row
+
+
+def _check_schema(row: OpFacts) -> None:
+    """Every op named must exist and every argument named must be one of its tensors'."""
+    namespace, _, rest = row.op.partition(".")
+    packet, _, overload = rest.partition(".")
+    try:
+        found = getattr(getattr(torch.ops, namespace), packet)
+        overloads = [getattr(found, overload or o) for o in ([overload] if overload else found.overloads())]
+    except AttributeError as e:
+        raise RuleError(f"{row.where}: PyTorch {torch.__version__} has no op {row.op}") from e
+    arguments = {a.name for o in overloads for a in o._schema.arguments}
+    for name in (*row.operands, *row.affine_if):
+        if name not in arguments:
+            raise RuleError(
+                f"{row.where}: {row.op} has no argument {name!r}; it has {', '.join(sorted(arguments))}"
+            )
+
+
+def _policy_row(values: dict[str, Any], where: Location) -> PolicyRow:
+    _keys(values, {"kind", "site", "action", "cite"}, {"kind", "site", "action", "cite"}, where)
+    if values["site"] not in SITES:
+        raise RuleError(f"{where}: site {values['site']!r} is none of {', '.join(SITES)}")
+    kind, action = _enum(Kind, values["kind"], where), _enum(Action, values["action"], where)
+    if kind is Kind.CUT:
+        raise RuleError(f"{where}: unreachable row: no gradient passes a cut")
+    return PolicyRow(kind, values["site"], action, str(values["cite"]), where)
+
+
+def _keys(values: dict[str, Any], known: set[str], required: set[str], where: Location) -> None:
+    if unknown := set(values) - known:
+        raise RuleError(
+            f"{where}: unknown key {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}"
+        )
+    if missing := required - set(values):
+        raise RuleError(f"{where}: missing key {', '.join(sorted(missing))}")
+
+
+def _enum(cls: Any, value: Any, where: Location) -> Any:
+    try:
+        return cls(value)
+    except ValueError as e:
+        raise RuleError(f"{where}: {value!r} is none of {', '.join(c.value for c in cls)}") from e
