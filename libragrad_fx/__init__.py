@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from libragrad_fx import errors
 from libragrad_fx.api import audit, plan, trace, transform, verify
+from libragrad_fx.attribution import Attribution, attribute, blocks
 from libragrad_fx.types import Certificate, Ledger, Plan
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attribution",
     "Certificate",
     "Ledger",
     "Plan",
+    "attribute",
     "audit",
+    "blocks",
     "errors",
     "plan",
     "trace",

@@ -23,7 +23,7 @@ from libragrad_fx.ops.twin import bind
 from libragrad_fx.rulebook import RuleBook, op_name
 from libragrad_fx.types import Analysis, Finding, Kind, OpFacts, Role, Trace
 
-_RANK_RECIPROCAL, _RANK_GATE_ONLY = 4, 5
+_RANK_ODD, _RANK_RECIPROCAL, _RANK_GATE_ONLY = 1, 4, 5
 _ZEROS = {"aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default"}
 
 
@@ -95,6 +95,7 @@ class _Analyzer:
             live=frozenset(n.name for n in demanded),
             relabelled=frozenset(self.relabelled),
             gate_outputs=gates,
+            gate_heads=tuple(n.name for n in self._heads() if n.name in self.relabelled),
             unruled=tuple(self._unruled(n) for n in self.nodes if n in demanded and self._unknown(n)),
         )
 
@@ -168,22 +169,38 @@ class _Analyzer:
 
     # --- backwards
 
+    def _results(self) -> list[Node]:
+        """The nodes that the model returns, out of whatever structure."""
+        found = self.nodes[-1].all_input_nodes
+        return [m for n in found for m in (n.all_input_nodes if n.op == "call_module" else [n])]
+
+    def _heads(self) -> list[Node]:
+        """The gate sources that the model returns, seen through reshapes: a softmax, a sigmoid."""
+        heads = []
+        for node in self._results():
+            while (fact := self.facts.get(node.name)) and fact.kind is Kind.LINEAR:
+                carriers = self.carriers(node)
+                if len(carriers) != 1 or len(node.all_input_nodes) != 1 or not _moves_only(node):
+                    break
+                node = carriers[0][1]
+            if fact is not None and fact.kind is Kind.GATE_SOURCE and fact.rank > _RANK_ODD:
+                heads.append(node)
+        return heads
+
     def _demand(self) -> tuple[set[Node], tuple[str, ...]]:
         """Nodes that a balanced gradient reaches, and outputs left alone because they are gates."""
-        output = self.nodes[-1]
-        results = [n for n in output.all_input_nodes if self.roles[n.name] >= Role.GATE]
-        results = [m for n in results for m in (n.all_input_nodes if n.op == "call_module" else [n])]
+        results = self._results()
         values = [n for n in results if self.roles[n.name] is Role.VALUE]
-        gates = tuple(n.name for n in results if self.roles[n.name] is Role.GATE)
+        gated = [n for n in results if self.roles[n.name] is Role.GATE]
         demanded: set[Node] = set()
-        stack = values or [n for n in results if self.roles[n.name] is Role.GATE]
+        stack = list(values or gated)
         while stack:
             node = stack.pop()
             if node in demanded or self.roles[node.name] < Role.GATE:
                 continue
             demanded.add(node)
             stack.extend(n for _, n in self.carriers(node))
-        return demanded, gates
+        return demanded, tuple(n.name for n in gated) if values else ()
 
     def carriers(self, node: Node) -> list[tuple[str, Node]]:
         """The operands through which a demanded node passes its gradient on."""

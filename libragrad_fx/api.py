@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from libragrad_fx import plan as planning
 from libragrad_fx import rulebook
 from libragrad_fx.analyze import analyze
 from libragrad_fx.capture import capture
-from libragrad_fx.errors import InputError
+from libragrad_fx.errors import GateOutputWarning, InputError
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.normalize import normalize
-from libragrad_fx.rewrite import require_same_graph, rewrite
+from libragrad_fx.rewrite import require_same_graph, rewrite, spell
 from libragrad_fx.types import Analysis, Certificate, Ledger, Plan, Trace
 from libragrad_fx.verify import certify, ledger, sites
 
@@ -72,11 +73,11 @@ def transform(
     if isinstance(model, CapturedModule):
         return _again(model, policy)
     made = decide(model, example_inputs, policy, on_unknown, rules)
-    info = {
-        "plan": made.plan,
-        "trace": made.trace,
-        "sites": sites(made.trace, made.analysis, balanced=True),
-    }
+    for name in made.analysis.gate_heads:
+        text = next(n for n in made.plan.notes if name in n)
+        warnings.warn(text, GateOutputWarning, stacklevel=2)
+    listed = sites(made.trace, made.analysis, balanced=True)
+    info = {"plan": made.plan, "sites": listed, "original": spell(made.trace.graph)}
     module = rewrite(made.trace, made.plan, info)
     require_same_graph(module, made.trace)
     return module
@@ -99,7 +100,7 @@ def trace(
     """The captured model with autograd's own backward: the plain side of every comparison."""
     made = decide(model, example_inputs, "libra", "keep", rules)
     listed = sites(made.trace, made.analysis, balanced=False)
-    return rewrite(made.trace, None, {"plan": None, "trace": made.trace, "sites": listed})
+    return rewrite(made.trace, None, {"sites": listed})
 
 
 def plan(

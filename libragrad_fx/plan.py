@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch.fx import Node
 
 from libragrad_fx.analyze import finding, kind_of, operands
@@ -47,9 +49,7 @@ def plan(trace: Trace, analysis: Analysis, book: RuleBook, on_unknown: str = "ra
     if unknown and on_unknown == "raise":
         listing = "\n".join(str(f) for f in unknown)
         raise UnknownOpError(f"{len(unknown)} ops on a live gradient path have no rule:\n{listing}")
-    notes = [*trace.notes, *planner.notes]
-    if analysis.gate_outputs:
-        notes.append(_gate_note(trace, analysis))
+    notes = [*trace.notes, *_gate_notes(trace, analysis)]
     return Plan(
         policy=book.policy,
         digest=book.digest,
@@ -70,7 +70,6 @@ class _Planner:
         self.edits: list[Edit] = []
         self.unknown: list[Finding] = []
         self.unbalanced: list[Finding] = []
-        self.notes: list[str] = []
 
     def visit(self, node: Node) -> None:
         fact = self.facts.get(node.name)
@@ -217,13 +216,15 @@ class _Planner:
         )  # fmt: skip
 
 
-def _gate_note(trace: Trace, analysis: Analysis) -> str:
+def _gate_notes(trace: Trace, analysis: Analysis) -> Iterator[str]:
     ops = {n.name: op_name(n.target) for n in trace.graph.nodes}
-    gates = ", ".join(f"{n} ({ops[n]})" for n in analysis.gate_outputs)
-    carried = any(n in analysis.live for n in analysis.gate_outputs)
-    if carried:
-        return f"the output is a gate itself: {gates}. It is balanced as a value; explain the logits"
-    return f"outputs that are gates keep autograd's gradient: {gates}. Explain the other outputs"
+    for name in analysis.gate_heads:
+        yield (
+            f"the model ends in a gate, {name} ({ops[name]}): its normaliser is held and it is"
+            " balanced as a value, but what to explain is the logits before it"
+        )
+    for name in analysis.gate_outputs:
+        yield f"output {name} ({ops[name]}) is a gate and keeps autograd's gradient: explain another"
 
 
 def _why(node: Node, analysis: Analysis, planner: _Planner) -> str:

@@ -6,7 +6,7 @@ node for node; ``torch.equal`` is only its check.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -175,27 +175,29 @@ def erase(module: CapturedModule) -> Graph:
     return graph
 
 
-def same_graph(a: Graph, b: Graph) -> str | None:
-    """None if the graphs are equal node for node; else where and how they first differ."""
-    pairs: dict[Node, Node] = {}
-    left, right = list(a.nodes), list(b.nodes)
-    for x, y in zip(left, right, strict=False):
-        mapped = torch.fx.node.map_arg((x.args, x.kwargs), lambda n: pairs[n])
-        if (x.op, x.target) != (y.op, y.target) or _text(mapped) != _text((y.args, y.kwargs)):
-            return f"{x.format_node()} is not {y.format_node()}"
-        pairs[x] = y
-    return None if len(left) == len(right) else f"{len(left)} nodes are not {len(right)}"
+def spell(graph: Graph) -> tuple[str, ...]:
+    """A graph as text, one line a node; nodes are numbered, so names do not matter."""
+    number = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+
+    def text(value: Any) -> Any:
+        return number[value] if isinstance(value, Node) else repr(value)
+
+    return tuple(
+        f"{n.op} {n.target} {torch.fx.node.map_aggregate((n.args, dict(n.kwargs)), text)}"
+        for n in graph.nodes
+    )
 
 
-def _text(args: Any) -> str:
-    """Arguments as text; nodes by name, so that equal text means the same operands."""
-    return repr(torch.fx.node.map_aggregate(args, lambda v: v.name if isinstance(v, Node) else repr(v)))
+def first_difference(graph: Graph, original: Sequence[str]) -> str | None:
+    """None if ``graph`` is spelled like ``original`` node for node; else where they part."""
+    for mine, theirs in zip(spell(graph), original, strict=False):
+        if mine != theirs:
+            return f"{mine} is not {theirs}"
+    return None if len(graph.nodes) == len(original) else "one has more nodes than the other"
 
 
 def require_same_graph(module: CapturedModule, trace: Trace) -> None:
     """Raise ``VerificationError`` unless erasing the edits gives the trace back, node for node."""
-    difference = same_graph(erase(module), trace.graph)
+    difference = first_difference(erase(module), spell(trace.graph))
     if difference is not None:
         raise VerificationError(f"an edit changed the forward graph: {difference}")
-
-

@@ -174,7 +174,8 @@ class Analysis:
     facts:       node -> the row that holds for it (absent: no tensor operand, or no row)
     live:        nodes that a gradient from the outputs to the input passes through, once gates hold
     relabelled:  gate sources that turned out to carry the signal (role VALUE by demand)
-    gate_outputs: positions of model outputs that are gates and were left alone
+    gate_outputs: outputs of the model that are gates beside one that carries: left alone
+    gate_heads:   softmax or sigmoid heads that are all the model returns: balanced as values
     """
 
     roles: Mapping[str, Role]
@@ -182,6 +183,7 @@ class Analysis:
     live: frozenset[str]
     relabelled: frozenset[str]
     gate_outputs: tuple[str, ...]
+    gate_heads: tuple[str, ...]
     unruled: tuple[Finding, ...]
 
 
@@ -209,6 +211,7 @@ class Site:
     bias:     how its own constant is computed (a name of ``ops.bias``), None if it has none
     explicit: whether that constant is a term of the op itself (a bias, a beta, ``x + 1``) and not
               the value at zero of a non-linearity
+    batch:    which axis of its output counts samples (or samples times windows), None if unknown
     """
 
     node: str
@@ -218,6 +221,7 @@ class Site:
     live: tuple[str, ...]
     bias: str | None
     explicit: bool
+    batch: int | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from libragrad_fx.normalize import module_path, source_line
 from libragrad_fx.ops import bias as biases
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.twin import bind
-from libragrad_fx.rewrite import erase, is_scale, same_graph
+from libragrad_fx.rewrite import erase, first_difference, is_scale
 from libragrad_fx.rulebook import op_name
 from libragrad_fx.types import (
     Analysis,
@@ -45,6 +46,7 @@ _EXPLICIT = {Kind.LINEAR, Kind.PRODUCT, Kind.NORMALISER, Kind.RECURRENT, Kind.EM
 def sites(trace: Trace, analysis: Analysis, balanced: bool) -> tuple[Site, ...]:
     """The nodes that a gradient passes: the live ones, or under autograd all that see the input."""
     found = []
+    symbol = next((s.shape[0] for s in trace.inputs if s.shape and isinstance(s.shape[0], str)), None)
     for node in trace.graph.nodes:
         fact = analysis.facts.get(node.name)
         if fact is None and not isinstance(node.target, torch._ops.OpOverload):
@@ -59,8 +61,19 @@ def sites(trace: Trace, analysis: Analysis, balanced: bool) -> tuple[Site, ...]:
         explicit = fact is not None and kind_of(node, fact) in _EXPLICIT
         bias = None if fact is None else _bias_name(node, fact, live)
         where = (module_path(node), source_line(node))
-        found.append(Site(node.name, op_name(node.target), *where, live, bias, explicit))
+        batch = _batch_axis(node, symbol)
+        found.append(Site(node.name, op_name(node.target), *where, live, bias, explicit, batch))
     return tuple(found)
+
+
+def _batch_axis(node: Node, symbol: str | None) -> int | None:
+    """The first axis whose traced size is the batch size or a multiple of it."""
+    value = node.meta.get("val")
+    value = value[0] if isinstance(value, (tuple, list)) else value
+    if symbol is None or not isinstance(value, torch.Tensor):
+        return 0
+    mentions = (i for i, d in enumerate(value.shape) if symbol in re.findall(r"\w+", str(d)))
+    return next(mentions, None)
 
 
 def _bias_name(node: Node, fact: OpFacts, live: Sequence[str]) -> str | None:
@@ -80,7 +93,12 @@ def _bias_name(node: Node, fact: OpFacts, live: Sequence[str]) -> str | None:
 
 
 def select(output: Any, target: Target) -> torch.Tensor:
-    """The scalar to explain: the sum over the batch of each sample's target.
+    """The scalar to differentiate: the sum over the batch of each sample's target."""
+    return select_each(output, target).sum()
+
+
+def select_each(output: Any, target: Target) -> torch.Tensor:
+    """What to explain, one number a sample: (B,).
 
     Args:
         output: a tensor (B, ...), or a structure whose first floating-point tensor is taken (the
@@ -96,27 +114,26 @@ def select(output: Any, target: Target) -> torch.Tensor:
         chosen = target(output)
         if not isinstance(chosen, torch.Tensor):
             raise InputError(f"the target callable must return a tensor, got {type(chosen).__name__}")
-        return chosen.sum()
+        return chosen.reshape(-1)
     y = first_tensor(output)
     batch = y.shape[0] if y.ndim else 1
     if target is None:
         if y.numel() != batch:
             raise InputError(f"the output has shape {tuple(y.shape)}: say which target to explain")
-        return y.sum()
+        return y.reshape(batch)
     if isinstance(target, torch.Tensor):
         target = target.tolist()
     try:
         if isinstance(target, (int, tuple)):
-            index = (target,) if isinstance(target, int) else target
-            if len(index) != y.ndim - 1:
-                raise IndexError(f"{len(index)} indices for {y.ndim - 1} dimensions behind the batch")
-            return y[(slice(None), *index)].sum()
+            target = [target] * batch
         if len(target) != batch:
             raise IndexError(f"{len(target)} targets for a batch of {batch}")
         rows = [t if isinstance(t, (tuple, list)) else (t,) for t in target]
-        return torch.stack([y[(i, *map(int, row))] for i, row in enumerate(rows)]).sum()
-    except (IndexError, TypeError) as e:
-        raise InputError(f"target {target!r} does not fit the output of shape {tuple(y.shape)}: {e}") from e
+        if any(len(r) != y.ndim - 1 for r in rows):
+            raise IndexError(f"need {y.ndim - 1} indices a sample")
+        return torch.stack([y[(i, *map(int, row))] for i, row in enumerate(rows)])
+    except (IndexError, TypeError, ValueError) as e:
+        raise InputError(f"target {target!r} does not fit output {tuple(y.shape)}: {e}") from e
 
 
 def first_tensor(output: Any) -> torch.Tensor:
@@ -303,14 +320,14 @@ def certify(
     equal, difference = forward_equal(model, module, args, kwargs)
     account = ledger(module, inputs, target)
     plan: Plan = module.record.info["plan"]
-    original: Trace = module.record.info["trace"]
+    original: Sequence[str] = module.record.info["original"]
     worst = account.worst(1)
     like = next((t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)), None)
     dtype = next((p.dtype for p in module.parameters()), like.dtype if like is not None else None)
     return Certificate(
         forward_equal=equal,
         max_abs_difference=difference,
-        erased_equal=same_graph(erase(module), original.graph) is None,
+        erased_equal=first_difference(erase(module), original) is None,
         unbalanced=tuple(f.node for f in (*plan.unbalanced, *plan.unknown)),
         worst_residual=abs(worst[0].residual) if worst else 0.0,
         worst_node=worst[0].node if worst else "",
@@ -320,7 +337,7 @@ def certify(
         completeness_error=account.completeness_error,
         tolerance=_tolerance(dtype, account) if tolerance is None else tolerance,
         edits=len(plan.edits),
-        nodes=len(original.graph.nodes),
+        nodes=len(original),
         policy=plan.policy,
         digest=plan.digest,
         dtype=str(dtype),

@@ -1,0 +1,8 @@
+"""Attribution: what of an output comes from where in the input."""
+
+from __future__ import annotations
+
+from libragrad_fx.attribution.internals import blocks, called_modules
+from libragrad_fx.attribution.methods import METHODS, Attribution, attribute
+
+__all__ = ["METHODS", "Attribution", "attribute", "blocks", "called_modules"]

@@ -1,0 +1,159 @@
+"""One forward and one backward of a captured module, with its inside in view.
+
+Block inputs are found by module path in the graph (the arguments of the probe that ends the call),
+bias terms are the graph's own additive constants; their gradients come from the same backward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from libragrad_fx.errors import InputError
+from libragrad_fx.module import CapturedModule
+from libragrad_fx.ops import insert
+from libragrad_fx.types import Site
+from libragrad_fx.verify import Target, as_call, flat_arguments, select_each, site_bias
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Internals:
+    """What one backward shows.
+
+    output:  (B,) what is explained, one number a sample
+    inputs:  name -> (x, df/dx) for every floating-point input (or embedded token sequence)
+    layers:  module path -> (h, df/dh) for the input h of each module asked for
+    biases:  (site, b, df/db) for the additive constants that are not upstream of the first layer;
+             b and df/db have the shape of the op's output
+    shapes:  shapes of the values upstream of the first layer, in graph order
+    """
+
+    output: torch.Tensor
+    inputs: Mapping[str, Pair]
+    layers: Mapping[str, Pair]
+    biases: tuple[tuple[Site, torch.Tensor, torch.Tensor], ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def observe(
+    module: CapturedModule, inputs: Any, target: Target, layers: Sequence[str] = (), biases: bool = True
+) -> Internals:
+    """Run ``module`` forward and backward once.
+
+    Args:
+        inputs: as ``module`` takes them: a tensor, a tuple, or a dict of keyword arguments.
+        target: what to explain (see ``verify.select``).
+        layers: module paths; of a module called several times the first call counts.
+        biases: whether bias terms are wanted.
+
+    Raises:
+        InputError: no such layer, or the target does not fit.
+    """
+    taps = {path: layer_input(module, path) for path in layers}
+    first = next(iter(taps.values()), None)
+    upstream = _ancestors(first) if first is not None else set()
+    args, kwargs = as_call(inputs)
+    with torch.enable_grad():
+        watch = _Watch(module, set(taps.values()), upstream, biases)
+        each = select_each(watch.run(*flat_arguments(module, args, kwargs)), target)
+        wanted = [*watch.sources.values(), *(watch.kept[n] for n in taps.values())]
+        wanted += [t for _, _, t in watch.terms]
+        grads = torch.autograd.grad(each.sum(), wanted, allow_unused=True)
+    found = iter([
+        (t.detach(), torch.zeros_like(t) if g is None else g) for t, g in zip(wanted, grads, strict=True)
+    ])  # fmt: skip
+    sources = {name: next(found) for name in watch.sources}
+    tapped = {path: next(found) for path in taps}
+    terms = tuple((site, b.expand_as(t), g) for (site, b, t), (_, g) in zip(watch.terms, found, strict=True))
+    return Internals(each.detach(), sources, tapped, terms, tuple(watch.shapes))
+
+
+def layer_input(module: CapturedModule, path: str) -> Node:
+    """The graph node that is the first tensor argument of the module at ``path``."""
+    for node in module.graph.nodes:
+        if node.op == "call_module" and node.target == path and "_output" in node.kwargs:
+            found: list[Node] = []
+            torch.fx.node.map_arg(node.args, found.append)
+            if found:
+                return found[0]
+    near = [p for p in called_modules(module) if path in p][:6]
+    hint = f"; called are, for example, {', '.join(near or called_modules(module)[:6])}"
+    raise InputError(f"no module {path!r} is called with a tensor in this graph{hint}")
+
+
+def called_modules(module: CapturedModule) -> list[str]:
+    """Paths of the submodules whose calls are in the graph, in order of their ends."""
+    return [
+        str(n.target) for n in module.graph.nodes if n.op == "call_module" and "_output" in n.kwargs
+    ]
+
+
+def blocks(module: CapturedModule) -> list[str]:
+    """The repeated blocks of a network: the class most often called under a numbered name.
+
+    They are what FullGrad+ sums over (transformer blocks, mixer blocks, residual blocks). Empty if
+    the network has none.
+    """
+    groups: dict[type, list[str]] = {}
+    for path in dict.fromkeys(called_modules(module)):
+        child = module.get_submodule(path)
+        if path.rpartition(".")[2].isdigit() and list(child.children()):
+            groups.setdefault(type(child), []).append(path)
+    found = max(groups.values(), key=lambda ps: (len(ps), -ps[0].count(".")), default=[])
+    return sorted(found, key=[n.target for n in module.graph.nodes].index) if len(found) > 1 else []
+
+
+def _ancestors(node: Node) -> set[Node]:
+    seen: set[Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return seen
+
+
+class _Watch(torch.fx.Interpreter):
+    """Runs the graph, keeping the values and constants whose gradients are wanted."""
+
+    def __init__(
+        self, module: CapturedModule, taps: set[Node], upstream: set[Node], biases: bool
+    ) -> None:
+        super().__init__(module)
+        self.taps, self.upstream = taps, upstream
+        self.table = {s.node: s for s in module.record.info["sites"] if s.bias and biases}
+        self.started = {s.node for s in module.record.info["sites"] if not s.live}
+        self.kept: dict[Node, torch.Tensor] = {}
+        self.sources: dict[str, torch.Tensor] = {}
+        self.terms: list[tuple[Site, torch.Tensor, torch.Tensor]] = []
+        self.shapes: list[tuple[int, ...]] = []
+
+    def run_node(self, n: Node) -> Any:
+        y = super().run_node(n)
+        if n.target is insert.guard and y.is_floating_point():
+            y = self.sources[str(n.args[1])] = y.detach().requires_grad_()
+        elif n.name in self.started:
+            y = self.sources[n.name] = y.detach().requires_grad_()
+        if n in self.taps:
+            self.kept[n] = y
+        if n in self.upstream:
+            if isinstance(y, torch.Tensor):
+                self.shapes.append(tuple(y.shape))
+        elif (site := self.table.get(n.name)) is not None:
+            self._term(site, n, y)
+        return y
+
+    def _term(self, site: Site, n: Node, y: Any) -> None:
+        bias = site_bias(site, n, *self.fetch_args_kwargs_from_env(n))
+        ys = y if isinstance(y, (tuple, list)) else (y,)
+        bs = bias if isinstance(bias, (tuple, list)) else (bias,)
+        for t, b in zip(ys, bs, strict=True):
+            if b is not None and t.requires_grad:
+                self.terms.append((site, b, t))

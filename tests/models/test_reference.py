@@ -1,0 +1,165 @@
+"""The reference checks itself before anything is checked against it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.models import reference as ref
+
+TARGET = 3
+BATCH = 2
+CASES = [*ref.FAMILIES, *ref.DEEP, *ref.VARIANTS]
+GLU_FAMILIES = {"eva02", "eva02_inner_norms", "gmixer"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model with random weights, its input ``(B, 3, height, width)``, its stock results."""
+
+    name: str
+    model: nn.Module
+    x: Tensor
+    logits: Tensor
+    grad_input: Tensor
+    grads: dict[str, Tensor]
+    libra: ref.Reference
+
+
+# One model in memory at a time; pytest groups the tests of this module by parameter.
+@pytest.fixture(scope="module", params=CASES, ids=lambda row: row[0])
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    name, architecture, kwargs = request.param
+    model = ref.create(architecture, **kwargs).double()
+    ref.randomise(model, seed=0)
+    x = _image(model)
+    leaf = x.clone().requires_grad_(True)
+    logits = model(leaf)
+    named = dict(model.named_parameters())
+    grads = torch.autograd.grad(logits[:, TARGET].sum(), [leaf, *named.values()])
+    yield Case(
+        name=name,
+        model=model,
+        x=x,
+        logits=logits.detach(),
+        grad_input=grads[0],
+        grads=dict(zip(named, grads[1:], strict=True)),
+        libra=ref.reference(model, x, TARGET),
+    )
+
+
+def _image(model: nn.Module) -> Tensor:
+    embed = model.stem if hasattr(model, "stem") else model.patch_embed
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(BATCH, 3, *embed.img_size, generator=generator, dtype=torch.float64)
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    scale = expected.abs().max().clamp_min(1e-30)
+    return float((actual - expected).abs().max() / scale)
+
+
+def test_the_forward_is_the_stock_models(case: Case) -> None:
+    assert _relative_error(case.libra.logit, case.logits[:, TARGET]) <= 1e-10
+
+
+def test_random_weights_give_a_usable_signal(case: Case) -> None:
+    assert 0.1 < float(case.logits.std()) < 10.0
+    assert float((case.logits[0] - case.logits[1]).abs().max()) > 1e-2
+    for name, parameter in case.model.named_parameters():
+        assert float(parameter.std()) > 1e-3, name
+
+
+def test_without_rules_every_gradient_is_the_stock_models(case: Case) -> None:
+    plain = ref.reference(case.model, case.x, TARGET, rules=ref.ORDINARY)
+    largest = max(float(g.abs().max()) for g in case.grads.values())
+    assert _relative_error(plain.grad_input, case.grad_input) <= 1e-9
+    assert plain.grads.keys() == case.grads.keys()
+    for name, grad in plain.grads.items():
+        # Key biases have a zero gradient in exact arithmetic, so the scale is the model's.
+        assert float((grad - case.grads[name]).abs().max()) <= 1e-10 * largest, name
+
+
+def test_input_and_biases_sum_to_the_logit(case: Case) -> None:
+    gap = ref.completeness_gap(case.model, case.x, case.libra)
+    assert abs(gap) <= 1e-9 * max(1.0, abs(float(case.libra.logit.sum())))
+
+
+def test_each_rule_is_needed(case: Case) -> None:
+    off = {"norm": True, "activation": True}
+    off["attention"] = not hasattr(case.model, "stem")
+    off["halve"] = case.name in GLU_FAMILIES
+    for rule in (rule for rule, applies in off.items() if applies):
+        partial = ref.reference(case.model, case.x, TARGET, rules=replace(ref.LIBRA, **{rule: False}))
+        assert abs(ref.completeness_gap(case.model, case.x, partial)) > 1e-3, rule
+
+
+def test_what_acts_through_the_probabilities_gets_nothing(case: Case) -> None:
+    cut = (
+        "q_bias",
+        "relative_position_bias_table",
+        "attn_pool.latent",
+        "attn_pool.q.weight",
+        "attn_pool.q.bias",
+        "q_proj.weight",
+        "q_proj.bias",
+        "k_proj.weight",
+        "q_norm.weight",
+        "k_norm.weight",
+    )
+    for name, grad in case.libra.grads.items():
+        if name.endswith(cut):
+            assert not grad.any(), name
+        elif name.endswith(("qkv.weight", "qkv.bias")):
+            query, key, value = grad.chunk(3)
+            assert not query.any(), name
+            assert not key.any(), name
+            assert value.any(), name
+        else:
+            assert grad.any(), name
+
+
+def test_constant_buffers_survive_randomise() -> None:
+    model = ref.create("eva02_tiny_patch14_224", img_size=56, num_classes=2)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    ref.randomise(model, seed=0)
+    assert before
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    model = ref.create("deit_tiny_distilled_patch16_224", img_size=32, num_classes=2)
+    with pytest.raises(TypeError, match="VisionTransformerDistilled"):
+        ref.reference(model, torch.zeros(1, 3, 32, 32), 0)
+
+
+@pytest.mark.parametrize("name", ref.PAPER_CHECKPOINTS)
+def test_the_papers_checkpoints_have_a_reference(name: str) -> None:
+    with torch.device("meta"):
+        model = ref.create(name)
+        size = model.pretrained_cfg["input_size"]
+        logits = ref.logits(model, torch.zeros(1, *size), ref.LIBRA)
+    assert logits.shape == (1, 1000)
+
+
+def test_the_reference_does_not_import_the_code_under_test() -> None:
+    tree = ast.parse(Path(ref.__file__).read_text(encoding="utf-8"))
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    assert imported.isdisjoint({"libragrad_fx"})
