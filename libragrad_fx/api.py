@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from libragrad_fx import plan as planning
+
 from libragrad_fx import rulebook
 from libragrad_fx.analyze import analyze
 from libragrad_fx.capture import capture
 from libragrad_fx.errors import GateOutputWarning, InputError
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.normalize import normalize
+from libragrad_fx.plan import plan as make_plan
 from libragrad_fx.rewrite import require_same_graph, rewrite, spell
 from libragrad_fx.types import Analysis, Certificate, Ledger, Plan, Trace
 from libragrad_fx.verify import certify, ledger, sites
@@ -42,7 +43,7 @@ def decide(
     book = rulebook.load(policy, rules)
     trace = normalize(model, capture(model, inputs))
     analysis = analyze(trace, book)
-    return Decision(trace, analysis, planning.plan(trace, analysis, book, on_unknown))
+    return Decision(trace, analysis, make_plan(trace, analysis, book, on_unknown))
 
 
 def transform(

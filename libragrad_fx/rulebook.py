@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -36,7 +37,7 @@ class RuleBook:
     rows: Mapping[tuple[Kind, str], PolicyRow]
     policy: str
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of what the rules say (not of how the files are laid out), in hex."""
         body = [_content(f) for f in self.facts.values()] + [_content(r) for r in self.rows.values()]

@@ -81,13 +81,20 @@ pow = _secant(
 
 
 def _pow_tensor(
-    needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, result: torch.Tensor, **_: Any
-) -> Grads:
-    return {"self": torch.where(self == 0, 0.0, result / self) * g}
+    needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, exponent: torch.Tensor,
+    result: torch.Tensor,
+) -> Grads:  # fmt: skip
+    grads = {"self": torch.where(self == 0, 0.0, result / self) * g}
+    if "exponent" in needs:
+        grads["exponent"] = torch.where(self == 0, 0.0, result * torch.log(self)) * g
+    return grads
 
 
 pow_tensor = twin(
-    aten.pow.Tensor_Tensor, _pow_tensor, saves=("self", "result"), name="pow_tensor"
+    aten.pow.Tensor_Tensor,
+    _pow_tensor,
+    saves=("self", "exponent", "result"),
+    name="pow_tensor",
 )
 
 

@@ -45,7 +45,7 @@ def _affine(needs: frozenset[str], g: torch.Tensor, hat: torch.Tensor, shape: Ax
 
 def _over_last(
     needs: frozenset[str], g: torch.Tensor, *, input: torch.Tensor, weight: torch.Tensor | None,
-    normalized_shape: list[int], eps: float | None, centred: bool,
+    normalized_shape: list[int], eps: float | None, centred: bool, **_: Any,
 ) -> Grads:  # fmt: skip
     axes, g = tuple(range(-len(normalized_shape), 0)), _wide(g)
     eps = torch.finfo(_wide(input).dtype).eps if eps is None else eps

@@ -132,12 +132,13 @@ def _linearised(
 
 
 def bias(op: torch._ops.OpOverload, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """What the layer adds by itself: its held form at a zero input (and state, where that is live)."""
+    """What the layer adds by itself: its held form with its live input and states at zero."""
+    x = args["input"]
     form, states = _linearised(op, **args)
     states = [
         torch.zeros_like(s) if {"hx", f"hx[{i}]"} & set(live) else s for i, s in enumerate(states)
     ]
-    return form(torch.zeros_like(args["input"]), *states, *args["params"])
+    return form(torch.zeros_like(x) if "input" in live else x, *states, *args["params"])
 
 
 def _recurrent(op: torch._ops.OpOverload) -> Callable[..., Any]:

@@ -60,7 +60,7 @@ FAMILIES: list[Family] = [
         "eva02_base_patch16_clip_224",
         {"img_size": 112, "num_classes": 10, **_NARROW},
     ),
-    ("gmixer", "gmixer_24_224", {"num_classes": 10}),
+    ("gmixer", "gmixer_24_224", {"img_size": 112, "num_classes": 10}),
     ("mixer", "mixer_s32_224", {"num_classes": 10}),
 ]
 
@@ -491,9 +491,9 @@ def _eva_attention(module: nn.Module, x: Tensor, table: Tensor, rules: Rules) ->
 
 
 def _eva(model: nn.Module, x: Tensor, rules: Rules) -> Tensor:
-    if model.rope_mixed or model.attn_pool is not None:
-        raise TypeError("EVA with per-layer rotation or an attention pool")
-    table = model.rope.pos_embed
+    table = getattr(model.rope, "pos_embed", None)
+    if table is None or model.rope_mixed or model.attn_pool is not None:
+        raise TypeError("EVA without one fixed rotary table, or with an attention pool")
     x = _norm(model.norm_pre, _embed(model, _patches(model.patch_embed, x, rules)), rules)
     for block in model.blocks:
         if type(block) is not eva.EvaBlock:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +14,11 @@ from tests.models import reference as ref
 
 TARGET = 3
 BATCH = 2
-CASES = [*ref.FAMILIES, *ref.DEEP, *ref.VARIANTS]
+CASES = [
+    *(pytest.param(row, id=row[0]) for row in ref.FAMILIES),
+    *(pytest.param(row, id=row[0]) for row in ref.VARIANTS),
+    *(pytest.param(row, id=row[0], marks=pytest.mark.slow) for row in ref.DEEP),
+]
 GLU_FAMILIES = {"eva02", "eva02_inner_norms", "gmixer"}
 
 
@@ -33,8 +36,8 @@ class Case:
 
 
 # One model in memory at a time; pytest groups the tests of this module by parameter.
-@pytest.fixture(scope="module", params=CASES, ids=lambda row: row[0])
-def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
     name, architecture, kwargs = request.param
     model = ref.create(architecture, **kwargs).double()
     ref.randomise(model, seed=0)
@@ -43,7 +46,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     logits = model(leaf)
     named = dict(model.named_parameters())
     grads = torch.autograd.grad(logits[:, TARGET].sum(), [leaf, *named.values()])
-    yield Case(
+    return Case(
         name=name,
         model=model,
         x=x,
@@ -73,7 +76,7 @@ def test_random_weights_give_a_usable_signal(case: Case) -> None:
     assert 0.1 < float(case.logits.std()) < 10.0
     assert float((case.logits[0] - case.logits[1]).abs().max()) > 1e-2
     for name, parameter in case.model.named_parameters():
-        assert float(parameter.std()) > 1e-3, name
+        assert float(parameter.detach().std()) > 1e-3, name
 
 
 def test_without_rules_every_gradient_is_the_stock_models(case: Case) -> None:
@@ -92,11 +95,12 @@ def test_input_and_biases_sum_to_the_logit(case: Case) -> None:
 
 
 def test_each_rule_is_needed(case: Case) -> None:
-    off = {"norm": True, "activation": True}
-    off["attention"] = not hasattr(case.model, "stem")
-    off["halve"] = case.name in GLU_FAMILIES
-    for rule in (rule for rule, applies in off.items() if applies):
-        partial = ref.reference(case.model, case.x, TARGET, rules=replace(ref.LIBRA, **{rule: False}))
+    needed = ["norm", "activation"]
+    needed += [] if hasattr(case.model, "stem") else ["attention"]
+    needed += ["halve"] if case.name in GLU_FAMILIES else []
+    for rule in needed:
+        rules = replace(ref.LIBRA, **{rule: False})
+        partial = ref.reference(case.model, case.x, TARGET, rules=rules)
         assert abs(ref.completeness_gap(case.model, case.x, partial)) > 1e-3, rule
 
 
@@ -123,6 +127,61 @@ def test_what_acts_through_the_probabilities_gets_nothing(case: Case) -> None:
             assert value.any(), name
         else:
             assert grad.any(), name
+
+
+# ---------------------------------------------------------------- the rules, by their closed form
+
+
+def _draw(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(len(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def test_norm_rule_by_hand() -> None:
+    module = nn.LayerNorm(7, dtype=torch.float64)
+    nn.init.normal_(module.weight)
+    x, dy = _draw(4, 7).requires_grad_(True), _draw(7, 4).T
+    y = ref._norm(module, x, ref.LIBRA)
+    torch.testing.assert_close(y, module(x))
+    (dx,) = torch.autograd.grad(y, x, dy)
+    u = dy * module.weight
+    root = (x.var(-1, correction=0, keepdim=True) + module.eps).sqrt()
+    torch.testing.assert_close(dx, (u - u.mean(-1, keepdim=True)) / root)
+    torch.testing.assert_close(dx.sum(-1), torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("module", [nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU()], ids=str)
+def test_activation_rule_by_hand(module: nn.Module) -> None:
+    x = torch.linspace(-3.0, 3.0, 13, dtype=torch.float64, requires_grad=True)
+    y = ref._activation(module, x, ref.LIBRA)
+    torch.testing.assert_close(y, module(x))
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert x[6] == 0.0
+    assert dx[6] == 0.5
+    torch.testing.assert_close(dx * x, module(x))
+
+
+def test_product_rule_by_hand() -> None:
+    a, b, dy = _draw(5).requires_grad_(True), _draw(1, 5)[0].requires_grad_(True), _draw(5)
+    y = ref._product(a, b, ref.LIBRA)
+    assert torch.equal(y, a * b)
+    da, db = torch.autograd.grad(y, (a, b), dy)
+    torch.testing.assert_close(da, 0.5 * b * dy)
+    torch.testing.assert_close(db, 0.5 * a * dy)
+
+
+def test_attention_rule_by_hand() -> None:
+    q, k, v = (part.requires_grad_(True) for part in _draw(3, 1, 2, 5, 4).unbind(0))
+    bias, dy = _draw(2, 5, 5).requires_grad_(True), _draw(1, 5, 8)
+    y = ref._attend(q, k, v, bias, ref.LIBRA)
+    grads = torch.autograd.grad(y, (q, k, bias, v), dy, allow_unused=True)
+    assert grads[:3] == (None, None, None)
+    probabilities = (q @ k.mT / 2.0 + bias).softmax(-1)
+    per_head = dy.reshape(1, 5, 2, 4).transpose(1, 2)
+    torch.testing.assert_close(grads[3], probabilities.mT @ per_head)
+
+
+# ---------------------------------------------------------------- scope
 
 
 def test_constant_buffers_survive_randomise() -> None:

@@ -1,0 +1,38 @@
+# The one place where a machine is set up: a virtual environment in the checkout, nothing outside it.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+# caches that would otherwise go to the user's home
+export PIP_NO_CACHE_DIR := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export MPLCONFIGDIR := $(CURDIR)/$(VENV)/cache/matplotlib
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/$(VENV)/cache/inductor
+export TRITON_CACHE_DIR := $(CURDIR)/$(VENV)/cache/triton
+export HF_HOME := $(CURDIR)/$(VENV)/cache/huggingface
+
+.PHONY: demo test lint sweep clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python >= 3.11 is needed: make PYTHON=python3.12')"
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(RUN) -m libragrad_fx demo -o out/demo.html
+
+test: $(VENV)/installed
+	$(RUN) -m pytest -n 2 -m "not slow"
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check libragrad_fx tools
+	$(VENV)/bin/pyright --pythonpath $(RUN)
+
+sweep: $(VENV)/installed
+	$(RUN) tools/families.py
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,377 @@
+"""Every row of ``rules/ops.yaml``, on every sample: bits equal, law holds, gates get no gradient.
+
+Generated from the table, so a new row is tested the moment it is written, or fails for want of a
+sample. Ops go through analyze, plan, rewrite and the ledger on a graph of one op; a sample of each
+kind also goes through capture (``test_whole_pipeline``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import libragrad_fx as lg
+from libragrad_fx import rulebook
+from libragrad_fx.errors import UnknownOpError
+from libragrad_fx.ops import TWINS
+from libragrad_fx.ops.bias import bias
+from libragrad_fx.types import Kind, Ledger, OpFacts, Role
+from tests.rows.one_op import Balanced, balance, cast, is_float, tensors, trace_call
+from tests.samples import ELEMENTWISE, Call, calls
+
+BOOK = rulebook.load()
+ROWS = [row for row in BOOK.facts.values() if row.kind is not Kind.CUT]
+each_row = pytest.mark.parametrize("row", ROWS, ids=lambda r: r.op.removeprefix("aten."))
+TOLERANCE = 1e-10  # float64, of the size of the sums involved
+
+# rows whose forward draws random numbers: both sides are run from one seed
+aten = torch.ops.aten
+
+
+def carriers(row: OpFacts, call: Call) -> tuple[str, ...]:
+    return tuple(tensors(call, (*row.stream, *row.factors)))
+
+
+def modulators(row: OpFacts, call: Call) -> tuple[str, ...]:
+    return tuple(tensors(call, (*row.gate, *row.denominator)))
+
+
+def live_sets(row: OpFacts, call: Call) -> list[tuple[str, ...]]:
+    """Every carrier alone, all of them, and all with every operand that modulates."""
+    names, gates = carriers(row, call), modulators(row, call)
+    sets = [(n,) for n in names] + [names, names + gates]
+    return [s for s in dict.fromkeys(sets) if s]
+
+
+def weights(outputs: Any) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(y.shape, dtype=torch.float64, generator=generator) for y in outputs]
+
+
+def weighted_sum(outputs: Any) -> torch.Tensor:
+    """A scalar whose gradient with respect to every output is generic."""
+    moving = [y for y in outputs if is_float(y)]
+    return sum((y * w).sum() for y, w in zip(moving, weights(moving), strict=True))
+
+
+def run(module: Any, inputs: Any) -> list[Any]:
+    torch.manual_seed(7)
+    moving = [x.detach().clone().requires_grad_() for x in inputs]
+    return list(module(*moving))
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Stricter than ``torch.equal``: tells -0.0 from 0.0 and takes nan for equal to itself."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    as_int = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
+    return torch.equal(a.detach().contiguous().view(as_int), b.detach().contiguous().view(as_int))
+
+
+def assert_same_bits(made: Balanced, row: OpFacts, inputs: Any = None) -> None:
+    inputs = made.inputs if inputs is None else inputs
+    torch.manual_seed(7)
+    moving = [x.detach().clone().requires_grad_() for x in inputs]
+    plain = [y for i, y in enumerate(made.plain(moving)) if i not in row.gate_outputs]
+    for a, b in zip(plain, run(made.module, inputs), strict=True):
+        assert same_bits(a, b), f"{made.call}: {a} is not {b}"
+
+
+def size_of(made: Balanced) -> float:
+    """The size of the sums that the law compares: Σ|y w| + Σ|x|, which no cancellation hides."""
+    outputs = [y for y in run(made.module, made.inputs) if is_float(y)]
+    flow = sum(float((y * w).abs().sum()) for y, w in zip(outputs, weights(outputs), strict=True))
+    return 1.0 + flow + sum(float(x.abs().sum()) for x in made.inputs)
+
+
+def assert_law(account: Ledger, size: float, what: str) -> None:
+    assert account.rows, f"{what}: no node carries gradient"
+    assert math.isfinite(size)
+    for r in account.rows:
+        assert abs(r.residual) <= TOLERANCE * size, f"{what}\n{account}"
+    assert account.completeness_error <= TOLERANCE * size, f"{what}\n{account}"
+
+
+def test_every_row_has_samples() -> None:
+    assert [row.op for row in ROWS if not calls(row)] == []
+
+
+@each_row
+def test_samples_reach_every_operand(row: OpFacts) -> None:
+    """An argument that a row names and no sample gives a float tensor to is an untested claim."""
+    reached = {n.split("[")[0] for c in calls(row) for n in tensors(c, row.operands)}
+    arguments = {a.name: str(a.type) for c in calls(row) for a in c.op._schema.arguments}
+    named = {n for n in row.operands if "Tensor" in arguments.get(n, "")}
+    assert reached >= named
+
+
+@each_row
+def test_forward_bits(row: OpFacts) -> None:
+    for call in calls(row):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            typed, live = cast(call, dtype), carriers(row, call)
+            try:
+                typed.op(*typed.args, **typed.kwargs)
+            except (RuntimeError, NotImplementedError):
+                assert dtype is torch.bfloat16, f"{call} has no {dtype} kernel"
+                continue
+            assert_same_bits(balance(BOOK, row, typed, live), row)
+
+
+@each_row
+def test_law(row: OpFacts) -> None:
+    for call in calls(row):
+        for live in live_sets(row, call):
+            made = balance(BOOK, row, call, live)
+            torch.manual_seed(7)
+            assert_law(made.ledger(weighted_sum), size_of(made), f"{call}, live: {', '.join(live)}")
+
+
+@each_row
+def test_plain_backward_keeps_its_law_where_nothing_is_edited(row: OpFacts) -> None:
+    """A row whose plan is empty claims that autograd is balanced there; the others, that it is not.
+
+    The second half keeps the table honest: an edit that changes no gradient has no reason to be.
+    """
+    edited = [
+        (call, live, made)
+        for call in calls(row)
+        for live in live_sets(row, call)
+        if (made := balance(BOOK, row, call, live)).plan.edits
+    ]
+    if not edited:
+        assert row.kind not in (Kind.GATED, Kind.ATTENTION, Kind.RECURRENT)
+        return
+    differing = 0
+    for _, _, made in edited:
+        torch.manual_seed(7)
+        moving = [x.detach().clone().requires_grad_() for x in made.inputs]
+        outputs = [y for i, y in enumerate(made.plain(moving)) if i not in row.gate_outputs]
+        mine = [x.detach().clone().requires_grad_() for x in made.inputs]
+        torch.manual_seed(7)
+        pairs = zip(
+            torch.autograd.grad(weighted_sum(outputs), moving, allow_unused=True),
+            torch.autograd.grad(weighted_sum(made.module(*mine)), mine, allow_unused=True),
+            strict=True,
+        )
+        differing += any(
+            (a is None) != (b is None) or (a is not None and not torch.allclose(a, b)) for a, b in pairs
+        )
+    assert differing > 0
+
+
+MODULATED = [row for row in ROWS if row.gate or row.denominator]
+
+
+@pytest.mark.parametrize("row", MODULATED, ids=lambda r: r.op)
+def test_what_modulates_gets_no_gradient(row: OpFacts) -> None:
+    checked = 0
+    for call in calls(row):
+        names, gates = carriers(row, call), modulators(row, call)
+        if not gates or not names:
+            continue
+        made = balance(BOOK, row, call, names + gates)
+        assert_no_gradient(made, gates)
+        checked += 1
+    assert checked > 0
+
+
+PRODUCTS = [row for row in ROWS if row.kind is Kind.PRODUCT and len(row.factors) > 1 or row.op == "aten.einsum"]
+
+
+@pytest.mark.parametrize("row", PRODUCTS, ids=lambda r: r.op)
+def test_a_factor_that_is_a_gate_gets_no_gradient(row: OpFacts) -> None:
+    checked = 0
+    for call in calls(row):
+        factors = tuple(tensors(call, row.factors))
+        for gate in factors if len(factors) > 1 else ():
+            live = carriers(row, call)
+            made = balance(BOOK, row, call, live, gated=(gate,))
+            assert_no_gradient(made, (gate,))
+            assert_law(made.ledger(weighted_sum), size_of(made), f"{call}, gate: {gate}")
+            checked += 1
+    assert checked > 0
+
+
+def assert_no_gradient(made: Balanced, gates: tuple[str, ...]) -> None:
+    torch.manual_seed(7)
+    moving = [x.detach().clone().requires_grad_() for x in made.inputs]
+    grads = torch.autograd.grad(weighted_sum(made.module(*moving)), moving, allow_unused=True)
+    named = dict(zip(made.live, grads, strict=True))
+    for name in gates:
+        assert named[name] is None or not named[name].any(), f"{made.call}: {name} gets {named[name]}"
+    carried = [g for n, g in named.items() if n not in gates]
+    assert any(g is not None and g.any() for g in carried), f"{made.call}: nothing carries"
+
+
+@pytest.mark.parametrize("row", MODULATED, ids=lambda r: r.op)
+def test_what_modulates_alone_is_balanced_or_reported(row: OpFacts) -> None:
+    """A gate operand may be all that depends on the input; what the rules cannot balance they name."""
+    for call in calls(row):
+        for gate in modulators(row, call):
+            try:
+                made = balance(BOOK, row, call, (gate,))
+            except UnknownOpError as e:
+                assert gate in row.gate
+                assert str(call.op) in str(e)
+                continue
+            assert_law(made.ledger(weighted_sum), size_of(made), f"{call}, live: {gate}")
+
+
+SOURCES = [row for row in ROWS if row.kind is Kind.GATE_SOURCE]
+
+
+@pytest.mark.parametrize("row", SOURCES, ids=lambda r: r.op)
+def test_a_gate_source_beside_a_value_is_a_gate(row: OpFacts) -> None:
+    from libragrad_fx.analyze import analyze
+
+    for call in calls(row):
+        trace, _ = trace_call(row, call, carriers(row, call), beside=True)
+        analysis = analyze(trace, BOOK)
+        (node,) = (n.name for n in trace.graph.nodes if n.target is call.op)
+        assert analysis.roles[node] is Role.GATE
+        assert node not in analysis.live
+        assert analysis.relabelled == frozenset()
+
+
+def test_a_gate_output_that_is_demanded_is_reported() -> None:
+    for op in (aten.var_mean.correction, aten.std_mean.correction):
+
+        class Model(torch.nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return op(x, [1], correction=0)[0]  # noqa: B023 - called in this turn
+
+        with pytest.raises(UnknownOpError, match="output 0"):
+            lg.transform(Model(), torch.randn(4, 5, dtype=torch.float64))
+
+
+# --- edge points
+
+
+EDGES = [0.0, -0.0, 5e-324, 1e-300, 1e-12, 1e-8, 2e-8, 1e-4, 0.5, 1.0, 3.0, 6.0, 30.0, 1e4, 1e150]
+INFINITE = [math.inf, -math.inf, math.nan, 1e308, -1e308]
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_edge_points(name: str) -> None:
+    """Bits everywhere, also at ±inf and nan; the law element by element wherever the op is finite."""
+    row = BOOK.facts[f"aten.{name}"]
+    x = torch.tensor([s * e for e in EDGES for s in (1, -1)], dtype=torch.float64)
+    everywhere = torch.cat([x, torch.tensor(INFINITE, dtype=torch.float64)])
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(aten, packet), overload or "default")
+    for points in (everywhere, everywhere.float(), everywhere.bfloat16(), everywhere[:0]):
+        made = balance(BOOK, row, Call(op, (points, *ELEMENTWISE[name]), {}), ("self",))
+        assert_same_bits(made, row)
+    fn = op if row.vjp is None else TWINS[row.vjp]
+    moving = x.clone().requires_grad_()
+    y = fn(moving, *ELEMENTWISE[name])
+    (r,) = torch.autograd.grad(y.sum(), moving)
+    constant = bias(row.bias, op, ["self"], (x, *ELEMENTWISE[name]), {})
+    finite = y.isfinite()
+    assert finite.sum() >= 8
+    assert r[finite].isfinite().all()
+    made_of = x * r + (0.0 if constant is None else constant)
+    torch.testing.assert_close(made_of[finite], y.detach()[finite], rtol=TOLERANCE, atol=1e-15)
+
+
+def test_edge_points_cover_every_elementwise_row() -> None:
+    """Rows of these kinds with one tensor and no dimension argument are elementwise."""
+    smooth = (Kind.GATED, Kind.GATE_SOURCE, Kind.SATURATING)
+    one_tensor = {
+        row.op.removeprefix("aten.")
+        for row in ROWS
+        if row.kind in smooth and row.operands == ("self",) and not _takes_dim(row)
+    }
+    assert one_tensor <= set(ELEMENTWISE)
+
+
+def _takes_dim(row: OpFacts) -> bool:
+    return any("dim" in a.name for c in calls(row) for a in c.op._schema.arguments)
+
+
+EMPTY = {
+    "add": (2, 0), "mul": (2, 0), "where": (2, 0), "cat": (2, 0), "div": (2, 0), "maximum": (2, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty_tensors(name: str) -> None:
+    row, x = BOOK.facts[f"aten.{name}"], torch.empty(EMPTY[name], dtype=torch.float64)
+    args: dict[str, Any] = {"where": (x > 0, x, x), "cat": ([x, x],)}
+    packet = getattr(aten, name)
+    overload = packet.self if name == "where" else getattr(packet, "Tensor", None) or packet.default
+    call = Call(overload, args.get(name, (x, x)), {})
+    made = balance(BOOK, row, call, carriers(row, call))
+    assert_same_bits(made, row)
+    assert_law(made.ledger(weighted_sum), 1.0, str(call))
+
+
+BROADCAST = [r for r in ROWS if set(r.operands) == {"self", "other"}]
+SHAPES = [((3, 1), (4,)), ((), (2, 3)), ((2, 3), ()), ((1, 3), (2, 1))]
+
+
+@pytest.mark.parametrize("row", BROADCAST, ids=lambda r: r.op)
+def test_broadcasting(row: OpFacts) -> None:
+    packet = getattr(aten, row.op.split(".")[1])
+    for left, right in SHAPES if row.op != "aten.matmul" else [((2, 1, 3, 4), (5, 4, 2)), ((4,), (3, 4, 2))]:
+        a, b = (torch.rand(s, dtype=torch.float64) + 0.5 for s in (left, right))
+        args = (a.mean() > 0, a, b) if row.op == "aten.where" else (a, b)
+        overload = torch._C._jit_resolve_packet(str(packet).replace(".", "::"), *args)
+        call = Call(getattr(packet, overload), args, {})
+        for live in live_sets(row, call):
+            made = balance(BOOK, row, call, live)
+            assert_same_bits(made, row)
+            assert_law(made.ledger(weighted_sum), size_of(made), f"{call}, live: {live}")
+
+
+# --- the whole pipeline, one sample of every kind
+
+
+def _one_of_each_kind() -> list[OpFacts]:
+    return [next(iter(g)) for _, g in itertools.groupby(sorted(ROWS, key=lambda r: r.kind), lambda r: r.kind)]
+
+
+WHOLE = [
+    *_one_of_each_kind(),
+    *(BOOK.facts[f"aten.{n}"] for n in ("gelu", "mul", "div", "linear", "softmax", "batch_norm", "var")),
+]
+
+
+class OneOp(torch.nn.Module):
+    """A user's model of one op; operands that do not move are buffers."""
+
+    def __init__(self, call: Call, live: tuple[str, ...]) -> None:
+        super().__init__()
+        self.call, self.live = call, live
+        for i, t in enumerate(torch.utils._pytree.tree_leaves((call.args, call.kwargs))):
+            if isinstance(t, torch.Tensor):
+                self.register_buffer(f"static_{i}", t)
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        made = Balanced(self.call, self.live, (), None, None, None)  # type: ignore[arg-type]
+        return tuple(y for y in made.plain(inputs) if is_float(y))
+
+
+@pytest.mark.filterwarnings("ignore::libragrad_fx.errors.GateOutputWarning")
+@pytest.mark.parametrize("row", WHOLE, ids=lambda r: r.op)
+def test_whole_pipeline(row: OpFacts) -> None:
+    call = calls(row)[0]
+    live = () if row.kind is Kind.EMBEDDING else carriers(row, call)
+    model = OneOp(call, live) if live else torch.nn.Embedding(7, 3, dtype=torch.float64)
+    named = tensors(call, live)
+    inputs = tuple(named[n] for n in live) or (call.args[1],)
+    module = lg.transform(model, inputs)
+    certificate = lg.verify(model, module, inputs, target=_total)
+    assert certificate.ok, str(certificate)
+    assert_law(lg.audit(module, inputs, _total), 1.0 + abs(certificate.output), row.op)
+
+
+def _total(outputs: Any) -> torch.Tensor:
+    return weighted_sum(outputs if isinstance(outputs, tuple) else (outputs,))
