@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 from torch.export import Dim, ExportedProgram
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import CaptureError, CustomBackwardWarning, InputError
@@ -275,10 +276,11 @@ def infer_inputs(model: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any
     place = {"device": like.device, "dtype": like.dtype}
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     if isinstance(config, Mapping) and config.get("input_size"):
-        size = tuple(getattr(model, "img_size", None) or config["input_size"][-2:])
-        size = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
-        channels = getattr(_first_layer(model), "in_channels", config["input_size"][0])
-        return (torch.randn(2, channels, *size, **place),), {}
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        size = tuple(size or config["input_size"][-2:])
+        conv = next((m for m in model.modules() if isinstance(m, _ConvNd)), None)
+        channels = dict.fromkeys([config["input_size"][0], getattr(conv, "in_channels", 3)])
+        return _first_that_runs(model, [torch.randn(2, c, *size, **place) for c in channels])
     if type(model).__module__.startswith("torchvision.models"):
         side = 299 if "inception" in type(model).__module__ else 224
         if ".video" in type(model).__module__:
@@ -311,7 +313,7 @@ def _first_layer(model: torch.nn.Module) -> torch.nn.Module | None:
 
 
 def _candidates(layer: Any, place: dict[str, Any]) -> Iterator[torch.Tensor]:
-    if isinstance(layer, torch.nn.modules.conv._ConvNd):
+    if isinstance(layer, _ConvNd):
         dims = len(layer.kernel_size)
         for side in (224, 64, 32, 28):
             yield torch.randn(2, layer.in_channels, *[side if dims < 3 else side // 2] * dims, **place)
@@ -320,25 +322,36 @@ def _candidates(layer: Any, place: dict[str, Any]) -> Iterator[torch.Tensor]:
     width = getattr(layer, "in_features", None) or getattr(layer, "input_size", None)
     width = width or getattr(layer, "num_features", None)
     shape = getattr(layer, "normalized_shape", None)
-    if width is not None and not isinstance(layer, torch.nn.modules.conv._ConvNd):
+    if width is not None and not isinstance(layer, _ConvNd):
         yield from (torch.randn(2, width, **place), torch.randn(2, 16, width, **place))
     elif shape is not None:
         yield torch.randn(2, *shape, **place)
 
 
 def _probe(model: torch.nn.Module, place: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Try what the first layer takes, on fake tensors: nothing is computed and nothing written."""
+    """What the first layer takes."""
     layer = _first_layer(model)
-    tried = []
-    for candidate in _candidates(layer, place):
-        tried.append(f"{tuple(candidate.shape)} {candidate.dtype}")
+    return _first_that_runs(model, list(_candidates(layer, place)), type(layer).__name__)
+
+
+def _first_that_runs(
+    model: torch.nn.Module, candidates: Sequence[torch.Tensor], layer: str = "it"
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The first candidate that the model takes; the only one of one is taken at its word.
+
+    Tried on fake tensors: nothing is computed and nothing written.
+    """
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for candidate in candidates:
+        if len(candidates) == 1 and layer == "it":
+            return (candidate,), {}
         mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
-        state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         with mode, contextlib.suppress(Exception), torch.no_grad():
             fake = {k: mode.from_tensor(v) for k, v in state.items()}
             torch.func.functional_call(model, fake, (mode.from_tensor(candidate),))
             return (candidate,), {}
-    what = f"{type(layer).__name__} takes {', '.join(tried)}" if tried else "no layer to start from"
+    tried = ", ".join(f"{tuple(c.shape)} {c.dtype}" for c in candidates)
+    what = f"{layer} takes {tried}" if tried else "no layer to start from"
     raise InputError(
         f"cannot guess inputs for {type(model).__name__}: tried {_INFERENCE_TRIED} ({what}). Pass an"
         " example: transform(model, (x,)), with x as you would call the model, batch first."

@@ -20,6 +20,12 @@ from libragrad_fx.types import Action, Kind, Location, OpFacts, PolicyRow
 
 SITES = ("value", "values", "gate", "denominator")
 _LISTS = ("stream", "factors", "gate", "denominator", "gate_outputs")
+_NUMBER = (int, float)
+_TYPES: dict[str, tuple[type, ...]] = {
+    "op": (str,), "vjp": (str,), "bias": (str,), "rank": (int,), "degree": _NUMBER,
+    "at_zero": _NUMBER, "affine_if": (Mapping,),
+}  # fmt: skip
+_UNREADABLE = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
 _FIELDS = {f.name for f in dataclasses.fields(OpFacts)} - {"where"}
 
 
@@ -114,7 +120,7 @@ def _load_policy(file: Path) -> tuple[str, dict[tuple[Kind, str], PolicyRow]]:
             first = rows[row.kind, row.site].where
             raise RuleError(f"{at}: unreachable row: {row.name} is already ruled at {first}")
         rows[row.kind, row.site] = row
-    return yaml.SafeLoader("").construct_object(body["policy"]), rows
+    return str(_construct(body["policy"], where)), rows
 
 
 def _read(file: Path) -> tuple[yaml.Node, Location]:
@@ -123,6 +129,8 @@ def _read(file: Path) -> tuple[yaml.Node, Location]:
     except yaml.MarkedYAMLError as e:
         line = e.problem_mark.line + 1 if e.problem_mark else 1
         raise RuleError(f"{Location(str(file), line)}: not YAML: {e.problem}") from e
+    except (yaml.YAMLError, RecursionError) as e:
+        raise RuleError(f"{Location(str(file), 1)}: not YAML: {e}") from e
     except (OSError, UnicodeDecodeError) as e:
         raise RuleError(f"{Location(str(file), 1)}: cannot be read: {e}") from e
     if node is None:
@@ -135,13 +143,21 @@ def _mapping(node: yaml.Node, file: Path, deep: bool = True) -> tuple[dict[str, 
     where = Location(str(file), node.start_mark.line + 1)
     if not isinstance(node, yaml.MappingNode):
         raise RuleError(f"{where}: expected a mapping '{{key: value, ...}}'")
-    loader, found = yaml.SafeLoader(""), {}
+    found: dict[str, Any] = {}
     for key_node, value in node.value:
-        key = str(loader.construct_object(key_node))
+        key = str(_construct(key_node, where))
         if key in found:
             raise RuleError(f"{where}: key {key!r} is given twice")
-        found[key] = loader.construct_object(value, deep=True) if deep else value
+        found[key] = _construct(value, where) if deep else value
     return found, where
+
+
+def _construct(node: yaml.Node, where: Location) -> Any:
+    """The value of a YAML node; a tag may ask for what its text is not (``!!int x``)."""
+    try:
+        return yaml.SafeLoader("").construct_object(node, deep=True)
+    except _UNREADABLE as e:
+        raise RuleError(f"{where}: cannot be read: {e}") from e
 
 
 def _parse_facts(items: Iterable[tuple[dict[str, Any], Location]]) -> dict[str, OpFacts]:
@@ -159,6 +175,10 @@ def _fact_row(values: dict[str, Any], where: Location) -> OpFacts:
     lists = {k: tuple(values[k]) for k in _LISTS if isinstance(values.get(k), (list, tuple))}
     for key in set(_LISTS) & set(values) - set(lists):
         raise RuleError(f"{where}: {key!r} must be a list, got {values[key]!r}")
+    for key, types in _TYPES.items():
+        if not isinstance(values.get(key), (*types, type(None))) or values.get("op") is None:
+            wanted = " or ".join(t.__name__ for t in types)
+            raise RuleError(f"{where}: {key!r} must be of type {wanted}, got {values.get(key)!r}")
     rest = {k: v for k, v in values.items() if k not in _LISTS}
     row = OpFacts(**{**rest, **lists, "kind": _enum(Kind, values["kind"], where), "where": where})
     _check_schema(row)

@@ -22,7 +22,7 @@ from libragrad_fx.types import OpFacts
 aten = torch.ops.aten
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Builder = Callable[[], Arguments]
-_OPINFO_LIMIT = 3
+_OPINFO_LIMIT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Call:
     kwargs: dict[str, Any]
 
     def __str__(self) -> str:
-        return f"{self.op}({', '.join([*map(_short, self.args), *map(_named, self.kwargs.items())])})"
+        return (
+            f"{self.op}({', '.join([*map(_short, self.args), *map(_named, self.kwargs.items())])})"
+        )
 
 
 def calls(row: OpFacts) -> tuple[Call, ...]:
@@ -48,13 +50,14 @@ def _calls(op: str) -> tuple[Call, ...]:
     found = []
     for build in BY_HAND.get(op, ()):
         torch.manual_seed(0)
-        found.append(_call(packet, *build()))
-    made = (_call(packet, *a) for a in _opinfo_arguments(packet))
+        found.append(call_of(packet, *build()))
+    made = (call_of(packet, *a) for a in _opinfo_arguments(packet))
     fitting = (c for c in made if overload in ("", c.op._overloadname))
-    return (*found, *itertools.islice(fitting, _OPINFO_LIMIT))
+    return (*found, *itertools.islice(fitting, 1 if found else _OPINFO_LIMIT))
 
 
-def _call(packet: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def call_of(packet: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The overload that PyTorch picks for these arguments."""
     overload = torch._C._jit_resolve_packet(f"aten::{packet}", *args, **kwargs)
     return Call(getattr(getattr(aten, packet), overload), args, kwargs)
 
@@ -88,18 +91,41 @@ def opinfos() -> dict[str, list[Any]]:
 
 
 def _opinfo_arguments(packet: str) -> Iterator[Arguments]:
-    """Arguments of OpInfo samples that the ATen op takes as they are."""
+    """Arguments of OpInfo samples that the ATen op takes as they are and has a derivative for."""
     for info in opinfos().get(packet, ()):
         torch.manual_seed(0)
         samples = info.sample_inputs("cpu", torch.float64, requires_grad=False)
         for sample in itertools.islice(samples, 12):
             args, kwargs = (sample.input, *sample.args), dict(sample.kwargs)
             try:
-                y = _call(packet, args, kwargs).op(*args, **kwargs)
+                y = differentiable(call_of(packet, args, kwargs))
             except (RuntimeError, TypeError, IndexError, NotImplementedError):
                 continue  # the Python function of this name spells its arguments another way
-            if _usable(args, y):
+            if kwargs.get("eps", 1) <= 0:
+                continue  # a norm that is nan at zero
+            if y is not None and _usable(args, y):
                 yield args, kwargs
+
+
+def differentiable(call: Call) -> Any:
+    """The call's output, if a gradient leads from it to its float operands; else None."""
+    moving = [t.clone().requires_grad_() for t in _floats(call.args)]
+    fresh = iter(moving)
+    args = torch.utils._pytree.tree_map(lambda t: next(fresh) if is_float(t) else t, call.args)
+    y = call.op(*args, **call.kwargs)
+    outputs = [t for t in _floats(y) if t.requires_grad]
+    if not moving or not outputs:
+        return None
+    torch.autograd.grad([t.sum() for t in outputs], moving, allow_unused=True)
+    return y
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _floats(tree: Any) -> list[torch.Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(tree) if is_float(t)]
 
 
 def _usable(args: tuple[Any, ...], y: Any) -> bool:
@@ -222,6 +248,7 @@ BY_HAND: dict[str, list[Builder]] = {
     "aten.roll": one(r(2, 6), [2], [1]),
     "aten.col2im": one(r(2, 12, 9), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]),
     "aten.index": one(r(4, 3), [ids(4, 5)]) + one(r(4, 3), [None, ids(3, 2)]),
+    "aten.im2col": one(r(2, 3, 4, 4), [2, 2], [1, 1], [0, 0], [1, 1]),
     "aten._adaptive_avg_pool2d": one(r(2, 3, 5, 5), _ADAPTIVE[2]),
     "aten._adaptive_avg_pool3d": one(r(2, 3, 5, 5, 4), _ADAPTIVE[3]),
     "aten._upsample_bicubic2d_aa": _resize(2, corners=True),
@@ -262,6 +289,10 @@ BY_HAND: dict[str, list[Builder]] = {
     "aten.clamp": one(r(4, 5), -0.5, 0.7) + one(r(4, 5), None, 0.2),
     "aten.clamp_min": one(r(4, 5), -0.5),
     "aten.clamp_max": one(r(4, 5), 0.5),
+    "aten.clamp.Tensor": one(r(4, 5), r(5), r(4, 5)) + one(r(4, 5), r(5)),
+    "aten.clamp_min.Tensor": one(r(4, 5), r(5)),
+    "aten.clamp_max.Tensor": one(r(4, 5), r(5)),
+    "aten.lerp": one(r(4, 5), r(4, 5), r(5)) + one(r(4, 5), r(4, 5), 0.3),
     "aten.hardtanh": one(r(4, 5)) + one(r(4, 5), -0.3, 0.2),
     "aten.threshold": one(r(4, 5), 0.2, 0.9) + one(r(4, 5), -0.2, -3.0),
     "aten.gelu": one(r(4, 5)) + one(r(4, 5), approximate="tanh"),
@@ -272,7 +303,8 @@ BY_HAND: dict[str, list[Builder]] = {
         b for p in (2, 3, 0.5, -1.0, 0, 1) for b in one(lambda: positive(4, 5), p)
     ]
     + one(r(4, 5), 2),
-    "aten.pow.Tensor_Tensor": one(lambda: positive(4, 5), r(5)),
+    "aten.pow.Tensor_Tensor": one(lambda: positive(4, 5), r(5))
+    + one(lambda: positive(5), lambda: torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)),
     "aten.softmax": one(r(4, 5), -1) + one(r(4, 5), 0) + one(r(2, 3, 4), 1),
     "aten.log_softmax": one(r(4, 5), -1) + one(r(2, 3, 4), 1),
     "aten.logsumexp": one(r(4, 5), [1]) + one(r(4, 5), [0], True) + one(r(2, 3, 4), [0, 2]),
@@ -316,13 +348,15 @@ BY_HAND: dict[str, list[Builder]] = {
 
 # --- elementwise ops of one tensor, for edge points: every row here is called as op(x, *extra)
 
+_UNARY = """
+relu leaky_relu abs hardshrink softshrink nan_to_num hardtanh relu6 neg clone
+gelu silu mish hardswish elu celu selu softplus log_sigmoid square
+sin tan sinh asinh atan asin atanh sinc expm1 log1p cos cosh
+tanh erf sigmoid hardsigmoid erfc special_ndtr exp exp2 log log2 log10 sqrt rsqrt reciprocal
+"""
+
 ELEMENTWISE: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(
-        """relu leaky_relu abs hardshrink nan_to_num hardtanh relu6 gelu silu mish hardswish elu celu
-        selu softplus log_sigmoid square sin tan sinh asinh atan expm1 log1p cos cosh tanh erf sigmoid
-        hardsigmoid erfc exp exp2 log sqrt rsqrt reciprocal neg clone""".split(),
-        (),
-    ),
+    **dict.fromkeys(_UNARY.split(), ()),
     "clamp": (-0.5, 0.7),
     "clamp_min": (-0.5,),
     "clamp_max": (0.5,),

@@ -57,6 +57,8 @@ sinh = _secant(aten.sinh.default, 1.0)
 sin = _secant(aten.sin.default, 1.0)
 asinh = _secant(aten.asinh.default, 1.0)
 atan = _secant(aten.atan.default, 1.0)
+asin = _secant(aten.asin.default, 1.0)
+atanh = _secant(aten.atanh.default, 1.0)
 erf = _secant(aten.erf.default, 2 / math.sqrt(math.pi))
 expm1 = _secant(aten.expm1.default, 1.0)
 log1p = _secant(aten.log1p.default, 1.0)
@@ -64,6 +66,8 @@ exp = _secant(aten.exp.default, 1.0, 1.0)
 exp2 = _secant(aten.exp2.default, math.log(2), 1.0)
 cos = _secant(aten.cos.default, 0.0, 1.0)
 cosh = _secant(aten.cosh.default, 0.0, 1.0)
+sinc = _secant(aten.sinc.default, 0.0, 1.0)
+special_ndtr = _secant(aten.special_ndtr.default, 1 / math.sqrt(2 * math.pi), 0.5)
 erfc = _secant(aten.erfc.default, -2 / math.sqrt(math.pi), 1.0)
 sigmoid = _secant(aten.sigmoid.default, 0.25, 0.5)
 hardsigmoid = _secant(aten.hardsigmoid.default, 1 / 6, 0.5)
@@ -84,7 +88,9 @@ def _pow_tensor(
     needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, exponent: torch.Tensor,
     result: torch.Tensor,
 ) -> Grads:  # fmt: skip
-    grads = {"self": torch.where(self == 0, 0.0, result / self) * g}
+    # x ** 0 is a constant, as it is for a number as exponent
+    held = torch.where((self == 0) | (exponent == 0), 0.0, result / self)
+    grads = {"self": held * g}
     if "exponent" in needs:
         grads["exponent"] = torch.where(self == 0, 0.0, result * torch.log(self)) * g
     return grads
@@ -98,13 +104,22 @@ pow_tensor = twin(
 )
 
 
-def _log(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, result: torch.Tensor) -> Grads:
-    """Secant through (1, 0), the point where the logarithm is finite and known."""
-    near = (self - 1).abs() < math.sqrt(torch.finfo(self.dtype).eps)
-    return {"self": torch.where(near, 1.0, result / torch.where(near, 1.0, self - 1)) * g}
+LOG_SLOPES = {aten.log.default: 1.0, aten.log2.default: 1 / math.log(2), aten.log10.default: 1 / math.log(10)}
 
 
-log = twin(aten.log.default, _log, saves=("self", "result"))
+def _logarithm(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """Secant through (1, 0), the point where a logarithm is finite and known."""
+
+    def vjp(
+        needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, result: torch.Tensor
+    ) -> Grads:
+        near = (self - 1).abs() < math.sqrt(torch.finfo(self.dtype).eps)
+        return {"self": torch.where(near, LOG_SLOPES[op], result / torch.where(near, 1.0, self - 1)) * g}
+
+    return twin(op, vjp, saves=("self", "result"))
+
+
+log, log2, log10 = map(_logarithm, LOG_SLOPES)
 
 
 def softmax_at_zero(x: torch.Tensor, dim: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from libragrad_fx.ops import recurrent
-from libragrad_fx.ops.activation import softmax_at_zero
+from libragrad_fx.ops.activation import LOG_SLOPES, softmax_at_zero
 from libragrad_fx.ops.twin import bind
 
 Bias = Callable[[Any, Sequence[str], dict[str, Any]], Any]
@@ -26,30 +26,57 @@ def _zeroed(name: str, value: Any, live: Sequence[str]) -> Any:
     return torch.zeros_like(value) if isinstance(value, torch.Tensor) and name in live else value
 
 
-def at_zero(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """The op at zero live operands: right for every op that is affine in them."""
+def _run(op: Any, values: dict[str, Any]) -> Any:
     keyword = {a.name for a in op._schema.arguments if a.kwarg_only}
-    values = {k: _zeroed(k, v, live) for k, v in args.items()}
     positional = [v for k, v in values.items() if k not in keyword]
     return op(*positional, **{k: v for k, v in values.items() if k in keyword})
 
 
+def at_zero(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
+    """The op at zero live operands: right for every op that is affine in them."""
+    return _run(op, {k: _zeroed(k, v, live) for k, v in args.items()})
+
+
 def _saturated(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """clamp and its kin are the identity inside their bounds and a constant outside."""
-    x = args["self"]
-    y = at_zero(op, (), args)
-    return torch.where(y == x, torch.zeros_like(y), y)
+    """clamp and its kin are the identity or a constant: the constant, where nothing passes.
+
+    Whether the identity holds at a bound itself differs between ops and PyTorch versions, so the
+    op's own derivative is asked.
+    """
+    with torch.enable_grad():
+        x = args["self"].detach().requires_grad_()
+        y = _run(op, {**args, "self": x})
+        (passes,) = torch.autograd.grad(y.sum(), x)
+    return torch.where(passes == 0, y.detach(), 0.0)
 
 
 def _selected(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """maximum/minimum against a static operand: that operand where it wins, half of it at a tie."""
-    static = args["other"] if "self" in live else args["self"]
-    moving = args["self"] if "self" in live else args["other"]
-    if {"self", "other"} <= set(live):
+    """A selection among tensors: its static ones where they win, shared at ties as autograd does."""
+    given = {k: v for k, v in args.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    if not set(given) - set(live):
         return None
-    y = at_zero(op, (), args)
-    share = torch.where(moving == static, 0.5, (y == static).to(y.dtype))
-    return share * static
+    shape = torch.broadcast_shapes(*(v.shape for v in given.values()))
+    wide = {k: v.detach().expand(shape).clone().requires_grad_() for k, v in given.items()}
+    static = [v for k, v in wide.items() if k not in live]
+    with torch.enable_grad():
+        shares = torch.autograd.grad(_run(op, {**args, **wide}).sum(), static)
+    return sum(share * v.detach() for share, v in zip(shares, static, strict=True))
+
+
+def _power(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
+    """x ** 0 is the constant 1; any other power goes through Euler's relation and has none."""
+    x, exponent = args["self"], torch.as_tensor(args["exponent"], device=args["self"].device)
+    return (exponent == 0).to(x.dtype).expand(torch.broadcast_shapes(x.shape, exponent.shape))
+
+
+def _norm(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
+    """The 0-norm counts: it is constant almost everywhere. Any other norm is homogeneous."""
+    return _run(op, args) if args.get("ord", args.get("p")) == 0 else None
+
+
+def _quotient(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
+    """c + a / b: nothing divides by zero; where b is live, so is all of a / b, and a is at zero."""
+    return at_zero(op, ["tensor1" if name == "tensor2" else name for name in live], args)
 
 
 def _entropy(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
@@ -69,19 +96,22 @@ def _log_softmax(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
 
 
 def _log(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """The secant of log passes through (1, 0): log(x) = s (x - 1), so its constant is -s."""
+    """The secant of a logarithm passes through (1, 0): log(x) = s (x - 1), so its constant is -s."""
     x = args["self"]
-    return -torch.where(x == 1, 1.0, torch.log(x) / (x - 1))
+    return -torch.where(x == 1, LOG_SLOPES[op], _run(op, args) / (x - 1))
+
+
+def _shrunk(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
+    """softshrink is x shifted towards zero, by lambd; or zero."""
+    x, lambd = args["self"], args["lambd"]
+    return torch.where(x.abs() > lambd, -lambd * torch.sign(x), 0.0)
 
 
 def _beta(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """A norm that may update running statistics when called: its beta, without calling it."""
-    if args["running_mean"] is not None and not (args.get("training") or args.get("use_input_stats")):
-        return at_zero(op, live, args)
-    beta, x = args["bias"], args["input"]
-    if beta is None or "bias" in live:
-        return None
-    return beta.view(1, -1, *[1] * (x.ndim - 2)).expand_as(x)
+    """A norm in training mode writes its running statistics when called: call it without them."""
+    if args.get("training") or args.get("use_input_stats"):
+        args = {**args, "running_mean": None, "running_var": None}
+    return at_zero(op, live, args)
 
 
 def _none(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
@@ -93,10 +123,14 @@ BIASES: dict[str, Bias] = {
     "at_zero": at_zero,
     "saturated": _saturated,
     "selected": _selected,
+    "power": _power,
+    "norm": _norm,
+    "quotient": _quotient,
     "entropy": _entropy,
     "softmax": _softmax,
     "log_softmax": _log_softmax,
     "log": _log,
+    "shrunk": _shrunk,
     "beta": _beta,
     "none": _none,
     "recurrent": recurrent.bias,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import InputError, ModeError
 from libragrad_fx.ops.twin import LIBRARY, NAMESPACE
@@ -67,7 +68,10 @@ def probe(*args: Any, _output: Any, _args: tuple[Any, ...], **kwargs: Any) -> An
 
     A pre-hook that swaps an argument would be ignored by a captured graph, so it is refused.
     """
-    if any(a is not b for a, b in zip(args, _args, strict=False)) or len(args) != len(_args):
+    given, captured = pytree.tree_leaves(args), pytree.tree_leaves(_args)
+    if len(given) != len(captured) or any(
+        a is not b for a, b in zip(given, captured, strict=True) if isinstance(b, torch.Tensor)
+    ):
         raise ModeError(
             "a forward pre-hook changed the arguments of a submodule of a transformed model. The "
             "submodule's ops are inlined in the graph, so the change cannot take effect; register "

@@ -110,7 +110,7 @@ def _saved(ctx: Any, saves: Sequence[str]) -> dict[str, Any]:
     flat = iter(ctx.saved_tensors)
     for name, size in ctx.layout:
         found[name] = next(flat) if size < 0 else [next(flat) for _ in range(size)]
-    return {**{s: None for s in saves}, **found}
+    return {**dict.fromkeys(saves), **found}
 
 
 def _gradients(ctx: Any, g: Sequence[Any], needs: frozenset[str], vjp: Vjp, saves: Any) -> Grads:

@@ -19,11 +19,7 @@ from libragrad_fx.rewrite import require_same_graph, rewrite
 from libragrad_fx.rulebook import RuleBook
 from libragrad_fx.types import Analysis, Ledger, OpFacts, Plan, Trace
 from libragrad_fx.verify import ledger, sites
-from tests.samples import Call
-
-
-def is_float(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+from tests.samples import Call, is_float
 
 
 def tensors(call: Call, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -104,7 +100,9 @@ def trace_call(
     moving: dict[str, Node] = {}
     for i, name in enumerate(live):
         x = graph.placeholder(f"x{i}")
-        node = graph.call_function(insert.guard, (x, f"x{i}", tuple(given[name].shape), True, False))
+        node = graph.call_function(
+            insert.guard, (x, f"x{i}", tuple(given[name].shape), True, False)
+        )
         node.meta["val"] = given[name]
         moving[name] = node
     for name in gated:

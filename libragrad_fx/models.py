@@ -1,0 +1,291 @@
+"""A model by name: a timm name, ``torchvision:NAME`` or ``package.module:factory``; and its images.
+
+Every failure is an ``InputError`` whose first line says what to do, because the names, files and
+factories come straight from a command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from libragrad_fx.capture import infer_inputs
+from libragrad_fx.errors import InputError
+from libragrad_fx.extras import need
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_NESTED = ("state_dict", "model")  # where training scripts put the weights inside a checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model in eval mode. ``source`` is timm, torchvision or factory; ``weights`` says whose."""
+
+    name: str
+    source: str
+    module: torch.nn.Module
+    weights: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """From a picture to a model's input (C, H, W) and back to what the model saw."""
+
+    to_tensor: Callable[[Image.Image], torch.Tensor]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    note: str
+
+    def seen(self, x: torch.Tensor) -> np.ndarray:
+        """The input ``x`` (C, H, W) as a picture (H, W, 3) in [0, 1]."""
+        mean, std = (torch.tensor(v).reshape(-1, 1, 1) for v in (self.mean, self.std))
+        picture = (x.detach().cpu().float() * std + mean).clamp(0, 1).expand(3, -1, -1)
+        return picture.permute(1, 2, 0).numpy()
+
+
+# --- models
+
+
+def resolve(
+    name: str, pretrained: bool = False, checkpoint: str | Path | None = None, seed: int = 0
+) -> Loaded:
+    """Build a model in eval mode.
+
+    Args:
+        name: a timm name, ``torchvision:NAME``, or ``package.module:factory``.
+        pretrained: download the published weights (timm and torchvision).
+        checkpoint: a safetensors file or a torch state dict; it must fit exactly.
+        seed: of random weights.
+
+    Raises:
+        InputError: no such model or file, weights that do not fit, or a factory that fails.
+    """
+    if pretrained and checkpoint is not None:
+        raise InputError("give --pretrained or --checkpoint, not both")
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise InputError(f"there is no checkpoint file {str(checkpoint)!r}")
+    torch.manual_seed(seed)
+    source, build = _builder(name)
+    if source == "factory" and pretrained:
+        raise InputError(f"{name} is your own factory: load its weights there, or pass --checkpoint")
+    module = build(pretrained).eval()
+    if checkpoint is not None:
+        _load(module, name, Path(checkpoint))
+        return Loaded(name, source, module, f"from {Path(checkpoint).name}")
+    if source == "factory":
+        return Loaded(name, source, module, "as the factory made them")
+    if not pretrained:
+        _randomise_zeros(module)
+    return Loaded(name, source, module, "pretrained" if pretrained else "random")
+
+
+def _builder(name: str) -> tuple[str, Callable[[bool], torch.nn.Module]]:
+    head, colon, tail = name.partition(":")
+    if not colon:
+        return "timm", _timm(name)
+    return ("torchvision", _torchvision(tail)) if head == "torchvision" else ("factory", _factory(name))
+
+
+def _timm(name: str) -> Callable[[bool], torch.nn.Module]:
+    timm = need("timm", "models")
+    if not timm.is_model(name):
+        ways = "; other models are torchvision:NAME or package.module:factory"
+        raise InputError(f"timm has no model {name!r}{_near(name, timm.list_models())}{ways}")
+    return lambda pretrained: _fetch(name, lambda: timm.create_model(name, pretrained=pretrained))
+
+
+def _torchvision(name: str) -> Callable[[bool], torch.nn.Module]:
+    models = need("torchvision.models", "models")
+    if name not in models.list_models():
+        raise InputError(f"torchvision has no model {name!r}{_near(name, models.list_models())}")
+    # the backbone of a detection model is downloaded unless it is refused by name
+    options = inspect.signature(models.get_model_builder(name)).parameters
+    refuse = {"weights_backbone": None} if "weights_backbone" in options else {}
+
+    def make(pretrained: bool) -> torch.nn.Module:
+        kwargs = {"weights": "DEFAULT"} if pretrained else {"weights": None, **refuse}
+        return models.get_model(name, **kwargs)
+
+    return lambda pretrained: _fetch(f"torchvision:{name}", lambda: make(pretrained))
+
+
+def _fetch(name: str, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    logging.disable(logging.WARNING)  # the hub logs every retry; the error below says it once
+    try:
+        return make()
+    except Exception as e:  # network, hub, tag and registry errors of two libraries
+        raise InputError(
+            f"could not build {name}: {first_line(e)} (published weights need a network; a file you"
+            " have goes to --checkpoint)"
+        ) from e
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _factory(name: str) -> Callable[[bool], torch.nn.Module]:
+    path, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(importlib.import_module(path), attribute)
+    except Exception as e:  # a user's module may fail in any way while it is imported
+        raise InputError(f"cannot import {name}: {first_line(e)}") from e
+
+    def build(_: bool) -> torch.nn.Module:
+        try:
+            made = factory()
+        except Exception as e:
+            raise InputError(f"{name}() raised {first_line(e)}") from e
+        if not isinstance(made, torch.nn.Module):
+            raise InputError(f"{name}() returned {type(made).__name__}, not an nn.Module")
+        return made
+
+    return build
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, names, 4, 0.6)
+    return f"; did you mean {', '.join(found)}?" if found else ""
+
+
+def first_line(error: BaseException) -> str:
+    """``Type: what it said``, on one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0].strip()}" if text else type(error).__name__
+
+
+def _randomise_zeros(model: torch.nn.Module) -> None:
+    """Some heads start at zero: every output, and so every attribution, would be zero too."""
+    for p in model.parameters():
+        if p.ndim > 1 and not p.detach().any():
+            torch.nn.init.trunc_normal_(p, std=0.02)
+
+
+def _load(model: torch.nn.Module, name: str, file: Path) -> None:
+    found, wanted = _read(file), model.state_dict()
+    shapes = [
+        f"{k} is {tuple(found[k].shape)} in the file and {tuple(v.shape)} in the model"
+        for k, v in wanted.items()
+        if k in found and found[k].shape != v.shape
+    ]
+    groups = {"missing": [k for k in wanted if k not in found],
+              "unexpected": [k for k in found if k not in wanted],
+              "of another shape": shapes}  # fmt: skip
+    wrong = [f"{len(v)} {what} ({', '.join(v[:2])}{', …' if len(v) > 2 else ''})"
+             for what, v in groups.items() if v]  # fmt: skip
+    if wrong:
+        raise InputError(f"{file.name} does not fit {name}: {'; '.join(wrong)}")
+    model.load_state_dict(found)
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name. Nothing in the file is ever run: a pickle that needs code is refused."""
+    try:
+        if file.suffix == ".safetensors":
+            return need("safetensors.torch", "models").load_file(file)
+        body = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:  # both readers raise types of their own on bytes they cannot read
+        raise InputError(
+            f"{file.name} is neither a safetensors file (named *.safetensors) nor a torch state dict of"
+            f" plain tensors: {first_line(e)[:120]}"
+        ) from e
+    for key in _NESTED:
+        if isinstance(body, Mapping) and isinstance(body.get(key), Mapping):
+            body = body[key]
+    if not isinstance(body, Mapping) or not all(isinstance(v, torch.Tensor) for v in body.values()):
+        raise InputError(f"{file.name} holds {type(body).__name__}, not tensors by name (a state dict)")
+    return dict(body)
+
+
+# --- images
+
+
+def read_image(file: str | Path) -> Image.Image:
+    """Any picture Pillow opens, upright, as RGB: 16-bit scaled down, transparency over white.
+
+    Raises:
+        InputError: no such file, or not a picture.
+    """
+    if not Path(file).is_file():
+        raise InputError(f"there is no image file {str(file)!r}")
+    try:
+        with Image.open(file) as opened:
+            opened.load()
+            return _rgb(ImageOps.exif_transpose(opened))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f"cannot read {str(file)!r} as an image: {first_line(e)}") from e
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # Pillow's own conversion would clip them at 255
+        values = np.asarray(image, dtype=np.float64)
+        deep = image.mode != "F" and (";16" in image.mode or values.max() > 255)
+        values = values / 257 if deep else values * 255 if 0 < values.max() <= 1 else values
+        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def preprocessing(model: Loaded) -> Preprocessing:
+    """How the model wants its images.
+
+    Raises:
+        InputError: it takes no images.
+    """
+    if model.source == "timm":
+        data = need("timm.data", "models")
+        config = data.resolve_model_data_config(model.module)
+        steps = data.create_transform(**config, is_training=False)
+        grey = config["input_size"][0] == 1
+        size = "x".join(map(str, config["input_size"][1:]))
+        note = f"timm's evaluation transform for this model ({size})"
+        to_tensor = (lambda image: steps(image.convert("L"))) if grey else steps
+        return Preprocessing(to_tensor, tuple(config["mean"]), tuple(config["std"]), note)
+    if model.source == "torchvision":
+        return _torchvision_steps(model.name.partition(":")[2])
+    args, kwargs = infer_inputs(model.module)
+    shapes = [tuple(t.shape[1:]) for t in (*args, *kwargs.values())]
+    if len(shapes) != 1 or len(shapes[0]) != 3 or shapes[0][0] not in (1, 3):
+        raise InputError(f"{model.name} does not take one image (1 or 3 channels): it takes {shapes}")
+    channels, height, width = shapes[0]
+
+    def scale(image: Image.Image) -> torch.Tensor:
+        fitted = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height))
+        values = torch.from_numpy(np.array(fitted, dtype=np.float32)) / 255
+        return values.reshape(height, width, channels).permute(2, 0, 1)
+
+    note = f"cropped and resized to {height}x{width}, values in [0, 1], no other normalisation"
+    return Preprocessing(scale, (0.0,), (1.0,), note)
+
+
+def _torchvision_steps(name: str) -> Preprocessing:
+    published = need("torchvision.models", "models").get_model_weights(name)
+    steps = next(iter(published)).transforms() if len(published) else None
+    if steps is not None and hasattr(steps, "mean") and hasattr(steps, "crop_size"):
+        note = f"the transform of torchvision's weights ({steps.crop_size[0]}x{steps.crop_size[0]})"
+        return Preprocessing(steps, tuple(steps.mean), tuple(steps.std), note)
+    preset = need("torchvision.transforms._presets", "models").ImageClassification(crop_size=224)
+    return Preprocessing(preset, *_IMAGENET, "torchvision's ImageNet defaults (224x224)")
+
+
+def class_name(model: Loaded, index: int, classes: int) -> str:
+    """The ImageNet name of class ``index``; empty where the model's classes are not known."""
+    if model.source == "factory" or classes not in (1000, 21841, 21843, 11821, 12000):
+        return ""
+    data = need("timm.data", "models")
+    subset = data.infer_imagenet_subset(model.module) if model.source == "timm" else "imagenet-1k"
+    return data.ImageNetInfo(subset).index_to_description(index) if subset else ""

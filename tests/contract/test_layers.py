@@ -1,0 +1,55 @@
+"""A file imports only from layers before it, private names stay where they belong, size is watched."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import libragrad_fx
+
+ROOT = Path(libragrad_fx.__file__).parent
+LAYERS = [
+    {"errors"}, {"types", "extras"}, {"ops"}, {"rulebook", "module"}, {"capture"}, {"normalize"},
+    {"analyze"}, {"plan"}, {"rewrite"}, {"verify"}, {"attribution", "viz"}, {"api"},
+    {"demo_data", "models"}, {"cli"}, {"__init__", "__main__"},
+]  # fmt: skip
+PRIVATE = {"capture", "normalize", "ops", "module", "verify", "analyze", "rulebook"}
+
+
+def modules() -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in ROOT.rglob("*.py"):
+        found.setdefault(path.relative_to(ROOT).parts[0].removesuffix(".py"), []).append(path)
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """First-level names of the package that a file imports at its top."""
+    found = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("libragrad_fx."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def test_every_file_is_in_a_layer() -> None:
+    assert set(modules()) == set().union(*LAYERS)
+
+
+def test_imports_point_down() -> None:
+    depth = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    upward = [
+        f"{path.name} imports {name}"
+        for part, paths in modules().items()
+        for path in paths
+        for name in imports(path)
+        if name != part and depth[name] >= depth[part]
+    ]
+    assert upward == []
+
+
+def test_the_package_can_be_read_in_an_afternoon() -> None:
+    """The pass itself; what stands on it (pictures, command line, demo) is counted apart."""
+    apart = {"viz", "models", "cli", "demo_data"}
+    paths = [p for part, ps in modules().items() if part not in apart for p in ps]
+    assert sum(len(p.read_text("utf-8").splitlines()) for p in paths) < 4500

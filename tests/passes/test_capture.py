@@ -1,0 +1,295 @@
+"""Capture and normal form: what a model may do inside its forward, handled or refused by name."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import libragrad_fx as lg
+from libragrad_fx.capture import capture
+from libragrad_fx.errors import CaptureError, CustomBackwardWarning, InputError, UnknownOpError
+from libragrad_fx.normalize import normalize
+from libragrad_fx.types import Trace
+
+F64 = torch.float64
+
+
+def trace_of(model: nn.Module, x: Any) -> Trace:
+    return normalize(model, capture(model, x))
+
+
+def targets(model: nn.Module, x: Any) -> list[str]:
+    return [str(n.target) for n in trace_of(model, x).graph.nodes if n.op == "call_function"]
+
+
+def same_as_eager(model: nn.Module, x: torch.Tensor) -> None:
+    """Forward to the bit, and the plain trace's gradient is autograd's own."""
+    gm = lg.trace(model, x)
+    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, z = gm(mine), model(theirs)
+    assert torch.equal(y, z)
+    (a,), (b,) = (torch.autograd.grad(o.sum(), i) for o, i in ((y, mine), (z, theirs)))
+    assert torch.equal(a, b)
+
+
+class Region(nn.Module):
+    """What is computed without grad must stay without grad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            held = self.a(x) * 2
+        return self.b(x) * held + held
+
+
+class Autocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = self.a(x)
+        with torch.autocast("cpu", enabled=False):
+            return self.b(h.float())
+
+
+class Slices(nn.Module):
+    """In-place writes into slices of an intermediate value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x).clone()
+        h[:, 1:3] += x[:, :2]
+        h[:, 0] = 1.0
+        h[:, 3] = x[:, 2]
+        h.relu_()
+        return h
+
+
+class Detached(nn.Module):
+    """A straight-through estimator: rounding forward, identity backward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (x.round() - x).detach()
+
+
+class Counter(nn.Module):
+    """A buffer that the forward updates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x * 2 + self.calls
+
+
+class Writes(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.mul_(2)
+        return x + 1
+
+
+class Branches(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.sum() > 0 else x * 3
+
+
+@pytest.mark.parametrize("make", [Region, Slices, Detached])
+def test_forward_and_gradient_are_eagers(make: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    same_as_eager(make().to(F64), torch.randn(2, 4, dtype=F64))
+
+
+def test_autocast_region_keeps_its_dtypes() -> None:
+    torch.manual_seed(0)
+    same_as_eager(Autocast(), torch.randn(2, 4))
+
+
+def test_no_grad_region_is_a_cut_and_a_bias() -> None:
+    torch.manual_seed(0)
+    model, x = Region().to(F64), torch.randn(2, 4, dtype=F64)
+    certificate = lg.verify(model, lg.transform(model, x), x, target=1)
+    assert certificate.ok, str(certificate)
+
+
+@pytest.mark.parametrize("make", [Slices, Detached])
+def test_balanced(make: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = make().to(F64), torch.randn(2, 4, dtype=F64)
+    certificate = lg.verify(model, lg.transform(model, x), x, target=1)
+    assert certificate.ok, str(certificate)
+
+
+def test_copy_is_normalised_away() -> None:
+    names = targets(Slices(), torch.randn(2, 4))
+    assert "aten.copy.default" not in names
+    assert not [n for n in names if n.startswith("aten.view.") or n == "aten._unsafe_view.default"]
+
+
+def test_buffers_are_updated_like_the_models() -> None:
+    model, x = Counter(), torch.randn(2, 4)
+    gm = lg.transform(model, x)
+    assert float(model.calls) == 0
+    assert torch.equal(gm(x), x * 2 + 1)
+    assert torch.equal(gm(x), x * 2 + 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"), [(Writes(), "in place"), (Branches(), "control flow")], ids=str
+)
+def test_refused_by_name(model: nn.Module, message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        lg.transform(model, torch.randn(2, 4))
+
+
+def test_hooks_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    handle = model[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(CaptureError, match=r"hooks: 1\."):
+        lg.transform(model, torch.randn(2, 4))
+    handle.remove()
+    lg.transform(model, torch.randn(2, 4))
+
+
+class Custom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        return g * 7
+
+
+class UsesCustom(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Custom.apply(x) + 1
+
+
+def test_a_custom_backward_is_named() -> None:
+    with pytest.warns(CustomBackwardWarning, match="Custom"):
+        lg.transform(UsesCustom(), torch.randn(2, 4))
+
+
+class Unknown(nn.Module):
+    """Two live ops without a row, and one that is not live."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.linalg.inv(x @ x.mT + torch.eye(4, dtype=x.dtype))
+        return torch.linalg.matrix_exp(y) + torch.linalg.slogdet(x.detach())[1][:, None, None]
+
+
+def test_unknown_ops_are_listed_all_at_once() -> None:
+    x = torch.randn(2, 4, 4, dtype=F64)
+    with pytest.raises(UnknownOpError) as caught:
+        lg.transform(Unknown(), x)
+    text = str(caught.value)
+    assert "2 ops" in text
+    assert "linalg_inv" in text
+    assert "linalg_matrix_exp" in text
+    assert "test_capture.py:" in text
+    assert "add a row: {op: aten.linalg_matrix_exp" in text
+
+
+def test_unknown_ops_can_be_kept_and_are_named() -> None:
+    x = torch.randn(2, 4, 4, dtype=F64)
+    gm = lg.transform(Unknown(), x, on_unknown="keep")
+    certificate = lg.verify(Unknown(), gm, x, target=(0, 0))
+    assert not certificate.ok
+    assert certificate.forward_equal
+    assert len(certificate.unbalanced) == 2
+
+
+def test_rows_can_be_added_in_code() -> None:
+    rows = [
+        {"op": "aten.linalg_inv", "kind": "cut", "why": "held for this study"},
+        {"op": "aten.linalg_matrix_exp", "kind": "cut", "why": "held for this study"},
+    ]
+    x = torch.randn(2, 4, 4, dtype=F64)
+    with pytest.raises(CaptureError, match="no differentiable path"):
+        lg.transform(Unknown(), x, rules=rows)
+
+
+# --- inputs
+
+
+def test_inputs_are_inferred_from_the_first_layer() -> None:
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    assert lg.transform(conv)(torch.randn(5, 3, 224, 224)).shape == (5, 2)
+    mlp = nn.Sequential(nn.Linear(7, 3), nn.ReLU(), nn.Linear(3, 2))
+    assert lg.transform(mlp)(torch.randn(5, 7)).shape == (5, 2)
+    ids = nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 2))
+    assert lg.transform(ids)(torch.zeros(5, 16, dtype=torch.int64)).shape == (5, 16, 2)
+
+
+def test_one_clear_error_when_they_cannot_be() -> None:
+    class Opaque(nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return a + b
+
+    with pytest.raises(InputError, match=r"tried .* Pass an example"):
+        lg.transform(Opaque())
+
+
+def test_example_must_fit_forward() -> None:
+    with pytest.raises(InputError, match="forward"):
+        lg.transform(nn.Linear(4, 4), {"nonsense": torch.randn(2, 4)})
+    with pytest.raises(InputError, match="example inputs must be"):
+        lg.transform(nn.Linear(4, 4), "text")
+
+
+def test_an_embedding_starts_the_signal() -> None:
+    model = nn.Sequential(nn.Embedding(11, 8), nn.GELU(), nn.Flatten(), nn.Linear(24, 3)).to(F64)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    gm = lg.transform(model, ids)
+    certificate = lg.verify(model, gm, ids, target=1)
+    assert certificate.ok, str(certificate)
+    assert certificate.edits == 1
+    assert abs(certificate.input_share) > 1e-3
+
+
+def test_no_path_is_an_error() -> None:
+    class Cut(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.detach() * 2
+
+    with pytest.raises(CaptureError, match="no differentiable path"):
+        lg.transform(Cut(), torch.randn(2, 3))
+
+
+def test_transform_of_a_transform_is_itself() -> None:
+    gm = lg.transform(nn.Sequential(nn.Linear(4, 4), nn.GELU()), torch.randn(2, 4))
+    assert lg.transform(gm) is gm
+    with pytest.raises(InputError, match="captured already"):
+        lg.transform(gm, policy="cp_lrp")
+
+
+def test_two_outputs_one_a_gate() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits = self.head(x)
+            return logits, logits.softmax(-1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gm = lg.transform(Both(), torch.randn(2, 4))
+    (note,) = gm.record.info["plan"].notes
+    assert "softmax" in note
+    assert gm.record.info["plan"].edits == ()

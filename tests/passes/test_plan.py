@@ -1,0 +1,89 @@
+"""A plan can be printed, asked and diffed, and it is the only thing that a rewrite obeys."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import libragrad_fx as lg
+from libragrad_fx.capture import capture
+from libragrad_fx.errors import VerificationError
+from libragrad_fx.normalize import normalize
+from libragrad_fx.rewrite import erase, first_difference, require_same_graph, rewrite, spell
+
+
+class SwiGlu(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 32), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, value = self.up(self.norm(x)).chunk(2, -1)
+        return self.down(torch.nn.functional.silu(gate) * value)
+
+
+X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_plan_says_what_where_and_why() -> None:
+    made = lg.plan(SwiGlu(), X)
+    assert [(e.node, str(e.action), e.rule) for e in made.edits] == [
+        ("layer_norm", "freeze_scale", "normaliser/value"),
+        ("silu", "secant", "gated/value"),
+        ("mul", "scale", "product/values"),
+    ]
+    assert made.edits[2].factor == 0.5
+    assert made.edits[0].module == "norm"
+    assert all("test_plan.py:" in e.source for e in made.edits[1:])
+    text = str(made)
+    assert "3 edits" in text
+    for word in ("scale output by 0.5", "product/values", "test_plan.py"):
+        assert word in text
+
+
+def test_json_round_trip() -> None:
+    body = json.loads(lg.plan(SwiGlu(), X).to_json())
+    assert [e["action"] for e in body["edits"]] == ["freeze_scale", "secant", "scale"]
+
+
+def test_why() -> None:
+    made = lg.plan(SwiGlu(), X)
+    assert "product/values" in made.explain("mul")
+    assert "no edit: balanced by itself" in made.explain("linear")
+    with pytest.raises(KeyError, match="did you mean"):
+        made.explain("line")
+
+
+def test_nothing_to_do_leaves_the_code_unchanged() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    assert lg.transform(model, X).code == lg.trace(model, X).code
+
+
+def test_erasing_gives_the_trace_back() -> None:
+    gm, plain = lg.transform(SwiGlu(), X), lg.trace(SwiGlu(), X)
+    assert spell(erase(gm)) == spell(erase(plain)) == gm.record.info["original"]
+
+
+def test_a_tampered_graph_is_noticed() -> None:
+    model = SwiGlu()
+    trace = normalize(model, capture(model, X))
+    gm = rewrite(trace, None)
+    require_same_graph(gm, trace)
+    victim = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.silu.default)
+    victim.target = torch.ops.aten.gelu.default
+    assert "gelu" in str(first_difference(erase(gm), spell(trace.graph)))
+    with pytest.raises(VerificationError, match="gelu"):
+        require_same_graph(gm, trace)
+
+
+def test_a_second_policy_over_the_same_facts() -> None:
+    """CP-LRP keeps activations and products: fewer edits, and the plan names what is left."""
+    made = lg.plan(SwiGlu(), X, policy="cp_lrp")
+    assert [e.rule for e in made.edits] == ["normaliser/value"]
+    assert [f.node for f in made.unbalanced] == ["silu", "mul"]
+    certificate = lg.verify(SwiGlu(), lg.transform(SwiGlu(), X, policy="cp_lrp"), X, target=0)
+    assert not certificate.ok
+    assert certificate.unbalanced == ("silu", "mul")

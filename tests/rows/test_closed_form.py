@@ -1,0 +1,351 @@
+"""Every balanced twin against an independent form: autograd through the op written out, with what
+LibraGrad holds constant in ``.detach()``. Float64; also the gradients of weights and biases.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from libragrad_fx import rulebook
+from libragrad_fx.ops import TWINS
+from tests.samples import call_of, positive, randn
+
+aten = torch.ops.aten
+TOLERANCE = 1e-10
+FACTS = {row.vjp: row for row in rulebook.load().facts.values() if row.vjp}
+Tensor = torch.Tensor
+
+
+def assert_same_gradients(
+    twin: Callable[..., Any],
+    written_out: Callable[..., Any],
+    inputs: list[Tensor],
+    atol: float = 0.0,
+) -> None:
+    """Outputs and the gradient of every input, relative to the largest entry."""
+    sides = []
+    for fn in (twin, written_out):
+        moving = [x.detach().clone().requires_grad_() for x in inputs]
+        y = fn(*moving)
+        ys = [t for t in (y if isinstance(y, (tuple, list)) else [y]) if t.requires_grad]
+        torch.manual_seed(3)
+        gs = [torch.randn_like(t) for t in ys]
+        got = torch.autograd.grad(ys, moving, gs, allow_unused=True, materialize_grads=True)
+        sides.append(([t.detach() for t in ys], got))
+    (y1, g1), (y2, g2) = sides
+    for a, b in zip((*y1, *g1), (*y2, *g2), strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= TOLERANCE * b.abs().max() + atol
+    assert any(g.any() for g in g2)
+
+
+# --- secants: x * gate(x) with the gate held, f(0) beside it
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": lambda x: 0.5 * (1 + torch.erf(x / math.sqrt(2))),
+    "silu": lambda x: 1 / (1 + torch.exp(-x)),
+    "mish": lambda x: torch.tanh(torch.log(1 + torch.exp(x))),
+    "hardswish": lambda x: ((x + 3) / 6).clamp(0, 1),
+    "elu": lambda x: torch.where(x > 0, 1.0, (torch.exp(x) - 1) / x),
+    "celu": lambda x: torch.where(x > 0, 1.0, (torch.exp(x) - 1) / x),
+    "selu": lambda x: (
+        1.0507009873554805 * torch.where(x > 0, 1.0, 1.6732632423543772 * (torch.exp(x) - 1) / x)
+    ),
+    "square": lambda x: x,
+    "pow": lambda x: x * x,
+    "sqrt": lambda x: 1 / torch.sqrt(x),
+    "rsqrt": lambda x: x**-1.5,
+    "reciprocal": lambda x: x**-2.0,
+}
+SECANTS = {  # f(0) and f; the gate is (f(x) - f(0)) / x
+    "tanh": (0.0, torch.tanh), "tan": (0.0, torch.tan), "sinh": (0.0, torch.sinh),
+    "sin": (0.0, torch.sin), "asinh": (0.0, torch.asinh), "atan": (0.0, torch.atan),
+    "erf": (0.0, torch.erf), "expm1": (0.0, torch.expm1), "log1p": (0.0, torch.log1p),
+    "exp": (1.0, torch.exp), "exp2": (1.0, torch.exp2), "cos": (1.0, torch.cos),
+    "cosh": (1.0, torch.cosh), "erfc": (1.0, torch.erfc), "sigmoid": (0.5, torch.sigmoid),
+    "hardsigmoid": (0.5, torch.nn.functional.hardsigmoid),
+    "asin": (0.0, torch.asin), "atanh": (0.0, torch.atanh), "sinc": (1.0, torch.sinc),
+    "special_ndtr": (0.5, lambda x: 0.5 * (1 + torch.erf(x / math.sqrt(2)))),
+    "softplus": (math.log(2), torch.nn.functional.softplus),
+    "log_sigmoid": (-math.log(2), torch.nn.functional.logsigmoid),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gates(name: str) -> None:
+    extra = (3,) if name == "pow" else ()
+    x = positive(4, 5) if name in ("sqrt", "rsqrt", "reciprocal") else randn(4, 5)
+    gate = GATES[name]
+    assert_same_gradients(lambda x: TWINS[name](x, *extra), lambda x: x * gate(x).detach(), [x])
+
+
+@pytest.mark.parametrize("name", SECANTS)
+def test_secants(name: str) -> None:
+    zero, f = SECANTS[name]
+    x = positive(4, 5) - 0.45 if name in ("log1p", "asin", "atanh") else randn(4, 5)
+    x = x / x.abs().max() * 0.9 if name in ("asin", "atanh") else x
+    assert_same_gradients(TWINS[name], lambda x: zero + x * ((f(x) - zero) / x).detach(), [x])
+
+
+def test_parametrised_activations() -> None:
+    x = randn(4, 5)
+    inner = lambda x: math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)  # noqa: E731
+    tanh_gelu = lambda x: x * (0.5 * (1 + torch.tanh(inner(x)))).detach()  # noqa: E731
+    assert_same_gradients(lambda x: TWINS["gelu"](x, approximate="tanh"), tanh_gelu, [x])
+    celu = lambda x: x * torch.where(x > 0, 1.0, 0.7 * (torch.exp(x / 0.7) - 1) / x).detach()  # noqa: E731
+    assert_same_gradients(lambda x: TWINS["celu"](x, 0.7), celu, [x])
+    zero = math.log(2) / 2
+    softplus = lambda x: zero + x * ((torch.log(1 + torch.exp(2 * x)) / 2 - zero) / x).detach()  # noqa: E731
+    assert_same_gradients(lambda x: TWINS["softplus"](x, 2.0, 20.0), softplus, [x])
+
+
+def test_pow_tensor() -> None:
+    x, e = positive(4, 5), randn(5)
+    form = lambda x: x * (x ** (e - 1)).detach()  # noqa: E731
+    assert_same_gradients(lambda x: TWINS["pow_tensor"](x, e), form, [x])
+
+
+@pytest.mark.parametrize(("name", "base"), [("log", math.e), ("log2", 2), ("log10", 10)])
+def test_logarithms(name: str, base: float) -> None:
+    form = lambda x: (x - 1) * (torch.log(x) / math.log(base) / (x - 1)).detach()  # noqa: E731
+    assert_same_gradients(TWINS[name], form, [positive(4, 5)])
+
+
+def test_softmax() -> None:
+    def form(x: Tensor) -> Tensor:
+        z = torch.exp(x).sum(-1, keepdim=True).detach()
+        return 1 / z + x * ((torch.exp(x) - 1) / x).detach() / z
+
+    assert_same_gradients(lambda x: TWINS["softmax"](x, -1), form, [randn(4, 5)])
+
+
+def test_log_softmax() -> None:
+    form = lambda x: x - torch.log(torch.exp(x).sum(1, keepdim=True)).detach()  # noqa: E731
+    assert_same_gradients(lambda x: TWINS["log_softmax"](x, 1), form, [randn(2, 3, 4)])
+
+
+@pytest.mark.parametrize("dim", [-1, 0])
+def test_glu(dim: int) -> None:
+    def form(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim)
+        return a * (1 / (1 + torch.exp(-b))).detach()
+
+    assert_same_gradients(lambda x: TWINS["glu"](x, dim), form, [randn(4, 6)])
+
+
+# --- normalisers
+
+
+def normalised(x: Tensor, axes: tuple[int, ...], eps: float, centred: bool = True) -> Tensor:
+    x = x - x.mean(axes, keepdim=True) if centred else x
+    return x / torch.sqrt((x * x).mean(axes, keepdim=True) + eps).detach()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_norms_over_the_last_dimensions(affine: bool) -> None:
+    for shape in ([5], [4, 5]):
+        axes = tuple(range(-len(shape), 0))
+        x, w, b = randn(3, 4, 5), randn(*shape), randn(*shape)
+        inputs = [x, w, b] if affine else [x]
+        layer = lambda x, w=None, b=None: TWINS["layer_norm"](x, shape, w, b)  # noqa: B023, E731
+        form = lambda x, w=1.0, b=0.0: normalised(x, axes, 1e-5) * w + b  # noqa: B023, E731
+        assert_same_gradients(layer, form, inputs)
+        rms = lambda x, w=None: TWINS["rms_norm"](x, shape, w, 1e-6)  # noqa: B023, E731
+        rms_form = lambda x, w=1.0: normalised(x, axes, 1e-6, False) * w  # noqa: B023, E731
+        assert_same_gradients(rms, rms_form, inputs[:2])
+        default = torch.finfo(torch.float64).eps
+        rms_form = lambda x, w=1.0: normalised(x, axes, default, False) * w  # noqa: B023, E731
+        assert_same_gradients(lambda x: TWINS["rms_norm"](x, shape), rms_form, [x])  # noqa: B023
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("name", ["group_norm", "instance_norm", "batch_norm"])
+def test_norms_over_positions(name: str, affine: bool) -> None:
+    x, w, b = randn(3, 4, 5, 2), randn(4), randn(4)
+    axes = {"group_norm": (2, 3, 4), "instance_norm": (2, 3), "batch_norm": (0, 2, 3)}[name]
+
+    def twin(x: Tensor, w: Any = None, b: Any = None) -> Tensor:
+        if name == "group_norm":
+            return TWINS[name](x, 2, w, b)
+        return TWINS[name](x, w, b, None, None, True, 0.1, 1e-5, False)
+
+    def form(x: Tensor, w: Any = None, b: Any = None) -> Tensor:
+        view = x.unflatten(1, (2, 2)) if name == "group_norm" else x
+        hat = normalised(view, axes, 1e-5).reshape(x.shape)
+        return hat if w is None else hat * w.view(1, 4, 1, 1) + b.view(1, 4, 1, 1)
+
+    assert_same_gradients(twin, form, [x, w, b] if affine else [x])
+
+
+# --- attention
+
+ATTENTION: dict[str, tuple[int, int, dict[str, Any]]] = {  # queries, heads of k and v, arguments
+    "plain": (6, 4, {}),
+    "scale": (6, 4, {"scale": 0.3}),
+    "bool mask": (6, 4, {"attn_mask": "bool"}),
+    "float mask": (6, 4, {"attn_mask": "float"}),
+    "mask of one row": (6, 4, {"attn_mask": "row"}),
+    "causal": (7, 4, {"is_causal": True}),
+    "grouped": (6, 2, {"enable_gqa": True}),
+    "chunks": (150, 4, {}),
+    "causal chunks": (150, 4, {"is_causal": True}),
+    "masked chunks": (150, 4, {"attn_mask": "float"}),
+}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool, scale: float) -> Tensor:
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, k) * scale
+    if causal:
+        scores = scores + torch.full(scores.shape[-2:], -math.inf, dtype=q.dtype).triu(1)
+    if mask is not None:
+        scores = scores + (
+            torch.zeros_like(scores).masked_fill(~mask, -math.inf)
+            if mask.dtype == torch.bool
+            else mask
+        )
+    return torch.einsum("bhqk,bhkd->bhqd", torch.softmax(scores, -1).detach(), v)
+
+
+@pytest.mark.parametrize("learned_mask", [False, True])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name: str, learned_mask: bool) -> None:
+    queries, heads, given = ATTENTION[name]
+    arguments = dict(given)
+    keys = queries if arguments.get("is_causal") else 9
+    q, k, v = randn(2, 4, queries, 8), randn(2, heads, keys, 8), randn(2, heads, keys, 8)
+    masks = {
+        "bool": torch.rand(2, 1, queries, keys) > 0.3,
+        "float": randn(queries, keys),
+        "row": randn(1, keys),
+    }
+    mask = masks.get(arguments.pop("attn_mask", ""))
+    if mask is not None and mask.dtype == torch.bool:
+        mask[..., 0] = True  # a row without a key has no softmax
+    learned = learned_mask and mask is not None and mask.dtype != torch.bool
+    scale = arguments.get("scale", 8**-0.5)
+    causal = arguments.get("is_causal", False)
+    sdpa = TWINS["scaled_dot_product_attention"]
+    twin = lambda q, k, v, m=mask: sdpa(q, k, v, m, **arguments)  # noqa: E731
+    form = lambda q, k, v, m=mask: attention(q, k, v, m, causal, scale)  # noqa: E731
+    assert_same_gradients(twin, form, [q, k, v, mask] if learned else [q, k, v], atol=1e-13)
+
+
+# --- recurrent layers: gates and tanh-secants held, step by step
+
+
+def hold_tanh(z: Tensor) -> Tensor:
+    return z * (torch.tanh(z) / z).detach()
+
+
+def hold_sigmoid(z: Tensor) -> Tensor:
+    return torch.sigmoid(z).detach()
+
+
+def cell(name: str, x: Tensor, state: list[Tensor], p: dict[str, Tensor]) -> list[Tensor]:
+    gi = x @ p["w_ih"].T + p.get("b_ih", 0.0)
+    gh = state[0] @ p["w_hh"].T + p.get("b_hh", 0.0)
+    if name == "lstm":
+        i, f, n, o = (gi + gh).chunk(4, -1)
+        c = hold_sigmoid(f) * state[1] + hold_sigmoid(i) * hold_tanh(n)
+        h = hold_sigmoid(o) * hold_tanh(c)
+        return [h @ p["w_hr"].T if "w_hr" in p else h, c]
+    if name == "gru":
+        (ri, zi, ni), (rh, zh, nh) = gi.chunk(3, -1), gh.chunk(3, -1)
+        z = hold_sigmoid(zi + zh)
+        return [(1 - z) * hold_tanh(ni + hold_sigmoid(ri + rh) * nh) + z * state[0]]
+    z = gi + gh
+    return [hold_tanh(z) if name == "rnn_tanh" else z * (z > 0)]
+
+
+def layers(
+    name: str, x: Tensor, hx: list[Tensor], cells: list[dict[str, Tensor]], directions: int
+) -> list[Tensor]:
+    finals: list[list[Tensor]] = []
+    for layer in range(len(cells) // directions):
+        sides = []
+        for d in range(directions):
+            at = layer * directions + d
+            state, steps = [h[at] for h in hx], range(x.shape[0])
+            outputs: dict[int, Tensor] = {}
+            for t in reversed(steps) if d else steps:
+                state = cell(name, x[t], state, cells[at])
+                outputs[t] = state[0]
+            sides.append(torch.stack([outputs[t] for t in steps]))
+            finals.append(state)
+        x = torch.cat(sides, -1)
+    return [x, *(torch.stack(s) for s in zip(*finals, strict=True))]
+
+
+SHAPES = [  # layers, bidirectional, batch first, biases, size of the projection
+    (1, False, False, True, 0), (2, True, False, True, 0), (1, False, True, True, 0),
+    (2, False, False, False, 0), (1, True, True, False, 0), (2, True, False, True, 2),
+    (1, False, False, False, 2),
+]  # fmt: skip
+GATE_COUNT = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+RECURRENT = [(n, s) for n, s in itertools.product(GATE_COUNT, SHAPES) if n == "lstm" or not s[-1]]
+
+
+@pytest.mark.parametrize(("name", "shape"), RECURRENT)
+def test_recurrent(name: str, shape: tuple[int, bool, bool, bool, int]) -> None:
+    count, bidirectional, batch_first, bias, proj = shape
+    inputs, hidden, directions = 3, 4, 1 + bidirectional
+    keys = ["w_ih", "w_hh", *(["b_ih", "b_hh"] if bias else []), *(["w_hr"] if proj else [])]
+    params: list[Tensor] = []
+    for at in range(count * directions):
+        width = inputs if at < directions else (proj or hidden) * directions
+        rows = GATE_COUNT[name] * hidden
+        sizes = {"w_ih": (rows, width), "w_hh": (rows, proj or hidden), "w_hr": (proj, hidden)}
+        params += [randn(*sizes.get(k, (rows,))) for k in keys]
+    widths = [proj or hidden, hidden] if name == "lstm" else [hidden]
+    hx = [randn(count * directions, 2, w) for w in widths]
+
+    def twin(x: Tensor, *rest: Tensor) -> Any:
+        states, weights = list(rest[: len(hx)]), list(rest[len(hx) :])
+        start = states if name == "lstm" else states[0]
+        return TWINS[name](x, start, weights, bias, count, 0.0, False, bidirectional, batch_first)
+
+    def form(x: Tensor, *rest: Tensor) -> Any:
+        weights = rest[len(hx) :]
+        n = len(keys)
+        cells = [
+            dict(zip(keys, weights[i : i + n], strict=True)) for i in range(0, len(weights), n)
+        ]
+        x = x.transpose(0, 1) if batch_first else x
+        y, *finals = layers(name, x, list(rest[: len(hx)]), cells, directions)
+        return [y.transpose(0, 1) if batch_first else y, *finals]
+
+    x = randn(2, 5, inputs) if batch_first else randn(5, 2, inputs)
+    assert_same_gradients(twin, form, [x, *hx, *params])
+
+
+# --- the table itself
+
+TESTED = {
+    *GATES, *SECANTS, *GATE_COUNT, "pow_tensor", "log", "log2", "log10", "softmax", "log_softmax", "glu",
+    "layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm",
+    "scaled_dot_product_attention",
+}  # fmt: skip
+
+
+def test_every_twin_has_a_closed_form() -> None:
+    assert set(TWINS) == TESTED
+    assert set(FACTS) == TESTED, "a twin that no row names is dead code"
+
+
+AT_ZERO = [row for row in rulebook.load().facts.values() if row.at_zero is not None]
+
+
+@pytest.mark.parametrize("row", AT_ZERO, ids=lambda r: r.op)
+def test_at_zero_is_the_value_at_zero(row: Any) -> None:
+    packet = row.op.split(".")[1]
+    call = call_of(packet, (torch.zeros(2, dtype=torch.float64),), {})
+    assert call.op(*call.args).tolist() == pytest.approx(
+        [row.at_zero] * (1 if packet == "glu" else 2), abs=1e-15
+    )

@@ -1,0 +1,190 @@
+"""The loader is strict: whatever is wrong with a rules file, the message says ``file:line``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from libragrad_fx import rulebook
+from libragrad_fx.errors import RuleError
+from libragrad_fx.types import Kind
+
+GOOD = "- {op: aten.relu, kind: homogeneous, stream: [self], why: w}\n"
+
+# name: (text of the file, line that the error must name, words that it must say)
+BAD_FACTS = {
+    "unknown key": (GOOD + "- {op: aten.abs, kind: linear, stream: [self], why: w, colour: 1}", 2, "colour"),
+    "missing key": ("- {op: aten.abs, kind: linear, stream: [self]}", 1, "missing key why"),
+    "duplicate op": (GOOD + "# a comment\n" + GOOD, 3, "already has a row"),
+    "unknown op": ("- {op: aten.no_such_op, kind: linear, stream: [self], why: w}", 1, "no_such_op"),
+    "unknown overload": ("- {op: aten.add.Nope, kind: linear, stream: [self], why: w}", 1, "Nope"),
+    "unknown namespace": ("- {op: nowhere.add, kind: linear, stream: [self], why: w}", 1, "nowhere"),
+    "op without a packet": ("- {op: relu, kind: linear, stream: [self], why: w}", 1, "relu"),
+    "op that is no name": ("- {op: 3, kind: linear, stream: [self], why: w}", 1, "op"),
+    "unknown argument": (GOOD + "\n- {op: aten.abs, kind: linear, stream: [x], why: w}", 3, "'x'"),
+    "argument that is no name": ("- {op: aten.abs, kind: linear, stream: [3], why: w}", 1, "3"),
+    "unknown vjp": ("- {op: aten.abs, kind: gated, stream: [self], vjp: nope, why: w}", 1, "nope"),
+    "unknown bias": ("- {op: aten.abs, kind: linear, stream: [self], bias: nope, why: w}", 1, "nope"),
+    "vjp that is no name": ("- {op: aten.abs, kind: gated, stream: [self], vjp: [a], why: w}", 1, "vjp"),
+    "bias that is no name": ("- {op: aten.abs, kind: linear, stream: [self], bias: {}, why: w}", 1, "bias"),
+    "unknown kind": ("- {op: aten.abs, kind: bendy, stream: [self], why: w}", 1, "bendy"),
+    "kind that is no word": ("- {op: aten.abs, kind: [linear], stream: [self], why: w}", 1, "linear"),
+    "list expected": ("- {op: aten.abs, kind: linear, stream: self, why: w}", 1, "must be a list"),
+    "rank that is no number": ("- {op: aten.abs, kind: linear, stream: [self], rank: high, why: w}", 1, "rank"),
+    "at_zero that is no number": ("- {op: aten.abs, kind: linear, stream: [self], at_zero: x, why: w}", 1, "at_zero"),
+    "affine_if that is no mapping": ("- {op: aten.abs, kind: linear, stream: [self], affine_if: 1, why: w}", 1, "affine_if"),
+    "no operand": ("- {op: aten.abs, kind: linear, why: w}", 1, "names no operand"),
+    "key twice": (GOOD + "- {op: aten.abs, kind: linear, kind: cut, why: w}", 2, "given twice"),
+    "not YAML": (GOOD + "- {op: [", 2, "not YAML"),
+    "a control character": ("- \x01", 1, "not YAML"),
+    "an alias to nothing": (GOOD + "- *nowhere", 2, "not YAML"),
+    "an impossible value": ("- {op: aten.abs, kind: linear, why: !!int x, stream: [self]}", 1, ""),
+    "empty": ("", 1, "empty"),
+    "only a comment": ("# nothing\n", 1, "empty"),
+    "not a list": ("op: aten.relu", 1, "list of rows"),
+    "row that is no mapping": (GOOD + "- relu", 2, "expected a mapping"),
+}  # fmt: skip
+
+
+def assert_names_place(error: RuleError, file: Path, line: int, words: str) -> None:
+    text = str(error)
+    assert text.startswith(f"{file}:{line}: "), text
+    assert words in text
+
+
+@pytest.mark.parametrize("name", BAD_FACTS)
+def test_bad_facts(name: str, tmp_path: Path) -> None:
+    text, line, words = BAD_FACTS[name]
+    file = tmp_path / "rules.yaml"
+    file.write_text(text)
+    with pytest.raises(RuleError) as caught:
+        rulebook.load(rules=file)
+    assert_names_place(caught.value, file, line, words)
+
+
+ROW = "{kind: linear, site: value, action: keep, cite: c}"
+BAD_POLICIES = {
+    "unknown key": (f"policy: p\nrows:\n- {ROW}\n- {{kind: gated, site: gate, action: stop, cite: c, x: 1}}", 4, "x"),
+    "missing key": ("policy: p\nrows:\n- {kind: linear, site: value, action: keep}", 3, "cite"),
+    "unknown kind": ("policy: p\nrows:\n- {kind: bendy, site: value, action: keep, cite: c}", 3, "bendy"),
+    "unknown action": ("policy: p\nrows:\n- {kind: linear, site: value, action: sing, cite: c}", 3, "sing"),
+    "unknown site": ("policy: p\nrows:\n- {kind: linear, site: nowhere, action: keep, cite: c}", 3, "nowhere"),
+    "site that is no word": ("policy: p\nrows:\n- {kind: linear, site: [gate], action: keep, cite: c}", 3, "gate"),
+    "unreachable row": (f"policy: p\nrows:\n- {ROW}\n- {ROW}", 4, "unreachable"),
+    "a rule for cuts": ("policy: p\nrows:\n- {kind: cut, site: value, action: keep, cite: c}", 3, "unreachable"),
+    "key twice": ("policy: p\nrows:\n- {kind: linear, kind: linear, site: value, action: keep, cite: c}", 3, "given twice"),
+    "top key twice": ("policy: p\npolicy: q\nrows: []", 1, "given twice"),
+    "rows that are no list": ("policy: p\nrows: 3", 1, "rows"),
+    "a key too many": (f"policy: p\nextra: 1\nrows:\n- {ROW}", 1, "two keys"),
+    "no name": (f"rows:\n- {ROW}", 1, "two keys"),
+    "not a mapping": (f"- {ROW}", 1, "expected a mapping"),
+    "not YAML": ("policy: p\nrows: [", 2, "not YAML"),
+    "empty": ("", 1, "empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_POLICIES)
+def test_bad_policies(name: str, tmp_path: Path) -> None:
+    text, line, words = BAD_POLICIES[name]
+    file = tmp_path / "policy.yaml"
+    file.write_text(text)
+    with pytest.raises(RuleError) as caught:
+        rulebook.load(file)
+    assert_names_place(caught.value, file, line, words)
+
+
+def test_unknown_policy_lists_the_known() -> None:
+    with pytest.raises(RuleError, match=r"no policy 'nope'.*cp_lrp, libra"):
+        rulebook.load("nope")
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(RuleError, match="no policy"):
+        rulebook.load(tmp_path / "gone.yaml")
+    with pytest.raises(RuleError, match=f"^{re.escape(str(tmp_path))}.*:1: cannot be read"):
+        rulebook.load(rules=tmp_path / "gone.yaml")
+
+
+def test_not_text(tmp_path: Path) -> None:
+    file = tmp_path / "rules.yaml"
+    file.write_bytes(b"\xff\xfe\x00- relu")
+    with pytest.raises(RuleError, match=":1: cannot be read"):
+        rulebook.load(rules=file)
+
+
+WORDS = st.sampled_from(
+    ["op", "kind", "why", "stream", "aten.relu", "aten", "linear", "[", "]", "{", "}", ":", "-", ",", "'", '"', "#", "*", "&", "!", "!!", "|", ">", "?", "%", "@", "~", "\n", "\t", "1", ".nan", "2024-01-01", "!!int", "!!binary", "!!timestamp", "<<", "null", "true", "self"]
+)
+GARBAGE = st.one_of(st.text(max_size=60), st.lists(WORDS, max_size=16).map(" ".join))
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(text=GARBAGE)
+def test_garbage_raises_nothing_but_rule_errors(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "rules.yaml"
+    file.write_text(text, "utf-8", errors="replace")
+    for read in (rulebook._load_facts, rulebook._load_policy):
+        try:
+            read(file)
+        except RuleError as e:
+            assert str(e).startswith(f"{file}:")  # noqa: PT017 - an accepted file is no failure
+
+
+def test_digest_follows_content_and_not_layout() -> None:
+    book = rulebook.load()
+    relu = {"op": "aten.relu", "kind": "homogeneous", "stream": ["self"], "why": "another reason"}
+    assert book.extended([relu]).digest == book.digest
+    assert book.extended([{**relu, "kind": "linear"}]).digest != book.digest
+    assert rulebook.load("cp_lrp").digest != book.digest
+    assert book.without(next(iter(book.rows.values()))).digest != book.digest
+
+
+def test_digest_ignores_comments(tmp_path: Path) -> None:
+    source = (rulebook.rules_folder() / "libra.yaml").read_text()
+    file = tmp_path / "libra.yaml"
+    file.write_text("# a comment\n\n" + source)
+    assert rulebook.load(file).digest == rulebook.load().digest
+    file.write_text(source.replace("action: scale", "action: keep"))
+    assert rulebook.load(file).digest != rulebook.load().digest
+
+
+def test_extended_by_mappings_and_by_a_file(tmp_path: Path) -> None:
+    row = {"op": "aten.renorm", "kind": "homogeneous", "stream": ["self"], "why": "w"}
+    file = tmp_path / "more.yaml"
+    file.write_text("# mine\n- {op: aten.renorm, kind: homogeneous, stream: [self], why: w}\n")
+    book = rulebook.load()
+    assert "aten.renorm" not in book.facts
+    by_mapping, by_file = book.extended([row]), book.extended(file)
+    assert by_mapping.facts["aten.renorm"].kind is Kind.HOMOGENEOUS
+    assert by_mapping.digest == by_file.digest == rulebook.load(rules=[row]).digest != book.digest
+    assert str(by_file.facts["aten.renorm"].where) == f"{file}:2"
+    assert "aten.renorm" not in book.facts
+
+
+def test_extended_replaces_a_shipped_row_but_not_its_own() -> None:
+    row = {"op": "aten.relu", "kind": "linear", "stream": ["self"], "why": "w"}
+    assert rulebook.load().extended([row]).facts["aten.relu"].kind is Kind.LINEAR
+    with pytest.raises(RuleError, match=r"^<rules=>:2: .*already has a row at <rules=>:1"):
+        rulebook.load().extended([row, row])
+
+
+def test_a_bad_mapping_in_code_says_which() -> None:
+    with pytest.raises(RuleError, match=r"^<rules=>:2: unknown key"):
+        rulebook.load(rules=[{"op": "aten.relu", "kind": "cut", "why": "w"}, {"opp": 1}])
+
+
+def test_an_overload_row_comes_before_its_packet() -> None:
+    import torch
+
+    book = rulebook.load()
+    found = book.fact(torch.ops.aten.clamp.Tensor)
+    assert found is not None
+    assert found.op == "aten.clamp.Tensor"
+    assert book.fact(torch.ops.aten.clamp.default).op == "aten.clamp"  # type: ignore[union-attr]
+    assert book.fact(torch.ops.aten.bincount.default) is None
