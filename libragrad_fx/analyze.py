@@ -13,7 +13,6 @@ import dataclasses
 import operator
 from collections.abc import Iterator, Mapping
 
-
 import torch
 from torch.fx import Node
 
@@ -47,7 +46,7 @@ def operands(node: Node, names: tuple[str, ...]) -> list[tuple[str, Node]]:
 
 def is_affine(node: Node, fact: OpFacts) -> bool:
     """Whether a literal of this call makes the op affine (batch norm that does not train)."""
-    values = bind(node.target, node.args, node.kwargs) if fact.affine_if else {}
+    values = bind(aten_op(node), node.args, node.kwargs) if fact.affine_if else {}
     return bool(fact.affine_if) and all(values[k] == v for k, v in fact.affine_if.items())
 
 
@@ -96,7 +95,9 @@ class _Analyzer:
             relabelled=frozenset(self.relabelled),
             gate_outputs=gates,
             gate_heads=tuple(n.name for n in self._heads() if n.name in self.relabelled),
-            unruled=tuple(self._unruled(n) for n in self.nodes if n in demanded and self._unknown(n)),
+            unruled=tuple(
+                self._unruled(n) for n in self.nodes if n in demanded and self._unknown(n)
+            ),
         )
 
     # --- forwards
@@ -142,7 +143,9 @@ class _Analyzer:
         return Role.GATE if gated and joined is Role.VALUE else joined
 
     def _of(self, node: Node, group: str) -> Role:
-        return max((self.roles[n.name] for _, n in self.groups[node.name][group]), default=Role.STATIC)
+        return max(
+            (self.roles[n.name] for _, n in self.groups[node.name][group]), default=Role.STATIC
+        )
 
     def _gates(self, node: Node) -> Role:
         return max(self._of(node, "gate"), self._of(node, "denominator"))
@@ -240,7 +243,7 @@ class _Analyzer:
         return finding(
             node,
             "no fact says how its output depends on its operands, and the gradient passes through it",
-            f"add a row: {{op: {packet}, kind: …, stream: [{', '.join(tensors)}], why: \"…\"}} with"
+            f'add a row: {{op: {packet}, kind: …, stream: [{", ".join(tensors)}], why: "…"}} with'
             " transform(..., rules=FILE), or accept autograd's gradient with on_unknown='keep'",
         )
 
@@ -284,5 +287,3 @@ def _flowing(node: Node, fact: OpFacts, analysis: Analysis) -> Iterator[tuple[st
     carrying = operands(node, fact.stream) + operands(node, fact.factors)
     values = [(k, n) for k, n in carrying if analysis.roles[n.name] is Role.VALUE]
     yield from values or operands(node, fact.denominator)
-
-

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-
 from libragrad_fx import rulebook
 from libragrad_fx.analyze import analyze
 from libragrad_fx.capture import capture
@@ -137,9 +136,7 @@ def verify(
     return certify(model, module, inputs, target, tolerance)
 
 
-def audit(
-    model: torch.nn.Module, inputs: Any, target: Any = None, *, rules: Any = None
-) -> Ledger:
+def audit(model: torch.nn.Module, inputs: Any, target: Any = None, *, rules: Any = None) -> Ledger:
     """Which nodes create or destroy gradient mass, for any model, balanced or not."""
     module = model if isinstance(model, CapturedModule) else trace(model, inputs, rules=rules)
     return ledger(module, inputs, target)

@@ -25,7 +25,9 @@ from libragrad_fx.errors import CaptureError, CustomBackwardWarning, InputError
 from libragrad_fx.ops.insert import observe
 
 _CHECKPOINT = "torch.utils.checkpoint"
-_INFERENCE_TRIED = "the model's metadata (timm, torchvision, Hugging Face, Lightning), its first layers"
+_INFERENCE_TRIED = (
+    "the model's metadata (timm, torchvision, Hugging Face, Lightning), its first layers"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +131,7 @@ def _export(
     free = pytree.tree_map(
         lambda t: {0: Dim.AUTO} if isinstance(t, torch.Tensor) and t.ndim else None, (args, kwargs)
     )
-    shapes = _by_name(model, *free) if kwargs else free[0]
+    shapes = _by_name(model, *free)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -144,8 +146,13 @@ def _export(
 
 
 def _by_name(model: torch.nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    names = list(inspect.signature(model.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    """The arguments of a call by parameter, as export wants its shapes."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    found = dict(bound.arguments)
+    for p in bound.signature.parameters.values():
+        if p.kind is p.VAR_KEYWORD:
+            found |= found.pop(p.name, {})
+    return found
 
 
 def _first_line(error: BaseException) -> str:
@@ -252,7 +259,10 @@ def _detach_no_grad_regions(program: ExportedProgram) -> None:
         if enabled:
             continue
         for user in list(node.users):
-            if isinstance(user.meta.get("val"), torch.Tensor) and user.meta["val"].is_floating_point():
+            if (
+                isinstance(user.meta.get("val"), torch.Tensor)
+                and user.meta["val"].is_floating_point()
+            ):
                 with module.graph.inserting_after(user):
                     cut = module.graph.call_function(torch.ops.aten.detach.default, (user,))
                 cut.meta = dict(user.meta)
@@ -316,7 +326,9 @@ def _candidates(layer: Any, place: dict[str, Any]) -> Iterator[torch.Tensor]:
     if isinstance(layer, _ConvNd):
         dims = len(layer.kernel_size)
         for side in (224, 64, 32, 28):
-            yield torch.randn(2, layer.in_channels, *[side if dims < 3 else side // 2] * dims, **place)
+            yield torch.randn(
+                2, layer.in_channels, *[side if dims < 3 else side // 2] * dims, **place
+            )
     elif isinstance(layer, torch.nn.Embedding):
         yield torch.randint(layer.num_embeddings, (2, 16), device=place["device"])
     width = getattr(layer, "in_features", None) or getattr(layer, "input_size", None)
@@ -347,7 +359,7 @@ def _first_that_runs(
             return (candidate,), {}
         mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
         with mode, contextlib.suppress(Exception), torch.no_grad():
-            fake = {k: mode.from_tensor(v) for k, v in state.items()}
+            fake: dict[str, Any] = {k: mode.from_tensor(v) for k, v in state.items()}
             torch.func.functional_call(model, fake, (mode.from_tensor(candidate),))
             return (candidate,), {}
     tried = ", ".join(f"{tuple(c.shape)} {c.dtype}" for c in candidates)

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from rich.console import Console
-from torch.utils import _pytree as pytree
 
 import libragrad_fx as lg
 from libragrad_fx import models
@@ -70,7 +69,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the full traceback of an error.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version.")
     ] = False,
@@ -83,21 +84,28 @@ def _options(
 
 
 ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="timm name, torchvision:NAME or package.module:factory.")
+    str,
+    typer.Argument(metavar="MODEL", help="timm name, torchvision:NAME or package.module:factory."),
 ]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the published weights.")]
 Checkpoint = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Weights: safetensors, or a torch state dict (no code is run)."),
+    typer.Option(
+        metavar="FILE", help="Weights: safetensors, or a torch state dict (no code is run)."
+    ),
 ]
 TargetIndex = Annotated[
     int | None, typer.Option(min=0, help="Class to explain; the model's own answer if not given.")
 ]
 Policy = Annotated[
-    str, typer.Option(metavar="NAME|FILE", help="What to balance, and how: libra, cp_lrp or a .yaml file.")
+    str,
+    typer.Option(
+        metavar="NAME|FILE", help="What to balance, and how: libra, cp_lrp or a .yaml file."
+    ),
 ]
 Rules = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Facts about more ops (grammar: rules/README.md).")
+    Path | None,
+    typer.Option(metavar="FILE", help="Facts about more ops (grammar: rules/README.md)."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of random weights and inputs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -105,7 +113,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.command(short_help="Write a page that shows the difference; offline.")
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The page.")] = Path("out/demo.html"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page.")] = Path(
+        "out/demo.html"
+    ),
     images: Annotated[int, typer.Option(min=1, max=64, help="Pictures shown for each model.")] = 6,
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
@@ -135,7 +145,9 @@ def explain(
         Literal["fullgrad_plus", "input_x_gradient"],
         typer.Option(help="input_x_gradient is taken at the first block, if the model has blocks."),
     ] = "fullgrad_plus",
-    plain: Annotated[bool, typer.Option("--plain", help="Only the map of the plain gradient.")] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Only the map of the plain gradient.")
+    ] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="The picture.")] = Path("out.png"),
 ) -> None:
     """Draw which parts of a picture speak for a class, and which against it.
@@ -202,7 +214,8 @@ def verify(
     checkpoint: Checkpoint = None,
     target: TargetIndex = None,
     dtype: Annotated[
-        Literal["float32", "float64"], typer.Option(help="What to compute in; float64 is the sharper.")
+        Literal["float32", "float64"],
+        typer.Option(help="What to compute in; float64 is the sharper."),
     ] = "float32",
     policy: Policy = "libra",
     rules: Rules = None,
@@ -227,7 +240,9 @@ def verify(
 @app.command(short_help="Show which nodes create or destroy attribution.")
 def audit(
     model: ModelName,
-    balanced: Annotated[bool, typer.Option("--balanced", help="Audit the balanced backward.")] = False,
+    balanced: Annotated[
+        bool, typer.Option("--balanced", help="Audit the balanced backward.")
+    ] = False,
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
     target: TargetIndex = None,
@@ -250,7 +265,9 @@ def _load(name: str, pretrained: bool, checkpoint: Path | None, seed: int) -> mo
     with _working(f"building {name}"):
         loaded = models.resolve(name, pretrained, checkpoint, seed)
     if loaded.weights == "random":
-        typer.echo(f"note: the weights of {name} are random (--pretrained or --checkpoint)", err=True)
+        typer.echo(
+            f"note: the weights of {name} are random (--pretrained or --checkpoint)", err=True
+        )
     return loaded
 
 

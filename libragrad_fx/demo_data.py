@@ -109,7 +109,10 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 
 
 def load_demo_model(name: str) -> torch.nn.Module:
-    """A shipped model in eval mode: normalised float32 ``(n, 3, SIZE, SIZE)`` to logits ``(n, 10)``."""
+    """A shipped model, in eval mode.
+
+    It takes float32 ``(n, 3, SIZE, SIZE)``, normalised, and returns logits ``(n, 10)``.
+    """
     info = demo_model_info(name)
     model = build_model(info.architecture, info.kwargs)
     with importlib.resources.as_file(_asset(name)) as path:

@@ -15,7 +15,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +78,9 @@ def resolve(
     torch.manual_seed(seed)
     source, build = _builder(name)
     if source == "factory" and pretrained:
-        raise InputError(f"{name} is your own factory: load its weights there, or pass --checkpoint")
+        raise InputError(
+            f"{name} is your own factory: load its weights there, or pass --checkpoint"
+        )
     module = build(pretrained).eval()
     if checkpoint is not None:
         _load(module, name, Path(checkpoint))
@@ -95,7 +96,11 @@ def _builder(name: str) -> tuple[str, Callable[[bool], torch.nn.Module]]:
     head, colon, tail = name.partition(":")
     if not colon:
         return "timm", _timm(name)
-    return ("torchvision", _torchvision(tail)) if head == "torchvision" else ("factory", _factory(name))
+    return (
+        ("torchvision", _torchvision(tail))
+        if head == "torchvision"
+        else ("factory", _factory(name))
+    )
 
 
 def _timm(name: str) -> Callable[[bool], torch.nn.Module]:
@@ -205,7 +210,9 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         if isinstance(body, Mapping) and isinstance(body.get(key), Mapping):
             body = body[key]
     if not isinstance(body, Mapping) or not all(isinstance(v, torch.Tensor) for v in body.values()):
-        raise InputError(f"{file.name} holds {type(body).__name__}, not tensors by name (a state dict)")
+        raise InputError(
+            f"{file.name} holds {type(body).__name__}, not tensors by name (a state dict)"
+        )
     return dict(body)
 
 
@@ -260,7 +267,9 @@ def preprocessing(model: Loaded) -> Preprocessing:
     args, kwargs = infer_inputs(model.module)
     shapes = [tuple(t.shape[1:]) for t in (*args, *kwargs.values())]
     if len(shapes) != 1 or len(shapes[0]) != 3 or shapes[0][0] not in (1, 3):
-        raise InputError(f"{model.name} does not take one image (1 or 3 channels): it takes {shapes}")
+        raise InputError(
+            f"{model.name} does not take one image (1 or 3 channels): it takes {shapes}"
+        )
     channels, height, width = shapes[0]
 
     def scale(image: Image.Image) -> torch.Tensor:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import ModeError
@@ -55,7 +56,11 @@ def _refuse_backward_hook(*_: Any, **__: Any) -> Any:
     )
 
 
-_REFUSED = ("register_full_backward_hook", "register_full_backward_pre_hook", "register_backward_hook")
+_REFUSED = (
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+    "register_backward_hook",
+)
 
 
 def shell_tree(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
@@ -113,17 +118,17 @@ class CapturedModule(torch.fx.GraphModule):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         before = _anchor(self)
-        wanted = None if before is None else fn(before.detach()[:0] if before.ndim else before.detach())
-        if before is not None and wanted.dtype != before.dtype and self.record.dtype_pins:
+        after = fn(before)
+        if after.dtype != before.dtype and self.record.dtype_pins:
             raise ModeError(
                 f"the graph was captured in {before.dtype} and holds casts that may or may not follow"
-                f" a change to {wanted.dtype}: {', '.join(self.record.dtype_pins[:5])}. Convert the"
+                f" a change to {after.dtype}: {', '.join(self.record.dtype_pins[:5])}. Convert the"
                 " model first and transform that: transform(model.to(dtype))."
             )
         _unshare(self)
         super()._apply(fn, recurse)
-        if before is not None and wanted.device != before.device:
-            _move_literals(self, wanted.device)
+        if after.device != before.device:
+            _move_literals(self, after.device)
         return self
 
     def __reduce__(self) -> Any:
@@ -138,10 +143,11 @@ class CapturedModule(torch.fx.GraphModule):
         return result
 
 
-def _anchor(module: torch.nn.Module) -> torch.Tensor | None:
-    """A floating-point tensor of the module, to see what a conversion does."""
+def _anchor(module: torch.nn.Module) -> torch.Tensor:
+    """An empty tensor where and what the module's floating-point tensors are."""
     tensors = (*module.parameters(), *module.buffers())
-    return next((t for t in tensors if t.is_floating_point()), None)
+    like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+    return torch.empty(0, dtype=like.dtype, device=like.device)
 
 
 def _unshare(module: torch.nn.Module) -> None:
@@ -186,14 +192,17 @@ def _plain(value: Any) -> Any:
 
 
 def _refs(args: Any) -> Any:
-    return torch.fx.node.map_aggregate(args, lambda a: _Ref(a.name) if isinstance(a, torch.fx.Node) else a)
+    def ref(a: Any) -> Any:
+        return _Ref(a.name) if isinstance(a, torch.fx.Node) else a
+
+    return map_aggregate(args, ref)
 
 
 def _rebuild(state: dict[str, Any]) -> CapturedModule:
     graph, by_name = torch.fx.Graph(), {}
 
     def deref(args: Any) -> Any:
-        return torch.fx.node.map_aggregate(args, lambda a: by_name[a.name] if isinstance(a, _Ref) else a)
+        return map_aggregate(args, lambda a: by_name[a.name] if isinstance(a, _Ref) else a)
 
     for op, name, target, args, kwargs, meta in state["nodes"]:
         real = _decode(target) if op == "call_function" else target

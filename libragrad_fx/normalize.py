@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.capture import Call, Capture
@@ -85,29 +86,35 @@ class _Normaliser:
 
     def _inputs(self) -> None:
         """Placeholders named like ``forward``'s parameters; tensors inside containers are looked up."""
-        given = [s for s in self.program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+        given = [
+            s for s in self.program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT
+        ]
         leaves = pytree.tree_flatten_with_path((self.captured.args, dict(self.captured.kwargs)))[0]
-        names = list(inspect.signature(self.model.forward).parameters)
+        parameters = list(inspect.signature(self.model.forward).parameters.values())
         training = self.graph.create_node("get_attr", "training", name="training")
-        mode = (training, self.model.training)
-        values = {s.name: s.meta.get("val") for s in self.program.graph.nodes if s.op == "placeholder"}
+        values = {
+            s.name: s.meta.get("val") for s in self.program.graph.nodes if s.op == "placeholder"
+        }
         by_param: dict[str, list[tuple[Any, Any, Any]]] = {}
         for spec, (path, leaf) in zip(given, leaves, strict=True):
-            by_param.setdefault(_parameter(names, path), []).append((path, leaf, spec.arg))
+            name, keys = _parameter(parameters, path)
+            by_param.setdefault(name, []).append((keys, leaf, spec.arg))
         placeholders = self._placeholders(by_param)
         for name, found in by_param.items():
-            for path, leaf, arg in found:
+            for keys, leaf, arg in found:
                 value: Any = placeholders[name]
-                for key in path[2:]:
+                for key in keys:
                     value = self._look_up(value, key)
-                text = name + "".join(map(str, path[2:]))
+                text = name + "".join(map(str, keys))
                 if isinstance(leaf, torch.Tensor):
-                    value = self._guard(value, text, values[arg.name], mode)
-                    self.env[arg.name] = value
+                    mode = (training, self.model.training)
+                    self.env[arg.name] = self._guard(value, text, values[arg.name], mode)
                 elif isinstance(arg, ConstantArgument) and isinstance(leaf, _CONSTANT_TYPES):
                     self.graph.call_function(insert.constant, (value, text, leaf))
                 else:
-                    raise CaptureError(f"{text} is a {type(leaf).__name__}: not a tensor, not a constant")
+                    raise CaptureError(
+                        f"{text} is a {type(leaf).__name__}: not a tensor, not a constant"
+                    )
 
     def _placeholders(self, used: Mapping[str, Any]) -> dict[str, Node]:
         """One placeholder a parameter of ``forward``, with its default; unused ones are guarded."""
@@ -117,21 +124,17 @@ class _Normaliser:
         order = [*parameters.values()]
         for extra in (n for n in used if n not in parameters):
             order.append(inspect.Parameter(extra, inspect.Parameter.KEYWORD_ONLY))
-        required = [p for p in order if p.kind is not p.VAR_KEYWORD]
-        for p in sorted(required, key=lambda p: p.default is not p.empty or p.kind is p.VAR_POSITIONAL):
-            if p.kind is p.VAR_POSITIONAL:
-                if p.name in used:
-                    found[p.name] = self.graph.create_node("placeholder", f"*{p.name}", name=p.name)
+        fixed = [p.replace(default=False) if p.name in self.captured.forced else p for p in order]
+        for p in sorted(fixed, key=_has_default):  # Python wants those without a default first
+            if p.kind is p.VAR_POSITIONAL and p.name in used:
+                found[p.name] = self.graph.create_node("placeholder", f"*{p.name}", name=p.name)
+            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
                 continue
-            default = False if p.name in self.captured.forced else p.default
-            has = default is not p.empty
-            if has and not isinstance(default, _CONSTANT_TYPES):
-                continue
-            found[p.name] = self.graph.create_node(
-                "placeholder", p.name, (default,) if has else (), name=p.name
-            )
-            if p.name not in used:
-                unused.append(p.replace(default=default))
+            default: tuple[Any, ...] = (p.default,) if _has_default(p) else ()
+            if default or p.name in used:
+                found[p.name] = self.graph.create_node("placeholder", p.name, default, name=p.name)
+            if default and p.name not in used:
+                unused.append(p)
         for p in unused:
             self.graph.call_function(insert.constant, (found[p.name], p.name, p.default))
         return found
@@ -155,15 +158,18 @@ class _Normaliser:
 
     def _parameters(self) -> None:
         constants = self.program.constants
-        fakes = {n.name: n.meta.get("val") for n in self.program.graph.nodes if n.op == "placeholder"}
+        fakes = {
+            n.name: n.meta.get("val") for n in self.program.graph.nodes if n.op == "placeholder"
+        }
         for spec in self.program.graph_signature.input_specs:
             if spec.kind is InputKind.USER_INPUT:
                 continue
             target = spec.target
             if spec.kind is InputKind.CONSTANT_TENSOR or not _has(self.root, target):
                 target = f"constant_{spec.arg.name}".replace(".", "_")
-                self.root.register_buffer(target, constants[spec.target].detach(), persistent=False)
-            node = self.graph.create_node("get_attr", target)
+                value: Any = constants[str(spec.target)]
+                self.root.register_buffer(target, value.detach(), persistent=False)
+            node = self.graph.create_node("get_attr", str(target))
             node.meta["val"] = fakes[spec.arg.name]
             self.env[spec.arg.name] = node
 
@@ -184,7 +190,9 @@ class _Normaliser:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(f"the graph holds a higher-order op ({node.target}): not handled")
         if name in _BATCH_NORMS:
-            self.env[node.name] = self._emit(aten.batch_norm.default, _batch_norm(name, args), {}, node)
+            self.env[node.name] = self._emit(
+                aten.batch_norm.default, _batch_norm(name, args), {}, node
+            )
         elif node.target is operator.getitem and _is_batch_norm(node.args[0]):
             self.env[node.name] = args[0] if args[1] == 0 else None
         elif name in ("view", "_unsafe_view") and node.target is not aten.view.dtype:
@@ -222,7 +230,7 @@ class _Normaliser:
             self.pins.append(source_line(node) or node.name)
 
     def _new(self, args: Any) -> Any:
-        return torch.fx.node.map_arg(args, lambda n: self.env[n.name])
+        return map_arg(args, lambda n: self.env[n.name])
 
     # --- outputs
 
@@ -231,10 +239,12 @@ class _Normaliser:
         leaves: list[Any] = []
         for spec, value in zip(self.program.graph_signature.output_specs, results, strict=True):
             if spec.kind is OutputKind.USER_OUTPUT:
-                leaves.append(value if isinstance(value, Node) else getattr(spec.arg, "value", value))
+                leaves.append(
+                    value if isinstance(value, Node) else getattr(spec.arg, "value", value)
+                )
             elif spec.kind is OutputKind.BUFFER_MUTATION:
                 if isinstance(value, Node):  # batch norm updates its own statistics
-                    buffer = self.graph.create_node("get_attr", spec.target)
+                    buffer = self.graph.create_node("get_attr", str(spec.target))
                     kept = self.graph.call_function(aten.detach.default, (value,))
                     self.graph.call_function(aten.copy_.default, (buffer, kept))
             else:
@@ -291,10 +301,22 @@ def _root_shell(model: torch.nn.Module) -> torch.nn.Module:
     return root
 
 
-def _parameter(names: Sequence[str], path: tuple[Any, ...]) -> str:
-    """The parameter of ``forward`` that a leaf of ``(args, kwargs)`` belongs to."""
-    side, key = path[0], path[1]
-    return names[key.idx] if side.idx == 0 else key.key
+def _has_default(p: inspect.Parameter) -> bool:
+    """Whether a parameter has a default that generated code can spell."""
+    return p.default is not p.empty and isinstance(p.default, _CONSTANT_TYPES)
+
+
+def _parameter(
+    parameters: Sequence[inspect.Parameter], path: tuple[Any, ...]
+) -> tuple[str, tuple[Any, ...]]:
+    """Where a leaf of ``(args, kwargs)`` is found: a parameter of ``forward``, and keys into it."""
+    side, key, *rest = path
+    if side.idx == 1:
+        return key.key, tuple(rest)
+    for at, p in enumerate(parameters[: key.idx + 1]):
+        if p.kind is p.VAR_POSITIONAL:
+            return p.name, (pytree.SequenceKey(key.idx - at), *rest)
+    return parameters[key.idx].name, tuple(rest)
 
 
 def _has(root: torch.nn.Module, target: str | None) -> bool:
@@ -340,4 +362,3 @@ def module_path(node: Node) -> str:
     """Dotted path of the submodule a node was traced in; ``""`` for the root."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return stack[-1][0] if stack else ""
-

@@ -65,7 +65,11 @@ class _Planner:
     """Visits live nodes; each visit adds edits or findings."""
 
     def __init__(self, trace: Trace, analysis: Analysis, book: RuleBook) -> None:
-        self.roles, self.facts, self.relabelled = analysis.roles, analysis.facts, analysis.relabelled
+        self.roles, self.facts, self.relabelled = (
+            analysis.roles,
+            analysis.facts,
+            analysis.relabelled,
+        )
         self.live, self.book = analysis.live, book
         self.edits: list[Edit] = []
         self.unknown: list[Finding] = []
@@ -98,7 +102,10 @@ class _Planner:
         if kind is Kind.PRODUCT:
             factors = operands(node, fact.factors)
             gates += [(k, n) for k, n in factors if self.roles[n.name] is Role.GATE]
-        for site, found in (("gate", gates), ("denominator", self._live(operands(node, fact.denominator)))):
+        for site, found in (
+            ("gate", gates),
+            ("denominator", self._live(operands(node, fact.denominator))),
+        ):
             row = self._row(node, kind, site) if found else None
             if row is None:
                 continue
@@ -131,7 +138,9 @@ class _Planner:
         elif fact.degree is not None:
             self._power(node, fact, row)
         elif fact.vjp is None:
-            self.unknown.append(finding(node, "its row names no balanced vjp", "add 'vjp:' to its row"))
+            self.unknown.append(
+                finding(node, "its row names no balanced vjp", "add 'vjp:' to its row")
+            )
         else:
             self._edit(node, row, (), self._reason(node, kind), twin=fact.vjp)
 
@@ -189,11 +198,15 @@ class _Planner:
         row = self.book.rows.get((kind, site))
         if row is None:
             problem = f"policy {self.book.policy} has no row for {kind}/{site}"
-            self.unknown.append(finding(node, problem, f"add a row: {{kind: {kind}, site: {site}, …}}"))
+            self.unknown.append(
+                finding(node, problem, f"add a row: {{kind: {kind}, site: {site}, …}}")
+            )
         return row
 
     def _left(self, node: Node, row: PolicyRow, problem: str) -> None:
-        remedy = f"row {row.name} of policy {self.book.policy} keeps autograd's gradient ({row.cite})"
+        remedy = (
+            f"row {row.name} of policy {self.book.policy} keeps autograd's gradient ({row.cite})"
+        )
         self.unbalanced.append(finding(node, problem, remedy))
 
     def _reason(self, node: Node, kind: Kind) -> str:
@@ -201,7 +214,11 @@ class _Planner:
             return "carries the signal here, though it could gate: secant about f(0)"
         if kind is Kind.NORMALISER:
             return "1/sigma is held, centring is linear"
-        return "gates and slopes are held" if kind is Kind.RECURRENT else "x * gate(x) with the gate held"
+        return (
+            "gates and slopes are held"
+            if kind is Kind.RECURRENT
+            else "x * gate(x) with the gate held"
+        )
 
     def _edit(
         self, node: Node, row: PolicyRow, names: tuple[str, ...], reason: str,
@@ -239,10 +256,15 @@ def _why(node: Node, analysis: Analysis, planner: _Planner) -> str:
             for k, n in operands(node, fact.operands)
         ]
     if node.name in analysis.relabelled:
-        lines.append("  a gate source, but demanded: its output carries the signal (relabelled VALUE)")
+        lines.append(
+            "  a gate source, but demanded: its output carries the signal (relabelled VALUE)"
+        )
     edits = [e for e in planner.edits if e.node == node.name]
     lines += [f"  edit: {e.action} {', '.join(e.operands)} by {e.rule}: {e.reason}" for e in edits]
     if not edits:
         on_path = node.name in analysis.live
-        lines.append("  no edit: " + ("balanced by itself" if on_path else "no balanced gradient passes here"))
+        lines.append(
+            "  no edit: "
+            + ("balanced by itself" if on_path else "no balanced gradient passes here")
+        )
     return "\n".join(lines)

@@ -7,10 +7,11 @@ node for node; ``torch.equal`` is only its check.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import VerificationError
@@ -113,12 +114,12 @@ def _insert_probes(graph: Graph, calls: tuple[ModuleCall, ...], by_name: dict[st
 
     for node in list(graph.nodes):
         if replaced:
-            node.args = torch.fx.node.map_arg(node.args, latest)
-            node.kwargs = torch.fx.node.map_arg(node.kwargs, latest)
+            node.args = map_arg(node.args, latest)
+            node.kwargs = map_arg(node.kwargs, latest)
         last = scaled.get(node, node)
         for call in ends.get(node, ()):
             parts = (call.args, dict(call.kwargs), call.output)
-            args, kwargs, output = (torch.fx.node.map_arg(part, value) for part in parts)
+            args, kwargs, output = cast(tuple[Any, dict[str, Any], Any], map_arg(parts, value))
             with graph.inserting_after(last):
                 last = probe = graph.call_module(
                     call.path, args, {**kwargs, "_output": output, "_args": args}
@@ -161,8 +162,8 @@ def erase(module: CapturedModule) -> Graph:
     env: dict[Node, Any] = {}
     for node in module.graph.nodes:
         mark = node.meta.get(_INSERTED)
-        args = torch.fx.node.map_arg(node.args, lambda n: env[n])
-        kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: env[n])
+        args = map_arg(node.args, lambda n: env[n])
+        kwargs = map_arg(node.kwargs, lambda n: env[n])
         if node.op == "call_module" and mark is not None:
             env[node] = kwargs["_output"]
         elif node.target is leaf:
@@ -183,8 +184,7 @@ def spell(graph: Graph) -> tuple[str, ...]:
         return number[value] if isinstance(value, Node) else repr(value)
 
     return tuple(
-        f"{n.op} {n.target} {torch.fx.node.map_aggregate((n.args, dict(n.kwargs)), text)}"
-        for n in graph.nodes
+        f"{n.op} {n.target} {map_aggregate((n.args, dict(n.kwargs)), text)}" for n in graph.nodes
     )
 
 

@@ -46,7 +46,9 @@ class RuleBook:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of what the rules say (not of how the files are laid out), in hex."""
-        body = [_content(f) for f in self.facts.values()] + [_content(r) for r in self.rows.values()]
+        body = [_content(f) for f in self.facts.values()] + [
+            _content(r) for r in self.rows.values()
+        ]
         return hashlib.sha256(json.dumps(sorted(body)).encode()).hexdigest()
 
     def fact(self, target: Any) -> OpFacts | None:
@@ -70,7 +72,9 @@ class RuleBook:
         if isinstance(rules, (str, Path)):
             rows = _load_facts(Path(rules))
         else:
-            rows = _parse_facts([(dict(r), Location("<rules=>", i + 1)) for i, r in enumerate(rules)])
+            rows = _parse_facts(
+                [(dict(r), Location("<rules=>", i + 1)) for i, r in enumerate(rules)]
+            )
         return dataclasses.replace(self, facts={**self.facts, **rows})
 
 
@@ -84,7 +88,9 @@ def load(policy: str | Path = "libra", rules: Any = None) -> RuleBook:
     file = Path(policy) if str(policy).endswith((".yaml", ".yml")) else folder / f"{policy}.yaml"
     if not file.is_file():
         names = sorted(p.stem for p in folder.glob("*.yaml") if p.stem != "ops")
-        raise RuleError(f"no policy {str(policy)!r}: give one of {', '.join(names)}, or a .yaml file")
+        raise RuleError(
+            f"no policy {str(policy)!r}: give one of {', '.join(names)}, or a .yaml file"
+        )
     name, rows = _load_policy(file)
     book = RuleBook(_load_facts(folder / "ops.yaml"), rows, name)
     return book if rules is None else book.extended(rules)
@@ -92,7 +98,9 @@ def load(policy: str | Path = "libra", rules: Any = None) -> RuleBook:
 
 def op_name(target: Any) -> str:
     """``aten.add.Tensor`` for an overload; the function's own name for anything else."""
-    return str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    return getattr(target, "__name__", str(target))
 
 
 def _content(row: OpFacts | PolicyRow) -> str:
@@ -111,7 +119,9 @@ def _load_policy(file: Path) -> tuple[str, dict[tuple[Kind, str], PolicyRow]]:
     node, where = _read(file)
     body, _ = _mapping(node, file, deep=False)
     if set(body) != {"policy", "rows"} or not isinstance(body["rows"], yaml.SequenceNode):
-        raise RuleError(f"{where}: a policy file has two keys, 'policy' (its name) and 'rows' (a list)")
+        raise RuleError(
+            f"{where}: a policy file has two keys, 'policy' (its name) and 'rows' (a list)"
+        )
     rows: dict[tuple[Kind, str], PolicyRow] = {}
     for child in body["rows"].value:
         values, at = _mapping(child, file)
@@ -183,11 +193,15 @@ def _fact_row(values: dict[str, Any], where: Location) -> OpFacts:
     row = OpFacts(**{**rest, **lists, "kind": _enum(Kind, values["kind"], where), "where": where})
     _check_schema(row)
     if row.vjp is not None and row.vjp not in TWINS:
-        raise RuleError(f"{where}: no balanced vjp {row.vjp!r}; there are {', '.join(sorted(TWINS))}")
+        raise RuleError(
+            f"{where}: no balanced vjp {row.vjp!r}; there are {', '.join(sorted(TWINS))}"
+        )
     if row.bias not in BIASES:
         raise RuleError(f"{where}: no bias {row.bias!r}; there are {', '.join(sorted(BIASES))}")
     if not row.operands and row.kind is not Kind.CUT:
-        raise RuleError(f"{where}: {row.op} names no operand (stream, factors, gate or denominator)")
+        raise RuleError(
+            f"{where}: {row.op} names no operand (stream, factors, gate or denominator)"
+        )
     return row
 
 
@@ -197,7 +211,9 @@ def _check_schema(row: OpFacts) -> None:
     packet, _, overload = rest.partition(".")
     try:
         found = getattr(getattr(torch.ops, namespace), packet)
-        overloads = [getattr(found, overload or o) for o in ([overload] if overload else found.overloads())]
+        overloads = [
+            getattr(found, overload or o) for o in ([overload] if overload else found.overloads())
+        ]
     except AttributeError as e:
         raise RuleError(f"{row.where}: PyTorch {torch.__version__} has no op {row.op}") from e
     arguments = {a.name for o in overloads for a in o._schema.arguments}

@@ -250,9 +250,7 @@ class Plan:
 
     def __str__(self) -> str:
         head = ("node", "module", "source", "action", "rule", "reason")
-        rows = [
-            (e.node, e.module, e.source, _verb(e), e.rule, e.reason) for e in self.edits
-        ]
+        rows = [(e.node, e.module, e.source, _verb(e), e.rule, e.reason) for e in self.edits]
         lines = [f"plan: policy {self.policy} ({self.digest[:12]}), {len(self.edits)} edits"]
         lines += table(head, rows)
         for title, findings in (("no rule", self.unknown), ("left unbalanced", self.unbalanced)):

@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.analyze import kind_of, live_operands, operands, tensor_arguments
+from libragrad_fx.analyze import aten_op, kind_of, live_operands, operands, tensor_arguments
 from libragrad_fx.errors import InputError
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.normalize import module_path, source_line
@@ -46,7 +46,9 @@ _EXPLICIT = {Kind.LINEAR, Kind.PRODUCT, Kind.NORMALISER, Kind.RECURRENT, Kind.EM
 def sites(trace: Trace, analysis: Analysis, balanced: bool) -> tuple[Site, ...]:
     """The nodes that a gradient passes: the live ones, or under autograd all that see the input."""
     found = []
-    symbol = next((s.shape[0] for s in trace.inputs if s.shape and isinstance(s.shape[0], str)), None)
+    symbol = next(
+        (s.shape[0] for s in trace.inputs if s.shape and isinstance(s.shape[0], str)), None
+    )
     for node in trace.graph.nodes:
         fact = analysis.facts.get(node.name)
         if fact is None and not isinstance(node.target, torch._ops.OpOverload):
@@ -82,12 +84,17 @@ def _bias_name(node: Node, fact: OpFacts, live: Sequence[str]) -> str | None:
         return None if fact.bias == "none" else fact.bias
     if fact.kind in (Kind.GATED, Kind.GATE_SOURCE):
         return None if fact.at_zero == 0 else "at_zero"
-    streams = bind(node.target, node.args, node.kwargs)
+    streams = bind(aten_op(node), node.args, node.kwargs)
     for name in fact.stream:
         value = streams.get(name)
         members = value if isinstance(value, (list, tuple)) else [value]
-        keys = [f"{name}[{i}]" if isinstance(value, (list, tuple)) else name for i in range(len(members))]
-        if any(k not in live and m is not None and m != 0 for k, m in zip(keys, members, strict=True)):
+        keys = [
+            f"{name}[{i}]" if isinstance(value, (list, tuple)) else name
+            for i in range(len(members))
+        ]
+        if any(
+            k not in live and m is not None and m != 0 for k, m in zip(keys, members, strict=True)
+        ):
             return "at_zero"
     return None
 
@@ -113,7 +120,9 @@ def select_each(output: Any, target: Target) -> torch.Tensor:
     if callable(target):
         chosen = target(output)
         if not isinstance(chosen, torch.Tensor):
-            raise InputError(f"the target callable must return a tensor, got {type(chosen).__name__}")
+            raise InputError(
+                f"the target callable must return a tensor, got {type(chosen).__name__}"
+            )
         return chosen.reshape(-1)
     y = first_tensor(output)
     batch = y.shape[0] if y.ndim else 1
@@ -140,14 +149,18 @@ def first_tensor(output: Any) -> torch.Tensor:
     """The tensor of an output structure that is explained: ``logits``, else the first float leaf."""
     if isinstance(output, torch.Tensor):
         return output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    logits = (
+        output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    )
     if isinstance(logits, torch.Tensor):
         return logits
-    leaves = torch.utils._pytree.tree_leaves(output)
+    leaves = pytree.tree_leaves(output)
     for t in leaves:
         if isinstance(t, torch.Tensor) and t.is_floating_point():
             return t
-    raise InputError(f"the output ({type(output).__name__}) holds no floating-point tensor to explain")
+    raise InputError(
+        f"the output ({type(output).__name__}) holds no floating-point tensor to explain"
+    )
 
 
 # --- running a graph with every edge or some nodes in view
@@ -259,7 +272,7 @@ def _aliased(
     n: Node, site: Site, args: Any, kwargs: Any, row: _Row, skip: Iterable[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call's arguments in schema order with an alias for every live operand of the site."""
-    op = getattr(n.target, "aten_op", n.target)
+    op = aten_op(n)
     values = bind(op, args, kwargs)
     for name, value in values.items():
         if name in site.live and name not in skip:
@@ -278,7 +291,7 @@ def site_bias(site: Site, n: Node, args: Any, kwargs: Any) -> Any:
     """The constant of one site, shaped like its output (or None)."""
     if site.bias is None:
         return None
-    op = getattr(n.target, "aten_op", n.target)
+    op = aten_op(n)
     return biases.bias(site.bias, op, site.live, args, kwargs)
 
 
@@ -313,7 +326,11 @@ def ledger(module: CapturedModule, inputs: Any, target: Target = None) -> Ledger
 
 
 def certify(
-    model: torch.nn.Module, module: CapturedModule, inputs: Any, target: Target, tolerance: float | None
+    model: torch.nn.Module,
+    module: CapturedModule,
+    inputs: Any,
+    target: Target,
+    tolerance: float | None,
 ) -> Certificate:
     """Check the promises of a transform on one input (see ``libragrad_fx.verify``)."""
     args, kwargs = as_call(inputs)
@@ -322,7 +339,9 @@ def certify(
     plan: Plan = module.record.info["plan"]
     original: Sequence[str] = module.record.info["original"]
     worst = account.worst(1)
-    like = next((t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)), None)
+    like = next(
+        (t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)), None
+    )
     dtype = next((p.dtype for p in module.parameters()), like.dtype if like is not None else None)
     return Certificate(
         forward_equal=equal,

@@ -194,7 +194,7 @@ def _recurrent(gates: int, states: int = 1) -> list[Builder]:
 
 
 def _resize(dims: int, *, corners: bool, exact_scale: bool = True) -> list[Builder]:
-    """``upsample_*`` of a (2, 3, 4, …) tensor: by size, the mode's align_corners where it has one."""
+    """``upsample_*`` of a (2, 3, 4, …) tensor, by size, with both align_corners where it has them."""
     size = [7] * dims
     flags = [False] if corners else []
     more = one(r(2, 3, *[4] * dims), size, *([True] if corners else []))
@@ -329,7 +329,8 @@ BY_HAND: dict[str, list[Builder]] = {
     "aten.addcmul": one(r(2, 3), r(2, 3), r(3), value=0.5),
     "aten.addcdiv": one(r(2, 3), r(2, 3), lambda: positive(3), value=0.5),
     "aten.linear": one(r(2, 5, 3), r(4, 3), r(4)) + one(r(2, 3), r(4, 3)),
-    "aten.bilinear": one(r(2, 3), r(2, 4), r(5, 3, 4), r(5)) + one(r(2, 3), r(2, 4), r(5, 3, 4), None),
+    "aten.bilinear": one(r(2, 3), r(2, 4), r(5, 3, 4), r(5))
+    + one(r(2, 3), r(2, 4), r(5, 3, 4), None),
     **{f"aten.conv{d}d": _conv(d) for d in (1, 2, 3)},
     **{f"aten.conv_transpose{d}d": _conv(d, transposed=True) for d in (1, 2, 3)},
     "aten.convolution": one(

@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--epochs", type=int, help=f"of {EPOCH_SCENES} scenes; default: {EPOCHS}")
-    parser.add_argument("--rate", type=float, default=1e-3, help="the peak learning rate")
+    parser.add_argument("--rate", type=float, default=2e-3, help="the peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="more than one gains little")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the weights")

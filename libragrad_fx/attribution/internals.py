@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from libragrad_fx.errors import InputError
 from libragrad_fx.module import CapturedModule
@@ -42,7 +43,11 @@ class Internals:
 
 
 def observe(
-    module: CapturedModule, inputs: Any, target: Target, layers: Sequence[str] = (), biases: bool = True
+    module: CapturedModule,
+    inputs: Any,
+    target: Target,
+    layers: Sequence[str] = (),
+    biases: bool = True,
 ) -> Internals:
     """Run ``module`` forward and backward once.
 
@@ -70,7 +75,9 @@ def observe(
     ])  # fmt: skip
     sources = {name: next(found) for name in watch.sources}
     tapped = {path: next(found) for path in taps}
-    terms = tuple((site, b.expand_as(t), g) for (site, b, t), (_, g) in zip(watch.terms, found, strict=True))
+    terms = tuple(
+        (site, b.expand_as(t), g) for (site, b, t), (_, g) in zip(watch.terms, found, strict=True)
+    )
     return Internals(each.detach(), sources, tapped, terms, tuple(watch.shapes))
 
 
@@ -79,7 +86,7 @@ def layer_input(module: CapturedModule, path: str) -> Node:
     for node in module.graph.nodes:
         if node.op == "call_module" and node.target == path and "_output" in node.kwargs:
             found: list[Node] = []
-            torch.fx.node.map_arg(node.args, found.append)
+            map_arg(node.args, found.append)
             if found:
                 return found[0]
     near = [p for p in called_modules(module) if path in p][:6]

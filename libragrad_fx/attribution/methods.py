@@ -81,7 +81,8 @@ def _assemble(
     seen: Internals, products: dict[str, torch.Tensor], biases: list[torch.Tensor],
     error: torch.Tensor, method: str, layers: tuple[str, ...],
 ) -> Attribution:  # fmt: skip
-    image = next((tuple(x.shape[-2:]) for x, _ in seen.inputs.values() if x.ndim == 4), None)
+    images = ((x.shape[-2], x.shape[-1]) for x, _ in seen.inputs.values() if x.ndim == 4)
+    image = next(images, None)
     first = next(iter(products.values()))
     where = maps.layout(first.shape, seen.shapes, image)
     placed = [maps.place(t, where, image) for t in (*products.values(), *biases)]

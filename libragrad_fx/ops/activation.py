@@ -79,9 +79,7 @@ sqrt = _secant(aten.sqrt.default, 0.0)
 rsqrt = _secant(aten.rsqrt.default, 0.0)
 reciprocal = _secant(aten.reciprocal.default, 0.0)
 square = _secant(aten.square.default, 0.0)
-pow = _secant(
-    aten.pow.Tensor_Scalar, 0.0, lambda exponent: 1.0 if exponent == 0 else 0.0
-)
+pow = _secant(aten.pow.Tensor_Scalar, 0.0, lambda exponent: 1.0 if exponent == 0 else 0.0)
 
 
 def _pow_tensor(
@@ -104,7 +102,11 @@ pow_tensor = twin(
 )
 
 
-LOG_SLOPES = {aten.log.default: 1.0, aten.log2.default: 1 / math.log(2), aten.log10.default: 1 / math.log(10)}
+LOG_SLOPES = {
+    aten.log.default: 1.0,
+    aten.log2.default: 1 / math.log(2),
+    aten.log10.default: 1 / math.log(10),
+}
 
 
 def _logarithm(op: torch._ops.OpOverload) -> Callable[..., Any]:
@@ -114,7 +116,9 @@ def _logarithm(op: torch._ops.OpOverload) -> Callable[..., Any]:
         needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, result: torch.Tensor
     ) -> Grads:
         near = (self - 1).abs() < math.sqrt(torch.finfo(self.dtype).eps)
-        return {"self": torch.where(near, LOG_SLOPES[op], result / torch.where(near, 1.0, self - 1)) * g}
+        return {
+            "self": torch.where(near, LOG_SLOPES[op], result / torch.where(near, 1.0, self - 1)) * g
+        }
 
     return twin(op, vjp, saves=("self", "result"))
 
@@ -128,7 +132,13 @@ def softmax_at_zero(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _softmax(
-    needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, result: torch.Tensor, dim: int, **_: Any
+    needs: frozenset[str],
+    g: torch.Tensor,
+    *,
+    self: torch.Tensor,
+    result: torch.Tensor,
+    dim: int,
+    **_: Any,
 ) -> Grads:
     """A softmax that carries the signal: its denominator is held, its exponential is a secant."""
     zero = softmax_at_zero(self, dim)
@@ -155,4 +165,3 @@ def _glu(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, dim: int
 
 
 glu = twin(aten.glu.default, _glu, saves=("self",))
-

@@ -15,11 +15,15 @@ from libragrad_fx.ops.twin import Grads, twin
 
 aten = torch.ops.aten
 _CHUNK = 64
-_MATH = int(torch.nn.attention.SDPBackend.MATH)
 
 
 def _probabilities(
-    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, first: int, causal: bool, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    mask: torch.Tensor | None,
+    first: int,
+    causal: bool,
+    scale: float,
 ) -> torch.Tensor:
     """softmax(scale q kᵀ + mask) for the query rows that start at ``first``; masked-out rows are 0."""
     scores = (q @ k.transpose(-2, -1)) * scale

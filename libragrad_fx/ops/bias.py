@@ -51,7 +51,7 @@ def _saturated(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
 
 
 def _selected(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """A selection among tensors: its static ones where they win, shared at ties as autograd does."""
+    """A selection among tensors: its static ones where they win; ties as autograd shares them."""
     given = {k: v for k, v in args.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
     if not set(given) - set(live):
         return None
@@ -96,7 +96,7 @@ def _log_softmax(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
 
 
 def _log(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """The secant of a logarithm passes through (1, 0): log(x) = s (x - 1), so its constant is -s."""
+    """The secant of a logarithm goes through (1, 0): log(x) = s (x - 1); its constant is -s."""
     x = args["self"]
     return -torch.where(x == 1, LOG_SLOPES[op], _run(op, args) / (x - 1))
 
@@ -137,7 +137,9 @@ BIASES: dict[str, Bias] = {
 }
 
 
-def bias(name: str, op: Any, live: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def bias(
+    name: str, op: Any, live: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
     """Constant of one call, shaped like its output; None where it has none.
 
     live: schema names of the operands through which the gradient flows.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import InputError, ModeError
@@ -55,12 +56,10 @@ LIBRARY.define("observe(Tensor x, str path, int call, str place) -> ()")
 torch.library.impl(f"{NAMESPACE}::observe", "CompositeExplicitAutograd", lib=LIBRARY)(
     lambda x, path, call, place: None
 )
-torch.library.register_fake(
-    f"{NAMESPACE}::observe", lambda x, path, call, place: None, lib=LIBRARY
-)
+torch.library.register_fake(f"{NAMESPACE}::observe", lambda x, path, call, place: None, lib=LIBRARY)
 observe = torch.ops.libragrad_fx.observe.default
 """Capture's own mark on a value: it says which module call a tensor belongs to, and does nothing."""
-torch.fx.node.has_side_effect(observe)
+has_side_effect(observe)
 
 
 def probe(*args: Any, _output: Any, _args: tuple[Any, ...], **kwargs: Any) -> Any:
@@ -98,7 +97,10 @@ def guard(x: Any, path: str, shape: tuple[int | str, ...], floating: bool, mode:
             " Dimensions in letters are free; for another shape call transform(model, inputs) again"
             " with an example of it."
         )
-    if not torch.compiler.is_compiling() and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+    if (
+        not torch.compiler.is_compiling()
+        and torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+    ):
         raise ModeError(
             "forward-mode AD through a balanced graph is not defined: LibraGrad is a rule for the"
             " backward pass. Use reverse mode (torch.autograd.grad, torch.func.grad or vjp)."

@@ -35,7 +35,9 @@ def _pull(u: torch.Tensor, rstd: torch.Tensor, axes: Axes, centred: bool = True)
     return rstd * (u - u.mean(axes, keepdim=True) if centred else u)
 
 
-def _affine(needs: frozenset[str], g: torch.Tensor, hat: torch.Tensor, shape: Axes) -> dict[str, Any]:
+def _affine(
+    needs: frozenset[str], g: torch.Tensor, hat: torch.Tensor, shape: Axes
+) -> dict[str, Any]:
     """Gradients of weight and bias; ``shape`` is theirs, aligned to broadcast with ``g``."""
     return {
         "weight": (g * hat).sum_to_size(shape) if "weight" in needs else None,

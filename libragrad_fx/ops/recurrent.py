@@ -145,9 +145,13 @@ def _recurrent(op: torch._ops.OpOverload) -> Callable[..., Any]:
     def vjp(needs: frozenset[str], g: Any, **args: Any) -> Grads:
         form, states = _linearised(op, **args)
         n = len(states)
-        _, pull = torch.func.vjp(form, args["input"], *states, *args["params"])
+        pull = torch.func.vjp(form, args["input"], *states, *args["params"])[1]
         dx, *rest = pull(tuple(g))
-        return {"input": dx, "hx": rest[:n] if op is aten.lstm.input else rest[0], "params": rest[n:]}
+        return {
+            "input": dx,
+            "hx": rest[:n] if op is aten.lstm.input else rest[0],
+            "params": rest[n:],
+        }
 
     def forward(*args: Any) -> Any:
         num_layers, dropout, train = args[4:7]

@@ -61,7 +61,9 @@ def twin(
     return call
 
 
-def bind(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def bind(
+    op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """All arguments of a call by schema name, defaults filled in, in schema order."""
     values: dict[str, Any] = {}
     for i, a in enumerate(op._schema.arguments):
@@ -82,7 +84,9 @@ def _is_tensors(value: Any) -> bool:
     )
 
 
-def _call(op_or_fn: Callable[..., Any], op: torch._ops.OpOverload, values: Mapping[str, Any]) -> Any:
+def _call(
+    op_or_fn: Callable[..., Any], op: torch._ops.OpOverload, values: Mapping[str, Any]
+) -> Any:
     keyword = {a.name for a in op._schema.arguments if a.kwarg_only}
     args = [v for k, v in values.items() if k not in keyword]
     return op_or_fn(*args, **{k: v for k, v in values.items() if k in keyword})
@@ -151,7 +155,9 @@ def _function(
         @staticmethod
         def backward(ctx: Any, *g: Any) -> Any:
             wanted = unflatten(ctx.sizes, ctx.needs_input_grad[1:])
-            needs = frozenset(k for k, w in wanted.items() if (any(w) if isinstance(w, list) else w))
+            needs = frozenset(
+                k for k, w in wanted.items() if (any(w) if isinstance(w, list) else w)
+            )
             grads = _gradients(ctx, g, needs, vjp, saves)
             out: list[Any] = [None]
             for name, size in zip(names, ctx.sizes, strict=True):

@@ -17,7 +17,9 @@ from PIL import Image, ImageDraw
 from libragrad_fx.extras import need
 
 COLOURS = "RdBu_r"
-CLIPPED = 0.99  # the scale ends at this quantile of |values|: single outliers would wash out the rest
+CLIPPED = (
+    0.99  # the scale ends at this quantile of |values|: single outliers would wash out the rest
+)
 _FILTERS = {"smooth": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
 
 
@@ -42,7 +44,10 @@ def colours(values: np.ndarray, scale: float) -> np.ndarray:
 
 
 def overlay(
-    image: np.ndarray, values: np.ndarray, scale: float, how: Literal["smooth", "nearest"] = "smooth"
+    image: np.ndarray,
+    values: np.ndarray,
+    scale: float,
+    how: Literal["smooth", "nearest"] = "smooth",
 ) -> np.ndarray:
     """A signed map (h, w) over an image (H, W, 3) in [0, 1]; same range and shape as the image."""
     grey = 0.55 + 0.45 * (image @ np.array([0.299, 0.587, 0.114]))
@@ -73,31 +78,37 @@ def legend(width: int = 256, height: int = 1) -> Image.Image:
     return Image.fromarray((np.repeat(row, height, 0) * 255).round().astype(np.uint8))
 
 
+# inches of a figure, from the left and from the bottom; a panel is a square of side _SIDE
+_SIDE, _GAP, _MARGIN, _FOOT, _HEAD = 3.4, 0.15, 0.2, 0.95, 0.85
+
+
 def figure(
     image: np.ndarray, maps: Sequence[tuple[str, np.ndarray]], title: str, note: str = ""
 ) -> Any:
     """A matplotlib figure: the image, then each (caption, map) over it, on one signed scale.
 
-    Its size depends on the number of maps alone.
+    Its size depends on the number of maps alone. A caption may have two lines.
     """
     matplotlib = need("matplotlib", "demo")
     n = len(maps) + 1
-    sheet = need("matplotlib.figure", "demo").Figure(
-        figsize=(3.6 * n, 4.9), dpi=120, layout="constrained", facecolor="white"
-    )
+    width, height = 2 * _MARGIN + n * _SIDE + (n - 1) * _GAP, _FOOT + _SIDE + _HEAD
+    sheet = need("matplotlib.figure", "demo").Figure((width, height), dpi=120, facecolor="white")
     scale = shared_scale(*(m for _, m in maps))
-    axes = sheet.subplots(1, n, squeeze=False)[0]
+
+    def place(left: float, bottom: float, w: float, h: float) -> Any:
+        return sheet.add_axes((left / width, bottom / height, w / width, h / height))
+
     drawn = [("input", image), *((caption, overlay(image, m, scale)) for caption, m in maps)]
-    for axis, (caption, picture) in zip(axes, drawn, strict=True):
+    for i, (caption, picture) in enumerate(drawn):
+        axis = place(_MARGIN + i * (_SIDE + _GAP), _FOOT, _SIDE, _SIDE)
         axis.imshow(picture.clip(0, 1), interpolation="nearest")
-        axis.set_title(caption, fontsize=10, loc="left", color="#333333")
+        axis.set_title(caption, fontsize=9, loc="left", color="#333333")
         axis.set_axis_off()
     key = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(-scale, scale), COLOURS)
-    bar = sheet.colorbar(key, ax=list(axes[1:]), orientation="horizontal", fraction=0.05, pad=0.03)
-    bar.set_label("against the class   –   attribution   –   for the class", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
-    bar.outline.set_visible(False)
-    sheet.suptitle(title, fontsize=12, x=0.01, ha="left")
-    if note:
-        sheet.supxlabel(note, fontsize=8, color="#666666", x=0.01, ha="left")
+    bar = place(_MARGIN + _SIDE + _GAP, _FOOT - 0.3, _SIDE * 0.9, 0.12)
+    sheet.colorbar(key, cax=bar, orientation="horizontal").outline.set_visible(False)
+    bar.tick_params(labelsize=8)
+    bar.set_xlabel("against the class  –  attribution  –  for the class", fontsize=8)
+    sheet.text(_MARGIN / width, 1 - 0.28 / height, title, fontsize=12)
+    sheet.text(_MARGIN / width, 0.15 / height, note, fontsize=8, color="#666666")
     return sheet

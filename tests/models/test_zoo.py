@@ -122,6 +122,8 @@ def test_a_missing_row_is_refused(row: PolicyRow) -> None:
 
 
 def _embedding() -> tuple[Trace, torch.Tensor]:
-    model = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Flatten(), torch.nn.Linear(24, 4))
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(10, 8), torch.nn.Flatten(), torch.nn.Linear(24, 4)
+    )
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     return normalize(model, capture(model, ids)), ids

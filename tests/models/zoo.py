@@ -157,7 +157,11 @@ class LstmCell(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.of_input, self.of_state, self.head = nn.Linear(8, 24), nn.Linear(6, 24), nn.Linear(6, 4)
+        self.of_input, self.of_state, self.head = (
+            nn.Linear(8, 24),
+            nn.Linear(6, 24),
+            nn.Linear(6, 4),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = c = x.new_zeros(x.shape[0], 6)
@@ -252,7 +256,9 @@ class Sampler(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         theta = self.where(x.mean((2, 3))).view(-1, 2, 3)
         grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-        return self.head(F.grid_sample(x, grid, padding_mode="border", align_corners=False).mean((2, 3)))
+        return self.head(
+            F.grid_sample(x, grid, padding_mode="border", align_corners=False).mean((2, 3))
+        )
 
 
 class EveryFusedOp(nn.Module):

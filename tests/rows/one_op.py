@@ -1,4 +1,4 @@
-"""A traced model of one op, for the stages after capture: what export would give, in milliseconds."""
+"""A traced model of one op, for the stages after capture: what export gives, in milliseconds."""
 
 from __future__ import annotations
 

@@ -328,7 +328,8 @@ def test_recurrent(name: str, shape: tuple[int, bool, bool, bool, int]) -> None:
 # --- the table itself
 
 TESTED = {
-    *GATES, *SECANTS, *GATE_COUNT, "pow_tensor", "log", "log2", "log10", "softmax", "log_softmax", "glu",
+    *GATES, *SECANTS, *GATE_COUNT, "pow_tensor", "log", "log2", "log10", "softmax",
+    "log_softmax", "glu",
     "layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm",
     "scaled_dot_product_attention",
 }  # fmt: skip

@@ -213,14 +213,14 @@ def assert_no_gradient(made: Balanced, gates: tuple[str, ...]) -> bool:
 
 @pytest.mark.parametrize("row", MODULATED, ids=lambda r: r.op)
 def test_what_modulates_alone_is_balanced_or_reported(row: OpFacts) -> None:
-    """A gate operand may be all that depends on the input; what the rules cannot balance they name."""
+    """A gate operand may be all that moves; what the rules cannot balance they name."""
     for call in calls(row):
         for gate in modulators(row, call):
             try:
                 made = balance(BOOK, row, call, (gate,))
             except UnknownOpError as e:
                 assert gate in row.gate
-                assert str(call.op) in str(e)
+                assert str(call.op) in str(e)  # noqa: PT017
                 continue
             assert_law(made.ledger(weighted_sum), size_of(made), f"{call}, live: {gate}")
 
@@ -259,7 +259,7 @@ INFINITE = [math.inf, -math.inf, math.nan, 1e308, -1e308]
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_edge_points(name: str) -> None:
-    """Bits everywhere, also at ±inf and nan; the law element by element wherever the op is finite."""
+    """Bits everywhere, also at ±inf and nan; the law element by element where the op is finite."""
     row = BOOK.facts[f"aten.{name}"]
     x = torch.tensor([s * e for e in EDGES for s in (1, -1)], dtype=torch.float64)
     everywhere = torch.cat([x, torch.tensor(INFINITE, dtype=torch.float64)])

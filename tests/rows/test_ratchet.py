@@ -1,8 +1,8 @@
 """Every op of PyTorch's database under plain autograd: which break the law and have no row?
 
 They must be those of ``expect/unruled.txt``, exactly: a new gap shows up as a diff, and so does a
-line that a new row has made stale. Which ops there are depends on PyTorch, so the list holds for one
-minor version. To write it anew::
+line that a new row has made stale. Which ops there are depends on PyTorch, so the list holds for
+one minor version. To write it anew::
 
     python -m tests.rows.test_ratchet
 """
