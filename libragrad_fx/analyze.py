@@ -234,10 +234,25 @@ class _Analyzer:
 
     def _unknown(self, node: Node) -> bool:
         passes = node.target in (operator.getitem, insert.guard) or node.op == "call_module"
-        return node.name not in self.facts and not passes
+        return not passes and bool(node.name not in self.facts or self._unnamed(node))
+
+    def _unnamed(self, node: Node) -> list[str]:
+        """Live operands that the op's row does not speak of: they would be neither ruled nor stopped."""
+        fact = self.facts.get(node.name)
+        if fact is None or fact.kind is Kind.CUT:
+            return []
+        found = operands(node, tuple(a for a in tensor_arguments(node) if a not in fact.operands))
+        return [k for k, n in found if self.roles[n.name] >= Role.GATE]
 
     def _unruled(self, node: Node) -> Finding:
         op = op_name(node.target)
+        if unnamed := self._unnamed(node):
+            where = self.facts[node.name].where
+            return finding(
+                node,
+                f"{', '.join(unnamed)} depends on the input, and its row ({where}) does not name it",
+                "name it in a row of your own: stream, factors, gate or denominator",
+            )
         tensors = [k for k, _ in operands(node, tensor_arguments(node))] if _is_op(node) else []
         packet = op.rsplit(".", 1)[0]
         return finding(

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from rich.console import Console
+from torch.utils import _pytree as pytree
 
 import libragrad_fx as lg
 from libragrad_fx import models
@@ -28,7 +29,7 @@ _CAPTIONS = {"fullgrad_plus": "FullGrad+", "input_x_gradient": "Input×Gradient"
 
 
 class _OneLineErrors(typer.core.TyperGroup):
-    """Turns the library's errors into one line and exit code 2; ``--debug`` shows where they arose."""
+    """The library's errors become one line and exit code 2; ``--debug`` shows where they arose."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -126,7 +127,7 @@ def demo(
     """
     from libragrad_fx import demo as builder  # its dependencies are an extra
 
-    with _working("demo") as say:
+    with _working("two models") as say:
         text = builder.page(images, say)
     _write(output, text.encode())
     typer.echo(f"wrote {output}")
@@ -297,7 +298,10 @@ def _dtype(module: torch.nn.Module) -> torch.dtype:
 def _inputs(module: torch.nn.Module, seed: int) -> Any:
     torch.manual_seed(seed)
     args, kwargs = infer_inputs(module)
-    return kwargs or args
+    dtype = _dtype(module)  # a model that brings its own example brings it in its own dtype
+    return pytree.tree_map_only(
+        torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, kwargs or args
+    )
 
 
 def _run(module: torch.nn.Module, inputs: Any) -> Any:

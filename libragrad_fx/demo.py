@@ -1,4 +1,4 @@
-"""What ``libragrad demo`` shows: two trained models, plain and balanced, measured on test scenes."""
+"""What ``libragrad demo`` shows: two trained models, plain and balanced, on test scenes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import libragrad_fx as lg
 from libragrad_fx import demo_data
 from libragrad_fx.types import Action, Edit
 from libragrad_fx.viz import heatmap
-from libragrad_fx.viz.page import Example, Page, Panel, Section, Summary, render
+from libragrad_fx.viz.page import Example, Page, Panel, Section, Summary, percent, render
 
 METHODS = {"input_x_gradient": "Input×Gradient", "fullgrad_plus": "FullGrad+"}
 SIDES = ("plain", "balanced")
@@ -77,7 +77,7 @@ def study(name: str, scenes: demo_data.Scenes) -> Study:
         answers=tuple(answers),
         results=results,
         certificate=lg.verify(model, sides["balanced"], x, answers),
-        plan=lg.plan(model, x),
+        plan=sides["balanced"].record.info["plan"],
     )
 
 
@@ -109,7 +109,10 @@ def describe(studies: list[Study], scenes: demo_data.Scenes, shown: int) -> Page
         lede=_LEDE,
         reading=_READING,
         legend=heatmap.data_uri(heatmap.legend()),
-        measured=f"Means over {len(scenes.labels)} test scenes; the answer explained is the model's own.",
+        measured=(
+            f"Means over {len(scenes.labels)} test scenes. What is explained is the model's own answer."
+        ),
+        certified=f"Of all {len(scenes.labels)} scenes at once: the output is the sum of their scores.",
         summary=tuple(_summary(s, m, chance) for s in studies for m in METHODS),
         models=tuple(_section(s, scenes, shown) for s in studies),
         footer=_footer(studies[0].certificate),
@@ -130,8 +133,8 @@ def _section(found: Study, scenes: demo_data.Scenes, shown: int) -> Section:
         title=TITLES[found.name],
         about=(
             f"{info.architecture} of timm, trained on such scenes; it reads"
-            f" {info.test_accuracy:.1%} of {info.test_scenes} test scenes correctly. Below are the first"
-            f" {shown} of the scenes measured, not a selection."
+            f" {percent(info.test_accuracy, 1)} of {info.test_scenes} test scenes"
+            f" correctly. Below are the first {shown} of the scenes measured, not a selection."
         ),
         examples=tuple(_example(found, scenes, i) for i in range(shown)),
         certificate=str(found.certificate),

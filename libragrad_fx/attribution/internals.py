@@ -7,6 +7,7 @@ bias terms are the graph's own additive constants; their gradients come from the
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -89,8 +90,9 @@ def layer_input(module: CapturedModule, path: str) -> Node:
             map_arg(node.args, found.append)
             if found:
                 return found[0]
-    near = [p for p in called_modules(module) if path in p][:6]
-    hint = f"; called are, for example, {', '.join(near or called_modules(module)[:6])}"
+    called = called_modules(module)
+    near = difflib.get_close_matches(path, called, 3) or called[:6]
+    hint = f"; called are, for example, {', '.join(near)}"
     raise InputError(f"no module {path!r} is called with a tensor in this graph{hint}")
 
 

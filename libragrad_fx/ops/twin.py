@@ -39,19 +39,22 @@ def twin(
     forward: computes the same bits as ``op`` from the same arguments; ``op`` itself by default.
     """
     label = name or op._schema.name.split("::")[1]
-    arguments = op._schema.arguments
-    names = tuple(a.name for a in arguments)
     run = forward or op
     custom = _custom_op(op, label, run, vjp, saves)
     function = _function(op, label, run, vjp, saves)
+    # plain tuples: Dynamo traces this function and does not know what a schema is
+    names, keyword, defaults = _signature(op)
+    count = len(names) - len(keyword)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_exporting():
             return custom(*args, **kwargs)
-        values = bind(op, args, kwargs)
-        sizes = tuple(len(v) if _is_tensors(v) else -1 for v in values.values())
+        values = [*args, *defaults[len(args) : count]]
+        values.extend(defaults[count:])
+        values = [kwargs[n] if n in kwargs else v for n, v in zip(names, values, strict=True)]
+        sizes = tuple(len(v) if _is_tensors(v) else -1 for v in values)
         flat: list[Any] = []
-        for v in values.values():
+        for v in values:
             flat.extend(v) if _is_tensors(v) else flat.append(v)
         return function.apply(sizes, *flat)
 
@@ -61,19 +64,25 @@ def twin(
     return call
 
 
+def _signature(
+    op: torch._ops.OpOverload,
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Any, ...]]:
+    """Argument names in schema order, the keyword-only ones (they are last), and all defaults."""
+    arguments = op._schema.arguments
+    return (
+        tuple(a.name for a in arguments),
+        tuple(a.name for a in arguments if a.kwarg_only),
+        tuple(a.default_value if a.has_default_value() else None for a in arguments),
+    )
+
+
 def bind(
     op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All arguments of a call by schema name, defaults filled in, in schema order."""
-    values: dict[str, Any] = {}
-    for i, a in enumerate(op._schema.arguments):
-        if i < len(args) and not a.kwarg_only:
-            values[a.name] = args[i]
-        elif a.name in kwargs:
-            values[a.name] = kwargs[a.name]
-        else:
-            values[a.name] = a.default_value if a.has_default_value() else None
-    return values
+    names, _, defaults = _signature(op)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {n: given.get(n, d) for n, d in zip(names, defaults, strict=True)}
 
 
 def _is_tensors(value: Any) -> bool:
@@ -82,14 +91,6 @@ def _is_tensors(value: Any) -> bool:
         and len(value) > 0
         and all(isinstance(v, torch.Tensor) for v in value)
     )
-
-
-def _call(
-    op_or_fn: Callable[..., Any], op: torch._ops.OpOverload, values: Mapping[str, Any]
-) -> Any:
-    keyword = {a.name for a in op._schema.arguments if a.kwarg_only}
-    args = [v for k, v in values.items() if k not in keyword]
-    return op_or_fn(*args, **{k: v for k, v in values.items() if k in keyword})
 
 
 def _save(ctx: Any, values: Mapping[str, Any], output: Any, saves: Sequence[str]) -> None:
@@ -130,7 +131,8 @@ def _gradients(ctx: Any, g: Sequence[Any], needs: frozenset[str], vjp: Vjp, save
 def _function(
     op: torch._ops.OpOverload, label: str, run: Callable[..., Any], vjp: Vjp, saves: Sequence[str]
 ) -> Any:
-    names = tuple(a.name for a in op._schema.arguments)
+    names, keyword, _ = _signature(op)
+    count = len(names) - len(keyword)
 
     def unflatten(sizes: Sequence[int], flat: Sequence[Any]) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -145,7 +147,8 @@ def _function(
 
         @staticmethod
         def forward(sizes: tuple[int, ...], *flat: Any) -> Any:
-            return _call(run, op, unflatten(sizes, flat))
+            values = list(unflatten(sizes, flat).values())
+            return run(*values[:count], **dict(zip(keyword, values[count:], strict=True)))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -180,8 +183,8 @@ def _custom_op(
     qualified = f"{NAMESPACE}::{label}"
     torch.library.impl(qualified, "CompositeExplicitAutograd", lib=LIBRARY)(run)
     torch.library.register_fake(qualified, run, lib=LIBRARY)
-    positional = tuple(a.name for a in op._schema.arguments if not a.kwarg_only)
-    keyword = tuple(a.name for a in op._schema.arguments if a.kwarg_only)
+    names, keyword, _ = _signature(op)
+    positional = names[: len(names) - len(keyword)]
 
     def setup(
         ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Any = None

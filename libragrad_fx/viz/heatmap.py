@@ -1,7 +1,8 @@
 """Signed maps as pictures.
 
-Colours are ColorBrewer's red-blue: lightness falls evenly to both sides of a white zero. A map lies
-over its image by multiplication, so zero leaves the (paled, grey) image alone.
+Colours are ColorBrewer's red-blue: lightness falls evenly to both sides of a white zero. A map is
+multiplied onto its image, paled and in grey, so that zero leaves the image alone and lightness still
+reads as strength.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ COLOURS = "RdBu_r"
 CLIPPED = (
     0.99  # the scale ends at this quantile of |values|: single outliers would wash out the rest
 )
+PALED = 0.3  # how much darker the darkest place of an image is than its lightest, under a map
 _FILTERS = {"smooth": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
 
 
@@ -50,7 +52,8 @@ def overlay(
     how: Literal["smooth", "nearest"] = "smooth",
 ) -> np.ndarray:
     """A signed map (h, w) over an image (H, W, 3) in [0, 1]; same range and shape as the image."""
-    grey = 0.55 + 0.45 * (image @ np.array([0.299, 0.587, 0.114]))
+    grey = image @ np.array([0.299, 0.587, 0.114])
+    grey = 1 - PALED * (grey.max() - grey) / (np.ptp(grey) or 1)
     return colours(upsample(values, image.shape[:2], how), scale)[..., :3] * grey[..., None]
 
 
@@ -61,8 +64,8 @@ def enlarged(image: np.ndarray, times: int, box: Sequence[int] | None = None) ->
     if box is not None:
         left, top, right, bottom = (int(v) * times for v in box)
         draw = ImageDraw.Draw(whole)
-        draw.rectangle((left - 1, top - 1, right, bottom), outline=(0, 0, 0), width=3)
-        draw.rectangle((left, top, right - 1, bottom - 1), outline=(255, 255, 255), width=1)
+        draw.rectangle((left - 1, top - 1, right, bottom), outline=(0, 0, 0))
+        draw.rectangle((left, top, right - 1, bottom - 1), outline=(255, 255, 255))
     return whole
 
 

@@ -58,13 +58,19 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """All that the page says. ``reading`` is pairs of a term and its explanation."""
+    """All that the page says.
+
+    reading:    pairs of a term and its explanation
+    measured:   what the summary was measured on
+    certified:  what each certificate was made on
+    """
 
     title: str
     lede: tuple[str, ...]
     reading: tuple[tuple[str, str], ...]
     legend: str
     measured: str
+    certified: str
     summary: tuple[Summary, ...]
     models: tuple[Section, ...]
     footer: str
@@ -84,10 +90,10 @@ def render(page: Page, columns: Sequence[tuple[str, str]]) -> str:
 def number(value: float) -> str:
     """Two significant digits, small numbers as 1.2·10⁻⁷: for quantities that span decades."""
     if value == 0 or abs(value) >= 1e-3:
-        return f"{value:.2f}" if abs(value) >= 1 else f"{value:.2g}"
+        return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa}·10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
 
 
-def percent(value: float) -> str:
-    return f"{value:.0%}".replace("%", "\N{NO-BREAK SPACE}%")
+def percent(value: float, digits: int = 0) -> str:
+    return f"{value:.{digits}%}".replace("%", "\N{NO-BREAK SPACE}%")

@@ -1,0 +1,156 @@
+"""The demo page stands alone, parses, escapes what it is given, and says what was computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from libragrad_fx import demo, demo_data
+from libragrad_fx.cli import app
+from libragrad_fx.viz import heatmap
+from libragrad_fx.viz.page import Example, Page, Panel, Section, Summary, number, percent, render
+
+_VOID = {"meta", "img", "br"}
+_DOT = heatmap.data_uri(heatmap.legend(2))
+_COLUMNS = [("Method", "plain"), ("Method", "balanced")]
+_PAGE = Page(
+    title="<script>alert(1)</script>",
+    lede=("a & b",),
+    reading=(("term", "text"),),
+    legend=_DOT,
+    measured="measured",
+    certified="certified",
+    summary=(Summary("model", "method", (4.25, 3.1e-7), (0.31, 0.62), 0.24),),
+    models=(
+        Section(
+            title="model",
+            about="about",
+            examples=(
+                Example(_DOT, 3, 8, 0.9, 5.5, (Panel(_DOT, 1.5, 0.1), Panel(_DOT, 0.0, 0.77))),
+            ),
+            certificate="certificate: <ok>",
+            certified=True,
+            plan=(("gelu", "blocks.0", "secant", "gated/value", "x < y"),),
+            notes=("a note",),
+        ),
+    ),
+    footer="footer",
+)
+
+
+class _Reader(HTMLParser):
+    """Checks that tags nest; gathers text, tag names and what is referred to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [str(v) for k, v in attrs if k in ("src", "href", "srcset", "data", "action")]
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data if "style" not in self.open else ""
+
+
+def read(html: str) -> _Reader:
+    reader = _Reader()
+    reader.feed(html)
+    reader.close()
+    assert reader.open == []
+    assert "http" not in html.replace("http-equiv", "")
+    assert "url(" not in html
+    assert "@import" not in html
+    assert all(link.startswith("data:image/png;base64,") for link in reader.links)
+    return reader
+
+
+def test_page_is_self_contained_and_escaped() -> None:
+    found = read(render(_PAGE, _COLUMNS))
+    assert "script" not in found.tags
+    for text in ("<script>alert(1)</script>", "a & b", "certificate: <ok>", "x < y", "in truth 3"):
+        assert text in found.text
+    for value in ("4.25", "3.1·10⁻⁷", percent(0.31), percent(0.62), percent(0.24), percent(0.77)):
+        assert value in found.text
+    assert found.tags.count("img") == 4
+
+
+def test_a_failed_certificate_is_said_to_have_failed() -> None:
+    failed = dataclasses.replace(_PAGE.models[0], certified=False)
+    assert (
+        "not balanced" in read(render(dataclasses.replace(_PAGE, models=(failed,)), _COLUMNS)).text
+    )
+
+
+def test_numbers_of_any_size() -> None:
+    said = [number(v) for v in (0.0, 0.5, 12.345, 0.0123, 1.2e-7, -3e-12)]
+    assert said == ["0.00", "0.50", "12.35", "0.012", "1.2·10⁻⁷", "-3.0·10⁻¹²"]
+
+
+def test_demo_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "MEASURED", 4)
+    studied: list[demo.Study] = []
+    study = demo.study
+
+    def keep(name: str, scenes: demo_data.Scenes) -> demo.Study:
+        studied.append(study(name, scenes))
+        return studied[-1]
+
+    monkeypatch.setattr(demo, "study", keep)
+    file = tmp_path / "new" / "demo.html"
+    done = CliRunner().invoke(app, ["demo", "-o", str(file), "--images", "2"])
+    assert done.exit_code == 0, done.output
+    found = read(file.read_text("utf-8"))
+    assert [s.name for s in studied] == list(demo_data.MODELS)
+    for s in studied:
+        assert s.certificate.ok
+        assert str(s.certificate) in found.text
+        assert percent(demo_data.demo_model_info(s.name).test_accuracy, 1) in found.text
+        for (_, side), result in s.results.items():
+            assert number(result.errors.mean()) in found.text
+            assert percent(result.shares.mean()) in found.text
+            assert number(result.errors[1]) in found.text
+            assert (result.errors.mean() < 1e-4) <= (side == "balanced")
+        assert all(edit.node in found.text for edit in s.plan.edits)
+    assert found.tags.count("img") == 1 + 2 * 2 * 5
+
+
+# --- maps
+
+
+def test_share_in_box_counts_a_cut_patch_by_area() -> None:
+    values = np.array([[2.0, -9.0], [1.0, 1.0]])  # patches of 4x4 pixels
+    assert demo.share_in_box(values, [0, 0, 4, 4], 8) == pytest.approx(0.5)
+    assert demo.share_in_box(values, [0, 4, 2, 8], 8) == pytest.approx(0.125)
+    assert demo.share_in_box(-np.abs(values), [0, 0, 8, 8], 8) == 0
+
+
+def test_zero_is_neutral_and_signs_are_opposite() -> None:
+    zero, plus, minus = heatmap.colours(np.array([0.0, 1.0, -1.0]), 1.0)[:, :3]
+    assert zero.min() > 0.95
+    assert plus[0] > 2 * plus[2]
+    assert minus[2] > 2 * minus[0]
+    assert heatmap.shared_scale(np.zeros((2, 2))) == 1
+    assert heatmap.shared_scale(np.full((2, 2), -3.0), np.ones((2, 2))) == pytest.approx(3)
+
+
+def test_overlay_keeps_the_image_where_nothing_is_said() -> None:
+    image = np.random.default_rng(0).random((8, 8, 3))
+    drawn = heatmap.overlay(image, np.zeros((2, 2)), 1.0)
+    assert drawn.shape == image.shape
+    assert np.ptp(drawn, axis=2).max() < 0.01  # grey
+    grey = image @ np.array([0.299, 0.587, 0.114])
+    assert np.corrcoef(drawn.mean(2).ravel(), grey.ravel())[0, 1] > 0.99
