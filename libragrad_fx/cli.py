@@ -17,6 +17,7 @@ import torch
 import typer
 from rich.console import Console
 from torch.utils import _pytree as pytree
+from typer.core import TyperGroup
 
 import libragrad_fx as lg
 from libragrad_fx import models
@@ -28,7 +29,7 @@ from libragrad_fx.verify import first_tensor
 _CAPTIONS = {"fullgrad_plus": "FullGrad+", "input_x_gradient": "Input×Gradient"}
 
 
-class _OneLineErrors(typer.core.TyperGroup):
+class _OneLineErrors(TyperGroup):
     """The library's errors become one line and exit code 2; ``--debug`` shows where they arose."""
 
     def invoke(self, ctx: Any) -> Any:

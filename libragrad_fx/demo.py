@@ -11,6 +11,8 @@ import torch
 
 import libragrad_fx as lg
 from libragrad_fx import demo_data
+from libragrad_fx.extras import need
+from libragrad_fx.module import CapturedModule
 from libragrad_fx.types import Action, Edit
 from libragrad_fx.viz import heatmap
 from libragrad_fx.viz.page import Example, Page, Panel, Section, Summary, percent, render
@@ -48,6 +50,8 @@ class Study:
 
 def page(shown: int, say: Callable[[str], None] = lambda text: None) -> str:
     """The page as HTML, with ``shown`` pictures a model. ``say`` is told what is being done."""
+    for package in ("matplotlib", "sklearn", "timm"):
+        need(package, "demo")  # before the work, not after it
     scenes = demo_data.scenes(MEASURED, "test", SEED)
     studies = []
     for name in demo_data.MODELS:
@@ -82,7 +86,7 @@ def study(name: str, scenes: demo_data.Scenes) -> Study:
 
 
 def _measure(
-    gm: torch.fx.GraphModule, x: torch.Tensor, answers: list[int], method: str, boxes: torch.Tensor
+    gm: CapturedModule, x: torch.Tensor, answers: list[int], method: str, boxes: torch.Tensor
 ) -> Measured:
     layers = lg.blocks(gm)[:1] if method == "input_x_gradient" else None
     found = lg.attribute(gm, x, answers, method=method, layers=layers)
@@ -134,7 +138,7 @@ def _section(found: Study, scenes: demo_data.Scenes, shown: int) -> Section:
         about=(
             f"{info.architecture} of timm, trained on such scenes; it reads"
             f" {percent(info.test_accuracy, 1)} of {info.test_scenes} test scenes"
-            f" correctly. Below are the first {shown} of the scenes measured, not a selection."
+            " correctly. The pictures below are simply the first of those measured."
         ),
         examples=tuple(_example(found, scenes, i) for i in range(shown)),
         certificate=str(found.certificate),
@@ -196,9 +200,9 @@ _READING = (
     (
         "Colours",
         "Red speaks for the answer, blue against it; where the grey picture shows through, nothing is"
-        " said. Every map has a scale of its own, so compare patterns and signs, not strengths. One value"
-        " belongs to each patch of 8×8 pixels; it is drawn smoothly (bicubic). The frame is the"
-        " digit's true box.",
+        " said. Every map has a scale of its own, so compare patterns and signs, not strengths. A map has"
+        " one value for each patch of pixels and is drawn smoothly (bicubic). The frame is the digit's"
+        " true box.",
     ),
     (
         "Completeness error",
