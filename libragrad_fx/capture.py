@@ -70,16 +70,15 @@ def capture(model: torch.nn.Module, example_inputs: Any = None) -> Capture:
         calls: list[Call] = []
         custom: list[str] = []
         with _export_state(), _observed(model, calls), _custom_functions(custom):
-            program, notes = _export(model, *_batch_of_two(args, kwargs))
-        _detach_no_grad_regions(program)
-        program = program.run_decompositions({})
+            program = _export(model, *_batch_of_two(args, kwargs))
+    notes: tuple[str, ...] = ()
     if custom:
         text = (
             f"{', '.join(sorted(set(custom)))}: a user-written autograd.Function was traced through; "
             "its forward is kept, its own backward is replaced by that of the ops it calls"
         )
         warnings.warn(text, CustomBackwardWarning, stacklevel=3)
-        notes = (*notes, text)
+        notes = (text,)
     return Capture(program, args, kwargs, forced, tuple(calls), notes)
 
 
@@ -125,9 +124,7 @@ def _batch_of_two(args: Any, kwargs: Any) -> tuple[Any, Any]:
     return pytree.tree_unflatten(leaves, spec)
 
 
-def _export(
-    model: torch.nn.Module, args: Any, kwargs: Any
-) -> tuple[ExportedProgram, tuple[str, ...]]:
+def _export(model: torch.nn.Module, args: Any, kwargs: Any) -> ExportedProgram:
     free = pytree.tree_map(
         lambda t: {0: Dim.AUTO} if isinstance(t, torch.Tensor) and t.ndim else None, (args, kwargs)
     )
@@ -135,7 +132,9 @@ def _export(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False), ()
+            made = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            _detach_no_grad_regions(made)
+            return made.run_decompositions({})
     except Exception as e:
         raise CaptureError(
             f"torch.export could not capture {type(model).__name__}: {_first_line(e)}\n"

@@ -177,6 +177,11 @@ class _Ref:
     name: str
 
 
+@dataclasses.dataclass(frozen=True)
+class _Constant:
+    name: str
+
+
 def _state(module: CapturedModule) -> dict[str, Any]:
     root = {k: vars(module)[k] for k in (*_TREE, *module._attributes)}
     nodes = [
@@ -193,6 +198,8 @@ def _plain(value: Any) -> Any:
 
 def _refs(args: Any) -> Any:
     def ref(a: Any) -> Any:
+        if isinstance(a, torch.memory_format):  # does not pickle in torch.save's protocol
+            return _Constant(str(a).removeprefix("torch."))
         return _Ref(a.name) if isinstance(a, torch.fx.Node) else a
 
     return map_aggregate(args, ref)
@@ -201,12 +208,15 @@ def _refs(args: Any) -> Any:
 def _rebuild(state: dict[str, Any]) -> CapturedModule:
     graph, by_name = torch.fx.Graph(), {}
 
-    def deref(args: Any) -> Any:
-        return map_aggregate(args, lambda a: by_name[a.name] if isinstance(a, _Ref) else a)
+    def real(a: Any) -> Any:
+        if isinstance(a, _Constant):
+            return getattr(torch, a.name)
+        return by_name[a.name] if isinstance(a, _Ref) else a
 
     for op, name, target, args, kwargs, meta in state["nodes"]:
-        real = _decode(target) if op == "call_function" else target
-        node = graph.create_node(op, real, deref(args), deref(kwargs), name)
+        target = _decode(target) if op == "call_function" else target
+        args, kwargs = map_aggregate(args, real), map_aggregate(kwargs, real)
+        node = graph.create_node(op, target, args, kwargs, name)
         node.meta.update(meta)
         by_name[name] = node
     root = torch.nn.Module()

@@ -184,8 +184,16 @@ def spell(graph: Graph) -> tuple[str, ...]:
         return number[value] if isinstance(value, Node) else repr(value)
 
     return tuple(
-        f"{n.op} {n.target} {map_aggregate((n.args, dict(n.kwargs)), text)}" for n in graph.nodes
+        f"{n.op} {_target(n)} {map_aggregate((n.args, dict(n.kwargs)), text)}" for n in graph.nodes
     )
+
+
+def _target(node: Node) -> str:
+    """A node's target by name: the same in every process."""
+    target = node.target
+    if isinstance(target, (str, torch._ops.OpOverload)):
+        return str(target)
+    return f"{target.__module__}.{getattr(target, '__qualname__', target)}"
 
 
 def first_difference(graph: Graph, original: Sequence[str]) -> str | None:

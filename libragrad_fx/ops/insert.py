@@ -97,6 +97,13 @@ def guard(x: Any, path: str, shape: tuple[int | str, ...], floating: bool, mode:
             " Dimensions in letters are free; for another shape call transform(model, inputs) again"
             " with an example of it."
         )
+    now, captured = mode
+    if now is not captured:
+        named = {True: "train", False: "eval"}
+        raise ModeError(
+            f"the graph was captured in {named[captured]} mode and is called in {named[now]} mode:"
+            f" call .{named[captured]}() on it, or transform the model in {named[now]} mode"
+        )
     if (
         not torch.compiler.is_compiling()
         and torch.autograd.forward_ad.unpack_dual(x).tangent is not None

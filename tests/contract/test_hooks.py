@@ -45,7 +45,9 @@ def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
             intermediate_size=32, max_position_embeddings=32,
         )  # fmt: skip
         ids = torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(0))
-        return randomised(transformers.BertModel(config)), {"input_ids": ids}
+        # without padding, transformers passes a mask while tracing and none otherwise
+        mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+        return randomised(transformers.BertModel(config)), {"input_ids": ids, "attention_mask": mask}
     architecture, kwargs = SMALL[name]
     model = timm.create_model(architecture, num_classes=5, **kwargs)
     size = kwargs.get("img_size", 64)
