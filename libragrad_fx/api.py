@@ -85,7 +85,7 @@ def transform(
 
 def _again(module: CapturedModule, policy: str | Path) -> CapturedModule:
     """A balanced module balanced by the same policy is itself; by another, its model is needed."""
-    made: Plan | None = module.record.info.get("plan")
+    made: Plan | None = module.plan
     if made is not None and made.policy == policy:
         return module
     raise InputError(

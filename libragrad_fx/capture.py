@@ -278,11 +278,11 @@ def infer_inputs(model: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any
     Raises:
         InputError: nothing fits; says what was tried.
     """
-    example = getattr(model, "example_input_array", None)
-    if example is not None:
-        return _as_call(example)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     place = {"device": like.device, "dtype": like.dtype}
+    example = getattr(model, "example_input_array", None)
+    if example is not None:
+        return pytree.tree_map(lambda t: _placed(t, place), _as_call(example))
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     if isinstance(config, Mapping) and config.get("input_size"):
         size = getattr(getattr(model, "patch_embed", None), "img_size", None)
@@ -298,6 +298,13 @@ def infer_inputs(model: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any
     if hasattr(model, "dummy_inputs") and hasattr(model, "config"):
         return (), _hugging_face(model, place)
     return _probe(model, place)
+
+
+def _placed(t: Any, place: dict[str, Any]) -> Any:
+    """An example tensor where, and if it is floating point in the dtype in which, the model is."""
+    if not isinstance(t, torch.Tensor):
+        return t
+    return t.to(**place) if t.is_floating_point() else t.to(place["device"])
 
 
 def _hugging_face(model: Any, place: dict[str, Any]) -> dict[str, Any]:

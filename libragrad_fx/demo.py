@@ -81,7 +81,7 @@ def study(name: str, scenes: demo_data.Scenes) -> Study:
         answers=tuple(answers),
         results=results,
         certificate=lg.verify(model, sides["balanced"], x, answers),
-        plan=sides["balanced"].record.info["plan"],
+        plan=sides["balanced"].plan,
     )
 
 

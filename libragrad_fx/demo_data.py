@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from libragrad_fx.errors import InputError
+from libragrad_fx.extras import need
 
 Split = Literal["train", "test"]
 
@@ -143,11 +143,7 @@ def build_model(architecture: str, kwargs: Mapping[str, Any]) -> torch.nn.Module
     Not through ``timm.create_model``: its mixers fix their patch size, and the names it knows
     promise 224 pixels.
     """
-    try:
-        import timm.models
-    except ImportError as error:
-        raise _missing("timm") from error
-    model = getattr(timm.models, architecture)(**kwargs)
+    model = getattr(need("timm.models", "demo"), architecture)(**kwargs)
     # what timm's own models carry, for whoever asks a model which input it takes
     model.pretrained_cfg = {"input_size": (3, SIZE, SIZE), "mean": MEAN, "std": STD}
     return model
@@ -158,29 +154,17 @@ def _check_split(split: str) -> None:
         raise InputError(f"no split named {split!r}; choose one of: {', '.join(_SPLITS)}")
 
 
-def _missing(package: str) -> ImportError:
-    return ImportError(f"the demo needs {package}: pip install 'libragrad-fx[demo]'")
-
-
-def _sklearn_datasets() -> ModuleType:
-    try:
-        import sklearn.datasets
-    except ImportError as error:
-        raise _missing("scikit-learn") from error
-    return sklearn.datasets
-
-
 @functools.cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     """Ink float32 ``(1797, 8, 8)`` in [0, 1] and labels int64 ``(1797,)``."""
-    data = _sklearn_datasets().load_digits()
+    data = need("sklearn.datasets", "demo").load_digits()
     return (data.images / 16).astype(np.float32), data.target.astype(np.int64)
 
 
 @functools.cache
 def _photos() -> tuple[Image.Image, ...]:
     """china.jpg and flower.jpg, RGB, 640 x 427 pixels."""
-    photos = _sklearn_datasets().load_sample_images().images
+    photos = need("sklearn.datasets", "demo").load_sample_images().images
     return tuple(Image.fromarray(photo) for photo in photos)
 
 

@@ -111,6 +111,11 @@ class CapturedModule(torch.fx.GraphModule):
         self.record = record
         self.graph = graph
 
+    @property
+    def plan(self) -> Any:
+        """The ``Plan`` that made this module's backward; None for a plain trace."""
+        return self.record.info.get("plan")
+
     def train(self, mode: bool = True) -> CapturedModule:
         """Set the training flag. A forward in a mode other than the captured one is refused."""
         super().train(mode)

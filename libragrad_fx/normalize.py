@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -350,12 +351,17 @@ def source_line(node: Node) -> str:
     frames = [ln.strip() for ln in (node.meta.get("stack_trace") or "").splitlines()]
     places = [_place(ln) for ln in frames if ln.startswith('File "')]
     outside = [p for p in places if "/torch/" not in p]
-    return (outside or places or [""])[-1]
+    return _short((outside or places or [""])[-1])
 
 
 def _place(frame: str) -> str:
     file, line = frame.split('"')[1], frame.split("line ")[1].split(",")[0]
     return f"{file}:{line}"
+
+
+def _short(place: str) -> str:
+    """A place without what differs between machines: inside site-packages, or from here."""
+    return place.rpartition("site-packages/")[2].removeprefix(os.getcwd() + os.sep)
 
 
 def module_path(node: Node) -> str:

@@ -339,7 +339,11 @@ def certify(
     args, kwargs = as_call(inputs)
     equal, difference = forward_equal(model, module, args, kwargs)
     account = ledger(module, inputs, target)
-    plan: Plan = module.record.info["plan"]
+    plan: Plan | None = module.plan
+    if plan is None:
+        raise InputError(
+            "a plain trace promises nothing to verify; audit(module, inputs) accounts for it"
+        )
     original: Sequence[str] = module.record.info["original"]
     worst = account.worst(1)
     like = next(

@@ -9,7 +9,7 @@ import torch
 
 from libragrad_fx import demo_data
 from libragrad_fx.demo_data import MODELS, SIZE, demo_model_info, load_demo_model, scenes
-from libragrad_fx.errors import InputError
+from libragrad_fx.errors import InputError, LibraGradError
 
 SPLITS = ("train", "test")
 
@@ -79,5 +79,5 @@ def test_unknown_names() -> None:
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     demo_data._digits.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"libragrad-fx\[demo\]"):
+    with pytest.raises(LibraGradError, match=r"libragrad-fx\[demo\]"):
         scenes(1, "test", seed=0)

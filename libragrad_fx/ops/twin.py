@@ -51,7 +51,7 @@ def twin(
             return custom(*args, **kwargs)
         values = [*args, *defaults[len(args) : count]]
         values.extend(defaults[count:])
-        values = [kwargs[n] if n in kwargs else v for n, v in zip(names, values, strict=True)]
+        values = [kwargs.get(n, v) for n, v in zip(names, values, strict=True)]
         sizes = tuple(len(v) if _is_tensors(v) else -1 for v in values)
         flat: list[Any] = []
         for v in values:

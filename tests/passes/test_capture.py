@@ -290,6 +290,6 @@ def test_two_outputs_one_a_gate() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gm = lg.transform(Both(), torch.randn(2, 4))
-    (note,) = gm.record.info["plan"].notes
+    (note,) = gm.plan.notes
     assert "softmax" in note
-    assert gm.record.info["plan"].edits == ()
+    assert gm.plan.edits == ()
