@@ -24,7 +24,7 @@ demo: $(VENV)/installed
 	$(RUN) -m libragrad_fx demo -o out/demo.html
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -n 2 -m "not slow"
+	$(RUN) -m pytest -n 2 --dist loadscope -m "not slow"
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

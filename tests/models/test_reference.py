@@ -79,6 +79,7 @@ def test_random_weights_give_a_usable_signal(case: Case) -> None:
         assert float(parameter.detach().std()) > 1e-3, name
 
 
+@pytest.mark.slow
 def test_without_rules_every_gradient_is_the_stock_models(case: Case) -> None:
     plain = ref.reference(case.model, case.x, TARGET, rules=ref.ORDINARY)
     largest = max(float(g.abs().max()) for g in case.grads.values())
@@ -94,6 +95,7 @@ def test_input_and_biases_sum_to_the_logit(case: Case) -> None:
     assert abs(gap) <= 1e-9 * max(1.0, abs(float(case.libra.logit.sum())))
 
 
+@pytest.mark.slow
 def test_each_rule_is_needed(case: Case) -> None:
     needed = ["norm", "activation"]
     needed += [] if hasattr(case.model, "stem") else ["attention"]
@@ -199,6 +201,7 @@ def test_an_unknown_architecture_is_refused() -> None:
         ref.reference(model, torch.zeros(1, 3, 32, 32), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ref.PAPER_CHECKPOINTS)
 def test_the_papers_checkpoints_have_a_reference(name: str) -> None:
     with torch.device("meta"):

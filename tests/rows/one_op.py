@@ -101,7 +101,7 @@ def trace_call(
     for i, name in enumerate(live):
         x = graph.placeholder(f"x{i}")
         node = graph.call_function(
-            insert.guard, (x, f"x{i}", tuple(given[name].shape), True, False)
+            insert.guard, (x, f"x{i}", tuple(given[name].shape), True, (False, False))
         )
         node.meta["val"] = given[name]
         moving[name] = node
