@@ -20,8 +20,6 @@ from libragrad_fx.rewrite import require_same_graph, rewrite, spell
 from libragrad_fx.types import Analysis, Certificate, Ledger, Plan, Trace
 from libragrad_fx.verify import certify, ledger, sites
 
-OnUnknown = str
-
 
 @dataclasses.dataclass(frozen=True)
 class Decision:

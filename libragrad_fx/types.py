@@ -279,13 +279,12 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class LedgerRow:
-    """The law at one node: ``out = streams + sources + bias + residual``, all ⟨·,g⟩ sums.
+    """The law at one node: ``out = streams + bias + residual``, all ⟨·, g⟩ sums.
 
     out:       ⟨y, g⟩ over all outputs of the node
     streams:   Σ⟨a_i, r_i(g)⟩ over operands that depend on the model's input
-    sources:   the same over operands that do not, but enter additively (a bias, an embedding)
-    bias:      ⟨op's own constant, g⟩, computed on its own, never as what is left over
-    residual:  out - streams - sources - bias; 0 for a balanced node
+    bias:      ⟨the op's own constant, g⟩, computed on its own, never as what is left over
+    residual:  out - streams - bias; 0 for a balanced node
     """
 
     node: str
