@@ -95,6 +95,7 @@ class _Analyzer:
             relabelled=frozenset(self.relabelled),
             gate_outputs=gates,
             gate_heads=tuple(n.name for n in self._heads() if n.name in self.relabelled),
+            zeros=frozenset(self.zeros),
             unruled=tuple(
                 self._unruled(n) for n in self.nodes if n in demanded and self._unknown(n)
             ),

@@ -13,12 +13,13 @@ from libragrad_fx import rulebook
 from libragrad_fx.analyze import analyze
 from libragrad_fx.capture import capture
 from libragrad_fx.errors import GateOutputWarning, InputError
+from libragrad_fx.ledger import ledger, sites
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.normalize import normalize
 from libragrad_fx.plan import plan as make_plan
 from libragrad_fx.rewrite import require_same_graph, rewrite, spell
 from libragrad_fx.types import Analysis, Certificate, Ledger, Plan, Trace
-from libragrad_fx.verify import certify, ledger, sites
+from libragrad_fx.verify import certify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +32,37 @@ class Decision:
 
 
 def decide(
-    model: torch.nn.Module, inputs: Any, policy: str | Path, on_unknown: str, rules: Any
+    model: torch.nn.Module,
+    inputs: Any,
+    policy: str | Path = "libra",
+    on_unknown: str = "raise",
+    rules: Any = None,
+    *,
+    module_calls: bool = True,
 ) -> Decision:
+    """Every stage before the rewrite."""
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"expected an nn.Module, got {type(model).__name__}")
     if on_unknown not in ("raise", "keep"):
         raise InputError(f"on_unknown must be 'raise' or 'keep', got {on_unknown!r}")
     book = rulebook.load(policy, rules)
-    trace = normalize(model, capture(model, inputs))
+    trace = normalize(model, capture(model, inputs, module_calls=module_calls))
     analysis = analyze(trace, book)
     return Decision(trace, analysis, make_plan(trace, analysis, book, on_unknown))
+
+
+def remember(made: Decision) -> dict[str, Any]:
+    """What a balanced module keeps of how it was made: enough to account for it and to prove it."""
+    listed = sites(made.trace, made.analysis, balanced=True)
+    return {
+        "plan": made.plan,
+        "sites": listed,
+        "original": spell(made.trace.graph),
+        "facts": dict(made.analysis.facts),
+        "starts": frozenset(s.node for s in listed if not s.live),
+        "zeros": made.analysis.zeros,
+        "gate_outputs": frozenset(made.analysis.gate_outputs),
+    }
 
 
 def transform(
@@ -74,9 +96,7 @@ def transform(
     for name in made.analysis.gate_heads:
         text = next(n for n in made.plan.notes if name in n)
         warnings.warn(text, GateOutputWarning, stacklevel=2)
-    listed = sites(made.trace, made.analysis, balanced=True)
-    info = {"plan": made.plan, "sites": listed, "original": spell(made.trace.graph)}
-    module = rewrite(made.trace, made.plan, info)
+    module = rewrite(made.trace, made.plan, remember(made))
     require_same_graph(module, made.trace)
     return module
 

@@ -51,12 +51,15 @@ class Capture:
     notes: tuple[str, ...]
 
 
-def capture(model: torch.nn.Module, example_inputs: Any = None) -> Capture:
+def capture(
+    model: torch.nn.Module, example_inputs: Any = None, *, module_calls: bool = True
+) -> Capture:
     """Export ``model`` and make it functional. The model is left as it was, whatever happens.
 
     Args:
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments;
             None infers them (see ``infer_inputs``). Dimension 0 of every tensor becomes free.
+        module_calls: record every call of a submodule; without, the result's tree has no hooks.
 
     Raises:
         CaptureError: export refuses the model, or it has hooks.
@@ -69,7 +72,8 @@ def capture(model: torch.nn.Module, example_inputs: Any = None) -> Capture:
         _check_call(model, args, kwargs)
         calls: list[Call] = []
         custom: list[str] = []
-        with _export_state(), _observed(model, calls), _custom_functions(custom):
+        observed = _observed(model, calls) if module_calls else contextlib.nullcontext()
+        with _export_state(), observed, _custom_functions(custom):
             program = _export(model, *_batch_of_two(args, kwargs))
     notes: tuple[str, ...] = ()
     if custom:
@@ -218,14 +222,18 @@ def _observed(model: torch.nn.Module, calls: list[Call]) -> Iterator[None]:
     def hook(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if id(module) not in paths:
             return
-        path, call = paths[id(module)], len(calls)
+        call = len(calls)
         sides = [pytree.tree_flatten((args, kwargs)), pytree.tree_flatten(output)]
-        for place, (leaves, _) in zip("ao", sides, strict=True):
-            for i, t in enumerate(leaves):
-                if isinstance(t, torch.Tensor):
-                    observe(t, path, call, f"{place}{i}")
+        named = [
+            (t, f"{place}{i}")
+            for place, (leaves, _) in zip("ao", sides, strict=True)
+            for i, t in enumerate(leaves)
+            if isinstance(t, torch.Tensor)
+        ]
+        if named:
+            observe([t for t, _ in named], [p for _, p in named], call)
         kept = [([None if isinstance(x, torch.Tensor) else x for x in s[0]], s[1]) for s in sides]
-        calls.append(Call(path, kept[0], kept[1]))
+        calls.append(Call(paths[id(module)], kept[0], kept[1]))
 
     handle = torch.nn.modules.module.register_module_forward_hook(hook, with_kwargs=True)
     try:

@@ -6,6 +6,8 @@ Exit codes: 0 done; 1 a verification failed; 2 bad usage, or an error that one l
 from __future__ import annotations
 
 import contextlib
+import fnmatch
+import os
 import traceback
 import warnings
 import webbrowser
@@ -16,6 +18,13 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from torch.utils import _pytree as pytree
 from typer.core import TyperGroup
 
@@ -24,7 +33,7 @@ from libragrad_fx import models
 from libragrad_fx.capture import infer_inputs
 from libragrad_fx.errors import CustomBackwardWarning, GateOutputWarning, InputError, LibraGradError
 from libragrad_fx.extras import need
-from libragrad_fx.verify import first_tensor
+from libragrad_fx.target import first_tensor
 
 _CAPTIONS = {"fullgrad_plus": "FullGrad+", "input_x_gradient": "Input×Gradient"}
 
@@ -249,6 +258,7 @@ def audit(
     checkpoint: Checkpoint = None,
     target: TargetIndex = None,
     seed: Seed = 0,
+    json: Json = False,
 ) -> None:
     """Show where a backward creates or destroys attribution: the account of each node, worst first."""
     module = _load(model, pretrained, checkpoint, seed).module
@@ -257,7 +267,84 @@ def audit(
         gm = lg.transform(module, inputs) if balanced else lg.trace(module, inputs)
         say("one backward")
         account = lg.audit(gm, inputs, _target(module, inputs, target))
-    typer.echo(str(account))
+    typer.echo(account.to_json() if json else str(account))
+
+
+@app.command(short_help="Check whole model libraries, model by model.")
+def coverage(
+    suite: Annotated[
+        Literal["timm", "timm-all", "torchvision", "hf", "openclip"] | None,
+        typer.Option(help="What to check. timm: the smallest model of every module."),
+    ] = None,
+    only: Annotated[
+        str, typer.Option("--filter", metavar="GLOB", help="Only names that match: 'vit_*'.")
+    ] = "*",
+    static: Annotated[
+        bool, typer.Option("--static", help="Capture, plan and prove; run nothing.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Models checked side by side.")] = 1,
+    resume: Annotated[
+        bool, typer.Option(help="Keep what is in the results file, check the rest.")
+    ] = True,
+    seconds: Annotated[float, typer.Option(min=1, help="Time limit a model.")] = 600,
+    memory: Annotated[float, typer.Option(min=1, help="Memory limit a model, in GiB.")] = 20,
+    results: Annotated[
+        Path, typer.Option(metavar="DIR", help="One file of results (JSON lines) a suite.")
+    ] = Path("out/coverage"),
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all results in DIR as a page.")
+    ] = None,
+) -> None:
+    """Take the models of a library through every promise, each in a process of its own.
+
+    Results are appended as they come; a run that was stopped goes on where it was.
+    """
+    from libragrad_fx import coverage as cover
+
+    if suite is None and report is None:
+        raise InputError("nothing to do: give --suite, or --report to render what is there")
+    if suite is not None:
+        file = results / f"{suite}{'-static' if static else ''}.jsonl"
+        if not resume:
+            file.unlink(missing_ok=True)
+        done = {r.name for r in cover.read(file)}
+        everything = cover.SUITES[suite].names()
+        names = {n: f for n, f in everything.items() if fnmatch.fnmatch(n, only) and n not in done}
+        if not any(fnmatch.fnmatch(n, only) for n in everything):
+            raise InputError(f"no name of {suite} matches {only!r}")
+        limits = cover.Limits(seconds, memory, max(1, (os.cpu_count() or 1) // jobs))
+        with _counting(f"{suite}{', static' if static else ''}", len(names)) as seen:
+            cover.run(suite, names, static=static, file=file, jobs=jobs, limits=limits, seen=seen)
+        found = list(cover.read(file))
+        balanced = sum(r.verdict == "balanced" for r in found)
+        typer.echo(
+            f"{suite}: {balanced} of {len(found)} balanced, {len(names)} checked now; {file}"
+        )
+    if report is not None:
+        files = sorted(results.glob("*.jsonl"))
+        if not files:
+            raise InputError(f"there are no results in {str(results)!r}")
+        _write(report, cover.render(r for f in files for r in cover.read(f)).encode())
+        typer.echo(f"wrote {report}")
+
+
+@contextlib.contextmanager
+def _counting(what: str, total: int) -> Iterator[Any]:
+    """A progress bar on a terminal; what does not hold is printed as it is found."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}"), console=console, disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("", total=total)
+
+        def seen(result: Any) -> None:
+            bar.update(task, advance=1, description=result.name)
+            if result.verdict != "balanced":
+                text = f"{result.name}: {result.verdict}: {_one_line(result.reason)[:200]}"
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        yield seen
 
 
 # --- what the commands share

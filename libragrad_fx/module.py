@@ -174,6 +174,31 @@ def _move_literals(module: CapturedModule, device: torch.device) -> None:
     module.recompile()
 
 
+# --- the module tree, as the graph's probes show it
+
+
+def called_modules(module: CapturedModule) -> list[str]:
+    """Paths of the submodules whose calls are in the graph, in order of their ends."""
+    return [
+        str(n.target) for n in module.graph.nodes if n.op == "call_module" and "_output" in n.kwargs
+    ]
+
+
+def blocks(module: CapturedModule) -> list[str]:
+    """The repeated blocks of a network: the class most often called under a numbered name.
+
+    They are what FullGrad+ sums over (transformer blocks, mixer blocks, residual blocks). Empty if
+    the network has none.
+    """
+    groups: dict[type, list[str]] = {}
+    for path in dict.fromkeys(called_modules(module)):
+        child = module.get_submodule(path)
+        if path.rpartition(".")[2].isdigit() and list(child.children()):
+            groups.setdefault(type(child), []).append(path)
+    found = max(groups.values(), key=lambda ps: (len(ps), -ps[0].count(".")), default=[])
+    return sorted(found, key=[n.target for n in module.graph.nodes].index) if len(found) > 1 else []
+
+
 # --- pickling: fx would re-trace generated code, and lose the twins and all provenance on the way
 
 

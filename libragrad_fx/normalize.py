@@ -180,8 +180,8 @@ class _Normaliser:
         name = getattr(node.target, "_opname", "")
         args, kwargs = self._new(node.args), self._new(node.kwargs)
         if node.target is insert.observe:
-            value, _, call, place = args
-            self.marks.setdefault(call, {})[place] = value
+            values, places, call = args
+            self.marks[call] = dict(zip(places, values, strict=True))
             if self.last is not None:
                 self.after[call] = self.last
             return

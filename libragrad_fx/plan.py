@@ -45,6 +45,8 @@ def plan(trace: Trace, analysis: Analysis, book: RuleBook, on_unknown: str = "ra
     for node in trace.graph.nodes:
         if node.name in analysis.live:
             planner.visit(node)
+        else:
+            planner.visit_cut(node)
     unknown = (*analysis.unruled, *planner.unknown)
     if unknown and on_unknown == "raise":
         listing = "\n".join(str(f) for f in unknown)
@@ -94,6 +96,14 @@ class _Planner:
             self._gate_only(node)
         if fact.gate_outputs:
             self._gate_outputs(node, fact)
+
+    def visit_cut(self, node: Node) -> None:
+        """What depends on the input and has no gradient: make it so where autograd has another view."""
+        fact = self.facts.get(node.name)
+        found = self._live(operands(node, fact.gate)) if fact and fact.kind is Kind.CUT else []
+        if fact is not None and found:
+            row = PolicyRow(Kind.CUT, "fact", Action.STOP, fact.why, fact.where)
+            self._edit(node, row, tuple(k for k, _ in found), fact.why)
 
     # --- operands that modulate
 

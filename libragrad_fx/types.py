@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -175,6 +176,7 @@ class Analysis:
     live:        nodes that a gradient from the outputs to the input passes through, once gates hold
     relabelled:  gate sources that turned out to carry the signal (role VALUE by demand)
     gate_outputs: outputs of the model that are gates beside one that carries: left alone
+    zeros:        values that are zero whatever the input
     gate_heads:   softmax or sigmoid heads that are all the model returns: balanced as values
     """
 
@@ -184,6 +186,7 @@ class Analysis:
     relabelled: frozenset[str]
     gate_outputs: tuple[str, ...]
     gate_heads: tuple[str, ...]
+    zeros: frozenset[str]
     unruled: tuple[Finding, ...]
 
 
@@ -279,12 +282,15 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class LedgerRow:
-    """The law at one node: ``out = streams + bias + residual``, all ⟨·, g⟩ sums.
+    """The law at one node: ``out = streams + sources + bias + residual``, all ⟨·, g⟩ sums.
 
     out:       ⟨y, g⟩ over all outputs of the node
-    streams:   Σ⟨a_i, r_i(g)⟩ over operands that depend on the model's input
+    streams:   Σ⟨a_i, r_i(g)⟩ over operands that other nodes computed from the model's input
+    sources:   the same over operands that are the model's input itself, where the account ends
     bias:      ⟨the op's own constant, g⟩, computed on its own, never as what is left over
-    residual:  out - streams - bias; 0 for a balanced node
+    residual:  out - streams - sources - bias; 0 for a balanced node
+
+    The last row, ``output``, is the target: what it reads of the model's outputs.
     """
 
     node: str
@@ -293,8 +299,24 @@ class LedgerRow:
     source: str
     out: float
     streams: float
+    sources: float
     bias: float
     residual: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Boundary:
+    """Completeness behind one block: ``output = crossing + bias + error``.
+
+    crossing: Σ⟨a, r(g)⟩ over every edge that leads from the block's end, or from before it, to
+              what comes after
+    bias:     Σ⟨b, g⟩ over the constants of what comes after
+    """
+
+    after: str
+    crossing: float
+    bias: float
+    error: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,6 +327,7 @@ class Ledger:
     output: float
     input: float
     bias: float
+    boundaries: tuple[Boundary, ...] = ()
 
     @property
     def completeness_error(self) -> float:
@@ -312,30 +335,91 @@ class Ledger:
         return abs(self.input + self.bias - self.output)
 
     def worst(self, n: int = 10) -> tuple[LedgerRow, ...]:
-        return tuple(sorted(self.rows, key=lambda r: -abs(r.residual))[:n])
+        """The ``n`` rows with the largest residuals, a residual that is no number first."""
+        size = lambda r: math.inf if math.isnan(r.residual) else abs(r.residual)  # noqa: E731
+        return tuple(sorted(self.rows, key=size, reverse=True)[:n])
+
+    def by_op(self) -> tuple[tuple[str, int, float, float], ...]:
+        """(op, nodes, mass lost, mass created) on the way back, the ops that move most first.
+
+        A positive residual is mass that came in at the output and left by no operand: lost.
+        """
+        groups: dict[str, list[float]] = {}
+        for r in self.rows:
+            groups.setdefault(r.op, []).append(r.residual)
+        sums = [
+            (op, len(rs), sum(r for r in rs if r > 0), sum(-r for r in rs if r < 0))
+            for op, rs in groups.items()
+        ]
+        return tuple(sorted(sums, key=lambda s: s[2] + s[3], reverse=True))
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
 
     def __str__(self) -> str:
-        head = ("node", "op", "module", "⟨y,g⟩", "to streams", "bias", "residual", "source")
-        rows = [
-            (r.node, r.op, r.module, f"{r.out:.4g}", f"{r.streams:.4g}", f"{r.bias:.4g}",
-             f"{r.residual:+.3g}", r.source)
-            for r in self.worst(20)
-        ]  # fmt: skip
-        total = (
+        unit = abs(self.output) or 1.0
+        percent = lambda x: f"{100 * x / unit:.3g} %"  # noqa: E731
+        lines = [
             f"output {self.output:.6g} = input {self.input:.6g} + bias {self.bias:.6g}"
-            f" (completeness error {self.completeness_error:.3g}); {len(self.rows)} live nodes,"
-            f" worst residuals first:"
-        )
-        return "\n".join([total, *table(head, rows)])
+            f" + residuals {self.output - self.input - self.bias:.3g}"
+            f" (completeness error {self.completeness_error:.3g}); {len(self.rows)} live nodes",
+            "",
+            "what the backward loses and creates, by op, in % of the output",
+            *table(
+                ("op", "nodes", "lost", "created"),
+                [(op, str(n), percent(a), percent(b)) for op, n, a, b in self.by_op()[:10]],
+            ),
+            "",
+            "nodes, the largest residual first",
+            *table(
+                ("node", "op", "module", "residual", "% of output", "⟨y,g⟩", "to streams", "to input",
+                 "to bias", "source"),
+                [
+                    (r.node, r.op, r.module, f"{r.residual:+.3g}", percent(r.residual), f"{r.out:.4g}",
+                     f"{r.streams:.4g}", f"{r.sources:.4g}", f"{r.bias:.4g}", r.source)
+                    for r in self.worst(20)
+                ],
+            ),
+        ]  # fmt: skip
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What can be said of every node on a live path without running it.
+
+    balanced: how many nodes are balanced, by the reason why
+    open:     the nodes for which no reason was found
+    """
+
+    balanced: Mapping[str, int]
+    open: tuple[Finding, ...]
+
+    @property
+    def nodes(self) -> int:
+        return sum(self.balanced.values()) + len(self.open)
 
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """What was checked of one transform, on one input, and what came out."""
+    """What was checked of one transform, on one input, and what came out.
+
+    forward_equal, max_abs_difference, max_ulp: the outputs against the model's, under grad mode with
+                     inputs that require grad; ulp are steps between neighbouring floats
+    erased_equal:    the edits taken out, the captured graph comes back node for node
+    proof:           see ``Proof``; ``unbalanced`` names what it leaves open
+    worst_residual:  of a node, in units of the output; at ``worst_node``
+    output, input_share, bias_share: the account of the target, see ``Ledger``
+    boundaries:      completeness behind every block
+    cuts:            where capture had to cut the model into several graphs (empty: one graph)
+    tolerance:       largest residual and completeness error that count as balanced
+    """
 
     forward_equal: bool
     max_abs_difference: float
+    max_ulp: int
     erased_equal: bool
+    proof: Mapping[str, int]
     unbalanced: tuple[str, ...]
     worst_residual: float
     worst_node: str
@@ -343,6 +427,7 @@ class Certificate:
     input_share: float
     bias_share: float
     completeness_error: float
+    boundaries: tuple[Boundary, ...]
     tolerance: float
     edits: int
     nodes: int
@@ -361,35 +446,63 @@ class Certificate:
             and not self.unbalanced
             and self.completeness_error <= self.tolerance
             and self.worst_residual <= self.tolerance
+            and all(b.error <= self.tolerance for b in self.boundaries)
         )
+
+    @property
+    def input_fraction(self) -> float:
+        """How much of what the account moves is carried by the input and not by constants, 0 to 1.
+
+        A backward that stops everything balances as well: its fraction is 0.
+        """
+        moved = abs(self.input_share) + abs(self.bias_share)
+        return abs(self.input_share) / moved if moved else 0.0
 
     def to_json(self) -> str:
         return json.dumps({**dataclasses.asdict(self), "ok": self.ok}, indent=2)
 
     @staticmethod
     def from_json(text: str) -> Certificate:
-        body: dict[str, Any] = json.loads(text)
+        """A certificate as ``to_json`` wrote it.
+
+        Raises:
+            ValueError: it is not one.
+        """
+        body: Any = json.loads(text)
+        fields = {f.name for f in dataclasses.fields(Certificate)}
+        if not isinstance(body, dict) or set(body) - {"ok"} != fields:
+            raise ValueError("this JSON is not a certificate of this version of libragrad_fx")
         body.pop("ok", None)
-        return Certificate(**{**body, "unbalanced": tuple(body["unbalanced"])})
+        boundaries = tuple(Boundary(**b) for b in body["boundaries"])
+        return Certificate(
+            **{**body, "unbalanced": tuple(body["unbalanced"]), "boundaries": boundaries}
+        )
 
     def __str__(self) -> str:
         def mark(good: bool) -> str:
             return "ok  " if good else "FAIL"
 
-        tol = self.tolerance
+        tol, proved = self.tolerance, sum(self.proof.values())
+        behind = max((b.error for b in self.boundaries), default=0.0)
         lines = [
             f"certificate: {'balanced' if self.ok else 'NOT BALANCED'}"
             f" (policy {self.policy}, rules {self.digest[:12]}, {self.dtype} on {self.device})",
             f"  {mark(self.forward_equal)} forward equal to the bit"
-            f" (largest difference {self.max_abs_difference:.3g})",
+            + ("" if self.forward_equal else
+               f": largest difference {self.max_abs_difference:.3g}, {self.max_ulp} ulp"),
             f"  {mark(self.erased_equal)} {self.edits} edits over {self.nodes} nodes;"
             " erased, the original graph comes back node for node",
-            f"  {mark(not self.unbalanced)} every node on a live path is balanced by a rule"
+            f"  {mark(not self.unbalanced)} {proved} of {proved + len(self.unbalanced)} nodes on a live"
+            " path are balanced by their kind"
             + (f"; not: {', '.join(self.unbalanced)}" if self.unbalanced else ""),
+            *(f"         {count:5d}  {reason}" for reason, count in self.proof.items()),
             f"  {mark(self.worst_residual <= tol)} largest residual of a node"
             f" {self.worst_residual:.3g} ({self.worst_node or 'none'}), tolerance {tol:.3g}",
             f"  {mark(self.completeness_error <= tol)} completeness error"
             f" {self.completeness_error:.3g} of output {self.output:.6g}"
             f" = input {self.input_share:.6g} + bias {self.bias_share:.6g}",
-        ]
+            f"  {mark(behind <= tol)} behind each of {len(self.boundaries)} blocks, the largest"
+            f" completeness error is {behind:.3g}",
+            f"       the input carries {self.input_fraction:.1%} of what the account moves",
+        ]  # fmt: skip
         return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from libragrad_fx.attribution.internals import blocks, called_modules
 from libragrad_fx.attribution.methods import METHODS, Attribution, attribute
+from libragrad_fx.module import blocks, called_modules
 
 __all__ = ["METHODS", "Attribution", "attribute", "blocks", "called_modules"]

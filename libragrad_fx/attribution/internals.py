@@ -16,10 +16,11 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from libragrad_fx.errors import InputError
-from libragrad_fx.module import CapturedModule
+from libragrad_fx.ledger import flat_arguments, site_bias
+from libragrad_fx.module import CapturedModule, called_modules
 from libragrad_fx.ops import insert
+from libragrad_fx.target import Target, as_call, select_each
 from libragrad_fx.types import Site
-from libragrad_fx.verify import Target, as_call, flat_arguments, select_each, site_bias
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -77,9 +78,15 @@ def observe(
     sources = {name: next(found) for name in watch.sources}
     tapped = {path: next(found) for path in taps}
     terms = tuple(
-        (site, b.expand_as(t), g) for (site, b, t), (_, g) in zip(watch.terms, found, strict=True)
+        (site, _finite(b.expand_as(t), g), g)
+        for (site, b, t), (_, g) in zip(watch.terms, found, strict=True)
     )
     return Internals(each.detach(), sources, tapped, terms, tuple(watch.shapes))
+
+
+def _finite(bias: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """A constant that gets no gradient counts nothing, were it infinite (a pool's padding)."""
+    return bias if bool(bias.isfinite().all()) else bias.masked_fill(g == 0, 0.0)
 
 
 def layer_input(module: CapturedModule, path: str) -> Node:
@@ -94,28 +101,6 @@ def layer_input(module: CapturedModule, path: str) -> Node:
     near = difflib.get_close_matches(path, called, 3) or called[:6]
     hint = f"; called are, for example, {', '.join(near)}"
     raise InputError(f"no module {path!r} is called with a tensor in this graph{hint}")
-
-
-def called_modules(module: CapturedModule) -> list[str]:
-    """Paths of the submodules whose calls are in the graph, in order of their ends."""
-    return [
-        str(n.target) for n in module.graph.nodes if n.op == "call_module" and "_output" in n.kwargs
-    ]
-
-
-def blocks(module: CapturedModule) -> list[str]:
-    """The repeated blocks of a network: the class most often called under a numbered name.
-
-    They are what FullGrad+ sums over (transformer blocks, mixer blocks, residual blocks). Empty if
-    the network has none.
-    """
-    groups: dict[type, list[str]] = {}
-    for path in dict.fromkeys(called_modules(module)):
-        child = module.get_submodule(path)
-        if path.rpartition(".")[2].isdigit() and list(child.children()):
-            groups.setdefault(type(child), []).append(path)
-    found = max(groups.values(), key=lambda ps: (len(ps), -ps[0].count(".")), default=[])
-    return sorted(found, key=[n.target for n in module.graph.nodes].index) if len(found) > 1 else []
 
 
 def _ancestors(node: Node) -> set[Node]:
@@ -146,10 +131,10 @@ class _Watch(torch.fx.Interpreter):
 
     def run_node(self, n: Node) -> Any:
         y = super().run_node(n)
-        if n.target is insert.guard and y.is_floating_point():
-            y = self.sources[str(n.args[1])] = y.detach().requires_grad_()
+        if n.target is insert.guard:
+            y = self._start(str(n.args[1]), y)
         elif n.name in self.started:
-            y = self.sources[n.name] = y.detach().requires_grad_()
+            y = self._start(n.name, y)
         if n in self.taps:
             self.kept[n] = y
         if n in self.upstream:
@@ -157,6 +142,14 @@ class _Watch(torch.fx.Interpreter):
                 self.shapes.append(tuple(y.shape))
         elif (site := self.table.get(n.name)) is not None:
             self._term(site, n, y)
+        return y
+
+    def _start(self, name: str, y: Any) -> Any:
+        """``y`` as a leaf of the gradient; of several outputs (an embedding bag's) the first."""
+        if isinstance(y, (tuple, list)):
+            return (self._start(name, y[0]), *y[1:])
+        if y.is_floating_point():
+            self.sources[name] = y = y.detach().requires_grad_()
         return y
 
     def _term(self, site: Site, n: Node, y: Any) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from libragrad_fx.attribution import maps
-from libragrad_fx.attribution.internals import Internals, blocks, observe
+from libragrad_fx.attribution.internals import Internals, observe
 from libragrad_fx.errors import InputError
-from libragrad_fx.module import CapturedModule
-from libragrad_fx.verify import Target
+from libragrad_fx.module import CapturedModule, blocks
+from libragrad_fx.target import Target
 
 METHODS = ("input_x_gradient", "fullgrad_plus")
 

@@ -31,7 +31,8 @@ def _probabilities(
         rows = torch.arange(first, first + q.shape[-2], device=q.device)[:, None]
         scores = scores.masked_fill(rows < torch.arange(k.shape[-2], device=q.device), -math.inf)
     if mask is not None:
-        mask = mask if mask.shape[-2] == 1 else mask[..., first : first + q.shape[-2], :]
+        whole = mask.ndim < 2 or mask.shape[-2] == 1
+        mask = mask if whole else mask[..., first : first + q.shape[-2], :]
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     return aten._safe_softmax.default(scores, -1)
 

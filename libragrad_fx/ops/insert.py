@@ -52,13 +52,13 @@ def scale(x: torch.Tensor, factor: float) -> torch.Tensor:
     return _Scale.apply(x, factor)  # type: ignore[no-any-return]
 
 
-LIBRARY.define("observe(Tensor x, str path, int call, str place) -> ()")
+LIBRARY.define("observe(Tensor[] xs, str[] places, int call) -> ()")
 torch.library.impl(f"{NAMESPACE}::observe", "CompositeExplicitAutograd", lib=LIBRARY)(
-    lambda x, path, call, place: None
+    lambda xs, places, call: None
 )
-torch.library.register_fake(f"{NAMESPACE}::observe", lambda x, path, call, place: None, lib=LIBRARY)
+torch.library.register_fake(f"{NAMESPACE}::observe", lambda xs, places, call: None, lib=LIBRARY)
 observe = torch.ops.libragrad_fx.observe.default
-"""Capture's own mark on a value: it says which module call a tensor belongs to, and does nothing."""
+"""Capture's own mark: these are the tensors of one module call, and where in it. Does nothing."""
 has_side_effect(observe)
 
 

@@ -12,11 +12,11 @@ from libragrad_fx import rulebook
 from libragrad_fx.analyze import analyze
 from libragrad_fx.capture import capture
 from libragrad_fx.errors import GateOutputWarning, UnknownOpError
+from libragrad_fx.ledger import ledger, sites
 from libragrad_fx.normalize import normalize
 from libragrad_fx.plan import plan
 from libragrad_fx.rewrite import rewrite
 from libragrad_fx.types import Action, PolicyRow, Trace
-from libragrad_fx.verify import ledger, sites
 from tests.models.zoo import ZOO, build
 
 TOLERANCE = 1e-9

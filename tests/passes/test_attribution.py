@@ -13,7 +13,7 @@ import libragrad_fx as lg
 from libragrad_fx.attribution import maps
 from libragrad_fx.errors import InputError
 from libragrad_fx.module import CapturedModule
-from libragrad_fx.verify import select_each
+from libragrad_fx.target import select_each
 
 F64 = torch.float64
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_classes": 5}

@@ -11,6 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from libragrad_fx.analyze import analyze
+from libragrad_fx.ledger import ledger, sites
 from libragrad_fx.module import CapturedModule, Record
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.twin import bind
@@ -18,7 +19,6 @@ from libragrad_fx.plan import plan as decide
 from libragrad_fx.rewrite import require_same_graph, rewrite
 from libragrad_fx.rulebook import RuleBook
 from libragrad_fx.types import Analysis, Ledger, OpFacts, Plan, Trace
-from libragrad_fx.verify import ledger, sites
 from tests.samples import Call, is_float
 
 

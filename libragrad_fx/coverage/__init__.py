@@ -1,0 +1,14 @@
+"""Where we stand: every architecture of timm, torchvision, Hugging Face and OpenCLIP, one by one.
+
+``suites`` say what there is and how to build it, ``check`` takes one model through every promise,
+``runner`` gives each model a process of its own with limits, ``report`` writes the page.
+"""
+
+from __future__ import annotations
+
+from libragrad_fx.coverage.check import Result, check
+from libragrad_fx.coverage.report import render
+from libragrad_fx.coverage.runner import Limits, read, run
+from libragrad_fx.coverage.suites import SUITES, Subject, Suite
+
+__all__ = ["SUITES", "Limits", "Result", "Subject", "Suite", "check", "read", "render", "run"]

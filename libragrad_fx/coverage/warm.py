@@ -1,0 +1,10 @@
+"""Imported by the server that forks the workers: the first transform of a process costs seconds."""
+
+from __future__ import annotations
+
+import torch
+
+from libragrad_fx.api import transform
+
+torch.set_num_threads(1)  # no pool of threads may exist when the server forks
+transform(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.GELU()), torch.ones(2, 2))

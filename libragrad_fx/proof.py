@@ -1,0 +1,179 @@
+"""The static proof: every node that a gradient passes is balanced by its kind, or is named.
+
+It reads the rewritten graph alone, not the plan that made it, and asks of each node which operands
+its gradient goes to. What is said of a kind or of a twin is proved numerically, row by row, in
+``tests/rows``; here it is put together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from libragrad_fx.analyze import finding, is_float, kind_of, operands, tensor_arguments
+from libragrad_fx.module import CapturedModule, leaf
+from libragrad_fx.ops import insert
+from libragrad_fx.rewrite import is_scale
+from libragrad_fx.types import Finding, Kind, OpFacts, Proof
+
+_BY_KIND = {
+    Kind.LINEAR: "linear in what carries",
+    Kind.ATTENTION: "attention with weights that do not depend on the input",
+    Kind.HOMOGENEOUS: "homogeneous of degree 1",
+    Kind.SATURATING: "the identity or a constant",
+}
+_BY_TWIN = {
+    Kind.GATED: "gated activation, its gate held by a twin",
+    Kind.GATE_SOURCE: "nonlinearity that carries, its secant taken by a twin",
+    Kind.NORMALISER: "normaliser, 1/sigma held by a twin",
+    Kind.ATTENTION: "attention, its weights held by a twin",
+    Kind.RECURRENT: "recurrent layer, its gates held by a twin",
+}
+
+
+def prove(module: CapturedModule) -> Proof:
+    """Go through ``module``'s graph; see ``Proof``."""
+    facts: Mapping[str, OpFacts] = module.record.info["facts"]
+    left_alone: frozenset[str] = module.record.info["gate_outputs"]
+    moving = _moving(module, facts)
+    reasons: Counter[str] = Counter()
+    open_: list[Finding] = []
+    for node in _reached(module, moving, facts, left_alone):
+        if _hands_on(node):
+            continue
+        reason, problem = _judge(node, facts.get(node.name), moving)
+        if reason:
+            reasons[reason] += 1
+        else:
+            open_.append(finding(node, problem, "the plan says why: plan.explain(node)"))
+    return Proof(dict(reasons.most_common()), tuple(open_))
+
+
+def _hands_on(node: Node) -> bool:
+    """Whether a node's backward is the identity: an input, a probe, a member of a tuple, a scale."""
+    return not hasattr(node.target, "aten_op") and (
+        not isinstance(node.target, torch._ops.OpOverload) or is_scale(node)
+    )
+
+
+def _moving(module: CapturedModule, facts: Mapping[str, OpFacts]) -> set[Node]:
+    """Nodes whose value has a gradient that leads back to the model's input."""
+    moving: set[Node] = set()
+    zeros: frozenset[str] = module.record.info["zeros"]
+    for node in module.graph.nodes:
+        fact = facts.get(node.name)
+        if node.target is insert.guard:
+            starts = is_float(node)
+        elif fact is not None and fact.kind is Kind.EMBEDDING:
+            starts = node.name in module.record.info["starts"]
+        else:
+            cut = node.target is insert.stop or (fact is not None and fact.kind is Kind.CUT)
+            zero = node.name in zeros  # a product with zero sends zeros back
+            starts = not (cut or zero) and bool(_passes(node, fact, moving))
+            starts = starts and (is_float(node) or _hands_on(node))
+        if starts:
+            moving.add(node)
+    return moving
+
+
+def _passes(node: Node, fact: OpFacts | None, moving: set[Node]) -> list[tuple[str, Node]]:
+    """The operands to which a node sends a gradient that goes on to the model's input."""
+    if node.op == "call_module" and "_output" in node.kwargs:
+        results = pytree.tree_leaves(node.kwargs["_output"])
+        return [("", r) for r in results if isinstance(r, Node) and r in moving]
+    if node.target is leaf:
+        result = pytree.tree_leaves(node.args[0].kwargs["_output"])[node.args[1]]  # type: ignore[union-attr]
+        return [("", result)] if result in moving else []
+    if _hands_on(node):
+        return [("", n) for n in node.all_input_nodes if n in moving]
+    names = tensor_arguments(node) if fact is None else fact.operands
+    if hasattr(node.target, "aten_op") and fact is not None and fact.kind is Kind.ATTENTION:
+        names = fact.stream  # its twin answers v alone; the other twins answer every operand
+    return [(k, n) for k, n in operands(node, names) if n in moving]
+
+
+def _reached(
+    module: CapturedModule, moving: set[Node], facts: Mapping[str, OpFacts], skip: frozenset[str]
+) -> list[Node]:
+    """The moving nodes from which a gradient of an output arrives, in graph order."""
+    final = next(n for n in module.graph.nodes if n.op == "output")
+    results = [
+        m
+        for n in final.all_input_nodes
+        for m in (n.all_input_nodes if n.target == "output_structure" else [n])
+    ]
+    stack = [n for n in results if n in moving and _source_name(n) not in skip]
+    seen: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(n for _, n in _passes(node, facts.get(node.name), moving))
+    return [n for n in module.graph.nodes if n in seen]
+
+
+def _source_name(node: Node) -> str:
+    """The node that an output reads, seen through probes."""
+    while True:
+        if node.op == "call_module" and isinstance(node.kwargs.get("_output"), Node):
+            node = node.kwargs["_output"]  # type: ignore[assignment]
+        elif node.target is leaf:
+            node = pytree.tree_leaves(node.args[0].kwargs["_output"])[node.args[1]]  # type: ignore[union-attr]
+        else:
+            return node.name
+
+
+def _judge(node: Node, fact: OpFacts | None, moving: set[Node]) -> tuple[str, str]:
+    """(why a node is balanced, "") or ("", why it is not known to be)."""
+    if fact is None:
+        return "", "no fact says how its output depends on its operands"
+    kind = kind_of(node, fact)
+    sends = {k for k, _ in _passes(node, fact, moving)}
+    groups = {k: {s for s in sends if s.partition("[")[0] in getattr(fact, k)} for k in _GROUPS}
+    if kind is Kind.EMBEDDING:
+        return "embedding indexed by the input: the signal starts", ""
+    if stray := sends - groups["stream"] - groups["factors"] - groups["denominator"]:
+        return "", f"{', '.join(sorted(stray))} gets a gradient, though it only modulates"
+    if hasattr(node.target, "aten_op"):
+        return _BY_TWIN[kind], ""
+    if fact.degree == 1:
+        return "of degree 1 about its constant", ""
+    if fact.degree is not None:
+        wanted = 1 / fact.degree
+        reason = f"homogeneous of degree {fact.degree:g}, scaled by its inverse"
+        return _scaled(node, wanted, reason, f"its gradient is not scaled by {wanted:g}")
+    if groups["denominator"]:
+        if sends == groups["denominator"]:
+            return _scaled(node, -1.0, "reciprocal, scaled by -1", "a divisor gets a gradient")
+        return "", "a divisor gets a gradient beside what it divides"
+    factors = len(groups["factors"])
+    if kind is Kind.PRODUCT and factors > 1:
+        reason = f"product of {factors} values, scaled by 1/{factors}"
+        problem = f"a product of {factors} values counts its gradient {factors} times"
+        return _scaled(node, 1 / factors, reason, problem, whole=not groups["stream"])
+    if kind is Kind.PRODUCT:
+        return "product with one factor that carries", ""
+    if kind in _BY_KIND:
+        return _BY_KIND[kind], ""
+    return "", f"a {kind} op is not balanced under autograd"
+
+
+_GROUPS = ("stream", "factors", "gate", "denominator")
+
+
+def _scaled(
+    node: Node, wanted: float, reason: str, problem: str, whole: bool = True
+) -> tuple[str, str]:
+    """Whether a node's output, or each operand that carries, is scaled by the factor wanted."""
+    mine = lambda n: is_scale(n) and n.meta["libragrad"][1] == node.name  # noqa: E731
+    outer = [n.args[1] for n in node.users if mine(n)]
+    inner = [n.args[1] for n in node.all_input_nodes if mine(n)]
+    if outer:
+        inner = outer if whole and not inner and len(node.users) == 1 else []
+    good = bool(inner) and all(math.isclose(f, wanted) for f in inner)  # type: ignore[arg-type]
+    return (reason, "") if good else ("", problem)

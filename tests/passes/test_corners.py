@@ -1,0 +1,73 @@
+"""Small models, each with a mechanism that was once missed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import libragrad_fx as lg
+
+
+class Steps(nn.Module):
+    """Ops without a gradient: some have zeros for one, for others autograd refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x)
+        steps = torch.floor_divide(h, 0.5) + torch.heaviside(h, h.new_zeros(())) + h.round()
+        return self.head(h * h.sigmoid() + 0.1 * steps)
+
+
+class Bag(nn.Module):
+    """An embedding with several outputs starts the signal, beside a float input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(7, 4), nn.Linear(4, 3)
+
+    def forward(self, ids: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.head(F.gelu(self.bag(ids) + y))
+
+
+class Padded(nn.Module):
+    """Pooling pads with -inf: what never wins gets no gradient and counts nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(2, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.pad(F.silu(self.conv(x)), (1, 2), value=float("-inf"))
+        return self.head(F.max_pool1d(h, 3, 2).mean(-1))
+
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+CASES: list[tuple[type[nn.Module], Any]] = [
+    (Steps, ((2, 4),)),
+    (Bag, (IDS, (2, 4))),
+    (Padded, ((2, 2, 9),)),
+]
+
+
+@pytest.mark.parametrize(("make", "shapes"), CASES, ids=lambda v: getattr(v, "__name__", ""))
+def test_balanced(make: type[nn.Module], shapes: Any) -> None:
+    torch.manual_seed(0)
+    model = make().double().eval()
+    inputs = tuple(
+        s if isinstance(s, torch.Tensor) else torch.randn(s, dtype=torch.float64) for s in shapes
+    )
+    gm = lg.transform(model, inputs)
+    certificate = lg.verify(model, gm, inputs, target=1)
+    assert certificate.ok, str(certificate)
+    assert certificate.completeness_error < 1e-12
+    assert certificate.input_fraction > 1e-3
+    if make is Padded:  # the one whose input has positions
+        att = lg.attribute(gm, inputs, target=1, method="fullgrad_plus")
+        assert float(att.completeness_error.max()) < 1e-12

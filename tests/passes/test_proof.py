@@ -1,0 +1,142 @@
+"""The static proof names exactly what is missing, and the account closes at every boundary."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import warnings
+
+import pytest
+import torch
+
+import libragrad_fx as lg
+from libragrad_fx.api import Decision, decide, remember
+from libragrad_fx.errors import GateOutputWarning
+from libragrad_fx.ledger import dot, sites
+from libragrad_fx.proof import prove
+from libragrad_fx.rewrite import rewrite
+from libragrad_fx.types import Certificate, Edit, Ledger
+from tests.models.zoo import ZOO, build
+
+timm = pytest.importorskip("timm")
+
+
+@functools.cache
+def decided(name: str) -> Decision:
+    model, x = build(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GateOutputWarning)
+        return decide(model, x, "libra", "raise", None)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_without_one_edit_the_proof_names_its_node(name: str) -> None:
+    """Every edit is needed, and the proof sees it without running anything."""
+    made = decided(name)
+    info = remember(made)
+    assert not prove(rewrite(made.trace, made.plan, info)).open
+    for edit in made.plan.edits:
+        others = tuple(e for e in made.plan.edits if e is not edit)
+        lame = dataclasses.replace(made.plan, edits=others)
+        found = {f.node for f in prove(rewrite(made.trace, lame, info)).open}
+        assert edit.node in found, f"{edit} is missing and not noticed; open: {found}"
+
+
+@pytest.mark.parametrize("name", ["swiglu", "star_product"])
+def test_a_wrong_scale_is_named(name: str) -> None:
+    if name not in ZOO:
+        name = next(n for n in ZOO if any(e.factor == 0.5 for e in decided(n).plan.edits))
+    made = decided(name)
+
+    def halved(edit: Edit) -> Edit:
+        return dataclasses.replace(edit, factor=edit.factor and edit.factor / 2)
+
+    lame = dataclasses.replace(made.plan, edits=tuple(map(halved, made.plan.edits)))
+    scaled = {e.node for e in made.plan.edits if e.factor}
+    found = {f.node for f in prove(rewrite(made.trace, lame, remember(made))).open}
+    assert found == scaled
+    assert scaled
+
+
+@functools.cache
+def vit() -> tuple[torch.nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit").double().eval()
+    return model, torch.randn(2, 3, 160, 160, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def accounts() -> tuple[Ledger, Ledger, Certificate]:
+    model, x = vit()
+    gm = lg.transform(model, x)
+    return lg.audit(gm, x, 3), lg.audit(model, x, 3), lg.verify(model, gm, x, 3)
+
+
+def test_every_row_and_every_boundary_closes(accounts: tuple[Ledger, Ledger, Certificate]) -> None:
+    balanced, plain, certificate = accounts
+    for account in (balanced, plain):
+        for r in account.rows:
+            assert r.out == pytest.approx(
+                r.streams + r.sources + r.bias + r.residual, rel=1e-12, abs=1e-12
+            )
+        # what is sent to the input, row by row, is what arrives there
+        assert sum(r.sources for r in account.rows) == pytest.approx(account.input, abs=1e-12)
+        lost = sum(r.residual for r in account.rows)
+        assert account.output == pytest.approx(account.input + account.bias + lost, abs=1e-12)
+    assert [b.after for b in balanced.boundaries] == lg.blocks(lg.trace(*vit()))
+    assert all(b.error < 1e-12 for b in balanced.boundaries)
+    assert max(b.error for b in plain.boundaries) > 1e-3
+    assert certificate.boundaries == balanced.boundaries
+    assert 0 < certificate.input_fraction < 1
+
+
+def test_the_target_is_a_row_of_the_account() -> None:
+    """A probability as target is no linear reading of the outputs: its own row says so."""
+    model, x = vit()
+    account = lg.audit(lg.transform(model, x), x, lambda y: y.softmax(-1)[:, 3])
+    assert account.worst(1)[0].node == "output"
+    assert account.rows[-1].op == "target"
+
+
+def test_by_op_sums_up_the_residuals(accounts: tuple[Ledger, Ledger, Certificate]) -> None:
+    _, plain, _ = accounts
+    total = sum(created - lost for _, _, lost, created in plain.by_op())
+    assert total == pytest.approx(-sum(r.residual for r in plain.rows))
+    assert "layer_norm" in str(plain)
+    assert "% of output" in str(plain)
+
+
+def test_certificate_as_json(accounts: tuple[Ledger, Ledger, Certificate]) -> None:
+    certificate = accounts[2]
+    assert Certificate.from_json(certificate.to_json()) == certificate
+    for text in ("{}", "[]", '{"ok": true}'):
+        with pytest.raises(ValueError, match="not a certificate"):
+            Certificate.from_json(text)
+
+
+def test_a_broken_forward_is_measured() -> None:
+    model, x = vit()
+    gm = lg.transform(model, x)
+    with torch.no_grad():
+        changed = timm.create_model("test_vit").double().eval()
+        changed.load_state_dict(model.state_dict())
+        changed.head.bias[0] += 1e-13
+    found = lg.verify(changed, gm, x, 3)
+    assert not found.ok
+    assert not found.forward_equal
+    assert found.max_ulp >= 1
+    assert 0 < found.max_abs_difference < 1e-12
+    assert "FAIL forward" in str(found)
+
+
+def test_infinite_values_without_gradient_count_nothing() -> None:
+    a, g = torch.tensor([math.inf, 2.0]), torch.tensor([0.0, 3.0])
+    assert dot(a, g) == 6.0
+    assert math.isinf(dot(a, torch.tensor([1.0, 0.0])))
+
+
+def test_sites_of_a_plain_trace_hold_all_that_sees_the_input() -> None:
+    made = decided("fused_attention")
+    balanced = {s.node for s in sites(made.trace, made.analysis, balanced=True)}
+    assert balanced < {s.node for s in sites(made.trace, made.analysis, balanced=False)}
