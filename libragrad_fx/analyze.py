@@ -26,9 +26,12 @@ _RANK_ODD, _RANK_RECIPROCAL, _RANK_GATE_ONLY = 1, 4, 5
 _ZEROS = {"aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default"}
 
 
-def analyze(trace: Trace, book: RuleBook) -> Analysis:
-    """Roles, live nodes and gaps of a captured graph. Touches nothing."""
-    return _Analyzer(trace, book).run()
+def analyze(trace: Trace, book: RuleBook, all_carry: bool = False) -> Analysis:
+    """Roles, live nodes and gaps of a captured graph. Touches nothing.
+
+    all_carry: every output is read by what comes after, so none may be left alone as a gate.
+    """
+    return _Analyzer(trace, book, all_carry).run()
 
 
 def operands(node: Node, names: tuple[str, ...]) -> list[tuple[str, Node]]:
@@ -64,6 +67,7 @@ def is_float(node: Node) -> bool:
 class _Analyzer:
     trace: Trace
     book: RuleBook
+    all_carry: bool
 
     def __post_init__(self) -> None:
         self.nodes = list(self.trace.graph.nodes)
@@ -197,14 +201,14 @@ class _Analyzer:
         values = [n for n in results if self.roles[n.name] is Role.VALUE]
         gated = [n for n in results if self.roles[n.name] is Role.GATE]
         demanded: set[Node] = set()
-        stack = list(values or gated)
+        stack = values + gated if self.all_carry else list(values or gated)
         while stack:
             node = stack.pop()
             if node in demanded or self.roles[node.name] < Role.GATE:
                 continue
             demanded.add(node)
             stack.extend(n for _, n in self.carriers(node))
-        return demanded, tuple(n.name for n in gated) if values else ()
+        return demanded, tuple(n.name for n in gated) if values and not self.all_carry else ()
 
     def carriers(self, node: Node) -> list[tuple[str, Node]]:
         """The operands through which a demanded node passes its gradient on."""

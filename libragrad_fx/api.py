@@ -2,67 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from libragrad_fx import rulebook
-from libragrad_fx.analyze import analyze
-from libragrad_fx.capture import capture
-from libragrad_fx.errors import GateOutputWarning, InputError
+from libragrad_fx.capture import infer_inputs
+from libragrad_fx.cuts import CutModule, foreign, ledger_of_pieces, transform_in_pieces
+from libragrad_fx.errors import ExportError, GateOutputWarning, InputError
 from libragrad_fx.ledger import ledger, sites
 from libragrad_fx.module import CapturedModule
-from libragrad_fx.normalize import normalize
-from libragrad_fx.plan import plan as make_plan
-from libragrad_fx.rewrite import require_same_graph, rewrite, spell
-from libragrad_fx.types import Analysis, Certificate, Ledger, Plan, Trace
+from libragrad_fx.pipeline import balance, decide
+from libragrad_fx.rewrite import rewrite
+from libragrad_fx.types import Certificate, Ledger, Plan
 from libragrad_fx.verify import certify
-
-
-@dataclasses.dataclass(frozen=True)
-class Decision:
-    """A captured model with everything decided about it and nothing done yet."""
-
-    trace: Trace
-    analysis: Analysis
-    plan: Plan
-
-
-def decide(
-    model: torch.nn.Module,
-    inputs: Any,
-    policy: str | Path = "libra",
-    on_unknown: str = "raise",
-    rules: Any = None,
-    *,
-    module_calls: bool = True,
-) -> Decision:
-    """Every stage before the rewrite."""
-    if not isinstance(model, torch.nn.Module):
-        raise InputError(f"expected an nn.Module, got {type(model).__name__}")
-    if on_unknown not in ("raise", "keep"):
-        raise InputError(f"on_unknown must be 'raise' or 'keep', got {on_unknown!r}")
-    book = rulebook.load(policy, rules)
-    trace = normalize(model, capture(model, inputs, module_calls=module_calls))
-    analysis = analyze(trace, book)
-    return Decision(trace, analysis, make_plan(trace, analysis, book, on_unknown))
-
-
-def remember(made: Decision) -> dict[str, Any]:
-    """What a balanced module keeps of how it was made: enough to account for it and to prove it."""
-    listed = sites(made.trace, made.analysis, balanced=True)
-    return {
-        "plan": made.plan,
-        "sites": listed,
-        "original": spell(made.trace.graph),
-        "facts": dict(made.analysis.facts),
-        "starts": frozenset(s.node for s in listed if not s.live),
-        "zeros": made.analysis.zeros,
-        "gate_outputs": frozenset(made.analysis.gate_outputs),
-    }
 
 
 def transform(
@@ -72,14 +26,15 @@ def transform(
     policy: str | Path = "libra",
     on_unknown: str = "raise",
     rules: Any = None,
-) -> CapturedModule:
+) -> CapturedModule | CutModule:
     """Same forward to the bit, balanced backward, same parameters, as a ``torch.fx.GraphModule``.
 
     The model is not changed: not its parameters, mode, hooks or ``requires_grad``, whatever happens.
+    A model that is no single graph (it branches on a tensor's value) is cut into several, each
+    balanced by itself; the result is then a ``CutModule``, whose certificate says where the cuts are.
 
     Args:
-        model: any ``nn.Module`` that ``torch.export`` can capture, in the mode (train or eval) to
-            be captured.
+        model: any ``nn.Module``, in the mode (train or eval) to be captured.
         example_inputs: a tensor, a tuple, or a dict of keyword arguments; inferred from the model
             if None. Dimension 0 of each tensor becomes free, the others are fixed.
         policy: ``"libra"`` (LibraGrad, CVPR 2025), ``"cp_lrp"`` (Ali et al. 2022), or a YAML file.
@@ -90,18 +45,20 @@ def transform(
     Raises:
         CaptureError, InputError, RuleError, UnknownOpError: see ``libragrad_fx.errors``.
     """
-    if isinstance(model, CapturedModule):
+    if isinstance(model, (CapturedModule, CutModule)):
         return _again(model, policy)
-    made = decide(model, example_inputs, policy, on_unknown, rules)
+    try:
+        made = decide(model, example_inputs, policy, on_unknown, rules)
+    except ExportError as refusal:
+        inputs = infer_inputs(model) if example_inputs is None else example_inputs
+        return transform_in_pieces(model, inputs, refusal, on_unknown, policy=policy, rules=rules)
     for name in made.analysis.gate_heads:
         text = next(n for n in made.plan.notes if name in n)
         warnings.warn(text, GateOutputWarning, stacklevel=2)
-    module = rewrite(made.trace, made.plan, remember(made))
-    require_same_graph(module, made.trace)
-    return module
+    return balance(made)
 
 
-def _again(module: CapturedModule, policy: str | Path) -> CapturedModule:
+def _again(module: CapturedModule | CutModule, policy: str | Path) -> CapturedModule | CutModule:
     """A balanced module balanced by the same policy is itself; by another, its model is needed."""
     made: Plan | None = module.plan
     if made is not None and made.policy == policy:
@@ -135,7 +92,7 @@ def plan(
 
 def verify(
     model: torch.nn.Module,
-    module: CapturedModule,
+    module: CapturedModule | CutModule,
     inputs: Any,
     target: Any = None,
     *,
@@ -151,10 +108,21 @@ def verify(
         tolerance: largest residual and completeness error that still counts as balanced, in units
             of the output; by default a thousand ulp of the largest flow through a node.
     """
-    return certify(model, module, inputs, target, tolerance)
+    if isinstance(module, CutModule):
+        account, run = ledger_of_pieces(module, inputs, target)
+        pieces, found, cuts = run.pieces, foreign(run), module.cuts
+    elif module.plan is None:
+        raise InputError(
+            "a plain trace promises nothing to verify; audit(module, inputs) accounts for it"
+        )
+    else:
+        account, pieces, found, cuts = ledger(module, inputs, target), {"": module}, (), ()
+    return certify(model, module, pieces, inputs, account, found, cuts, tolerance)
 
 
 def audit(model: torch.nn.Module, inputs: Any, target: Any = None, *, rules: Any = None) -> Ledger:
     """Which nodes create or destroy gradient mass, for any model, balanced or not."""
+    if isinstance(model, CutModule):
+        return ledger_of_pieces(model, inputs, target)[0]
     module = model if isinstance(model, CapturedModule) else trace(model, inputs, rules=rules)
     return ledger(module, inputs, target)

@@ -21,7 +21,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.errors import CaptureError, CustomBackwardWarning, InputError
+from libragrad_fx.errors import CaptureError, CustomBackwardWarning, ExportError, InputError
 from libragrad_fx.ops.insert import observe
 
 _CHECKPOINT = "torch.utils.checkpoint"
@@ -52,17 +52,22 @@ class Capture:
 
 
 def capture(
-    model: torch.nn.Module, example_inputs: Any = None, *, module_calls: bool = True
+    model: torch.nn.Module,
+    example_inputs: Any = None,
+    *,
+    module_calls: bool = True,
+    fixed: bool = False,
 ) -> Capture:
     """Export ``model`` and make it functional. The model is left as it was, whatever happens.
 
     Args:
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments;
             None infers them (see ``infer_inputs``). Dimension 0 of every tensor becomes free.
+        fixed: take every dimension as it is in the example, the first one too.
         module_calls: record every call of a submodule; without, the result's tree has no hooks.
 
     Raises:
-        CaptureError: export refuses the model, or it has hooks.
+        CaptureError: the model has hooks; ``ExportError``: export refuses it.
         InputError: the inputs could not be inferred, or do not fit ``forward``.
     """
     _refuse_hooks(model)
@@ -74,7 +79,9 @@ def capture(
         custom: list[str] = []
         observed = _observed(model, calls) if module_calls else contextlib.nullcontext()
         with _export_state(), observed, _custom_functions(custom):
-            program = _export(model, *_batch_of_two(args, kwargs))
+            program = _export(
+                model, *((args, kwargs) if fixed else _batch_of_two(args, kwargs)), fixed
+            )
     notes: tuple[str, ...] = ()
     if custom:
         text = (
@@ -128,11 +135,11 @@ def _batch_of_two(args: Any, kwargs: Any) -> tuple[Any, Any]:
     return pytree.tree_unflatten(leaves, spec)
 
 
-def _export(model: torch.nn.Module, args: Any, kwargs: Any) -> ExportedProgram:
+def _export(model: torch.nn.Module, args: Any, kwargs: Any, fixed: bool) -> ExportedProgram:
     free = pytree.tree_map(
         lambda t: {0: Dim.AUTO} if isinstance(t, torch.Tensor) and t.ndim else None, (args, kwargs)
     )
-    shapes = _by_name(model, *free)
+    shapes = None if fixed else _by_name(model, *free)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -140,7 +147,7 @@ def _export(model: torch.nn.Module, args: Any, kwargs: Any) -> ExportedProgram:
             _detach_no_grad_regions(made)
             return made.run_decompositions({})
     except Exception as e:
-        raise CaptureError(
+        raise ExportError(
             f"torch.export could not capture {type(model).__name__}: {_first_line(e)}\n"
             "  Usual causes: control flow on tensor values, a cache or a custom class among inputs or"
             " outputs, numpy inside forward. Capture the part that is a plain function of tensors, or"

@@ -31,7 +31,13 @@ from typer.core import TyperGroup
 import libragrad_fx as lg
 from libragrad_fx import models
 from libragrad_fx.capture import infer_inputs
-from libragrad_fx.errors import CustomBackwardWarning, GateOutputWarning, InputError, LibraGradError
+from libragrad_fx.errors import (
+    CustomBackwardWarning,
+    CutWarning,
+    GateOutputWarning,
+    InputError,
+    LibraGradError,
+)
 from libragrad_fx.extras import need
 from libragrad_fx.target import first_tensor
 
@@ -54,7 +60,7 @@ class _OneLineErrors(TyperGroup):
 
 
 def _say_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
-    if issubclass(category, (CustomBackwardWarning, GateOutputWarning)):
+    if issubclass(category, (CustomBackwardWarning, CutWarning, GateOutputWarning)):
         typer.echo(f"warning: {_one_line(message)}", err=True)
 
 
@@ -171,7 +177,7 @@ def explain(
     steps = models.preprocessing(loaded)
     x = steps.to_tensor(picture)[None].to(_dtype(loaded.module))
     with _working("capturing the model") as say:
-        sides = {"plain": lg.trace(loaded.module, x)}
+        sides: dict[str, Any] = {"plain": lg.trace(loaded.module, x)}
         if not plain:
             sides["balanced"] = lg.transform(loaded.module, x)
         logits = first_tensor(_run(sides["plain"], x))

@@ -11,6 +11,14 @@ class CaptureError(LibraGradError):
     """The model could not be captured as a graph."""
 
 
+class ExportError(CaptureError):
+    """``torch.export`` refuses the model as one graph."""
+
+
+class NoPathError(CaptureError):
+    """No gradient path leads from an output to an input."""
+
+
 class InputError(LibraGradError):
     """An argument does not fit the model, the captured graph or the method asked for."""
 
@@ -37,3 +45,7 @@ class CustomBackwardWarning(UserWarning):
 
 class GateOutputWarning(UserWarning):
     """An output of the model is a gate (a softmax, a sigmoid): explain the logits instead."""
+
+
+class CutWarning(UserWarning):
+    """The model is no single graph: it is balanced in several, and roles end where they are cut."""

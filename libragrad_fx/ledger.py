@@ -108,19 +108,28 @@ def _bias_name(node: Node, fact: OpFacts, live: Sequence[str]) -> str | None:
 # --- running a graph with every edge in view
 
 
-class _Recorder(torch.fx.Interpreter):
+class Recorder(torch.fx.Interpreter):
     """Runs a graph; every operand of every site is an alias of its own, whose gradient is noted.
 
     A host and the nodes inserted for it are one unit: operands are taken before a scale that was
     put on them, the output behind a scale that was put on it.
+
+    leaves: for a module that is one graph of several, the inputs of the whole model; what comes from
+        another graph is then part of its gradient, and not a source.
     """
 
-    def __init__(self, module: CapturedModule, table: Mapping[str, Site]) -> None:
+    def __init__(
+        self, module: CapturedModule, leaves: Sequence[torch.Tensor] | None = None
+    ) -> None:
         super().__init__(module, garbage_collect_values=True)
-        self.table = table
+        self.leaves = leaves
+        self.table: dict[str, Site] = {s.node: s for s in module.record.info["sites"]}
+        table = self.table
         self.rows = {n.name: _Row() for n in module.graph.nodes if n.name in table}
         self.rows[_OUTPUT] = _Row()
         self.sources: list[torch.Tensor] = []
+        inputs = {n.name for n in module.graph.nodes if n.target is insert.guard}
+        self.starts = inputs | {s.node for s in table.values() if not s.live}
         self.origin = _origins(module, table)
         self.scaled = {
             n.args[0].name
@@ -130,7 +139,11 @@ class _Recorder(torch.fx.Interpreter):
 
     def run_node(self, n: Node) -> Any:
         if n.target is insert.guard:
-            return self._source(super().run_node(n))
+            x = super().run_node(n)
+            if self.leaves is not None and not any(x is t for t in self.leaves):
+                self.starts.discard(n.name)
+                return x
+            return self._source(x)
         if is_scale(n):
             return self._scale(n)
         if n.op == "output" or n.target == "output_structure":
@@ -156,7 +169,8 @@ class _Recorder(torch.fx.Interpreter):
         if isinstance(x, (tuple, list)):  # an embedding bag gives four tensors
             return tuple(map(self._source, x))
         if isinstance(x, torch.Tensor) and x.is_floating_point():
-            x = x.detach().requires_grad_()
+            if self.leaves is None or not any(x is t for t in self.leaves):
+                x = x.detach().requires_grad_()
             self.sources.append(x)
         return x
 
@@ -285,42 +299,46 @@ def ledger(module: CapturedModule, inputs: Any, target: Target = None) -> Ledger
         target: what to explain, see ``target.select_each``.
     """
     args, kwargs = as_call(inputs)
-    table: dict[str, Site] = {s.node: s for s in module.record.info["sites"]}
-    recorder = _Recorder(module, table)
+    recorder = Recorder(module)
     with torch.enable_grad():
         output = recorder.run(*flat_arguments(module, args, kwargs))
-        scalar = select(output, target)
-        del output
-        grads = torch.autograd.grad(scalar, recorder.sources, allow_unused=True)
-    carried = sum(
-        dot(x.detach(), g) for x, g in zip(recorder.sources, grads, strict=True) if g is not None
-    )
+        return settle([("", recorder)], output, target)
+
+
+def settle(
+    recorders: Sequence[tuple[str, Recorder]], output: Any, target: Target,
+    leaves: Sequence[torch.Tensor] = (),
+) -> Ledger:  # fmt: skip
+    """Run the backward of what was recorded, one graph or several by name, and add it up."""
+    scalar = select(output, target)
+    started = {id(x): x for x in leaves if x.is_floating_point()}
+    started |= {id(x): x for _, r in recorders for x in r.sources}
+    sources = list(started.values())
+    grads = torch.autograd.grad(scalar, sources, allow_unused=True)
+    pairs = zip(sources, grads, strict=True)
+    carried = sum(dot(x.detach(), g) for x, g in pairs if g is not None)
     total = float(scalar.detach())
-    found, starts = recorder.rows, _starts(module, table)
-    found[_OUTPUT].out = total
-    sites = [s for s in table.values() if s.node in found]
-    rows = tuple(
-        _row(s, found[s.node], starts)
-        for s in [*sites, Site(_OUTPUT, "target", "", "", (), None, False, None)]
-    )
-    boundaries = tuple(_boundaries(module, found, total))
-    return Ledger(rows, total, carried, sum(r.bias for r in rows), boundaries)
+    rows: list[LedgerRow] = []
+    for name, recorder in recorders:
+        found = recorder.rows
+        sites = [s for s in recorder.table.values() if s.node in found]
+        if not name:  # one graph: the target is the last that reads
+            found[_OUTPUT].out = total
+            sites.append(Site(_OUTPUT, "target", "", "", (), None, False, None))
+        rows += [_row(s, name, found[s.node], recorder.starts) for s in sites]
+    whole = recorders[0][1] if len(recorders) == 1 and not recorders[0][0] else None
+    boundaries = tuple(_boundaries(whole.module, whole.rows, total)) if whole else ()  # type: ignore[arg-type]
+    return Ledger(tuple(rows), total, carried, sum(r.bias for r in rows), boundaries)
 
 
-def _starts(module: CapturedModule, table: Mapping[str, Site]) -> set[str]:
-    """Where the signal starts: the model's inputs, and embeddings that they index."""
-    inputs = {n.name for n in module.graph.nodes if n.target is insert.guard}
-    return inputs | {s.node for s in table.values() if not s.live}
-
-
-def _row(site: Site, row: _Row, starts: set[str]) -> LedgerRow:
+def _row(site: Site, name: str, row: _Row, starts: set[str]) -> LedgerRow:
     flows = {
         at: sum(v for k, v in row.flows.items() if (k in starts) is at) for at in (True, False)
     }
     residual = row.out - flows[False] - flows[True] - row.constant
+    node = f"{name}/{site.node}" if name else site.node
     return LedgerRow(
-        site.node, site.op, site.module, site.source, row.out, flows[False], flows[True], row.constant,
-        residual,
+        node, site.op, site.module, site.source, row.out, flows[False], flows[True], row.constant, residual
     )  # fmt: skip
 
 

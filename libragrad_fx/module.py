@@ -122,7 +122,7 @@ class CapturedModule(torch.fx.GraphModule):
         return self
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        before = _anchor(self)
+        before = anchor(self)
         after = fn(before)
         if after.dtype != before.dtype and self.record.dtype_pins:
             raise ModeError(
@@ -130,7 +130,7 @@ class CapturedModule(torch.fx.GraphModule):
                 f" a change to {after.dtype}: {', '.join(self.record.dtype_pins[:5])}. Convert the"
                 " model first and transform that: transform(model.to(dtype))."
             )
-        _unshare(self)
+        unshare(self)
         super()._apply(fn, recurse)
         if after.device != before.device:
             _move_literals(self, after.device)
@@ -148,14 +148,14 @@ class CapturedModule(torch.fx.GraphModule):
         return result
 
 
-def _anchor(module: torch.nn.Module) -> torch.Tensor:
+def anchor(module: torch.nn.Module) -> torch.Tensor:
     """An empty tensor where and what the module's floating-point tensors are."""
     tensors = (*module.parameters(), *module.buffers())
     like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     return torch.empty(0, dtype=like.dtype, device=like.device)
 
 
-def _unshare(module: torch.nn.Module) -> None:
+def unshare(module: torch.nn.Module) -> None:
     """New Parameter objects over the same storage: a conversion must not reach the user's model."""
     fresh: dict[int, torch.nn.Parameter] = {}
     for m in module.modules():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch.fx import Node
 
 from libragrad_fx.analyze import finding, kind_of, operands
-from libragrad_fx.errors import CaptureError, UnknownOpError
+from libragrad_fx.errors import NoPathError, UnknownOpError
 from libragrad_fx.normalize import module_path, source_line
 from libragrad_fx.rulebook import RuleBook, op_name
 from libragrad_fx.types import (
@@ -34,10 +34,10 @@ def plan(trace: Trace, analysis: Analysis, book: RuleBook, on_unknown: str = "ra
 
     Raises:
         UnknownOpError: lists every live op without a rule at once, with the row to add.
-        CaptureError: no gradient path leads from an output to an input.
+        NoPathError: no gradient path leads from an output to an input.
     """
     if not analysis.live:
-        raise CaptureError(
+        raise NoPathError(
             "no differentiable path leads from the outputs to a floating-point input: nothing to"
             " attribute. Integer inputs start a path only where they index an embedding."
         )

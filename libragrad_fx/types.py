@@ -428,6 +428,7 @@ class Certificate:
     bias_share: float
     completeness_error: float
     boundaries: tuple[Boundary, ...]
+    cuts: tuple[str, ...]
     tolerance: float
     edits: int
     nodes: int
@@ -475,8 +476,9 @@ class Certificate:
         body.pop("ok", None)
         boundaries = tuple(Boundary(**b) for b in body["boundaries"])
         return Certificate(
-            **{**body, "unbalanced": tuple(body["unbalanced"]), "boundaries": boundaries}
-        )
+            **{**body, "unbalanced": tuple(body["unbalanced"]), "boundaries": boundaries,
+               "cuts": tuple(body["cuts"])}
+        )  # fmt: skip
 
     def __str__(self) -> str:
         def mark(good: bool) -> str:
@@ -503,6 +505,7 @@ class Certificate:
             f" = input {self.input_share:.6g} + bias {self.bias_share:.6g}",
             f"  {mark(behind <= tol)} behind each of {len(self.boundaries)} blocks, the largest"
             f" completeness error is {behind:.3g}",
+            *(f"       cut: {c}; a gate that crosses it is taken for a value" for c in self.cuts),
             f"       the input carries {self.input_fraction:.1%} of what the account moves",
         ]  # fmt: skip
         return "\n".join(lines)

@@ -5,52 +5,62 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.errors import InputError
-from libragrad_fx.ledger import ledger
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.proof import prove
 from libragrad_fx.rewrite import erase, first_difference
-from libragrad_fx.target import Target, as_call
-from libragrad_fx.types import Certificate, Ledger, Plan
+from libragrad_fx.target import as_call
+from libragrad_fx.types import Certificate, Finding, Ledger, Plan
 
 _SAME_SIZE = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 def certify(
     model: torch.nn.Module,
-    module: CapturedModule,
+    module: torch.nn.Module,
+    pieces: Mapping[str, CapturedModule],
     inputs: Any,
-    target: Target,
-    tolerance: float | None,
+    account: Ledger,
+    found: Sequence[Finding] = (),
+    cuts: Sequence[str] = (),
+    tolerance: float | None = None,
 ) -> Certificate:
-    """Check the promises of a transform on one input (see ``libragrad_fx.verify``)."""
+    """Check the promises of a transform on one input (see ``libragrad_fx.verify``).
+
+    pieces:  the captured graphs by name: ``module`` itself under "", or those that it is made of
+    account: of ``module`` on ``inputs``
+    found:   what is known to be unbalanced beside the graphs
+    """
     args, kwargs = as_call(inputs)
-    plan: Plan | None = module.plan
-    if plan is None:
-        raise InputError(
-            "a plain trace promises nothing to verify; audit(module, inputs) accounts for it"
-        )
     equal, difference, ulp = forward_equal(model, module, args, kwargs)
-    account, proof = ledger(module, inputs, target), prove(module)
-    left = dict.fromkeys(f.node for f in (*plan.unbalanced, *plan.unknown, *proof.open))
-    original: Sequence[str] = module.record.info["original"]
+    plans: list[Plan] = [p.plan for p in pieces.values()]
+    proofs = [prove(p) for p in pieces.values()]
+    left = {f.node: None for f in found}
+    balanced: Counter[str] = Counter()
+    for name, made, proof in zip(pieces, plans, proofs, strict=True):
+        open_ = (*made.unbalanced, *made.unknown, *proof.open)
+        left |= {f"{name}/{f.node}" if name else f.node: None for f in open_}
+        balanced.update(proof.balanced)
     worst = account.worst(1)
-    like = next(
-        (t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)), None
-    )
+    leaves = pytree.tree_leaves((args, kwargs))
+    like = next((t for t in leaves if isinstance(t, torch.Tensor)), None)
     dtype = next((p.dtype for p in module.parameters()), like.dtype if like is not None else None)
+    original: list[Sequence[str]] = [p.record.info["original"] for p in pieces.values()]
     return Certificate(
         forward_equal=equal,
         max_abs_difference=difference,
         max_ulp=ulp,
-        erased_equal=first_difference(erase(module), original) is None,
-        proof=proof.balanced,
+        erased_equal=all(
+            first_difference(erase(p), o) is None
+            for p, o in zip(pieces.values(), original, strict=True)
+        ),
+        proof=dict(balanced.most_common()),
         unbalanced=tuple(left),
         worst_residual=abs(worst[0].residual) if worst else 0.0,
         worst_node=worst[0].node if worst else "",
@@ -59,11 +69,12 @@ def certify(
         bias_share=account.bias,
         completeness_error=account.completeness_error,
         boundaries=account.boundaries,
+        cuts=tuple(cuts),
         tolerance=_tolerance(dtype, account) if tolerance is None else tolerance,
-        edits=len(plan.edits),
-        nodes=len(original),
-        policy=plan.policy,
-        digest=plan.digest,
+        edits=sum(len(p.edits) for p in plans),
+        nodes=sum(map(len, original)),
+        policy=plans[0].policy,
+        digest=plans[0].digest,
         dtype=str(dtype),
         device=str(like.device) if like is not None else "cpu",
         versions={p: importlib.metadata.version(p) for p in ("torch", "libragrad-fx")},
@@ -78,7 +89,7 @@ def _tolerance(dtype: torch.dtype | None, account: Ledger) -> float:
 
 
 def forward_equal(
-    model: torch.nn.Module, module: CapturedModule, args: Any, kwargs: Any
+    model: torch.nn.Module, module: torch.nn.Module, args: Any, kwargs: Any
 ) -> tuple[bool, float, int]:
     """Whether both give the same bits under grad mode with inputs that require grad; and if not, the
     largest difference, as it is and in steps between neighbouring floats.

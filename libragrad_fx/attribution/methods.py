@@ -63,6 +63,12 @@ def attribute(
     """
     if method not in METHODS:
         raise InputError(f"no method {method!r}; there are {', '.join(METHODS)}")
+    if not isinstance(module, CapturedModule):
+        raise InputError(
+            f"attribute needs a captured graph, and {type(module).__name__} is none: give it the result"
+            " of transform(model). A model that had to be cut into several graphs has no such maps;"
+            " its balanced input gradient, torch.autograd.grad(gm(x)[...], x), does what it says"
+        )
     plus = method == "fullgrad_plus"
     paths = list(layers) if layers is not None else (blocks(module) if plus else [])
     seen = observe(module, inputs, target, paths, biases=plus)

@@ -16,10 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 import libragrad_fx as lg
-from libragrad_fx.api import decide, remember
 from libragrad_fx.coverage.suites import SUITES, Subject
 from libragrad_fx.errors import LibraGradError
 from libragrad_fx.module import CapturedModule
+from libragrad_fx.pipeline import decide, remember
 from libragrad_fx.proof import prove
 from libragrad_fx.rewrite import require_same_graph, rewrite
 from libragrad_fx.target import as_call
@@ -110,13 +110,14 @@ def _numeric(blank: Result, subject: Subject) -> Result:
     scale = max(abs(found.output), abs(found.input_share), abs(found.bias_share))
     scale = scale or math.nan
     errors = found.completeness_error / scale, found.worst_residual / scale
-    coarse = _casts(gm)
+    coarse = _casts(gm) if isinstance(gm, CapturedModule) else {}
     tolerance = max([TOLERANCE, *(100 * torch.finfo(d).eps for d in coarse)])
     within = [e <= tolerance for e in errors]  # a nan is not
     reasons = [
         *([] if found.forward_equal else [f"forward differs by {found.max_abs_difference:.2g}"]),
         *([] if found.erased_equal else ["the erased graph is not the original"]),
         *(f"unbalanced: {n}" for n in found.unbalanced),
+        *(f"cut at {c}" for c in found.cuts[:1]),
         *([] if within[0] else [f"completeness error {errors[0]:.2g}"]),
         *([] if within[1] else [f"residual {errors[1]:.2g} at {found.worst_node}"]),
     ]

@@ -10,7 +10,8 @@ import libragrad_fx
 ROOT = Path(libragrad_fx.__file__).parent
 LAYERS = [
     {"errors"}, {"extras", "target", "types"}, {"ops"}, {"rulebook", "module"}, {"capture"}, {"normalize"},
-    {"analyze"}, {"plan"}, {"rewrite"}, {"ledger", "proof"}, {"verify"}, {"attribution", "viz"}, {"api"},
+    {"analyze"}, {"plan"}, {"rewrite"}, {"ledger", "proof"}, {"verify"}, {"attribution", "pipeline", "viz"},
+    {"cuts"}, {"api"},
     {"demo_data", "models"}, {"coverage", "demo"}, {"cli"}, {"__init__", "__main__"},
 ]  # fmt: skip
 PRIVATE = {

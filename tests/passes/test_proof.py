@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import libragrad_fx as lg
-from libragrad_fx.api import Decision, decide, remember
+from libragrad_fx.pipeline import Decision, decide, remember
 from libragrad_fx.errors import GateOutputWarning
 from libragrad_fx.ledger import dot, sites
 from libragrad_fx.proof import prove

@@ -1,0 +1,303 @@
+"""Models that are no single graph: Dynamo cuts them into several, and each is balanced by itself.
+
+Where ``torch.export`` refuses a model (a branch on a tensor's value, a call into numpy), Dynamo runs
+it as graphs with Python between them. Every graph goes through the same stages as a whole model.
+What that means: the law holds from end to end, because it holds in every graph and the Python
+between them hands tensors on; but roles end at a cut. A gate that is computed on one side and used
+on the other is taken for a value there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from libragrad_fx.errors import CaptureError, CutWarning, NoPathError, UnknownOpError
+from libragrad_fx.ledger import Recorder, settle
+from libragrad_fx.module import CapturedModule, unshare
+from libragrad_fx.pipeline import balance, decide
+from libragrad_fx.target import Target, as_call
+from libragrad_fx.types import Finding, Ledger, Plan, Role
+
+_STATIC = "_libragrad_static"  # set on tensors that a graph returns and that no input reaches
+_LIMIT = {"recompile_limit": 256, "fail_on_recompile_limit_hit": True}
+
+
+class _Piece(nn.Module):
+    """One of Dynamo's graphs as a model of its own: what moves is an argument, the rest is held."""
+
+    def __init__(
+        self, body: torch.fx.GraphModule, args: tuple[Any, ...], moving: list[bool]
+    ) -> None:
+        super().__init__()
+        self.body, self.moving = body, moving
+        self.held = [None if m else a for a, m in zip(args, moving, strict=True)]
+        for i, a in enumerate(self.held):
+            if isinstance(a, nn.Parameter):
+                self.register_parameter(f"held_{i}", a)
+            elif isinstance(a, torch.Tensor):
+                self.register_buffer(f"held_{i}", a)
+
+    def forward(self, *moving: torch.Tensor) -> Any:
+        given = iter(moving)
+        return self.body(
+            *(next(given) if m else h for m, h in zip(self.moving, self.held, strict=True))
+        )
+
+
+@dataclasses.dataclass
+class _Run:
+    """One forward of a cut module: which autograd nodes lead to the input, and what was run."""
+
+    inputs: list[torch.Tensor]
+    moves: dict[Any, bool] = dataclasses.field(default_factory=dict)
+    recorders: list[tuple[str, Recorder]] | None = None
+    pieces: dict[str, CapturedModule] = dataclasses.field(default_factory=dict)
+    foreign: set[str] = dataclasses.field(default_factory=set)
+
+    def depends(self, x: torch.Tensor) -> bool:
+        """Whether a tensor between two graphs depends on the model's input."""
+        if getattr(x, _STATIC, False) or isinstance(x, nn.Parameter):
+            return False
+        if not x.is_floating_point() or any(x is i for i in self.inputs):
+            return True
+        return x.grad_fn is not None and self._leads(x.grad_fn)
+
+    def _leads(self, node: Any) -> bool:
+        """Whether an autograd node leads to the input; eager ops on the way are noted by name."""
+        if node not in self.moves:
+            if (variable := getattr(node, "variable", None)) is not None:
+                return any(variable is i for i in self.inputs)
+            found = [self._leads(n) for n, _ in node.next_functions if n is not None]
+            self.moves[node] = any(found)
+            if any(found):
+                self.foreign.add(node.name().removesuffix("Backward0").lower())
+        return self.moves[node]
+
+
+class CutModule(nn.Module):
+    """A model in several balanced graphs: same forward, same parameters, balanced backward.
+
+    It runs the model's own Python, so control flow on tensor values works; each forward may run
+    other graphs than the last. Made by ``transform`` where one graph cannot be had.
+    """
+
+    def __init__(
+        self, model: nn.Module, refusal: str, options: Mapping[str, Any], on_unknown: str
+    ) -> None:
+        super().__init__()
+        shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        self.model = copy.deepcopy(model, shared)  # its own modules, the same tensors
+        self.training = model.training
+        self.refusal, self.options, self.on_unknown = refusal, dict(options), on_unknown
+        self._reset()
+
+    def _reset(self) -> None:
+        self.pieces: dict[str, CapturedModule] = {}
+        self.cuts: tuple[str, ...] = ()
+        self._local = threading.local()
+        self._compiled = torch.compile(self.model, backend=self._backend, dynamic=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        dropped = ("pieces", "cuts", "_local", "_compiled")
+        return {k: v for k, v in vars(self).items() if k not in dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        unshare(self)
+        super()._apply(fn, recurse)
+        self._reset()
+        return self
+
+    @property
+    def plan(self) -> Plan:
+        """The edits of all graphs that have run so far; their names start with their graph's."""
+        plans = [(name, p.plan) for name, p in self.pieces.items()]
+
+        def joined(field: str) -> Any:
+            rows = ((name, x) for name, p in plans for x in getattr(p, field))
+            return tuple(dataclasses.replace(x, node=f"{name}/{x.node}") for name, x in rows)
+
+        notes = (self.refusal, *(f"cut at {c}" for c in self.cuts))
+        why = {f"{name}/{k}": v for name, p in plans for k, v in p.why.items()}
+        first = plans[0][1]
+        return Plan(
+            first.policy, first.digest, joined("edits"), joined("unknown"), joined("unbalanced"), notes, why
+        )  # fmt: skip
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.model(*args, **kwargs)
+        return self._forward(args, kwargs)[0]
+
+    def _forward(self, args: Any, kwargs: Any, record: bool = False) -> tuple[Any, _Run]:
+        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        leaves = [
+            x.detach().requires_grad_()
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and (record or not x.requires_grad)
+            else x
+            for x in leaves
+        ]  # fmt: skip
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        run = _Run(
+            [x for x in leaves if isinstance(x, torch.Tensor)], recorders=[] if record else None
+        )
+        self._local.run = run
+        try:
+            with torch._dynamo.config.patch(_LIMIT):  # type: ignore[attr-defined]
+                output = self._compiled(*args, **kwargs)
+        finally:
+            del self._local.run
+        for y in pytree.tree_leaves(output):
+            if isinstance(y, torch.Tensor):
+                run.depends(y)
+        if run.foreign and self.on_unknown == "raise":
+            raise UnknownOpError(
+                f"between its graphs the model runs ops on tensors that depend on the input:"
+                f" {', '.join(sorted(run.foreign))}. Autograd's gradient would pass them as it is."
+                " Move them into a function that Dynamo can trace, or accept them with"
+                f" on_unknown='keep'. {'; '.join(self.cuts)}"
+            )
+        return output, run
+
+    def _backend(self, body: torch.fx.GraphModule, examples: Any) -> Callable[..., Any]:
+        reason = getattr(body, "compile_subgraph_reason", None)
+        if reason is not None and reason.graph_break and reason.user_stack:
+            at = reason.user_stack[-1]
+            self.cuts = tuple(
+                dict.fromkeys([*self.cuts, f"{at.filename}:{at.lineno} ({reason.reason})"])
+            )
+        made: dict[Any, tuple[str, CapturedModule | None, list[bool], list[bool]]] = {}
+
+        def call(*args: Any) -> Any:
+            run: _Run = self._local.run
+            moving = [isinstance(a, torch.Tensor) and run.depends(a) for a in args]
+            moving = [m and not _held_by(self.model, a) for m, a in zip(moving, args, strict=True)]
+            key = tuple("moves" if m else _identity(a) for m, a in zip(moving, args, strict=True))
+            if key not in made:
+                made[key] = self._piece(body, args, moving)
+            return self._run_piece(run, body, args, *made[key])
+
+        return call
+
+    def _piece(
+        self, body: torch.fx.GraphModule, args: tuple[Any, ...], moving: list[bool]
+    ) -> tuple[str, CapturedModule | None, list[bool], list[bool]]:
+        """A graph balanced, and which of its outputs depend on the input; None if none does."""
+        if not any(moving):
+            return "", None, moving, []
+        piece = _Piece(body, args, moving)
+        given = tuple(a.detach() for a, m in zip(args, moving, strict=True) if m)
+        try:
+            decision = decide(
+                piece, given, on_unknown=self.on_unknown, module_calls=False, piece=True, **self.options
+            )  # fmt: skip
+        except NoPathError:
+            return "", None, moving, []
+        final = next(n for n in decision.trace.graph.nodes if n.op == "output")
+        known = decision.analysis.roles
+        outputs = pytree.tree_leaves(final.args[0])
+        roles = [known.get(getattr(n, "name", ""), Role.STATIC) for n in outputs]
+        name = f"graph{len(self.pieces)}"
+        self.pieces[name] = balance(decision)
+        return name, self.pieces[name], moving, [r >= Role.CUT for r in roles]
+
+    def _run_piece(
+        self, run: _Run, body: Any, args: Any, name: str, piece: CapturedModule | None,
+        moving: list[bool], depends: list[bool],
+    ) -> Any:  # fmt: skip
+        if piece is None:
+            outputs = body(*args)
+        else:
+            given = [a for a, m in zip(args, moving, strict=True) if m]
+            run.pieces[name] = piece
+            if run.recorders is None:
+                outputs = piece(*given)
+            else:
+                recorder = Recorder(piece, run.inputs)
+                run.recorders.append((name, recorder))
+                outputs = recorder.run(*given)
+        leaves = pytree.tree_leaves(outputs)
+        for y, moves in zip(leaves, depends or [False] * len(leaves), strict=True):
+            if isinstance(y, torch.Tensor) and y.grad_fn is not None:
+                run.moves[y.grad_fn] = moves
+            elif isinstance(y, torch.Tensor) and not moves and not any(y is a for a in args):
+                setattr(y, _STATIC, True)
+        return outputs
+
+
+def _identity(value: Any) -> Any:
+    return id(value) if isinstance(value, torch.Tensor) else value
+
+
+def _held_by(model: nn.Module, x: torch.Tensor) -> bool:
+    return any(x is t for t in (*model.parameters(), *model.buffers()))
+
+
+def transform_in_pieces(
+    model: nn.Module, inputs: Any, refusal: CaptureError, on_unknown: str, **options: Any
+) -> CutModule:
+    """Balance ``model`` graph by graph, and run it once to see that every graph can be.
+
+    Raises:
+        CaptureError: Dynamo cannot run it either; says what both said.
+        UnknownOpError: as ``transform``; or ops run between the graphs, where no rule reaches.
+    """
+    module = CutModule(model, str(refusal).splitlines()[0], options, on_unknown)
+    args, kwargs = as_call(inputs)
+    try:
+        with _buffers_kept(module), torch.enable_grad():
+            module._forward(args, kwargs)
+    except (CaptureError, UnknownOpError):
+        raise
+    except Exception as e:
+        raise CaptureError(
+            f"{refusal}\n  Run by Dynamo it failed as well: {type(e).__name__}: {e}"
+        ) from e
+    if module.cuts:
+        text = f"{type(model).__name__} is no single graph; it is balanced in several, cut at"
+        warnings.warn(f"{text} {'; '.join(module.cuts)}", CutWarning, stacklevel=3)
+    if not module.pieces:
+        raise CaptureError(f"{refusal}\n  Dynamo found no graph in it that the input passes.")
+    return module
+
+
+@contextlib.contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """A trial run may write statistics and draw random numbers: put both back."""
+    kept = [(b, b.clone()) for b in module.buffers()]
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            for b, before in kept:
+                b.data.copy_(before)
+
+
+def ledger_of_pieces(module: CutModule, inputs: Any, target: Target) -> tuple[Ledger, _Run]:
+    """The account of one backward through all graphs of a cut module."""
+    args, kwargs = as_call(inputs)
+    with torch.enable_grad():
+        output, run = module._forward(args, kwargs, record=True)
+        account = settle(run.recorders or [], output, target, run.inputs)
+    return account, run
+
+
+def foreign(run: _Run) -> tuple[Finding, ...]:
+    """The eager ops of a run as findings."""
+    return tuple(
+        Finding(name, name, "", "", "runs between two graphs", "make it traceable for Dynamo")
+        for name in sorted(run.foreign)
+    )

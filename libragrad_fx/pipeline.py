@@ -1,0 +1,75 @@
+"""The stages before the public face: capture, normalize, analyze, plan, in order."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from libragrad_fx import rulebook
+from libragrad_fx.analyze import analyze
+from libragrad_fx.capture import capture
+from libragrad_fx.errors import InputError
+from libragrad_fx.ledger import sites
+from libragrad_fx.module import CapturedModule
+from libragrad_fx.normalize import normalize
+from libragrad_fx.plan import plan as make_plan
+from libragrad_fx.rewrite import require_same_graph, rewrite, spell
+from libragrad_fx.types import Analysis, Plan, Trace
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """A captured model with everything decided about it and nothing done yet."""
+
+    trace: Trace
+    analysis: Analysis
+    plan: Plan
+
+
+def decide(
+    model: torch.nn.Module,
+    inputs: Any,
+    policy: str | Path = "libra",
+    on_unknown: str = "raise",
+    rules: Any = None,
+    *,
+    module_calls: bool = True,
+    piece: bool = False,
+) -> Decision:
+    """Every stage before the rewrite.
+
+    piece: the model is a part of a larger one: its shapes are fixed, and every output carries.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"expected an nn.Module, got {type(model).__name__}")
+    if on_unknown not in ("raise", "keep"):
+        raise InputError(f"on_unknown must be 'raise' or 'keep', got {on_unknown!r}")
+    book = rulebook.load(policy, rules)
+    captured = capture(model, inputs, module_calls=module_calls, fixed=piece)
+    trace = normalize(model, captured)
+    analysis = analyze(trace, book, all_carry=piece)
+    return Decision(trace, analysis, make_plan(trace, analysis, book, on_unknown))
+
+
+def remember(made: Decision) -> dict[str, Any]:
+    """What a balanced module keeps of how it was made: enough to account for it and to prove it."""
+    listed = sites(made.trace, made.analysis, balanced=True)
+    return {
+        "plan": made.plan,
+        "sites": listed,
+        "original": spell(made.trace.graph),
+        "facts": dict(made.analysis.facts),
+        "starts": frozenset(s.node for s in listed if not s.live),
+        "zeros": made.analysis.zeros,
+        "gate_outputs": frozenset(made.analysis.gate_outputs),
+    }
+
+
+def balance(made: Decision) -> CapturedModule:
+    """The rewrite of a decision, proved to leave the forward graph as it was."""
+    module = rewrite(made.trace, made.plan, remember(made))
+    require_same_graph(module, made.trace)
+    return module

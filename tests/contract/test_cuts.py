@@ -1,0 +1,168 @@
+"""Models that are no single graph: balanced graph by graph, and honest about where they are cut."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import libragrad_fx as lg
+from libragrad_fx.cuts import CutModule
+from libragrad_fx.errors import CaptureError, CutWarning, InputError, UnknownOpError
+
+
+class Branching(nn.Module):
+    """Two branches, chosen by a value; the gated one runs in another graph than what it gates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.norm, self.table = nn.LayerNorm(8), nn.Buffer(torch.randn(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = nn.functional.gelu(self.up(x)) + self.table
+        if h.sum() > 0:
+            h = h * torch.sigmoid(self.gate(h))
+        return self.head(self.norm(h))
+
+
+class Looping(nn.Module):
+    """As many steps as the values ask for, all by the same code with other parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, ids: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for i in range(int(ids.max())):
+            y = nn.functional.silu(self.steps[i](y)) + y
+        return y
+
+
+class Between(nn.Module):
+    """An op that autograd passes between two graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    @torch._dynamo.disable
+    def outside(self, h: torch.Tensor) -> torch.Tensor:
+        return torch.exp(h)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x)
+        if h.sum() > 1e9:
+            h = h / 2
+        return self.head(self.outside(h))
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CutWarning)
+        yield
+
+
+def branching() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    model = Branching().double().eval()
+    high, low = torch.randn(2, 4).double(), torch.randn(2, 4).double()
+    with torch.no_grad():
+        model.table.fill_(3.0)
+        model.up.bias.fill_(-0.1)
+        low = low - 1e3 * torch.sign(model.up.weight.sum(0))
+    return model, high, low
+
+
+def test_both_branches_are_balanced() -> None:
+    model, x, _ = branching()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.warns(CutWarning, match=r"test_cuts.py:\d+"):
+        gm = lg.transform(model, x)
+    assert isinstance(gm, CutModule)
+    for table in (3.0, -9.0):
+        with torch.no_grad():
+            model.table.fill_(table)  # shared: the result sees it, and takes the other branch
+        certificate = lg.verify(model, gm, x, target=1)
+        assert certificate.ok, str(certificate)
+        assert certificate.completeness_error < 1e-12
+        assert certificate.cuts
+        assert "test_cuts.py" in certificate.cuts[0]
+        assert certificate.input_fraction > 1e-3
+        assert lg.Certificate.from_json(certificate.to_json()) == certificate
+    assert "graph0/" in str(gm.plan)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items() if k != "table")
+    plain = lg.audit(gm, x, target=1)
+    assert plain.completeness_error < 1e-12
+
+
+def test_one_piece_of_code_with_several_parameters() -> None:
+    model = Looping().double().eval()
+    ids, y = torch.tensor([[1], [3]]), torch.randn(2, 4).double()
+    gm = lg.transform(model, (ids, y))
+    assert isinstance(gm, CutModule)
+    for most in (1, 2, 4):
+        ids = torch.tensor([[1], [most]])
+        certificate = lg.verify(model, gm, (ids, y), target=1)
+        assert certificate.ok, str(certificate)
+        y2 = y.clone().requires_grad_()
+        assert torch.equal(gm(ids, y2), model(ids, y2))
+
+
+def test_behaves_like_a_module() -> None:
+    model, x, _ = branching()
+    gm = lg.transform(model, x)
+    expected = model(x)
+    for other in (copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
+        assert torch.equal(other(x), expected)
+        assert lg.verify(model, other, x, target=1).ok
+    half = copy.deepcopy(gm).to(torch.float32)
+    assert next(model.parameters()).dtype is torch.float64
+    assert torch.equal(half(x.float()), copy.deepcopy(model).float()(x.float()))
+    gm.train()
+    assert not model.training
+    with torch.no_grad():
+        assert torch.equal(gm(x), expected)
+    x.requires_grad_()
+    (g,) = torch.autograd.grad(gm(x)[:, 1].sum(), x)
+    assert g.shape == x.shape
+    assert lg.transform(gm) is gm
+    with pytest.raises(InputError, match="captured already"):
+        lg.transform(gm, policy="cp_lrp")
+
+
+def test_ops_between_graphs_are_named() -> None:
+    model, x = Between().double().eval(), torch.randn(2, 4).double()
+    with pytest.raises(UnknownOpError, match="exp"):
+        lg.transform(model, x)
+    gm = lg.transform(model, x, on_unknown="keep")
+    certificate = lg.verify(model, gm, x, target=1)
+    assert not certificate.ok
+    assert certificate.forward_equal
+    assert "exp" in certificate.unbalanced
+
+
+def test_methods_that_need_the_graph_say_so() -> None:
+    model, x, _ = branching()
+    gm = lg.transform(model, x)
+    with pytest.raises(InputError, match="several graphs"):
+        lg.attribute(gm, x, target=1)
+
+
+class Broken(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 0:
+            raise RuntimeError("no such branch")
+        raise RuntimeError("nor this one")
+
+
+def test_a_model_that_cannot_run_says_what_both_said() -> None:
+    with pytest.raises(CaptureError, match=r"(?s)torch.export could not capture.*Run by Dynamo"):
+        lg.transform(Broken(), torch.randn(2, 3))
