@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch.fx import Node
@@ -23,6 +23,7 @@ from libragrad_fx.rulebook import RuleBook, op_name
 from libragrad_fx.types import Analysis, Finding, Kind, OpFacts, Role, Trace
 
 _RANK_ODD, _RANK_RECIPROCAL, _RANK_GATE_ONLY = 1, 4, 5
+_GROUPS = ("stream", "factors", "gate", "denominator")
 _ZEROS = {"aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default"}
 
 
@@ -77,8 +78,7 @@ class _Analyzer:
             fact = self.book.fact(node.target) if _is_op(node) else None
             if fact is not None:
                 self.facts[node.name] = fact
-                groups = ("stream", "factors", "gate", "denominator")
-                self.groups[node.name] = {g: operands(node, getattr(fact, g)) for g in groups}
+                self.groups[node.name] = {g: operands(node, getattr(fact, g)) for g in _GROUPS}
         self.zeros = self._zeros()
         self.relabelled: set[str] = set()
         self.roles: dict[str, Role] = {}
@@ -116,7 +116,7 @@ class _Analyzer:
             return Role.STATIC
         if node.target is insert.guard:
             return Role.VALUE if is_float(node) else Role.CUT
-        inputs = [self.roles[n.name] for n in node.all_input_nodes]
+        inputs = [self.roles[n.name] for n in self._read(node)]
         joined = max(inputs, default=Role.STATIC)
         if joined is Role.STATIC or node.name in self.zeros:
             return Role.STATIC
@@ -130,6 +130,15 @@ class _Analyzer:
         if fact is None:
             return Role.VALUE if joined >= Role.GATE else Role.CUT
         return min(joined, Role.CUT) if fact.kind is Kind.CUT else self._op_role(node, fact, joined)
+
+    def _read(self, node: Node) -> list[Node]:
+        """The nodes whose values a node depends on: not those that only tell a shape or a dtype."""
+        fact = self.facts.get(node.name)
+        if fact is None or not fact.like:
+            return node.all_input_nodes
+        skip = {n for _, n in operands(node, fact.like)}
+        kept = {n for _, n in operands(node, fact.operands)}
+        return [n for n in node.all_input_nodes if n not in skip or n in kept]
 
     def _op_role(self, node: Node, fact: OpFacts, joined: Role) -> Role:
         carried = max(self._of(node, "stream"), self._of(node, "factors"))
@@ -215,14 +224,7 @@ class _Analyzer:
         groups = self.groups.get(node.name)
         if groups is None:
             return [(n.name, n) for n in node.all_input_nodes if self.roles[n.name] >= Role.GATE]
-        factors = [(k, n) for k, n in groups["factors"] if self.roles[n.name] >= Role.GATE]
-        if any(self.roles[n.name] is Role.VALUE for _, n in factors):
-            factors = [(k, n) for k, n in factors if self.roles[n.name] is Role.VALUE]
-        streams = [(k, n) for k, n in groups["stream"] if self.roles[n.name] >= Role.GATE]
-        if not factors and not streams:  # only its gates are live: it is a gate source itself
-            gates = groups["gate"] + groups["denominator"]
-            return [(k, n) for k, n in gates if self.roles[n.name] >= Role.GATE]
-        return streams + factors
+        return _carriers(groups, self.roles)
 
     def _is_source(self, node: Node) -> bool:
         if self.roles[node.name] is not Role.GATE or node.name not in self.groups:
@@ -246,7 +248,9 @@ class _Analyzer:
         fact = self.facts.get(node.name)
         if fact is None or fact.kind is Kind.CUT:
             return []
-        found = operands(node, tuple(a for a in tensor_arguments(node) if a not in fact.operands))
+        found = operands(
+            node, tuple(a for a in tensor_arguments(node) if a not in (*fact.operands, *fact.like))
+        )
         return [k for k, n in found if self.roles[n.name] >= Role.GATE]
 
     def _unruled(self, node: Node) -> Finding:
@@ -296,14 +300,25 @@ def _moves_only(node: Node) -> bool:
 
 
 def live_operands(node: Node, analysis: Analysis) -> Mapping[str, Node]:
-    """Operands of a live node through which the balanced gradient flows, by schema name."""
+    """Operands of a live node through which the gradient flows, by schema name."""
     fact = analysis.facts.get(node.name)
     if fact is None:
         return {n.name: n for n in node.all_input_nodes if n.name in analysis.live}
-    return {k: n for k, n in _flowing(node, fact, analysis) if n.name in analysis.live}
+    groups = {g: operands(node, getattr(fact, g)) for g in _GROUPS}
+    return {k: n for k, n in _carriers(groups, analysis.roles) if n.name in analysis.live}
 
 
-def _flowing(node: Node, fact: OpFacts, analysis: Analysis) -> Iterator[tuple[str, Node]]:
-    carrying = operands(node, fact.stream) + operands(node, fact.factors)
-    values = [(k, n) for k, n in carrying if analysis.roles[n.name] is Role.VALUE]
-    yield from values or operands(node, fact.denominator)
+def _carriers(
+    groups: Mapping[str, list[tuple[str, Node]]], roles: Mapping[str, Role]
+) -> list[tuple[str, Node]]:
+    """The operands through which a demanded node passes its gradient on: what it adds, the factors
+    that carry; what modulates only if nothing else depends on the input.
+    """
+
+    def live(*names: str) -> list[tuple[str, Node]]:
+        found = [pair for name in names for pair in groups[name]]
+        return [(k, n) for k, n in found if roles[n.name] >= Role.GATE]
+
+    factors = live("factors")
+    values = [(k, n) for k, n in factors if roles[n.name] is Role.VALUE]
+    return live("stream") + (values or factors) or live("gate", "denominator")

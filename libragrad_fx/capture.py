@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -55,6 +55,7 @@ def capture(
     model: torch.nn.Module,
     example_inputs: Any = None,
     *,
+    known: Callable[[Any], bool] = lambda op: True,
     module_calls: bool = True,
     fixed: bool = False,
 ) -> Capture:
@@ -63,6 +64,7 @@ def capture(
     Args:
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments;
             None infers them (see ``infer_inputs``). Dimension 0 of every tensor becomes free.
+        known: whether an op has a fact; a composite op that has none is written out in its parts.
         fixed: take every dimension as it is in the example, the first one too.
         module_calls: record every call of a submodule; without, the result's tree has no hooks.
 
@@ -75,13 +77,18 @@ def capture(
         args, kwargs = infer_inputs(model) if example_inputs is None else _as_call(example_inputs)
         kwargs, forced = _without_cache(model, kwargs)
         _check_call(model, args, kwargs)
+        if not fixed:
+            args, kwargs = _batch_of_two(args, kwargs)
         calls: list[Call] = []
         custom: list[str] = []
         observed = _observed(model, calls) if module_calls else contextlib.nullcontext()
         with _export_state(), observed, _custom_functions(custom):
-            program = _export(
-                model, *((args, kwargs) if fixed else _batch_of_two(args, kwargs)), fixed
-            )
+            try:
+                with _as_if_eager():
+                    program = _export(model, args, kwargs, known, fixed)
+            except ExportError:  # eagerly it asks for tensor values; it may have a way without
+                calls.clear()
+                program = _export(model, args, kwargs, known, fixed)
     notes: tuple[str, ...] = ()
     if custom:
         text = (
@@ -135,7 +142,9 @@ def _batch_of_two(args: Any, kwargs: Any) -> tuple[Any, Any]:
     return pytree.tree_unflatten(leaves, spec)
 
 
-def _export(model: torch.nn.Module, args: Any, kwargs: Any, fixed: bool) -> ExportedProgram:
+def _export(
+    model: torch.nn.Module, args: Any, kwargs: Any, known: Callable[[Any], bool], fixed: bool
+) -> ExportedProgram:
     free = pytree.tree_map(
         lambda t: {0: Dim.AUTO} if isinstance(t, torch.Tensor) and t.ndim else None, (args, kwargs)
     )
@@ -145,7 +154,7 @@ def _export(model: torch.nn.Module, args: Any, kwargs: Any, fixed: bool) -> Expo
             warnings.simplefilter("ignore")
             made = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             _detach_no_grad_regions(made)
-            return made.run_decompositions({})
+            return _written_out(made.run_decompositions({}), known)
     except Exception as e:
         raise ExportError(
             f"torch.export could not capture {type(model).__name__}: {_first_line(e)}\n"
@@ -153,6 +162,26 @@ def _export(model: torch.nn.Module, args: Any, kwargs: Any, fixed: bool) -> Expo
             " outputs, numpy inside forward. Capture the part that is a plain function of tensors, or"
             " rewrite the branch with torch.where."
         ) from e
+
+
+def _written_out(program: ExportedProgram, known: Callable[[Any], bool]) -> ExportedProgram:
+    """Replace composite ops that have no fact by the ops that PyTorch makes of them, again and again."""
+    tried: set[Any] = set()
+    while True:
+        composite = {n.target for n in program.graph.nodes if _is_composite(n.target)}
+        unknown = {op for op in composite if not known(op)} - tried
+        if not unknown:
+            return program
+        tried |= unknown
+        table = torch.export.default_decompositions()
+        program = program.run_decompositions({op: table[op] for op in unknown if op in table})
+
+
+def _is_composite(op: Any) -> bool:
+    """Whether PyTorch itself runs ``op`` as other ops, on every device, forwards and backwards."""
+    return isinstance(op, torch._ops.OpOverload) and torch._C._dispatch_has_kernel_for_dispatch_key(
+        op.name(), "CompositeImplicitAutograd"
+    )
 
 
 def _by_name(model: torch.nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -173,9 +202,20 @@ def _first_line(error: BaseException) -> str:
 # --- what surrounds the export, and is put back afterwards
 
 
+def _library(thing: Any) -> str:
+    """The top-level package that a class or a function comes from."""
+    return (getattr(thing, "__module__", None) or "").partition(".")[0]
+
+
 def _refuse_hooks(model: torch.nn.Module) -> None:
+    """Hooks that a library puts on its own modules are part of their forward, and are traced."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooked = [n or "(root)" for n, m in model.named_modules() if any(getattr(m, k) for k in kinds)]
+    hooked = [
+        name or "(root)"
+        for name, m in model.named_modules()
+        for kind in kinds
+        if any(_library(h) != _library(type(m)) for h in getattr(m, kind).values())
+    ]
     if hooked:
         raise CaptureError(
             f"these modules have hooks: {', '.join(hooked[:8])}{' …' if len(hooked) > 8 else ''}."
@@ -219,6 +259,17 @@ def _export_state() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def _as_if_eager() -> Iterator[None]:
+    """Models that ask whether they are exported may choose other ops, and with them other bits."""
+    no = lambda: False  # noqa: E731
+    with (
+        mock.patch.object(torch.compiler, "is_exporting", no),
+        mock.patch.object(torch.compiler, "is_compiling", no),
+    ):
+        yield
 
 
 @contextlib.contextmanager

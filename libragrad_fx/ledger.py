@@ -67,7 +67,9 @@ def sites(trace: Trace, analysis: Analysis, balanced: bool) -> tuple[Site, ...]:
         bias = None if fact is None else _bias_name(node, fact, live)
         where = (module_path(node), source_line(node))
         batch = _batch_axis(node, symbol)
-        found.append(Site(node.name, op_name(node.target), *where, live, bias, explicit, batch))
+        starts = fact is not None and fact.kind is Kind.EMBEDDING and not live
+        name = op_name(node.target)
+        found.append(Site(node.name, name, *where, live, bias, explicit, batch, starts))
     return tuple(found)
 
 
@@ -129,7 +131,7 @@ class Recorder(torch.fx.Interpreter):
         self.rows[_OUTPUT] = _Row()
         self.sources: list[torch.Tensor] = []
         inputs = {n.name for n in module.graph.nodes if n.target is insert.guard}
-        self.starts = inputs | {s.node for s in table.values() if not s.live}
+        self.starts = inputs | {s.node for s in table.values() if s.starts}
         self.origin = _origins(module, table)
         self.scaled = {
             n.args[0].name
@@ -152,7 +154,7 @@ class Recorder(torch.fx.Interpreter):
         if site is None:
             return super().run_node(n)
         values = self.fetch_args_kwargs_from_env(n)
-        if not site.live:  # an embedding indexed by the input: the signal starts here
+        if site.starts:  # an embedding indexed by the input: the signal starts here
             self.rows.pop(n.name)
             return self._source(n.target(*values[0], **values[1]))  # type: ignore[operator]
         row = self.rows[n.name]
@@ -327,7 +329,7 @@ def settle(
             sites.append(Site(_OUTPUT, "target", "", "", (), None, False, None))
         rows += [_row(s, name, found[s.node], recorder.starts) for s in sites]
     whole = recorders[0][1] if len(recorders) == 1 and not recorders[0][0] else None
-    boundaries = tuple(_boundaries(whole.module, whole.rows, total)) if whole else ()  # type: ignore[arg-type]
+    boundaries = tuple(_boundaries(whole, total)) if whole else ()
     return Ledger(tuple(rows), total, carried, sum(r.bias for r in rows), boundaries)
 
 
@@ -342,21 +344,24 @@ def _row(site: Site, name: str, row: _Row, starts: set[str]) -> LedgerRow:
     )  # fmt: skip
 
 
-def _boundaries(
-    module: CapturedModule, found: Mapping[str, _Row], total: float
-) -> Iterator[Boundary]:
-    """Completeness behind each block: what crosses there, and the constants that come after it."""
+def _boundaries(recorder: Recorder, total: float) -> Iterator[Boundary]:
+    """Completeness behind each block: what crosses there, and the constants that come after it.
+
+    A signal that starts after the block (the other tower of a model with two) counts as crossing.
+    """
+    module: CapturedModule = recorder.module  # type: ignore[assignment]
     place = {n.name: i for i, n in enumerate(module.graph.nodes)}
     ends = {n.target: i for i, n in enumerate(module.graph.nodes) if "_output" in n.kwargs}
     for path in blocks(module):
-        after = {k: r for k, r in found.items() if place.get(k, len(place)) > ends[path]}
+        end = ends[path]
+        after = [r for k, r in recorder.rows.items() if place.get(k, len(place)) > end]
         crossing = sum(
             flow
-            for r in after.values()
+            for r in after
             for producer, flow in r.flows.items()
-            if place[producer] <= ends[path]
+            if place[producer] <= end or producer in recorder.starts
         )
-        constants = sum(r.constant for r in after.values())
+        constants = sum(r.constant for r in after)
         yield Boundary(path, crossing, constants, abs(total - crossing - constants))
 
 

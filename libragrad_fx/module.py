@@ -86,10 +86,14 @@ def _shell(module: torch.nn.Module) -> torch.nn.Module:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a captured module remembers of how it was made; plain data, so that it pickles."""
+    """What a captured module remembers of how it was made; plain data, so that it pickles.
+
+    forced: arguments of ``forward`` that capture gave as False (``use_cache``)
+    """
 
     training: bool
     dtype_pins: tuple[str, ...] = ()
+    forced: tuple[str, ...] = ()
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -78,7 +78,8 @@ class _Normaliser:
                 )
         self._outputs()
         _drop_unused_lookups(self.graph)
-        record = Record(self.model.training, tuple(dict.fromkeys(self.pins)))
+        forced = tuple(sorted(self.captured.forced))
+        record = Record(self.model.training, tuple(dict.fromkeys(self.pins)), forced)
         module = CapturedModule(self.root, self.graph, record)
         calls = tuple(filter(None, (self._call(i, c) for i, c in enumerate(self.captured.calls))))
         return Trace(module, tuple(self.specs), calls, self.captured.notes)
@@ -249,9 +250,11 @@ class _Normaliser:
                     kept = self.graph.call_function(aten.detach.default, (value,))
                     self.graph.call_function(aten.copy_.default, (buffer, kept))
             else:
+                own = spec.target in dict(self.model.named_parameters())
                 raise CaptureError(
-                    f"{type(self.model).__name__}.forward writes into an input in place"
-                    f" ({spec.target}): clone it first"
+                    f"{type(self.model).__name__}.forward writes into"
+                    f" {'its parameter' if own else 'an input'} in place ({spec.target}):"
+                    f" {'a graph cannot change its weights' if own else 'clone it first'}"
                 )
         self.graph.output(self._structure(leaves, self.program.call_spec.out_spec))
 

@@ -48,7 +48,8 @@ def decide(
     if on_unknown not in ("raise", "keep"):
         raise InputError(f"on_unknown must be 'raise' or 'keep', got {on_unknown!r}")
     book = rulebook.load(policy, rules)
-    captured = capture(model, inputs, module_calls=module_calls, fixed=piece)
+    known = lambda op: book.fact(op) is not None  # noqa: E731
+    captured = capture(model, inputs, known=known, module_calls=module_calls, fixed=piece)
     trace = normalize(model, captured)
     analysis = analyze(trace, book, all_carry=piece)
     return Decision(trace, analysis, make_plan(trace, analysis, book, on_unknown))
@@ -62,7 +63,7 @@ def remember(made: Decision) -> dict[str, Any]:
         "sites": listed,
         "original": spell(made.trace.graph),
         "facts": dict(made.analysis.facts),
-        "starts": frozenset(s.node for s in listed if not s.live),
+        "starts": frozenset(s.node for s in listed if s.starts),
         "zeros": made.analysis.zeros,
         "gate_outputs": frozenset(made.analysis.gate_outputs),
     }

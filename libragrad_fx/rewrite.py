@@ -6,6 +6,7 @@ node for node; ``torch.equal`` is only its check.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import VerificationError
-from libragrad_fx.module import CapturedModule, Record, leaf
+from libragrad_fx.module import CapturedModule, leaf
 from libragrad_fx.ops import TWINS, insert
 from libragrad_fx.types import Action, Edit, ModuleCall, Plan, Trace
 
@@ -37,7 +38,7 @@ def rewrite(trace: Trace, plan: Plan | None, info: dict[str, Any] | None = None)
         _apply(graph, by_name[edit.node], edit)
     _insert_probes(graph, trace.calls, by_name)
     graph.lint()
-    record = Record(source.record.training, source.record.dtype_pins, info or {})
+    record = dataclasses.replace(source.record, info=info or {})
     return CapturedModule(_root(source), graph, record)
 
 

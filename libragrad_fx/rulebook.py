@@ -19,11 +19,11 @@ from libragrad_fx.ops.bias import BIASES
 from libragrad_fx.types import Action, Kind, Location, OpFacts, PolicyRow
 
 SITES = ("value", "values", "gate", "denominator")
-_LISTS = ("stream", "factors", "gate", "denominator", "gate_outputs")
+_LISTS = ("stream", "factors", "gate", "denominator", "like", "gate_outputs")
 _NUMBER = (int, float)
 _TYPES: dict[str, tuple[type, ...]] = {
     "op": (str,), "vjp": (str,), "bias": (str,), "rank": (int,), "degree": _NUMBER,
-    "at_zero": _NUMBER, "affine_if": (Mapping,),
+    "at_zero": _NUMBER, "affine_if": (Mapping,), "registered_by": (str,),
 }  # fmt: skip
 _UNREADABLE = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
 _FIELDS = {f.name for f in dataclasses.fields(OpFacts)} - {"where"}
@@ -222,9 +222,11 @@ def _check_schema(row: OpFacts) -> None:
             getattr(found, overload or o) for o in ([overload] if overload else found.overloads())
         ]
     except AttributeError as e:
+        if row.registered_by is not None:
+            return  # of a library that is not in use: no graph holds it
         raise RuleError(f"{row.where}: PyTorch {torch.__version__} has no op {row.op}") from e
     arguments = {a.name for o in overloads for a in o._schema.arguments}
-    for name in (*row.operands, *row.affine_if):
+    for name in (*row.operands, *row.like, *row.affine_if):
         if name not in arguments:
             raise RuleError(
                 f"{row.where}: {row.op} has no argument {name!r}; it has {', '.join(sorted(arguments))}"

@@ -80,6 +80,7 @@ class OpFacts:
     factors: tuple[str, ...] = ()
     gate: tuple[str, ...] = ()
     denominator: tuple[str, ...] = ()
+    like: tuple[str, ...] = ()
     vjp: str | None = None
     at_zero: float | None = None
     bias: str = "at_zero"
@@ -87,6 +88,7 @@ class OpFacts:
     degree: float | None = None
     gate_outputs: tuple[int, ...] = ()
     affine_if: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+    registered_by: str | None = None
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -215,6 +217,7 @@ class Site:
     explicit: whether that constant is a term of the op itself (a bias, a beta, ``x + 1``) and not
               the value at zero of a non-linearity
     batch:    which axis of its output counts samples (or samples times windows), None if unknown
+    starts:   whether the signal starts here (an embedding indexed by the input)
     """
 
     node: str
@@ -225,6 +228,7 @@ class Site:
     bias: str | None
     explicit: bool
     batch: int | None
+    starts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import copy
 import importlib.metadata
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ def certify(
     found:   what is known to be unbalanced beside the graphs
     """
     args, kwargs = as_call(inputs)
-    equal, difference, ulp = forward_equal(model, module, args, kwargs)
+    forced = {name: False for p in pieces.values() for name in p.record.forced}
+    equal, difference, ulp = forward_equal(model, module, args, {**forced, **kwargs})
     plans: list[Plan] = [p.plan for p in pieces.values()]
     proofs = [prove(p) for p in pieces.values()]
     left = {f.node: None for f in found}
@@ -70,7 +71,7 @@ def certify(
         completeness_error=account.completeness_error,
         boundaries=account.boundaries,
         cuts=tuple(cuts),
-        tolerance=_tolerance(dtype, account) if tolerance is None else tolerance,
+        tolerance=_tolerance(dtype, pieces.values(), account) if tolerance is None else tolerance,
         edits=sum(len(p.edits) for p in plans),
         nodes=sum(map(len, original)),
         policy=plans[0].policy,
@@ -81,9 +82,25 @@ def certify(
     )
 
 
-def _tolerance(dtype: torch.dtype | None, account: Ledger) -> float:
-    """What rounding may leave: a few hundred ulp of the largest flow through a node."""
-    eps = torch.finfo(dtype or torch.float32).eps
+def casts(module: CapturedModule) -> dict[torch.dtype, str]:
+    """The float dtypes that live nodes of a graph cast to, and where each is first met."""
+    live: dict[str, str] = {s.node: s.source for s in module.record.info["sites"]}
+    found: dict[torch.dtype, str] = {}
+    for n in module.graph.nodes:
+        for a in (*n.args, *n.kwargs.values()) if n.name in live else ():
+            if isinstance(a, torch.dtype) and a.is_floating_point:
+                found.setdefault(a, live[n.name])
+    return found
+
+
+def _tolerance(
+    dtype: torch.dtype | None, pieces: Iterable[CapturedModule], account: Ledger
+) -> float:
+    """What rounding may leave: a thousand ulp of the largest flow through a node, in the coarsest
+    dtype that is computed in.
+    """
+    used = {dtype or torch.float32, *(d for p in pieces for d in casts(p))}
+    eps = max(torch.finfo(d).eps for d in used)
     largest = max((abs(r.out) for r in account.rows), default=0.0)
     return 1e3 * eps * max(1.0, abs(account.output), largest)
 
@@ -103,6 +120,8 @@ def forward_equal(
             torch.manual_seed(0)
             moving = pytree.tree_map(_requiring_grad, (args, dict(kwargs)))
             outputs.append(pytree.tree_leaves(m(*moving[0], **moving[1])))
+    if len(outputs[0]) != len(outputs[1]):
+        return False, math.nan, 0
     pairs = list(zip(*outputs, strict=True))
     if all(_same_bits(a, b) for a, b in pairs):
         return True, 0.0, 0

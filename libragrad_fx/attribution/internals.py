@@ -123,7 +123,7 @@ class _Watch(torch.fx.Interpreter):
         super().__init__(module)
         self.taps, self.upstream = taps, upstream
         self.table = {s.node: s for s in module.record.info["sites"] if s.bias and biases}
-        self.started = {s.node for s in module.record.info["sites"] if not s.live}
+        self.started = {s.node for s in module.record.info["sites"] if s.starts}
         self.kept: dict[Node, torch.Tensor] = {}
         self.sources: dict[str, torch.Tensor] = {}
         self.terms: list[tuple[Site, torch.Tensor, torch.Tensor]] = []

@@ -23,6 +23,7 @@ from libragrad_fx.pipeline import decide, remember
 from libragrad_fx.proof import prove
 from libragrad_fx.rewrite import require_same_graph, rewrite
 from libragrad_fx.target import as_call
+from libragrad_fx.verify import casts
 
 TOLERANCE = 1e-9  # float64, relative (see Result)
 
@@ -110,7 +111,8 @@ def _numeric(blank: Result, subject: Subject) -> Result:
     scale = max(abs(found.output), abs(found.input_share), abs(found.bias_share))
     scale = scale or math.nan
     errors = found.completeness_error / scale, found.worst_residual / scale
-    coarse = _casts(gm) if isinstance(gm, CapturedModule) else {}
+    coarse = casts(gm) if isinstance(gm, CapturedModule) else {}
+    coarse.pop(torch.float64, None)
     tolerance = max([TOLERANCE, *(100 * torch.finfo(d).eps for d in coarse)])
     within = [e <= tolerance for e in errors]  # a nan is not
     reasons = [
@@ -134,17 +136,6 @@ def _numeric(blank: Result, subject: Subject) -> Result:
         input_share=found.input_share,
         output=found.output,
     )
-
-
-def _casts(gm: CapturedModule) -> dict[torch.dtype, str]:
-    """Dtypes coarser than float64 in which a model insists on computing, and where it first does."""
-    live = {s.node: s.source for s in gm.record.info["sites"]}
-    found: dict[torch.dtype, str] = {}
-    for n in gm.graph.nodes:
-        for a in (*n.args, *n.kwargs.values()) if n.name in live else ():
-            if isinstance(a, torch.dtype) and a.is_floating_point and a != torch.float64:
-                found.setdefault(a, live[n.name])
-    return found
 
 
 def _double(x: Any) -> Any:

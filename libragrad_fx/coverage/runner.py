@@ -22,6 +22,7 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.extras import need
 
 _PRELOAD = ("libragrad_fx.coverage.warm", "timm")
+_START = "forkserver"  # it imports everything once: a start costs milliseconds, not seconds
 _POLL = 0.2  # seconds between two looks at a process
 
 
@@ -48,8 +49,7 @@ def run(
 
     seen: called with every result as it comes.
     """
-    # a server that has imported everything once and forks: a start costs milliseconds, not seconds
-    context = multiprocessing.get_context("forkserver")
+    context: Any = multiprocessing.get_context(_START)
     context.set_forkserver_preload(list(_PRELOAD))
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = threading.Lock()

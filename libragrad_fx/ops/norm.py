@@ -100,8 +100,8 @@ def _instance_norm(
     needs: frozenset[str], g: torch.Tensor, *, input: torch.Tensor, weight: torch.Tensor | None,
     eps: float, **_: Any,
 ) -> Grads:  # fmt: skip
-    axes = tuple(range(2, input.ndim))
-    return _over_positions(needs, g, input, weight, tuple(input.shape), axes, eps)
+    view = (*input.shape[:2], -1)  # also where there is one position only
+    return _over_positions(needs, g, input, weight, view, (2,), eps)
 
 
 def _batch_norm(

@@ -48,11 +48,48 @@ class Padded(nn.Module):
         return self.head(F.max_pool1d(h, 3, 2).mean(-1))
 
 
+class Shaped(nn.Module):
+    """Constants that take their shape and dtype from the input do not depend on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(8))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.gelu(x * self.scale.expand_as(x).type_as(x)) + self.shift.view_as(x)
+        return self.head(h)
+
+
+class TwoTowers(nn.Module):
+    """The second signal starts after the blocks of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.SiLU()) for _ in range(2))
+        self.table, self.head = nn.Embedding(7, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(F.normalize(x, dim=-1) * F.normalize(self.table(ids).sum(1), dim=-1))
+
+
+class AsksWhetherExported(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return x.sigmoid() * x.sum(-1, keepdim=True)
+        return torch.special.expit(x) * (x[..., :1] + x[..., 1:2] + x[..., 2:3] + x[..., 3:])
+
+
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 CASES: list[tuple[type[nn.Module], Any]] = [
     (Steps, ((2, 4),)),
     (Bag, (IDS, (2, 4))),
     (Padded, ((2, 2, 9),)),
+    (Shaped, ((2, 4),)),
+    (TwoTowers, ((2, 4), IDS)),
+    (AsksWhetherExported, ((2, 4),)),
 ]
 
 
@@ -71,3 +108,17 @@ def test_balanced(make: type[nn.Module], shapes: Any) -> None:
     if make is Padded:  # the one whose input has positions
         att = lg.attribute(gm, inputs, target=1, method="fullgrad_plus")
         assert float(att.completeness_error.max()) < 1e-12
+
+
+def test_composite_ops_without_a_row_are_written_out() -> None:
+    """``trapezoid`` and ``hstack`` have no rows: their parts have."""
+
+    class Composite(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.trapezoid(torch.hstack([x, x.sigmoid() * x.type_as(x)]), dim=-1)
+
+    model, x = Composite().eval(), torch.randn(2, 5, dtype=torch.float64)
+    gm = lg.transform(model, x, on_unknown="raise")
+    assert lg.verify(model, gm, x).ok
+    names = {str(n.target) for n in gm.graph.nodes}
+    assert not any("trapezoid" in n or "hstack" in n for n in names)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import libragrad_fx as lg
-from libragrad_fx.pipeline import Decision, decide, remember
 from libragrad_fx.errors import GateOutputWarning
 from libragrad_fx.ledger import dot, sites
+from libragrad_fx.pipeline import Decision, decide, remember
 from libragrad_fx.proof import prove
 from libragrad_fx.rewrite import rewrite
 from libragrad_fx.types import Certificate, Edit, Ledger

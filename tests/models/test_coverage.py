@@ -1,0 +1,151 @@
+"""A sample of the coverage sweep, one model a mechanism, and the machinery that runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from libragrad_fx import coverage as cover
+from libragrad_fx.cli import app
+from libragrad_fx.coverage import runner
+from libragrad_fx.coverage.check import generic
+from libragrad_fx.coverage.suites import build
+from libragrad_fx.coverage.unfilled import unfilled
+from libragrad_fx.errors import InputError
+
+SAMPLE = {
+    ("hf", "bert"): "post-norm encoder, from embeddings",
+    ("hf", "deberta-v2"): "disentangled attention",
+    ("hf", "llama"): "SwiGLU, rotary positions, RMSNorm in float32",
+    ("hf", "gpt-oss"): "attention sinks, clamped gates, experts",
+    ("hf", "t5"): "encoder and decoder, cross-attention, relative bias",
+    ("hf", "mamba"): "selective scan",
+    ("hf", "rwkv"): "recurrence with exponential gates",
+    ("hf", "swin"): "shifted windows",
+    ("hf", "wav2vec2"): "convolutions over sound, group norm",
+    ("timm-all", "test_efficientnet"): "squeeze-excite, batch norm",
+    ("timm-all", "test_nfnet"): "standardised weights, no norm",
+    ("torchvision", "shufflenet_v2_x0_5"): "channel shuffle",
+}
+
+
+@pytest.mark.parametrize(("suite", "name"), SAMPLE, ids=lambda v: v)
+def test_sample(suite: str, name: str) -> None:
+    result = cover.check(suite, name, "sample", False, lambda: build(suite, name))
+    assert result.verdict == "balanced", result
+    assert result.forward_equal
+    assert abs(result.input_share or 0) > 0
+    assert (result.edits or 0) > 0 or suite == "torchvision"
+
+
+def test_static_check_needs_no_weights() -> None:
+    before = psutil.Process().memory_info().rss
+    with unfilled():
+        torch.nn.Linear(40_000, 40_000)  # 6.4 GB if it were written
+        small = torch.nn.Linear(4, 4)
+        assert psutil.Process().memory_info().rss - before < 1e9
+    assert float(small.weight.detach().abs().sum()) > 0
+    result = cover.check(
+        "timm-all", "test_vit", "sample", True, lambda: build("timm-all", "test_vit", False)
+    )
+    assert result.verdict == "balanced", result
+    assert result.how == "static"
+
+
+def test_generic_weights_let_the_signal_through() -> None:
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
+    ).eval()
+    torch.nn.init.zeros_(model[2].weight)
+    x = torch.randn(8, 4) * 1e3
+    generic(model, x)
+    assert not model.training
+    assert not model[1].training
+    assert model[1].momentum == 0.1
+    assert model[2].weight.detach().abs().min() > 0
+    inner = model[1].bias + model[1].weight
+    assert inner.detach().unique().numel() > 1
+    assert 0.1 < float(model[:2](x).detach().std()) < 10
+
+
+def _subject(name: str) -> Any:
+    if name == "crashes":
+        import os
+
+        os._exit(7)
+    if name == "sleeps":
+        time.sleep(60)
+    if name == "eats":
+        kept = torch.ones(1 << 29)  # 2 GiB
+        time.sleep(200)
+        del kept
+    if name == "raises":
+        raise ValueError("no such\nmodel")
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()).eval()
+    return cover.Subject(name, model, (torch.randn(2, 4),), lambda y: y[:, 0])
+
+
+@pytest.fixture
+def toys(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A suite of failures, run by fork so that the workers know it."""
+    names = dict.fromkeys(("fine", "raises", "crashes", "sleeps", "eats"), "toys")
+    suite = cover.Suite(lambda: names, _subject, "torch", "models that fail")
+    monkeypatch.setitem(cover.SUITES, "timm", suite)  # type: ignore[arg-type]
+    monkeypatch.setattr(runner, "_START", "fork")
+    return names
+
+
+def test_every_end_is_a_row(toys: dict[str, str], tmp_path: Path) -> None:
+    file, seen = tmp_path / "toys.jsonl", []
+    short = {n: toys.pop(n) for n in ("sleeps",)}
+    for names, seconds in ((toys, 120.0), (short, 1.0)):
+        limits = cover.Limits(seconds, gib=1.8)
+        cover.run("timm", names, static=True, file=file, jobs=2, limits=limits, seen=seen.append)
+    found = {r.name: r for r in cover.read(file)}
+    assert {r.name for r in seen} == set(found) == {*toys, *short}
+    verdicts = {n: r.verdict for n, r in found.items()}
+    assert verdicts == {
+        "fine": "balanced", "raises": "failed", "crashes": "crashed", "sleeps": "timeout",
+        "eats": "memory",
+    }  # fmt: skip
+    assert found["raises"].reason.startswith("ValueError: no such")
+    assert "code 7" in found["crashes"].reason
+    page = cover.render(found.values())
+    assert "| timm |" in page
+    assert "not done in 1 s" in page
+    assert "no such model" in page
+
+
+def test_results_are_read_back_or_refused(tmp_path: Path) -> None:
+    file = tmp_path / "r.jsonl"
+    assert list(cover.read(file)) == []
+    rows = [cover.Result("timm", "a", "f", "static", v) for v in ("failed", "balanced")]
+    file.write_text("".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in rows))
+    assert [r.verdict for r in cover.read(file)] == ["balanced"]  # the last of a name counts
+    for bad in ("{", "[]", '{"name": "a"}'):
+        file.write_text(bad + "\n")
+        with pytest.raises(InputError, match=r"r\.jsonl:1 is no coverage result"):
+            list(cover.read(file))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing to do"),
+        (["--suite", "timm", "--filter", "no_such_*"], "matches"),
+        (["--report", "x.md"], "no results"),
+    ],
+)
+def test_command_line_answers(options: list[str], message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["coverage", "--results", str(tmp_path), *options])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not list(tmp_path.iterdir())
