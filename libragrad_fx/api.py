@@ -46,7 +46,7 @@ def transform(
         CaptureError, InputError, RuleError, UnknownOpError: see ``libragrad_fx.errors``.
     """
     if isinstance(model, (CapturedModule, CutModule)):
-        return _again(model, policy)
+        return _again(model, policy, on_unknown, rules)
     try:
         made = decide(model, example_inputs, policy, on_unknown, rules)
     except ExportError as refusal:
@@ -58,14 +58,18 @@ def transform(
     return balance(made)
 
 
-def _again(module: CapturedModule | CutModule, policy: str | Path) -> CapturedModule | CutModule:
+def _again(
+    module: CapturedModule | CutModule, policy: str | Path, on_unknown: str, rules: Any
+) -> CapturedModule | CutModule:
     """A balanced module balanced by the same policy is itself; by another, its model is needed."""
     made: Plan | None = module.plan
-    if made is not None and made.policy == policy:
+    same = made is not None and made.policy == policy and rules is None
+    if same and on_unknown in ("raise", "keep"):
         return module
     raise InputError(
         f"this module was captured already (policy {made.policy if made else None});"
-        f" transform the original model to apply {str(policy)!r}"
+        f" transform the original model to apply policy={str(policy)!r:.80}, on_unknown={on_unknown!r:.80}"
+        f"{', rules' if rules is not None else ''}"
     )
 
 
@@ -108,6 +112,15 @@ def verify(
         tolerance: largest residual and completeness error that still counts as balanced, in units
             of the output; by default a thousand ulp of the largest flow through a node.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"expected the original nn.Module, got {type(model).__name__}")
+    if not isinstance(tolerance, (int, float, type(None))):
+        raise InputError(f"tolerance is a number or None, got {tolerance!r:.80}")
+    if not isinstance(module, (CapturedModule, CutModule)):
+        raise InputError(
+            "verify(model, module, inputs): the second is the result of transform,"
+            f" not {type(module).__name__}"
+        )
     if isinstance(module, CutModule):
         account, run = ledger_of_pieces(module, inputs, target)
         pieces, found, cuts = run.pieces, foreign(run), module.cuts

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,10 +19,13 @@ from unittest import mock
 
 import torch
 from torch.export import Dim, ExportedProgram
+from torch.fx.node import map_arg
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from libragrad_fx.errors import CaptureError, CustomBackwardWarning, ExportError, InputError
+from libragrad_fx.module import CapturedModule
 from libragrad_fx.ops.insert import observe
 
 _CHECKPOINT = "torch.utils.checkpoint"
@@ -72,9 +76,14 @@ def capture(
         CaptureError: the model has hooks; ``ExportError``: export refuses it.
         InputError: the inputs could not be inferred, or do not fit ``forward``.
     """
+    _refuse_unfit(model)
     _refuse_hooks(model)
     with _untouched(model):
-        args, kwargs = infer_inputs(model) if example_inputs is None else _as_call(example_inputs)
+        if example_inputs is None:
+            with torch.random.fork_rng():
+                args, kwargs = infer_inputs(model)
+        else:
+            args, kwargs = _as_call(example_inputs)
         kwargs, forced = _without_cache(model, kwargs)
         _check_call(model, args, kwargs)
         if not fixed:
@@ -133,6 +142,8 @@ def _without_cache(
 def _batch_of_two(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Export bakes a dimension of size 1 in; a batch of one is doubled where all tensors agree."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
+    if any(isinstance(t, torch.Tensor) and t.is_nested for t in leaves):
+        raise InputError("a nested tensor has no shape to capture: pad it to one")
     tensors = [t for t in leaves if isinstance(t, torch.Tensor) and t.ndim > 0]
     if tensors and all(t.shape[0] == 1 for t in tensors):
         leaves = [
@@ -156,8 +167,11 @@ def _export(
             _detach_no_grad_regions(made)
             return _written_out(made.run_decompositions({}), known)
     except Exception as e:
+        said = _first_line(e)
+        if "mutat" in said or "in-place" in said or "in place" in said:
+            said = "it writes in place into a tensor that is not its own"
         raise ExportError(
-            f"torch.export could not capture {type(model).__name__}: {_first_line(e)}\n"
+            f"torch.export could not capture {type(model).__name__}: {said}\n"
             "  Usual causes: control flow on tensor values, a cache or a custom class among inputs or"
             " outputs, numpy inside forward. Capture the part that is a plain function of tensors, or"
             " rewrite the branch with torch.where."
@@ -165,16 +179,44 @@ def _export(
 
 
 def _written_out(program: ExportedProgram, known: Callable[[Any], bool]) -> ExportedProgram:
-    """Replace composite ops that have no fact by the ops that PyTorch makes of them, again and again."""
+    """Replace composite ops that have no fact by ops that have, where PyTorch makes them of such."""
     tried: set[Any] = set()
     while True:
-        composite = {n.target for n in program.graph.nodes if _is_composite(n.target)}
-        unknown = {op for op in composite if not known(op)} - tried
+        composite = {n.target: n for n in program.graph.nodes if _is_composite(n.target)}
+        unknown = {op: n for op, n in composite.items() if op not in tried and not known(op)}
         if not unknown:
             return program
-        tried |= unknown
+        tried |= set(unknown)
         table = torch.export.default_decompositions()
-        program = program.run_decompositions({op: table[op] for op in unknown if op in table})
+        parts = {
+            op: table[op] for op, n in unknown.items() if op in table and all(map(known, _parts(n)))
+        }
+        if parts:
+            program = program.run_decompositions(parts)
+
+
+class _Calls(TorchDispatchMode):
+    """Notes every op that makes floating-point tensors of tensors while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves((args, kwargs)))
+        made = (t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor))
+        if given and any(t.is_floating_point() for t in made):
+            self.ops.add(func)
+        return result
+
+
+def _parts(node: torch.fx.Node) -> set[Any]:
+    """The ops that a composite op comes down to, on the values it was traced with."""
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with _Calls() as calls:
+        node.target(*args, **kwargs)  # type: ignore[operator]
+    return calls.ops
 
 
 def _is_composite(op: Any) -> bool:
@@ -200,6 +242,29 @@ def _first_line(error: BaseException) -> str:
 
 
 # --- what surrounds the export, and is put back afterwards
+
+
+def _refuse_unfit(model: torch.nn.Module) -> None:
+    """What no capture can do anything with, said before anything is run."""
+    name = type(model).__name__
+    if "_modules" not in vars(model):
+        raise CaptureError(f"{name}.__init__ never called super().__init__(): it is no module yet")
+    for path, m in model.named_modules():
+        if isinstance(m, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{path or name} is a ScriptModule, whose code PyTorch does not show: transform the"
+                " Python module that it was made of"
+            )
+        if isinstance(m, CapturedModule):
+            raise CaptureError(
+                f"submodule {path!r} is a captured module already: transform the whole of the original"
+                " model, or call the transformed part from outside"
+            )
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    if lazy := [k for k, t in tensors if torch.nn.parameter.is_lazy(t)]:
+        raise CaptureError(
+            f"{', '.join(lazy[:4])}: uninitialised parameters of lazy modules; run the model once first"
+        )
 
 
 def _library(thing: Any) -> str:
@@ -251,24 +316,35 @@ def _differs(now: Any, before: Any) -> bool:
 
 @contextlib.contextmanager
 def _export_state() -> Iterator[None]:
-    """Grad mode on, and no fused inference path: the graph is that of a forward under autograd."""
+    """Grad mode on, autocast off, no fused inference path: the graph of a forward under autograd."""
     fast = torch.backends.mha.get_fastpath_enabled()
+    quiet = logging.root.manager.disable
     torch.backends.mha.set_fastpath_enabled(False)
+    logging.disable(
+        logging.CRITICAL
+    )  # a failing export logs its graph; the error says what matters
     try:
-        with torch.enable_grad():
+        with contextlib.ExitStack() as stack:
+            for device in (
+                "cpu",
+                "cuda",
+            ):  # the casts of a surrounding autocast are not the model's
+                stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
             yield
     finally:
+        logging.disable(quiet)
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextlib.contextmanager
 def _as_if_eager() -> Iterator[None]:
-    """Models that ask whether they are exported may choose other ops, and with them other bits."""
-    no = lambda: False  # noqa: E731
-    with (
-        mock.patch.object(torch.compiler, "is_exporting", no),
-        mock.patch.object(torch.compiler, "is_compiling", no),
-    ):
+    """Models that ask whether they are exported may choose other ops, and with them other bits.
+
+    ``is_compiling`` is left as it is: libraries ask it to keep traced tensors out of their caches.
+    """
+    with mock.patch.object(torch.compiler, "is_exporting", return_value=False):
         yield
 
 
@@ -298,6 +374,8 @@ def _observed(model: torch.nn.Module, calls: list[Call]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+        # PyTorch keeps the flag of a removed hook
+        torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
 
 @contextlib.contextmanager

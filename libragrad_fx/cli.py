@@ -124,7 +124,7 @@ Rules = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Facts about more ops (grammar: rules/README.md)."),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of random weights and inputs.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of random weights and inputs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -181,6 +181,8 @@ def explain(
         if not plain:
             sides["balanced"] = lg.transform(loaded.module, x)
         logits = first_tensor(_run(sides["plain"], x))
+        if bool(logits.isnan().any()):
+            raise InputError(f"{model} answers nan on this picture: there is nothing to draw")
         chosen = target if target is not None else _answer(logits)
         say("explaining")
         found = {k: _attribute(gm, x, chosen, method) for k, gm in sides.items()}
@@ -411,6 +413,12 @@ def _target(module: torch.nn.Module, inputs: Any, index: int | None) -> Any:
 
 def _answer(y: torch.Tensor) -> Any:
     """The largest entry of each sample, as a target; None where there is one number a sample."""
+    if y.ndim == 0:
+        raise InputError(
+            "the model returns one number for the whole batch: nothing to explain a sample"
+        )
+    if y.is_meta:
+        raise InputError("the model is on meta: it has no weights to explain")
     if y.numel() == y.shape[0]:
         return None
     places = y.flatten(1).argmax(1)

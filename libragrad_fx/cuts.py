@@ -9,12 +9,11 @@ on the other is taken for a value there.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from libragrad_fx.errors import CaptureError, CutWarning, NoPathError, UnknownOp
 from libragrad_fx.ledger import Recorder, settle
 from libragrad_fx.module import CapturedModule, unshare
 from libragrad_fx.pipeline import balance, decide
-from libragrad_fx.target import Target, as_call
+from libragrad_fx.target import Target, as_call, differentiable, undisturbed
 from libragrad_fx.types import Finding, Ledger, Plan, Role
 
 _STATIC = "_libragrad_static"  # set on tensors that a graph returns and that no input reaches
@@ -258,7 +257,7 @@ def transform_in_pieces(
     module = CutModule(model, str(refusal).splitlines()[0], options, on_unknown)
     args, kwargs = as_call(inputs)
     try:
-        with _buffers_kept(module), torch.enable_grad():
+        with undisturbed(module), differentiable():
             module._forward(args, kwargs)
     except (CaptureError, UnknownOpError):
         raise
@@ -274,22 +273,10 @@ def transform_in_pieces(
     return module
 
 
-@contextlib.contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """A trial run may write statistics and draw random numbers: put both back."""
-    kept = [(b, b.clone()) for b in module.buffers()]
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            for b, before in kept:
-                b.data.copy_(before)
-
-
 def ledger_of_pieces(module: CutModule, inputs: Any, target: Target) -> tuple[Ledger, _Run]:
     """The account of one backward through all graphs of a cut module."""
-    args, kwargs = as_call(inputs)
-    with torch.enable_grad():
+    with undisturbed(module), differentiable():
+        args, kwargs = as_call(inputs)
         output, run = module._forward(args, kwargs, record=True)
         account = settle(run.recorders or [], output, target, run.inputs)
     return account, run

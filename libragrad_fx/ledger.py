@@ -29,7 +29,7 @@ from libragrad_fx.ops import insert
 from libragrad_fx.ops.twin import bind
 from libragrad_fx.rewrite import is_scale
 from libragrad_fx.rulebook import op_name
-from libragrad_fx.target import Target, as_call, select
+from libragrad_fx.target import Target, as_call, differentiable, select, undisturbed
 from libragrad_fx.types import (
     Analysis,
     Boundary,
@@ -124,6 +124,7 @@ class Recorder(torch.fx.Interpreter):
         self, module: CapturedModule, leaves: Sequence[torch.Tensor] | None = None
     ) -> None:
         super().__init__(module, garbage_collect_values=True)
+        self.extra_traceback = False  # an op's own error is enough
         self.leaves = leaves
         self.table: dict[str, Site] = {s.node: s for s in module.record.info["sites"]}
         table = self.table
@@ -300,9 +301,9 @@ def ledger(module: CapturedModule, inputs: Any, target: Target = None) -> Ledger
         inputs: as ``module`` takes them: a tensor, a tuple, or a dict of keyword arguments.
         target: what to explain, see ``target.select_each``.
     """
-    args, kwargs = as_call(inputs)
-    recorder = Recorder(module)
-    with torch.enable_grad():
+    with differentiable(), undisturbed(module):
+        args, kwargs = as_call(inputs)
+        recorder = Recorder(module)
         output = recorder.run(*flat_arguments(module, args, kwargs))
         return settle([("", recorder)], output, target)
 

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -151,7 +152,7 @@ def _factory(name: str) -> Callable[[bool], torch.nn.Module]:
     def build(_: bool) -> torch.nn.Module:
         try:
             made = factory()
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise InputError(f"{name}() raised {first_line(e)}") from e
         if not isinstance(made, torch.nn.Module):
             raise InputError(f"{name}() returned {type(made).__name__}, not an nn.Module")
@@ -185,14 +186,25 @@ def _load(model: torch.nn.Module, name: str, file: Path) -> None:
         for k, v in wanted.items()
         if k in found and found[k].shape != v.shape
     ]
+    dtypes = [
+        f"{k} is {found[k].dtype} in the file and {v.dtype} in the model"
+        for k, v in wanted.items()
+        if k in found and found[k].is_complex() != v.is_complex()
+    ]
     groups = {"missing": [k for k in wanted if k not in found],
               "unexpected": [k for k in found if k not in wanted],
-              "of another shape": shapes}  # fmt: skip
+              "of another shape": shapes, "of another kind": dtypes}  # fmt: skip
     wrong = [f"{len(v)} {what} ({', '.join(v[:2])}{', …' if len(v) > 2 else ''})"
              for what, v in groups.items() if v]  # fmt: skip
     if wrong:
         raise InputError(f"{file.name} does not fit {name}: {'; '.join(wrong)}")
     model.load_state_dict(found)
+
+
+def _sentence(error: Exception) -> str:
+    """The first sentence of an error; PyTorch's go on with advice for those who wrote the file."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", first_line(error))
+    return re.split(r"(?<=[.!?])\s|: This|\. In", text, maxsplit=1)[0][:160]
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
@@ -204,15 +216,24 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
     except Exception as e:  # both readers raise types of their own on bytes they cannot read
         raise InputError(
             f"{file.name} is neither a safetensors file (named *.safetensors) nor a torch state dict of"
-            f" plain tensors: {first_line(e)[:120]}"
+            f" plain tensors: {_sentence(e)}"
         ) from e
     for key in _NESTED:
         if isinstance(body, Mapping) and isinstance(body.get(key), Mapping):
             body = body[key]
-    if not isinstance(body, Mapping) or not all(isinstance(v, torch.Tensor) for v in body.values()):
+    if not isinstance(body, Mapping):
         raise InputError(
             f"{file.name} holds {type(body).__name__}, not tensors by name (a state dict)"
         )
+    for key, value in body.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise InputError(
+                f"{file.name} holds {key!r}: {type(value).__name__}, not tensors by name (a state dict)"
+            )
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise InputError(
+                f"{file.name}: {key!r} is no plain tensor (sparse, quantised or on meta)"
+            )
     return dict(body)
 
 

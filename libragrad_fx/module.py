@@ -20,7 +20,7 @@ import torch
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.errors import ModeError
+from libragrad_fx.errors import InputError, ModeError
 from libragrad_fx.ops import TWINS, insert
 
 _TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -183,6 +183,8 @@ def _move_literals(module: CapturedModule, device: torch.device) -> None:
 
 def called_modules(module: CapturedModule) -> list[str]:
     """Paths of the submodules whose calls are in the graph, in order of their ends."""
+    if not isinstance(module, CapturedModule):
+        raise InputError(f"expected the result of transform or trace, got {type(module).__name__}")
     return [
         str(n.target) for n in module.graph.nodes if n.op == "call_module" and "_output" in n.kwargs
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from libragrad_fx.normalize import normalize
 from libragrad_fx.plan import plan as make_plan
 from libragrad_fx.rewrite import require_same_graph, rewrite, spell
 from libragrad_fx.types import Analysis, Plan, Trace
+
+_ONE_AT_A_TIME = threading.RLock()  # torch.export changes global state while it traces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +50,12 @@ def decide(
         raise InputError(f"expected an nn.Module, got {type(model).__name__}")
     if on_unknown not in ("raise", "keep"):
         raise InputError(f"on_unknown must be 'raise' or 'keep', got {on_unknown!r}")
+    if isinstance(model, CapturedModule):
+        raise InputError("this module was captured already; give the original model")
     book = rulebook.load(policy, rules)
     known = lambda op: book.fact(op) is not None  # noqa: E731
-    captured = capture(model, inputs, known=known, module_calls=module_calls, fixed=piece)
+    with _ONE_AT_A_TIME:
+        captured = capture(model, inputs, known=known, module_calls=module_calls, fixed=piece)
     trace = normalize(model, captured)
     analysis = analyze(trace, book, all_carry=piece)
     return Decision(trace, analysis, make_plan(trace, analysis, book, on_unknown))

@@ -21,6 +21,7 @@ from libragrad_fx.types import Action, Kind, Location, OpFacts, PolicyRow
 SITES = ("value", "values", "gate", "denominator")
 _LISTS = ("stream", "factors", "gate", "denominator", "like", "gate_outputs")
 _NUMBER = (int, float)
+_HUGE = 1e6  # no degree, rank or value at zero comes near it; nan is not below it
 _TYPES: dict[str, tuple[type, ...]] = {
     "op": (str,), "vjp": (str,), "bias": (str,), "rank": (int,), "degree": _NUMBER,
     "at_zero": _NUMBER, "affine_if": (Mapping,), "registered_by": (str,),
@@ -71,6 +72,11 @@ class RuleBook:
         """
         if isinstance(rules, (str, Path)):
             rows = _load_facts(Path(rules))
+        elif not isinstance(rules, (list, tuple)) or not all(isinstance(r, Mapping) for r in rules):
+            raise RuleError(
+                f"<rules=>: rules are a YAML file or a list of mappings {{op: ..., kind: ...}}; got"
+                f" {rules!r:.80}"
+            )
         else:
             rows = _parse_facts(
                 [(dict(r), Location("<rules=>", i + 1)) for i, r in enumerate(rules)]
@@ -86,10 +92,14 @@ def load(policy: str | Path = "libra", rules: Any = None) -> RuleBook:
     """
     folder = rules_folder()
     file = Path(policy) if str(policy).endswith((".yaml", ".yml")) else folder / f"{policy}.yaml"
-    if not file.is_file():
+    try:
+        known = file.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        known = False
+    if not known:
         names = sorted(p.stem for p in folder.glob("*.yaml") if p.stem != "ops")
         raise RuleError(
-            f"no policy {str(policy)!r}: give one of {', '.join(names)}, or a .yaml file"
+            f"no policy {str(policy)!r:.80}: give one of {', '.join(names)}, or a .yaml file"
         )
     name, rows = _load_policy(file)
     facts = _shipped_facts(folder / "ops.yaml", (folder / "ops.yaml").stat().st_mtime_ns)
@@ -148,7 +158,7 @@ def _read(file: Path) -> tuple[yaml.Node, Location]:
         raise RuleError(f"{Location(str(file), line)}: not YAML: {e.problem}") from e
     except (yaml.YAMLError, RecursionError) as e:
         raise RuleError(f"{Location(str(file), 1)}: not YAML: {e}") from e
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:  # a name that no file can have, bytes that are no text
         raise RuleError(f"{Location(str(file), 1)}: cannot be read: {e}") from e
     if node is None:
         raise RuleError(f"{Location(str(file), 1)}: the file is empty")
@@ -192,7 +202,18 @@ def _fact_row(values: dict[str, Any], where: Location) -> OpFacts:
     lists = {k: tuple(values[k]) for k in _LISTS if isinstance(values.get(k), (list, tuple))}
     for key in set(_LISTS) & set(values) - set(lists):
         raise RuleError(f"{where}: {key!r} must be a list, got {values[key]!r}")
+    for key, found in lists.items():
+        wanted = int if key == "gate_outputs" else str
+        if not all(isinstance(v, wanted) and not isinstance(v, bool) for v in found):
+            raise RuleError(
+                f"{where}: {key!r} must be a list of {wanted.__name__}, got {values[key]!r}"
+            )
     for key, types in _TYPES.items():
+        number = isinstance(values.get(key), _NUMBER)
+        if number and (isinstance(values[key], bool) or not abs(values[key]) < _HUGE):
+            raise RuleError(f"{where}: {key!r} must be a finite number, got {values[key]!r:.40}")
+        if key == "degree" and values.get(key) == 0:
+            raise RuleError(f"{where}: an op of degree 0 is of kind cut or gate_source")
         if not isinstance(values.get(key), (*types, type(None))) or values.get("op") is None:
             wanted = " or ".join(t.__name__ for t in types)
             raise RuleError(f"{where}: {key!r} must be of type {wanted}, got {values.get(key)!r}")
@@ -225,7 +246,13 @@ def _check_schema(row: OpFacts) -> None:
         if row.registered_by is not None:
             return  # of a library that is not in use: no graph holds it
         raise RuleError(f"{row.where}: PyTorch {torch.__version__} has no op {row.op}") from e
-    arguments = {a.name for o in overloads for a in o._schema.arguments}
+    arguments: dict[str, str] = {}
+    for a in (a for o in overloads for a in o._schema.arguments):
+        arguments[a.name] = f"{arguments.get(a.name, '')} {a.type}".strip()
+    for name in (*row.operands, *row.like):
+        kind = arguments.get(name, "Tensor")
+        if not any(tensor in kind for tensor in ("Tensor", "Scalar", "number", "float")):
+            raise RuleError(f"{row.where}: {name!r} of {row.op} is no tensor but {kind}")
     for name in (*row.operands, *row.like, *row.affine_if):
         if name not in arguments:
             raise RuleError(
@@ -246,7 +273,8 @@ def _policy_row(values: dict[str, Any], where: Location) -> PolicyRow:
 def _keys(values: dict[str, Any], known: set[str], required: set[str], where: Location) -> None:
     if unknown := set(values) - known:
         raise RuleError(
-            f"{where}: unknown key {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}"
+            f"{where}: unknown key {', '.join(sorted(map(str, unknown)))};"
+            f" known are {', '.join(sorted(known))}"
         )
     if missing := required - set(values):
         raise RuleError(f"{where}: missing key {', '.join(sorted(missing))}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import operator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -32,31 +35,60 @@ def select_each(output: Any, target: Target) -> torch.Tensor:
         InputError: the target does not fit the output.
     """
     if callable(target):
-        chosen = target(output)
-        if not isinstance(chosen, torch.Tensor):
-            raise InputError(
-                f"the target callable must return a tensor, got {type(chosen).__name__}"
-            )
-        return chosen.reshape(-1)
+        return _called(output, target)
     y = first_tensor(output)
     batch = y.shape[0] if y.ndim else 1
+    if batch == 0:
+        raise InputError("the batch is empty: there is nothing to explain")
     if target is None:
         if y.numel() != batch:
             raise InputError(f"the output has shape {tuple(y.shape)}: say which target to explain")
         return y.reshape(batch)
-    if isinstance(target, torch.Tensor):
-        target = target.tolist()
+    if y.ndim == 0:
+        raise InputError("the output is one number: its target is None")
     try:
-        if isinstance(target, (int, tuple)):
-            target = [target] * batch
-        if len(target) != batch:
-            raise IndexError(f"{len(target)} targets for a batch of {batch}")
-        rows = [t if isinstance(t, (tuple, list)) else (t,) for t in target]
-        if any(len(r) != y.ndim - 1 for r in rows):
-            raise IndexError(f"need {y.ndim - 1} indices a sample")
-        return torch.stack([y[(i, *map(int, row))] for i, row in enumerate(rows)])
-    except (IndexError, TypeError, ValueError) as e:
-        raise InputError(f"target {target!r} does not fit output {tuple(y.shape)}: {e}") from e
+        rows = _rows(target, tuple(y.shape))
+    except (IndexError, TypeError, OverflowError) as e:
+        raise InputError(f"target {target!r:.200} does not fit output {tuple(y.shape)}: {e}") from e
+    return torch.stack([y[(i, *row)] for i, row in enumerate(rows)])
+
+
+def _called(output: Any, target: Any) -> torch.Tensor:
+    """What a callable makes of the output: numbers with a gradient."""
+    chosen = target(output)
+    if not isinstance(chosen, torch.Tensor) or not chosen.is_floating_point():
+        what = chosen.dtype if isinstance(chosen, torch.Tensor) else type(chosen).__name__
+        raise InputError(f"the target callable must return a floating-point tensor, got {what}")
+    if chosen.numel() == 0:
+        raise InputError("the target callable returned nothing to explain: an empty tensor")
+    leaves = (t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor))
+    if not chosen.requires_grad and any(t.requires_grad for t in leaves):
+        raise InputError("what the target callable returned has no gradient to the model's output")
+    return chosen.reshape(-1)
+
+
+def _rows(target: Any, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The indices of each sample's target, behind the batch axis."""
+    if isinstance(target, torch.Tensor) and target.is_meta:
+        raise TypeError("it is on meta and holds no numbers")
+    if isinstance(target, (torch.Tensor, np.ndarray)):
+        target = target.tolist()
+    if isinstance(target, tuple) or hasattr(target, "__index__"):
+        target = [target] * shape[0]
+    if not isinstance(target, list):
+        raise TypeError("give an int, a tuple, or a list or tensor with one entry a sample")
+    if len(target) != shape[0]:
+        raise IndexError(f"{len(target)} targets for a batch of {shape[0]}")
+    rows = [tuple(t) if isinstance(t, (tuple, list)) else (t,) for t in target]
+    for row in rows:
+        if len(row) != len(shape) - 1:
+            raise IndexError(f"need {len(shape) - 1} indices a sample")
+        for index, size in zip(row, shape[1:], strict=True):
+            if isinstance(index, bool) or not hasattr(index, "__index__"):
+                raise TypeError(f"{index!r} is no index")
+            if not -size <= operator.index(index) < size:
+                raise IndexError(f"index {index} is out of range for {size} entries")
+    return [tuple(map(operator.index, row)) for row in rows]
 
 
 def first_tensor(output: Any) -> torch.Tensor:
@@ -78,6 +110,34 @@ def first_tensor(output: Any) -> torch.Tensor:
 
 
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs as a call's arguments; what was made in inference mode is copied out of it."""
+    inputs = pytree.tree_map_only(
+        torch.Tensor, lambda t: t.clone() if t.is_inference() else t, inputs
+    )
     if isinstance(inputs, Mapping):
+        if odd := [k for k in inputs if not isinstance(k, str)]:
+            raise InputError(f"keyword arguments are named by text, not {odd[0]!r}")
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+@contextlib.contextmanager
+def differentiable() -> Iterator[None]:
+    """Gradients can be taken, whatever surrounds."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextlib.contextmanager
+def undisturbed(module: torch.nn.Module) -> Iterator[None]:
+    """Buffers that a forward writes (statistics, counters) and the random state are put back."""
+    kept = [(b, b._version, b.detach().clone()) for b in module.buffers() if not b.is_inference()]
+    devices = {b.device.index for b in module.buffers() if b.is_cuda}
+    devices |= {p.device.index for p in module.parameters() if p.is_cuda}
+    with torch.random.fork_rng(list(devices)):
+        try:
+            yield
+        finally:
+            for buffer, version, before in kept:
+                if buffer._version != version:
+                    buffer.data.copy_(before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import math
 from collections import Counter
@@ -15,7 +14,7 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.proof import prove
 from libragrad_fx.rewrite import erase, first_difference
-from libragrad_fx.target import as_call
+from libragrad_fx.target import as_call, differentiable, undisturbed
 from libragrad_fx.types import Certificate, Finding, Ledger, Plan
 
 _SAME_SIZE = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
@@ -96,13 +95,15 @@ def casts(module: CapturedModule) -> dict[torch.dtype, str]:
 def _tolerance(
     dtype: torch.dtype | None, pieces: Iterable[CapturedModule], account: Ledger
 ) -> float:
-    """What rounding may leave: a thousand ulp of the largest flow through a node, in the coarsest
-    dtype that is computed in.
+    """What rounding may leave: a thousand ulp of the largest flow through a node (8 in half
+    precision), in the coarsest dtype that is computed in.
     """
     used = {dtype or torch.float32, *(d for p in pieces for d in casts(p))}
+    used |= {torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
     eps = max(torch.finfo(d).eps for d in used)
+    ulp = 1e3 if eps < 1e-5 else 8  # half precision is summed in float32, and has few ulp to give
     largest = max((abs(r.out) for r in account.rows), default=0.0)
-    return 1e3 * eps * max(1.0, abs(account.output), largest)
+    return ulp * eps * max(1.0, abs(account.output), largest)
 
 
 def forward_equal(
@@ -115,8 +116,7 @@ def forward_equal(
     """
     outputs = []
     for m in (model, module):
-        m = copy.deepcopy(m) if m.training else m
-        with torch.random.fork_rng(), torch.enable_grad():
+        with undisturbed(m), differentiable():
             torch.manual_seed(0)
             moving = pytree.tree_map(_requiring_grad, (args, dict(kwargs)))
             outputs.append(pytree.tree_leaves(m(*moving[0], **moving[1])))

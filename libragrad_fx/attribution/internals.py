@@ -19,7 +19,7 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.ledger import flat_arguments, site_bias
 from libragrad_fx.module import CapturedModule, called_modules
 from libragrad_fx.ops import insert
-from libragrad_fx.target import Target, as_call, select_each
+from libragrad_fx.target import Target, as_call, differentiable, select_each, undisturbed
 from libragrad_fx.types import Site
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -65,8 +65,8 @@ def observe(
     taps = {path: layer_input(module, path) for path in layers}
     first = next(iter(taps.values()), None)
     upstream = _ancestors(first) if first is not None else set()
-    args, kwargs = as_call(inputs)
-    with torch.enable_grad():
+    with differentiable(), undisturbed(module):
+        args, kwargs = as_call(inputs)
         watch = _Watch(module, set(taps.values()), upstream, biases)
         each = select_each(watch.run(*flat_arguments(module, args, kwargs)), target)
         wanted = [*watch.sources.values(), *(watch.kept[n] for n in taps.values())]
@@ -98,7 +98,7 @@ def layer_input(module: CapturedModule, path: str) -> Node:
             if found:
                 return found[0]
     called = called_modules(module)
-    near = difflib.get_close_matches(path, called, 3) or called[:6]
+    near = difflib.get_close_matches(str(path), called, 3) or called[:6]
     hint = f"; called are, for example, {', '.join(near)}"
     raise InputError(f"no module {path!r} is called with a tensor in this graph{hint}")
 
@@ -121,6 +121,7 @@ class _Watch(torch.fx.Interpreter):
         self, module: CapturedModule, taps: set[Node], upstream: set[Node], biases: bool
     ) -> None:
         super().__init__(module)
+        self.extra_traceback = False  # an op's own error is enough
         self.taps, self.upstream = taps, upstream
         self.table = {s.node: s for s in module.record.info["sites"] if s.bias and biases}
         self.started = {s.node for s in module.record.info["sites"] if s.starts}

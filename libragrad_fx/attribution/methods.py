@@ -61,7 +61,7 @@ def attribute(
     Raises:
         InputError: unknown method or layer, or a target that does not fit.
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"no method {method!r}; there are {', '.join(METHODS)}")
     if not isinstance(module, CapturedModule):
         raise InputError(
@@ -69,6 +69,8 @@ def attribute(
             " of transform(model). A model that had to be cut into several graphs has no such maps;"
             " its balanced input gradient, torch.autograd.grad(gm(x)[...], x), does what it says"
         )
+    if isinstance(layers, str) or not isinstance(layers, (Sequence, type(None))):
+        raise InputError(f"layers is a list of module paths, got {layers!r}")
     plus = method == "fullgrad_plus"
     paths = list(layers) if layers is not None else (blocks(module) if plus else [])
     seen = observe(module, inputs, target, paths, biases=plus)
@@ -77,6 +79,10 @@ def attribute(
         raise InputError(f"input_x_gradient takes one layer; got {', '.join(terms)}")
     products = {k: h.double() * g.double() for k, (h, g) in terms.items()}
     batch = seen.output.shape[0]
+    if any(h.shape[0] != batch for h, _ in terms.values()):
+        raise InputError(
+            f"the target callable gave {batch} numbers; attribute wants one for each sample"
+        )
     biases = [maps.by_sample(b.double() * g.double(), s.batch, batch) for s, b, g in seen.biases]
     first = next(iter(products.values()))
     whole = first.flatten(1).sum(1) + sum(b.flatten(1).sum(1) for b in biases)

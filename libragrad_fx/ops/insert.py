@@ -86,6 +86,8 @@ def guard(x: Any, path: str, shape: tuple[int | str, ...], floating: bool, mode:
     """
     if not isinstance(x, torch.Tensor):
         raise InputError(f"{path} must be a tensor, as it was at capture; got {type(x).__name__}")
+    if x.is_nested:
+        raise InputError(f"{path} is a nested tensor; it was captured with one shape: pad it")
     if x.is_floating_point() != floating:
         wanted = "floating point" if floating else "an integer or bool type"
         raise InputError(f"{path} was captured as {wanted}, got {x.dtype}")
