@@ -11,7 +11,10 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import io
 import logging
+import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -161,13 +164,13 @@ def _export(
     )
     shapes = None if fixed else _by_name(model, *free)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _hushed():
             warnings.simplefilter("ignore")
             made = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             _detach_no_grad_regions(made)
             return _written_out(made.run_decompositions({}), known)
     except Exception as e:
-        said = _first_line(e)
+        said = re.sub(r"[^.]*file an issue[^.]*\.?", "", _first_line(e))
         if "mutat" in said or "in-place" in said or "in place" in said:
             said = "it writes in place into a tensor that is not its own"
         raise ExportError(
@@ -176,6 +179,15 @@ def _export(
             " outputs, numpy inside forward. Capture the part that is a plain function of tensors, or"
             " rewrite the branch with torch.where."
         ) from e
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """An export that fails prints its graph; what the model itself printed is handed on if not."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        yield
+    sys.stdout.write(said.getvalue())
 
 
 def _written_out(program: ExportedProgram, known: Callable[[Any], bool]) -> ExportedProgram:
@@ -247,7 +259,7 @@ def _first_line(error: BaseException) -> str:
 def _refuse_unfit(model: torch.nn.Module) -> None:
     """What no capture can do anything with, said before anything is run."""
     name = type(model).__name__
-    if "_modules" not in vars(model):
+    if "_modules" not in vars(model) and not isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(f"{name}.__init__ never called super().__init__(): it is no module yet")
     for path, m in model.named_modules():
         if isinstance(m, torch.jit.ScriptModule):

@@ -413,13 +413,9 @@ def _target(module: torch.nn.Module, inputs: Any, index: int | None) -> Any:
 
 def _answer(y: torch.Tensor) -> Any:
     """The largest entry of each sample, as a target; None where there is one number a sample."""
-    if y.ndim == 0:
-        raise InputError(
-            "the model returns one number for the whole batch: nothing to explain a sample"
-        )
     if y.is_meta:
         raise InputError("the model is on meta: it has no weights to explain")
-    if y.numel() == y.shape[0]:
+    if y.ndim == 0 or y.numel() == y.shape[0]:
         return None
     places = y.flatten(1).argmax(1)
     return [tuple(int(i[0]) for i in torch.unravel_index(p[None], y.shape[1:])) for p in places]

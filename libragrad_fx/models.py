@@ -246,8 +246,12 @@ def read_image(file: str | Path) -> Image.Image:
     Raises:
         InputError: no such file, or not a picture.
     """
-    if not Path(file).is_file():
-        raise InputError(f"there is no image file {str(file)!r}")
+    try:
+        known = Path(file).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        known = False
+    if not known:
+        raise InputError(f"there is no image file {str(file)!r:.200}")
     try:
         with Image.open(file) as opened:
             opened.load()

@@ -131,13 +131,12 @@ def differentiable() -> Iterator[None]:
 @contextlib.contextmanager
 def undisturbed(module: torch.nn.Module) -> Iterator[None]:
     """Buffers that a forward writes (statistics, counters) and the random state are put back."""
-    kept = [(b, b._version, b.detach().clone()) for b in module.buffers() if not b.is_inference()]
+    kept = [(b, b.detach().clone()) for b in module.buffers() if not b.is_inference()]
     devices = {b.device.index for b in module.buffers() if b.is_cuda}
     devices |= {p.device.index for p in module.parameters() if p.is_cuda}
     with torch.random.fork_rng(list(devices)):
         try:
             yield
         finally:
-            for buffer, version, before in kept:
-                if buffer._version != version:
-                    buffer.data.copy_(before)
+            for buffer, before in kept:
+                buffer.data.copy_(before)  # a batch norm's own kernel counts no version
