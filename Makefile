@@ -11,7 +11,7 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/$(VENV)/cache/inductor
 export TRITON_CACHE_DIR := $(CURDIR)/$(VENV)/cache/triton
 export HF_HOME := $(CURDIR)/$(VENV)/cache/huggingface
 
-.PHONY: demo test lint sweep clean
+.PHONY: demo test lint sweep coverage clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python >= 3.11 is needed: make PYTHON=python3.12')"
@@ -33,6 +33,13 @@ lint: $(VENV)/installed
 
 sweep: $(VENV)/installed
 	$(RUN) tools/families.py
+
+# hours; it goes on where it was stopped
+coverage: $(VENV)/installed
+	for suite in timm torchvision hf openclip; do \
+	  $(RUN) -m libragrad_fx coverage --suite $$suite --results docs/coverage --jobs 2; done
+	$(RUN) -m libragrad_fx coverage --suite timm-all --static --results docs/coverage --jobs 2 \
+	  --report docs/coverage.md
 
 clean:
 	rm -rf $(VENV) out

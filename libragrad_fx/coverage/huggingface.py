@@ -34,6 +34,7 @@ _SIZES: Mapping[str, Any] = {
     "sliding_window": 4, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
     "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
     "image_size": 32, "patch_size": 8, "num_channels": 3, "initializer_range": 0.2,
+    "init_std": 0.2,
 }  # fmt: skip
 
 
@@ -121,9 +122,13 @@ def _masked_text(model: Any) -> dict[str, Tensor]:
     return {**_text(model), "attention_mask": torch.zeros(2, 1, 1, _LENGTH, dtype=torch.long)}
 
 
+def _answer(model: Any) -> dict[str, Tensor]:
+    """What a decoder behind an encoder has said so far."""
+    return {"decoder_inputs_embeds": _embeds(model)}
+
+
 def _two_texts(model: Any) -> dict[str, Tensor]:
-    """For an encoder and a decoder."""
-    return {**_padded_text(model), "decoder_inputs_embeds": _embeds(model)}
+    return {**_padded_text(model), **_answer(model)}
 
 
 def _pixels(model: Any) -> dict[str, Tensor]:
@@ -187,11 +192,11 @@ def _multimodal(
 
 _MAP = (1, 2, 2)  # an entry of a dense output
 _HIDDEN = (1, 3)  # an entry of hidden states
-_DEPTHS: dict[str, Any] = {"depths": [1, 1], "hidden_sizes": [16, 32]}
-_WINDOWS: dict[str, Any] = {
+_DEPTHS = {"depths": [1, 1], "hidden_sizes": [16, 32]}
+_WINDOWS = {
     "embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 4,
 }  # fmt: skip
-_PYRAMID: dict[str, Any] = {
+_PYRAMID = {
     "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 4], "hidden_sizes": [8, 16, 16, 32],
     "mlp_ratios": [2, 2, 2, 2], "image_size": 64,
 }  # fmt: skip
@@ -202,14 +207,14 @@ def _mean(output: Any) -> Tensor:
     return first_tensor(output).flatten(1).mean(1)
 
 
-_FILM: dict[str, Any] = {"num_frames": 4}
-_RESNET: dict[str, Any] = {
+_FILM = {"num_frames": 4}
+_RESNET = {
     "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
     "out_features": ["stage2"],
 }  # fmt: skip
-_DINO: dict[str, Any] = {"model_type": "dinov2", "out_indices": [1, 2, 3, 4], "num_hidden_layers": 4,
+_DINO = {"model_type": "dinov2", "out_indices": [1, 2, 3, 4], "num_hidden_layers": 4,
          "apply_layernorm": True, "reshape_hidden_states": False}  # fmt: skip
-_NECK: dict[str, Any] = {"neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 8}
+_NECK = {"neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 8}
 
 _VISION = [
     _vision("vit", "ViTForImageClassification"),
@@ -297,6 +302,16 @@ _VISION = [
             num_labels=5, backbone_config=_RESNET),
     _vision("conditional-detr", "ConditionalDetrForObjectDetection", _HIDDEN, d_model=32,
             num_queries=5, num_labels=5, backbone_config=_RESNET),
+    _vision("deformable-detr", "DeformableDetrForObjectDetection", _HIDDEN, d_model=32,
+            num_queries=5, num_labels=5, num_feature_levels=2, backbone_config=_RESNET),
+    _vision("rt-detr", "RTDetrForObjectDetection", _HIDDEN, d_model=32, num_queries=5, num_labels=5,
+            encoder_hidden_dim=32, encoder_in_channels=[8, 16], feat_strides=[4, 8],
+            decoder_in_channels=[32, 32], num_feature_levels=2, encode_proj_layers=[1],
+            num_denoising=0, image_size=64, backbone_config={
+                "model_type": "rt_detr_resnet", "embedding_size": 8, "hidden_sizes": [8, 16],
+                "depths": [1, 1], "layer_type": "basic", "out_features": ["stage1", "stage2"]}),
+    _vision("imagegpt", "ImageGPTForImageClassification", inputs=lambda model: {
+        "input_ids": torch.randint(3, 64, (2, _LENGTH))}),
     _vision("timesformer", "TimesformerForVideoClassification", inputs=_video, **_FILM),
     _vision("videomae", "VideoMAEForVideoClassification", inputs=_video, **_FILM),
     _vision("vivit", "VivitForVideoClassification", inputs=_video, tubelet_size=[2, 8, 8], **_FILM),
@@ -305,23 +320,23 @@ _VISION = [
             inputs=_random(pixel_values_videos=(4, 3, 32, 32))),
 ]  # fmt: skip
 
-_SSM: dict[str, Any] = {"state_size": 4, "head_dim": 8, "num_heads": 8, "n_groups": 2, "chunk_size": 4}
-_HYBRID: dict[str, Any] = {"mamba_d_state": 4, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_chunk_size": 4}
-_LATENT: dict[str, Any] = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
-           "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4, "first_k_dense_replace": 1,
+_SSM = {"state_size": 4, "head_dim": 8, "num_heads": 8, "n_groups": 2, "chunk_size": 4}
+_HYBRID = {"mamba_d_state": 4, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_chunk_size": 4}
+_LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+           "v_head_dim": 8, "num_key_value_heads": 4, "first_k_dense_replace": 1,
            "n_shared_experts": 1}  # fmt: skip
-_LINEAR: dict[str, Any] = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+_LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
            "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
-_EXPERTS: dict[str, Any] = {"experts_implementation": "batched_mm"}  # the default has no kernel for float64
+_EXPERTS = {"experts_implementation": "batched_mm"}  # the default has no kernel for float64
 
-_ENCODERS: dict[str, Any] = {
+_ENCODERS = {
     "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert",
     "albert": "Albert", "electra": "Electra", "mpnet": "MPNet", "deberta": "Deberta",
     "deberta-v2": "DebertaV2", "modernbert": "ModernBert", "megatron-bert": "MegatronBert",
     "rembert": "RemBert", "roformer": "RoFormer", "ernie": "Ernie", "eurobert": "EuroBert",
     "layoutlm": "LayoutLM", "esm": "Esm",
 }  # fmt: skip
-_DECODERS: dict[str, Any] = {
+_DECODERS = {
     "gpt2": "GPT2", "gpt-neox": "GPTNeoX", "gpt-bigcode": "GPTBigCode", "opt": "OPT",
     "bloom": "Bloom", "biogpt": "BioGpt", "llama": "Llama", "mistral": "Mistral",
     "ministral3": "Ministral3", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma",
@@ -333,7 +348,7 @@ _DECODERS: dict[str, Any] = {
     "seed-oss": "SeedOss", "apertus": "Apertus", "arcee": "Arcee", "diffllama": "DiffLlama",
     "nanochat": "NanoChat", "hunyuan": "HunYuanDenseV1", "bitnet": "BitNet",
 }  # fmt: skip
-_MOE: dict[str, Any] = {
+_MOE = {
     "mixtral": "Mixtral", "qwen2-moe": "Qwen2Moe", "qwen3-moe": "Qwen3Moe", "olmoe": "Olmoe",
     "gpt-oss": "GptOss", "granite-moe": "GraniteMoe", "phimoe": "Phimoe",
 }  # fmt: skip
@@ -375,6 +390,15 @@ _LANGUAGE = [
               mamba_dt_rank=4, use_mamba_kernels=False, **_EXPERTS),
     _language("lfm2", "Lfm2ForCausalLM", layer_types=["conv", "full_attention"],
               block_multiple_of=8),
+    _language("zamba2", "Zamba2ForCausalLM", layers_block_type=["mamba", "hybrid"], mamba_d_state=4,
+              n_mamba_heads=8, chunk_size=4, use_mamba_kernels=False),
+    _language("minimax", "MiniMaxForCausalLM", block_size=4, **_EXPERTS,
+              layer_types=["linear_attention", "full_attention"]),
+    _language("llama4", "Llama4ForCausalLM", intermediate_size_mlp=48, moe_layers=[1],
+              attention_chunk_size=4),
+    _language("gemma3n", "Gemma3nForCausalLM", vocab_size_per_layer_input=64,
+              hidden_size_per_layer_input=8, num_kv_shared_layers=0, laurel_rank=8,
+              inputs=_ids),
     _language("rwkv", "RwkvForCausalLM", _text, rescale_every=0),
     _language("recurrent-gemma", "RecurrentGemmaForCausalLM", lru_width=32,
               block_types=["recurrent", "attention"]),
@@ -390,6 +414,10 @@ _LANGUAGE = [
     _language("pegasus", "PegasusForConditionalGeneration", _two_texts),
     _language("marian", "MarianMTModel", _two_texts),
     _language("m2m100", "M2M100ForConditionalGeneration", _two_texts),
+    _language("led", "LEDForConditionalGeneration", _two_texts, attention_window=4,
+              max_encoder_position_embeddings=64, max_decoder_position_embeddings=64),
+    _language("prophetnet", "ProphetNetForConditionalGeneration", _both(_text, _answer),
+              num_encoder_layers=2, num_encoder_attention_heads=4, num_decoder_attention_heads=4),
     _language("blenderbot", "BlenderbotForConditionalGeneration", _two_texts),
 ]  # fmt: skip
 
@@ -406,9 +434,14 @@ def _image_then_text(model: Any) -> dict[str, Tensor]:
     return {"input_ids": ids}
 
 
+def _prefix(model: Any) -> dict[str, Tensor]:
+    """Which tokens follow the prefix, whose tokens all see each other."""
+    return {"token_type_ids": torch.tensor([[0] * 16 + [1] * _LENGTH] * 2)}
+
+
 _PAIR = _both(_pixels, _ids)
 _IN_TEXT = _both(_pixels, _image_then_text)
-_LLAMA: dict[str, Any] = {"model_type": "llama"}
+_LLAMA = {"model_type": "llama"}
 
 _MULTIMODAL = [
     _multimodal("clip-text", "CLIPTextModelWithProjection", _ids, 3),
@@ -421,22 +454,23 @@ _MULTIMODAL = [
     _multimodal("chinese-clip", "ChineseCLIPModel", _PAIR, _first_pair),
     _multimodal("groupvit", "GroupViTModel", _PAIR, _first_pair, vision_config={
         "depths": [1, 1, 1], "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 2]}),
-    _multimodal("clipseg", "CLIPSegForImageSegmentation", _PAIR, (9, 9), reduce_dim=16,
-                extract_layers=[0, 1], decoder_intermediate_size=16),
     _multimodal("owlv2", "Owlv2Model", _PAIR, _first_pair),
     _multimodal("blip", "BlipModel", _PAIR, _first_pair, text_config={"encoder_hidden_size": 32}),
     _multimodal("blip-captioning", "BlipForConditionalGeneration", _PAIR, _TOKEN,
                 text_config={"encoder_hidden_size": 32}),
     _multimodal("git", "GitForCausalLM", _PAIR, _TOKEN),
+    _multimodal("layoutlmv3", "LayoutLMv3Model", _both(_pixels, _ids), _HIDDEN, input_size=32,
+                coordinate_size=6, shape_size=4, max_2d_position_embeddings=64),
     _multimodal("vilt", "ViltForQuestionAnswering", _PAIR, 3, num_labels=5),
     _multimodal("llava", "LlavaForConditionalGeneration", _IN_TEXT, (-1, 3), text_config=_LLAMA,
                 vision_config={"model_type": "clip_vision_model"}, image_token_index=63),
-    _multimodal("paligemma", "PaliGemmaForConditionalGeneration", _IN_TEXT, (-1, 3),
+    _multimodal("paligemma", "PaliGemmaForConditionalGeneration",
+                _both(_IN_TEXT, _prefix), (-1, 3),
                 text_config={"model_type": "gemma"}, projection_dim=32, image_token_index=63,
                 vision_config={"model_type": "siglip_vision_model"}),
 ]  # fmt: skip
 
-_WAVES: dict[str, Any] = {
+_WAVES = {
     "conv_dim": [16, 16], "conv_kernel": [8, 4], "conv_stride": [4, 4],
     "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
 }  # fmt: skip
@@ -457,14 +491,13 @@ _AUDIO = [
     _audio("whisper-encoder", "WhisperForAudioClassification", _MEL, 3, num_mel_bins=16,
            max_source_positions=16, classifier_proj_size=16, num_labels=5),
     _audio("whisper", "WhisperForConditionalGeneration",
-           _both(_MEL, lambda model: {"decoder_inputs_embeds": _embeds(model)}), _TOKEN,
-           num_mel_bins=16, max_source_positions=16),
+           _both(_MEL, _answer), _TOKEN, num_mel_bins=16, max_source_positions=16),
     _audio("speech2text", "Speech2TextForConditionalGeneration",
            _both(_random(input_features=(32, 16)),
                  lambda model: {"decoder_input_ids": torch.randint(3, 64, (2, _LENGTH))}), _TOKEN,
            input_feat_per_channel=16, conv_channels=16, max_source_positions=64),
     _audio("moonshine", "MoonshineForConditionalGeneration",
-           _both(_wave(1600), lambda model: {"decoder_inputs_embeds": _embeds(model)}), _TOKEN,
+           _both(_wave(1600), _answer), _TOKEN,
            encoder_num_hidden_layers=2, decoder_num_hidden_layers=2, encoder_num_attention_heads=4,
            decoder_num_attention_heads=4),
     _audio("ast", "ASTForAudioClassification", _random(input_values=(32, 16)), 3, max_length=32,
