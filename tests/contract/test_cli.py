@@ -229,7 +229,9 @@ def test_a_factory_in_the_current_directory(
     assert run("plan", "beside_me:make").exit_code == 0
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "L", "CMYK", "P", "I;16"])
+@pytest.mark.parametrize(
+    "mode", ["RGBA", *(pytest.param(m, marks=pytest.mark.slow) for m in ("L", "CMYK", "P", "I;16"))]
+)
 def test_explain_draws_any_kind_of_picture(tmp_path: Path, photo: Path, mode: str) -> None:
     file = tmp_path / ("in.tif" if mode == "CMYK" else "in.png")
     with Image.open(photo) as rgb:

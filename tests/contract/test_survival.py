@@ -53,7 +53,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return float((a - b).abs().max()) <= 1e-5 * float(b.abs().max())
 
 
-@pytest.fixture(scope="module", params=["vit", "eva02"])
+@pytest.fixture(scope="module", params=[pytest.param("vit", marks=pytest.mark.slow), "eva02"])
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 

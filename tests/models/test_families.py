@@ -16,7 +16,10 @@ from tests.models import reference as ref
 
 TARGET = 3
 SLOW = [pytest.param(f, id=f[0], marks=pytest.mark.slow) for f in (*ref.DEEP, *ref.VARIANTS)]
-ROWS = [pytest.param(f, id=f[0]) for f in ref.FAMILIES] + SLOW
+FAST = ("vit", "eva02", "gmixer")  # attention, SwiGLU with rotary positions, mixing; the rest is slow
+ROWS = [
+    pytest.param(f, id=f[0], marks=() if f[0] in FAST else pytest.mark.slow) for f in ref.FAMILIES
+] + SLOW
 
 
 @dataclasses.dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
@@ -61,7 +62,9 @@ def test_plain_gradient_is_not(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 def test_forward_bits(name: str, dtype: torch.dtype) -> None:
     model, x = build(name, dtype)
     with warnings.catch_warnings():
@@ -85,6 +88,7 @@ def test_softmax_head_warns() -> None:
         lg.transform(model, x)
 
 
+@functools.cache
 def _trace(name: str) -> tuple[Trace, torch.Tensor]:
     model, x = build(name)
     return normalize(model, capture(model, x)), x
