@@ -192,11 +192,11 @@ def _multimodal(
 
 _MAP = (1, 2, 2)  # an entry of a dense output
 _HIDDEN = (1, 3)  # an entry of hidden states
-_DEPTHS = {"depths": [1, 1], "hidden_sizes": [16, 32]}
-_WINDOWS = {
+_DEPTHS: dict[str, Any] = {"depths": [1, 1], "hidden_sizes": [16, 32]}
+_WINDOWS: dict[str, Any] = {
     "embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 4,
 }  # fmt: skip
-_PYRAMID = {
+_PYRAMID: dict[str, Any] = {
     "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 4], "hidden_sizes": [8, 16, 16, 32],
     "mlp_ratios": [2, 2, 2, 2], "image_size": 64,
 }  # fmt: skip
@@ -207,14 +207,14 @@ def _mean(output: Any) -> Tensor:
     return first_tensor(output).flatten(1).mean(1)
 
 
-_FILM = {"num_frames": 4}
-_RESNET = {
+_FILM: dict[str, Any] = {"num_frames": 4}
+_RESNET: dict[str, Any] = {
     "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
     "out_features": ["stage2"],
 }  # fmt: skip
-_DINO = {"model_type": "dinov2", "out_indices": [1, 2, 3, 4], "num_hidden_layers": 4,
+_DINO: dict[str, Any] = {"model_type": "dinov2", "out_indices": [1, 2, 3, 4], "num_hidden_layers": 4,
          "apply_layernorm": True, "reshape_hidden_states": False}  # fmt: skip
-_NECK = {"neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 8}
+_NECK: dict[str, Any] = {"neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 8}
 
 _VISION = [
     _vision("vit", "ViTForImageClassification"),
@@ -320,23 +320,23 @@ _VISION = [
             inputs=_random(pixel_values_videos=(4, 3, 32, 32))),
 ]  # fmt: skip
 
-_SSM = {"state_size": 4, "head_dim": 8, "num_heads": 8, "n_groups": 2, "chunk_size": 4}
-_HYBRID = {"mamba_d_state": 4, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_chunk_size": 4}
-_LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
-           "v_head_dim": 8, "num_key_value_heads": 4, "first_k_dense_replace": 1,
+_SSM: dict[str, Any] = {"state_size": 4, "head_dim": 8, "num_heads": 8, "n_groups": 2, "chunk_size": 4}
+_HYBRID: dict[str, Any] = {"mamba_d_state": 4, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_chunk_size": 4}
+_LATENT: dict[str, Any] = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
+           "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4, "first_k_dense_replace": 1,
            "n_shared_experts": 1}  # fmt: skip
-_LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+_LINEAR: dict[str, Any] = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
            "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
-_EXPERTS = {"experts_implementation": "batched_mm"}  # the default has no kernel for float64
+_EXPERTS: dict[str, Any] = {"experts_implementation": "batched_mm"}  # the default has no kernel for float64
 
-_ENCODERS = {
+_ENCODERS: dict[str, Any] = {
     "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert",
     "albert": "Albert", "electra": "Electra", "mpnet": "MPNet", "deberta": "Deberta",
     "deberta-v2": "DebertaV2", "modernbert": "ModernBert", "megatron-bert": "MegatronBert",
     "rembert": "RemBert", "roformer": "RoFormer", "ernie": "Ernie", "eurobert": "EuroBert",
     "layoutlm": "LayoutLM", "esm": "Esm",
 }  # fmt: skip
-_DECODERS = {
+_DECODERS: dict[str, Any] = {
     "gpt2": "GPT2", "gpt-neox": "GPTNeoX", "gpt-bigcode": "GPTBigCode", "opt": "OPT",
     "bloom": "Bloom", "biogpt": "BioGpt", "llama": "Llama", "mistral": "Mistral",
     "ministral3": "Ministral3", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma",
@@ -348,7 +348,7 @@ _DECODERS = {
     "seed-oss": "SeedOss", "apertus": "Apertus", "arcee": "Arcee", "diffllama": "DiffLlama",
     "nanochat": "NanoChat", "hunyuan": "HunYuanDenseV1", "bitnet": "BitNet",
 }  # fmt: skip
-_MOE = {
+_MOE: dict[str, Any] = {
     "mixtral": "Mixtral", "qwen2-moe": "Qwen2Moe", "qwen3-moe": "Qwen3Moe", "olmoe": "Olmoe",
     "gpt-oss": "GptOss", "granite-moe": "GraniteMoe", "phimoe": "Phimoe",
 }  # fmt: skip
@@ -441,7 +441,7 @@ def _prefix(model: Any) -> dict[str, Tensor]:
 
 _PAIR = _both(_pixels, _ids)
 _IN_TEXT = _both(_pixels, _image_then_text)
-_LLAMA = {"model_type": "llama"}
+_LLAMA: dict[str, Any] = {"model_type": "llama"}
 
 _MULTIMODAL = [
     _multimodal("clip-text", "CLIPTextModelWithProjection", _ids, 3),
@@ -470,7 +470,7 @@ _MULTIMODAL = [
                 vision_config={"model_type": "siglip_vision_model"}),
 ]  # fmt: skip
 
-_WAVES = {
+_WAVES: dict[str, Any] = {
     "conv_dim": [16, 16], "conv_kernel": [8, 4], "conv_stride": [4, 4],
     "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
 }  # fmt: skip
