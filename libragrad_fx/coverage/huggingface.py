@@ -320,14 +320,27 @@ _VISION = [
             inputs=_random(pixel_values_videos=(4, 3, 32, 32))),
 ]  # fmt: skip
 
-_SSM: dict[str, Any] = {"state_size": 4, "head_dim": 8, "num_heads": 8, "n_groups": 2, "chunk_size": 4}
-_HYBRID: dict[str, Any] = {"mamba_d_state": 4, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_chunk_size": 4}
+_SSM: dict[str, Any] = {
+    "state_size": 4,
+    "head_dim": 8,
+    "num_heads": 8,
+    "n_groups": 2,
+    "chunk_size": 4,
+}
+_HYBRID: dict[str, Any] = {
+    "mamba_d_state": 4,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_chunk_size": 4,
+}
 _LATENT: dict[str, Any] = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4,
            "qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4, "first_k_dense_replace": 1,
            "n_shared_experts": 1}  # fmt: skip
 _LINEAR: dict[str, Any] = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
            "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
-_EXPERTS: dict[str, Any] = {"experts_implementation": "batched_mm"}  # the default has no kernel for float64
+_EXPERTS: dict[str, Any] = {
+    "experts_implementation": "batched_mm"
+}  # the default has no kernel for float64
 
 _ENCODERS: dict[str, Any] = {
     "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert",
