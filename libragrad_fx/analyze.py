@@ -24,6 +24,10 @@ from libragrad_fx.types import Analysis, Finding, Kind, OpFacts, Role, Trace
 
 _RANK_ODD, _RANK_RECIPROCAL, _RANK_GATE_ONLY = 1, 4, 5
 _GROUPS = ("stream", "factors", "gate", "denominator")
+_SIZES = {  # they read a shape, not a value
+    torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.aten.sym_numel.default,
+    torch.ops.aten.sym_storage_offset.default,
+}  # fmt: skip
 _ZEROS = {"aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default"}
 
 
@@ -112,7 +116,7 @@ class _Analyzer:
             self.roles[node.name] = self._role(node)
 
     def _role(self, node: Node) -> Role:
-        if node.op in ("placeholder", "get_attr", "output"):
+        if node.op in ("placeholder", "get_attr", "output") or node.target in _SIZES:
             return Role.STATIC
         if node.target is insert.guard:
             return Role.VALUE if is_float(node) else Role.CUT

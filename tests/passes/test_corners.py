@@ -122,3 +122,26 @@ def test_composite_ops_without_a_row_are_written_out() -> None:
     assert lg.verify(model, gm, x).ok
     names = {str(n.target) for n in gm.graph.nodes}
     assert not any("trapezoid" in n or "hstack" in n for n in names)
+
+
+class Typed(nn.Module):
+    """Token types that only take the batch size from the input: their embedding is a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types, self.table = nn.Buffer(torch.tensor([[0, 1, 1]])), nn.Embedding(2, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(F.gelu(x + self.table(self.types.expand(x.shape[0], -1))).mean(1))
+
+
+def test_a_shape_is_no_signal() -> None:
+    torch.manual_seed(0)
+    model, x = Typed().double().eval(), torch.randn(2, 3, 4, dtype=torch.float64)
+    gm = lg.transform(model, x)
+    certificate = lg.verify(model, gm, x, target=1)
+    assert certificate.ok, str(certificate)
+    x.requires_grad_()
+    (g,) = torch.autograd.grad(gm(x)[:, 1].sum(), x)
+    assert certificate.input_share == pytest.approx(float((x * g).sum().detach()))
