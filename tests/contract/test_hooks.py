@@ -74,7 +74,13 @@ def calls(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, list[A
     return seen
 
 
-@pytest.mark.parametrize("name", EXCEPTIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in ("swin", "convnext") else ())
+        for n in EXCEPTIONS
+    ],
+)
 def test_every_submodule_sees_the_originals_tensors(name: str) -> None:
     model, inputs = build(name)
     gm = lg.transform(model, inputs)

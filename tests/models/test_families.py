@@ -16,7 +16,7 @@ from tests.models import reference as ref
 
 TARGET = 3
 SLOW = [pytest.param(f, id=f[0], marks=pytest.mark.slow) for f in (*ref.DEEP, *ref.VARIANTS)]
-FAST = ("vit", "eva02", "gmixer")  # attention, SwiGLU with rotary positions, mixing; the rest is slow
+FAST = ("vit", "eva02")  # attention; SwiGLU with rotary positions; the rest is slow
 ROWS = [
     pytest.param(f, id=f[0], marks=() if f[0] in FAST else pytest.mark.slow) for f in ref.FAMILIES
 ] + SLOW

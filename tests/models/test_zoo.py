@@ -54,6 +54,7 @@ def test_balanced(name: str) -> None:
     assert abs(certificate.input_share) > 1e-3  # stopping everything would be complete as well
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_plain_gradient_is_not(name: str) -> None:
     model, x = build(name)
@@ -62,9 +63,8 @@ def test_plain_gradient_is_not(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow  # float64 is in the certificate of ``test_balanced``
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_forward_bits(name: str, dtype: torch.dtype) -> None:
     model, x = build(name, dtype)
     with warnings.catch_warnings():

@@ -30,7 +30,13 @@ def decided(name: str) -> Decision:
         return decide(model, x, "libra", "raise", None)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in ("every_fused_op", "sampler") else ())
+        for n in ZOO
+    ],
+)
 def test_without_one_edit_the_proof_names_its_node(name: str) -> None:
     """Every edit is needed, and the proof sees it without running anything."""
     made = decided(name)
