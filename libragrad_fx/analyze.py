@@ -20,6 +20,7 @@ from libragrad_fx.normalize import module_path, source_line
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.twin import bind
 from libragrad_fx.rulebook import RuleBook, op_name
+from libragrad_fx.target import inexact
 from libragrad_fx.types import Analysis, Finding, Kind, OpFacts, Role, Trace
 
 _RANK_ODD, _RANK_RECIPROCAL, _RANK_GATE_ONLY = 1, 4, 5
@@ -62,10 +63,10 @@ def kind_of(node: Node, fact: OpFacts) -> Kind:
     return Kind.LINEAR if is_affine(node, fact) else fact.kind
 
 
-def is_float(node: Node) -> bool:
+def is_inexact(node: Node) -> bool:
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else (value,)
-    return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values)
+    return any(map(inexact, values))
 
 
 @dataclasses.dataclass
@@ -119,7 +120,7 @@ class _Analyzer:
         if node.op in ("placeholder", "get_attr", "output") or node.target in _SIZES:
             return Role.STATIC
         if node.target is insert.guard:
-            return Role.VALUE if is_float(node) else Role.CUT
+            return Role.VALUE if is_inexact(node) else Role.CUT
         inputs = [self.roles[n.name] for n in self._read(node)]
         joined = max(inputs, default=Role.STATIC)
         if joined is Role.STATIC or node.name in self.zeros:
@@ -129,7 +130,7 @@ class _Analyzer:
         fact = self.facts.get(node.name)
         if fact is not None and fact.kind is Kind.EMBEDDING:
             return Role.VALUE
-        if not is_float(node):
+        if not is_inexact(node):
             return Role.CUT
         if fact is None:
             return Role.VALUE if joined >= Role.GATE else Role.CUT
@@ -153,12 +154,15 @@ class _Analyzer:
         return carried if carried >= Role.GATE else min(joined, Role.CUT)
 
     def _getitem_role(self, node: Node, joined: Role) -> Role:
-        source, index = node.args[0], node.args[1]
-        if not is_float(node):
+        if not is_inexact(node):
             return Role.CUT
-        fact = self.facts.get(getattr(source, "name", ""))
-        gated = fact is not None and index in fact.gate_outputs
+        gated = self._gate_output(node) and node.name not in self.relabelled
         return Role.GATE if gated and joined is Role.VALUE else joined
+
+    def _gate_output(self, node: Node) -> bool:
+        """Whether a getitem takes the one of several outputs that is a gate."""
+        fact = self.facts.get(getattr(node.args[0], "name", ""))
+        return fact is not None and node.args[1] in fact.gate_outputs
 
     def _of(self, node: Node, group: str) -> Role:
         return max(
@@ -231,12 +235,18 @@ class _Analyzer:
         return _carriers(groups, self.roles)
 
     def _is_source(self, node: Node) -> bool:
-        if self.roles[node.name] is not Role.GATE or node.name not in self.groups:
+        if self.roles[node.name] is not Role.GATE:
             return False
-        return any(self.roles[n.name] is Role.VALUE for _, n in self.carriers(node))
+        if node.target is operator.getitem:
+            return self._gate_output(node)
+        return node.name in self.groups and any(
+            self.roles[n.name] is Role.VALUE for _, n in self.carriers(node)
+        )
 
     def _rank(self, node: Node) -> int:
-        fact = self.facts[node.name]
+        fact = self.facts.get(node.name)
+        if fact is None:  # one output of several
+            return _RANK_GATE_ONLY
         if fact.kind is Kind.GATE_SOURCE:
             return fact.rank
         return _RANK_RECIPROCAL if self._of(node, "denominator") >= Role.GATE else _RANK_GATE_ONLY

@@ -30,6 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from libragrad_fx.errors import CaptureError, CustomBackwardWarning, ExportError, InputError
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.ops.insert import observe
+from libragrad_fx.ops.twin import bind
+from libragrad_fx.target import inexact
 
 _CHECKPOINT = "torch.utils.checkpoint"
 _INFERENCE_TRIED = (
@@ -168,7 +170,7 @@ def _export(
             warnings.simplefilter("ignore")
             made = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             _detach_no_grad_regions(made)
-            return _written_out(made.run_decompositions({}), known)
+            return _written_out(made if _is_functional(made) else made.run_decompositions({}), known)
     except Exception as e:
         said = re.sub(r"[^.]*file an issue[^.]*\.?", "", _first_line(e))
         if "mutat" in said or "in-place" in said or "in place" in said:
@@ -190,6 +192,27 @@ def _hushed() -> Iterator[None]:
     sys.stdout.write(said.getvalue())
 
 
+def _is_functional(program: ExportedProgram) -> bool:
+    """Whether nothing writes in place and no region runs in another mode: it is functional as it is,
+    and the pass that makes it so, which costs as much as the export, has nothing to do.
+    """
+    for n in program.graph.nodes:
+        if isinstance(n.target, torch._ops.HigherOrderOperator):
+            return False
+        if isinstance(n.target, torch._ops.OpOverload):
+            schema = n.target._schema
+            statistics = any(a.name in ("training", "use_input_stats") for a in schema.arguments)
+            if schema.is_mutable or (statistics and _trains(n)):
+                return False
+    return True
+
+
+def _trains(node: torch.fx.Node) -> bool:
+    """Whether a norm updates its running statistics, which its schema does not say."""
+    values = bind(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    return bool(values.get("training", values.get("use_input_stats")))
+
+
 def _written_out(program: ExportedProgram, known: Callable[[Any], bool]) -> ExportedProgram:
     """Replace composite ops that have no fact by ops that have, where PyTorch makes them of such."""
     tried: set[Any] = set()
@@ -200,9 +223,8 @@ def _written_out(program: ExportedProgram, known: Callable[[Any], bool]) -> Expo
             return program
         tried |= set(unknown)
         table = torch.export.default_decompositions()
-        parts = {
-            op: table[op] for op, n in unknown.items() if op in table and all(map(known, _parts(n)))
-        }
+        made_of = {op: _parts(n) for op, n in unknown.items() if op in table}
+        parts = {op: table[op] for op, p in made_of.items() if p and all(map(known, p))}
         if parts:
             program = program.run_decompositions(parts)
 
@@ -218,7 +240,7 @@ class _Calls(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         given = any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves((args, kwargs)))
         made = (t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor))
-        if given and any(t.is_floating_point() for t in made):
+        if given and any(map(inexact, made)):
             self.ops.add(func)
         return result
 
@@ -414,10 +436,7 @@ def _detach_no_grad_regions(program: ExportedProgram) -> None:
         if enabled:
             continue
         for user in list(node.users):
-            if (
-                isinstance(user.meta.get("val"), torch.Tensor)
-                and user.meta["val"].is_floating_point()
-            ):
+            if inexact(user.meta.get("val")):
                 with module.graph.inserting_after(user):
                     cut = module.graph.call_function(torch.ops.aten.detach.default, (user,))
                 cut.meta = dict(user.meta)

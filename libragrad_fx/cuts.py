@@ -24,7 +24,7 @@ from libragrad_fx.errors import CaptureError, CutWarning, NoPathError, UnknownOp
 from libragrad_fx.ledger import Recorder, settle
 from libragrad_fx.module import CapturedModule, unshare
 from libragrad_fx.pipeline import balance, decide
-from libragrad_fx.target import Target, as_call, differentiable, undisturbed
+from libragrad_fx.target import Target, as_call, differentiable, inexact, undisturbed
 from libragrad_fx.types import Finding, Ledger, Plan, Role
 
 _STATIC = "_libragrad_static"  # set on tensors that a graph returns and that no input reaches
@@ -39,17 +39,18 @@ class _Piece(nn.Module):
     ) -> None:
         super().__init__()
         self.body, self.moving = body, moving
-        self.held = [None if m else a for a, m in zip(args, moving, strict=True)]
-        for i, a in enumerate(self.held):
-            if isinstance(a, nn.Parameter):
+        for i, (a, m) in enumerate(zip(args, moving, strict=True)):
+            if isinstance(a, nn.Parameter):  # it stays one: PyTorch picks kernels by requires_grad
                 self.register_parameter(f"held_{i}", a)
-            elif isinstance(a, torch.Tensor):
+            elif isinstance(a, torch.Tensor) and not m:
                 self.register_buffer(f"held_{i}", a)
+            elif not m:
+                setattr(self, f"held_{i}", a)
 
     def forward(self, *moving: torch.Tensor) -> Any:
         given = iter(moving)
         return self.body(
-            *(next(given) if m else h for m, h in zip(self.moving, self.held, strict=True))
+            *(next(given) if m else getattr(self, f"held_{i}") for i, m in enumerate(self.moving))
         )
 
 
@@ -67,7 +68,7 @@ class _Run:
         """Whether a tensor between two graphs depends on the model's input."""
         if getattr(x, _STATIC, False) or isinstance(x, nn.Parameter):
             return False
-        if not x.is_floating_point() or any(x is i for i in self.inputs):
+        if not inexact(x) or any(x is i for i in self.inputs):
             return True
         return x.grad_fn is not None and self._leads(x.grad_fn)
 
@@ -145,7 +146,7 @@ class CutModule(nn.Module):
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
         leaves = [
             x.detach().requires_grad_()
-            if isinstance(x, torch.Tensor) and x.is_floating_point() and (record or not x.requires_grad)
+            if inexact(x) and (record or not x.requires_grad)
             else x
             for x in leaves
         ]  # fmt: skip

@@ -29,7 +29,15 @@ from libragrad_fx.ops import insert
 from libragrad_fx.ops.twin import bind
 from libragrad_fx.rewrite import is_scale
 from libragrad_fx.rulebook import op_name
-from libragrad_fx.target import Target, as_call, differentiable, select, undisturbed
+from libragrad_fx.target import (
+    Target,
+    as_call,
+    differentiable,
+    inexact,
+    product,
+    select,
+    undisturbed,
+)
 from libragrad_fx.types import (
     Analysis,
     Boundary,
@@ -171,7 +179,7 @@ class Recorder(torch.fx.Interpreter):
     def _source(self, x: Any) -> Any:
         if isinstance(x, (tuple, list)):  # an embedding bag gives four tensors
             return tuple(map(self._source, x))
-        if isinstance(x, torch.Tensor) and x.is_floating_point():
+        if inexact(x):
             if self.leaves is None or not any(x is t for t in self.leaves):
                 x = x.detach().requires_grad_()
             self.sources.append(x)
@@ -260,10 +268,10 @@ class _Row:
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> float:
     """⟨a, b⟩ accumulated in float64; what gets no gradient counts nothing, were it infinite."""
-    product = a.double() * b.double()
-    total = float(product.sum())
+    products = product(a, b)
+    total = float(products.sum())
     if math.isnan(total):  # a pool's padding of -inf, a mask: inf times 0
-        total = float(product.masked_fill_((a == 0) | (b == 0), 0.0).sum())
+        total = float(products.masked_fill_((a == 0) | (b == 0), 0.0).sum())
     return total
 
 
@@ -314,7 +322,7 @@ def settle(
 ) -> Ledger:  # fmt: skip
     """Run the backward of what was recorded, one graph or several by name, and add it up."""
     scalar = select(output, target)
-    started = {id(x): x for x in leaves if x.is_floating_point()}
+    started = {id(x): x for x in leaves if inexact(x)}
     started |= {id(x): x for _, r in recorders for x in r.sources}
     sources = list(started.values())
     grads = torch.autograd.grad(scalar, sources, allow_unused=True)

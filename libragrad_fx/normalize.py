@@ -25,6 +25,7 @@ from libragrad_fx.capture import Call, Capture
 from libragrad_fx.errors import CaptureError
 from libragrad_fx.module import CapturedModule, Record, Structure, shell_tree
 from libragrad_fx.ops import insert
+from libragrad_fx.target import inexact
 from libragrad_fx.types import ArgSpec, ModuleCall, Trace
 
 aten = torch.ops.aten
@@ -149,7 +150,7 @@ class _Normaliser:
 
     def _guard(self, value: Node, path: str, fake: torch.Tensor, mode: Any) -> Node:
         shape = tuple(d if isinstance(d, int) else str(d) for d in fake.shape)
-        spec = ArgSpec(path, shape, fake.is_floating_point() or fake.is_complex())
+        spec = ArgSpec(path, shape, inexact(fake))
         self.specs.append(spec)
         node = self.graph.call_function(insert.guard, (value, path, shape, spec.floating, mode))
         node.meta["val"] = fake
@@ -164,13 +165,15 @@ class _Normaliser:
             n.name: n.meta.get("val") for n in self.program.graph.nodes if n.op == "placeholder"
         }
         for spec in self.program.graph_signature.input_specs:
-            if spec.kind is InputKind.USER_INPUT:
+            if spec.kind in (InputKind.USER_INPUT, InputKind.TOKEN):
                 continue
             target = spec.target
             if spec.kind is InputKind.CONSTANT_TENSOR or not _has(self.root, target):
                 target = f"constant_{spec.arg.name}".replace(".", "_")
                 value: Any = constants[str(spec.target)]
-                self.root.register_buffer(target, value.detach(), persistent=False)
+                self.root.register_buffer(
+                    target, value if value.is_leaf else value.detach(), persistent=False
+                )
             node = self.graph.create_node("get_attr", str(target))
             node.meta["val"] = fakes[spec.arg.name]
             self.env[spec.arg.name] = node
@@ -228,7 +231,9 @@ class _Normaliser:
     def _pin(self, node: Node) -> None:
         """A float dtype in the graph: a cast, or the assertion export leaves where it dropped one."""
         literals = [*node.args, *node.kwargs.values()]
-        if any(isinstance(a, torch.dtype) and a.is_floating_point for a in literals):
+        if any(
+            isinstance(a, torch.dtype) and (a.is_floating_point or a.is_complex) for a in literals
+        ):
             self.pins.append(source_line(node) or node.name)
 
     def _new(self, args: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch.fx import Node
 
 from libragrad_fx.analyze import finding, kind_of, operands
@@ -147,6 +148,9 @@ class _Planner:
                 self._left(node, row, f"a {kind} op is not balanced under autograd")
         elif fact.degree is not None:
             self._power(node, fact, row)
+        elif any(map(_is_complex, node.all_input_nodes)):
+            problem = "it carries complex values, and its balanced vjp is for real ones"
+            self.unknown.append(finding(node, problem, "compute on the real and imaginary parts"))
         elif fact.vjp is None:
             self.unknown.append(
                 finding(node, "its row names no balanced vjp", "add 'vjp:' to its row")
@@ -241,6 +245,11 @@ class _Planner:
                 module=module_path(node), source=source_line(node),
             )
         )  # fmt: skip
+
+
+def _is_complex(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_complex()
 
 
 def _gate_notes(trace: Trace, analysis: Analysis) -> Iterator[str]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.analyze import finding, is_float, kind_of, operands, tensor_arguments
+from libragrad_fx.analyze import finding, is_inexact, kind_of, operands, tensor_arguments
 from libragrad_fx.module import CapturedModule, leaf
 from libragrad_fx.ops import insert
 from libragrad_fx.rewrite import is_scale
@@ -43,10 +43,11 @@ def prove(module: CapturedModule) -> Proof:
     moving = _moving(module, facts)
     reasons: Counter[str] = Counter()
     open_: list[Finding] = []
-    for node in _reached(module, moving, facts, left_alone):
+    reached = _reached(module, moving, facts, left_alone)
+    for node in reached:
         if _hands_on(node):
             continue
-        reason, problem = _judge(node, facts.get(node.name), moving)
+        reason, problem = _judge(node, facts.get(node.name), moving, reached)
         if reason:
             reasons[reason] += 1
         else:
@@ -68,14 +69,14 @@ def _moving(module: CapturedModule, facts: Mapping[str, OpFacts]) -> set[Node]:
     for node in module.graph.nodes:
         fact = facts.get(node.name)
         if node.target is insert.guard:
-            starts = is_float(node)
+            starts = is_inexact(node)
         elif fact is not None and fact.kind is Kind.EMBEDDING:
             starts = node.name in module.record.info["starts"]
         else:
             cut = node.target is insert.stop or (fact is not None and fact.kind is Kind.CUT)
             zero = node.name in zeros  # a product with zero sends zeros back
             starts = not (cut or zero) and bool(_passes(node, fact, moving))
-            starts = starts and (is_float(node) or _hands_on(node))
+            starts = starts and (is_inexact(node) or _hands_on(node))
         if starts:
             moving.add(node)
     return moving
@@ -99,7 +100,7 @@ def _passes(node: Node, fact: OpFacts | None, moving: set[Node]) -> list[tuple[s
 
 def _reached(
     module: CapturedModule, moving: set[Node], facts: Mapping[str, OpFacts], skip: frozenset[str]
-) -> list[Node]:
+) -> dict[Node, None]:
     """The moving nodes from which a gradient of an output arrives, in graph order."""
     final = next(n for n in module.graph.nodes if n.op == "output")
     results = [
@@ -114,7 +115,7 @@ def _reached(
         if node not in seen:
             seen.add(node)
             stack.extend(n for _, n in _passes(node, facts.get(node.name), moving))
-    return [n for n in module.graph.nodes if n in seen]
+    return {n: None for n in module.graph.nodes if n in seen}
 
 
 def _source_name(node: Node) -> str:
@@ -128,7 +129,9 @@ def _source_name(node: Node) -> str:
             return node.name
 
 
-def _judge(node: Node, fact: OpFacts | None, moving: set[Node]) -> tuple[str, str]:
+def _judge(
+    node: Node, fact: OpFacts | None, moving: set[Node], reached: Container[Node]
+) -> tuple[str, str]:
     """(why a node is balanced, "") or ("", why it is not known to be)."""
     if fact is None:
         return "", "no fact says how its output depends on its operands"
@@ -139,6 +142,10 @@ def _judge(node: Node, fact: OpFacts | None, moving: set[Node]) -> tuple[str, st
         return "embedding indexed by the input: the signal starts", ""
     if stray := sends - groups["stream"] - groups["factors"] - groups["denominator"]:
         return "", f"{', '.join(sorted(stray))} gets a gradient, though it only modulates"
+    if fact.gate_outputs and any(
+        u.args[1] in fact.gate_outputs for u in node.users if u in reached
+    ):
+        return "", "an output of it that is a gate carries"
     if hasattr(node.target, "aten_op"):
         return _BY_TWIN[kind], ""
     if fact.degree == 1:

@@ -121,6 +121,18 @@ def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
+def inexact(x: Any) -> bool:
+    """Whether ``x`` is a tensor of a dtype that has gradients: floating point or complex."""
+    return isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a·b elementwise in float64. A complex number counts as its two parts, as in its gradient."""
+    if a.is_complex() or b.is_complex():
+        return (a.to(torch.complex128).conj() * b).real
+    return a.double() * b.double()
+
+
 @contextlib.contextmanager
 def differentiable() -> Iterator[None]:
     """Gradients can be taken, whatever surrounds."""

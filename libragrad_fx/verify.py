@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.proof import prove
 from libragrad_fx.rewrite import erase, first_difference
-from libragrad_fx.target import as_call, differentiable, undisturbed
+from libragrad_fx.target import as_call, differentiable, inexact, undisturbed
 from libragrad_fx.types import Certificate, Finding, Ledger, Plan
 
 _SAME_SIZE = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
@@ -87,8 +87,8 @@ def casts(module: CapturedModule) -> dict[torch.dtype, str]:
     found: dict[torch.dtype, str] = {}
     for n in module.graph.nodes:
         for a in (*n.args, *n.kwargs.values()) if n.name in live else ():
-            if isinstance(a, torch.dtype) and a.is_floating_point:
-                found.setdefault(a, live[n.name])
+            if isinstance(a, torch.dtype) and (a.is_floating_point or a.is_complex):
+                found.setdefault(a.to_real(), live[n.name])
     return found
 
 
@@ -119,7 +119,7 @@ def forward_equal(
         with undisturbed(m), differentiable():
             torch.manual_seed(0)
             moving = pytree.tree_map(_requiring_grad, (args, dict(kwargs)))
-            outputs.append(pytree.tree_leaves(m(*moving[0], **moving[1])))
+            outputs.append([*map(_as_real, pytree.tree_leaves(m(*moving[0], **moving[1])))])
     if len(outputs[0]) != len(outputs[1]):
         return False, math.nan, 0
     pairs = list(zip(*outputs, strict=True))
@@ -134,9 +134,13 @@ def forward_equal(
 
 
 def _requiring_grad(x: Any) -> Any:
-    if isinstance(x, torch.Tensor) and x.is_floating_point():
+    if inexact(x):
         return x.detach().clone().requires_grad_()
     return x
+
+
+def _as_real(x: Any) -> Any:
+    return torch.view_as_real(x.resolve_conj()) if torch.is_tensor(x) and x.is_complex() else x
 
 
 def _same_bits(a: Any, b: Any) -> bool:

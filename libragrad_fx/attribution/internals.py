@@ -19,7 +19,7 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.ledger import flat_arguments, site_bias
 from libragrad_fx.module import CapturedModule, called_modules
 from libragrad_fx.ops import insert
-from libragrad_fx.target import Target, as_call, differentiable, select_each, undisturbed
+from libragrad_fx.target import Target, as_call, differentiable, inexact, select_each, undisturbed
 from libragrad_fx.types import Site
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -149,7 +149,7 @@ class _Watch(torch.fx.Interpreter):
         """``y`` as a leaf of the gradient; of several outputs (an embedding bag's) the first."""
         if isinstance(y, (tuple, list)):
             return (self._start(name, y[0]), *y[1:])
-        if y.is_floating_point():
+        if inexact(y):
             self.sources[name] = y = y.detach().requires_grad_()
         return y
 

@@ -12,7 +12,7 @@ from libragrad_fx.attribution import maps
 from libragrad_fx.attribution.internals import Internals, observe
 from libragrad_fx.errors import InputError
 from libragrad_fx.module import CapturedModule, blocks
-from libragrad_fx.target import Target
+from libragrad_fx.target import Target, product
 
 METHODS = ("input_x_gradient", "fullgrad_plus")
 
@@ -77,13 +77,13 @@ def attribute(
     terms = {**seen.layers} if paths else dict(seen.inputs)
     if not plus and len(terms) > 1:
         raise InputError(f"input_x_gradient takes one layer; got {', '.join(terms)}")
-    products = {k: h.double() * g.double() for k, (h, g) in terms.items()}
+    products = {k: product(h, g) for k, (h, g) in terms.items()}
     batch = seen.output.shape[0]
     if any(h.shape[0] != batch for h, _ in terms.values()):
         raise InputError(
             f"the target callable gave {batch} numbers; attribute wants one for each sample"
         )
-    biases = [maps.by_sample(b.double() * g.double(), s.batch, batch) for s, b, g in seen.biases]
+    biases = [maps.by_sample(product(b, g), s.batch, batch) for s, b, g in seen.biases]
     first = next(iter(products.values()))
     whole = first.flatten(1).sum(1) + sum(b.flatten(1).sum(1) for b in biases)
     return _assemble(seen, products, biases, (whole - seen.output).abs(), method, tuple(paths))

@@ -88,8 +88,8 @@ def guard(x: Any, path: str, shape: tuple[int | str, ...], floating: bool, mode:
         raise InputError(f"{path} must be a tensor, as it was at capture; got {type(x).__name__}")
     if x.is_nested:
         raise InputError(f"{path} is a nested tensor; it was captured with one shape: pad it")
-    if x.is_floating_point() != floating:
-        wanted = "floating point" if floating else "an integer or bool type"
+    if (x.is_floating_point() or x.is_complex()) != floating:
+        wanted = "floating point or complex" if floating else "an integer or bool type"
         raise InputError(f"{path} was captured as {wanted}, got {x.dtype}")
     if len(x.shape) != len(shape) or any(
         isinstance(want, int) and got != want for got, want in zip(x.shape, shape, strict=False)
