@@ -76,8 +76,17 @@ def _again(
 def trace(
     model: torch.nn.Module, example_inputs: Any = None, *, rules: Any = None
 ) -> CapturedModule:
-    """The captured model with autograd's own backward: the plain side of every comparison."""
-    made = decide(model, example_inputs, "libra", "keep", rules)
+    """The captured model with autograd's own backward: the plain side of every comparison.
+
+    Raises:
+        CaptureError: as ``transform``; and where the model is no single graph.
+    """
+    try:
+        made = decide(model, example_inputs, "libra", "keep", rules)
+    except ExportError as e:
+        raise ExportError(
+            f"{e}\n  transform() may balance it in several graphs; a trace is one graph."
+        ) from e
     listed = sites(made.trace, made.analysis, balanced=False)
     return rewrite(made.trace, None, {"sites": listed})
 

@@ -170,7 +170,7 @@ def _export(
             warnings.simplefilter("ignore")
             made = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             _detach_no_grad_regions(made)
-            return _written_out(made if _is_functional(made) else made.run_decompositions({}), known)
+            return _written_out(_functional(made, known), known)
     except Exception as e:
         said = re.sub(r"[^.]*file an issue[^.]*\.?", "", _first_line(e))
         if "mutat" in said or "in-place" in said or "in place" in said:
@@ -192,25 +192,30 @@ def _hushed() -> Iterator[None]:
     sys.stdout.write(said.getvalue())
 
 
-def _is_functional(program: ExportedProgram) -> bool:
-    """Whether nothing writes in place and no region runs in another mode: it is functional as it is,
-    and the pass that makes it so, which costs as much as the export, has nothing to do.
+def _functional(program: ExportedProgram, known: Callable[[Any], bool]) -> ExportedProgram:
+    """The program without in-place writes, regions in another mode, and views that have no fact.
+
+    Where it has none of them it is left as it is: the pass costs as much as the export.
     """
-    for n in program.graph.nodes:
-        if isinstance(n.target, torch._ops.HigherOrderOperator):
-            return False
-        if isinstance(n.target, torch._ops.OpOverload):
-            schema = n.target._schema
-            statistics = any(a.name in ("training", "use_input_stats") for a in schema.arguments)
-            if schema.is_mutable or (statistics and _trains(n)):
-                return False
-    return True
+    is_done = not any(_writes_or_hides(n, known) for n in program.graph.nodes)
+    return program if is_done else program.run_decompositions({})
 
 
-def _trains(node: torch.fx.Node) -> bool:
-    """Whether a norm updates its running statistics, which its schema does not say."""
-    values = bind(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
-    return bool(values.get("training", values.get("use_input_stats")))
+def _writes_or_hides(node: torch.fx.Node, known: Callable[[Any], bool]) -> bool:
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if node.target._schema.is_mutable:
+        return True
+    values = bind(node.target, node.args, node.kwargs)
+    if values.get("training") or values.get("use_input_stats"):
+        return True  # a norm that writes its statistics, of which its schema says nothing
+    return _is_composite(node.target) and not known(node.target) and _makes_tensors(node)
+
+
+def _makes_tensors(node: torch.fx.Node) -> bool:
+    return any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(node.meta.get("val")))
 
 
 def _written_out(program: ExportedProgram, known: Callable[[Any], bool]) -> ExportedProgram:
@@ -218,13 +223,18 @@ def _written_out(program: ExportedProgram, known: Callable[[Any], bool]) -> Expo
     tried: set[Any] = set()
     while True:
         composite = {n.target: n for n in program.graph.nodes if _is_composite(n.target)}
-        unknown = {op: n for op, n in composite.items() if op not in tried and not known(op)}
+        unknown = {
+            op: n
+            for op, n in composite.items()
+            if op not in tried and not known(op) and _makes_tensors(n)
+        }
         if not unknown:
             return program
         tried |= set(unknown)
         table = torch.export.default_decompositions()
-        made_of = {op: _parts(n) for op, n in unknown.items() if op in table}
-        parts = {op: table[op] for op, p in made_of.items() if p and all(map(known, p))}
+        parts = {
+            op: table[op] for op, n in unknown.items() if op in table and all(map(known, _parts(n)))
+        }
         if parts:
             program = program.run_decompositions(parts)
 

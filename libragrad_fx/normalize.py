@@ -25,7 +25,6 @@ from libragrad_fx.capture import Call, Capture
 from libragrad_fx.errors import CaptureError
 from libragrad_fx.module import CapturedModule, Record, Structure, shell_tree
 from libragrad_fx.ops import insert
-from libragrad_fx.target import inexact
 from libragrad_fx.types import ArgSpec, ModuleCall, Trace
 
 aten = torch.ops.aten
@@ -150,9 +149,9 @@ class _Normaliser:
 
     def _guard(self, value: Node, path: str, fake: torch.Tensor, mode: Any) -> Node:
         shape = tuple(d if isinstance(d, int) else str(d) for d in fake.shape)
-        spec = ArgSpec(path, shape, inexact(fake))
+        spec = ArgSpec(path, shape, insert.dtype_kind(fake))
         self.specs.append(spec)
-        node = self.graph.call_function(insert.guard, (value, path, shape, spec.floating, mode))
+        node = self.graph.call_function(insert.guard, (value, path, shape, spec.dtype, mode))
         node.meta["val"] = fake
         self.last = node
         return node

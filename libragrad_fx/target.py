@@ -37,6 +37,11 @@ def select_each(output: Any, target: Target) -> torch.Tensor:
     if callable(target):
         return _called(output, target)
     y = first_tensor(output)
+    if not y.is_floating_point():
+        raise InputError(
+            f"the output is {y.dtype}: only a real number can be explained, by a target callable that"
+            " makes one of it (of a complex output its abs, or a part)"
+        )
     batch = y.shape[0] if y.ndim else 1
     if batch == 0:
         raise InputError("the batch is empty: there is nothing to explain")

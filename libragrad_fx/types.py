@@ -113,11 +113,13 @@ class PolicyRow:
 
 @dataclasses.dataclass(frozen=True)
 class ArgSpec:
-    """One tensor leaf of the inputs: dtype class and shape; a ``str`` dimension is free."""
+    """One tensor leaf of the inputs: its shape, in which a ``str`` dimension is free, and the kind of
+    its dtype: ``"floating point"``, ``"complex"`` or ``"an integer or bool type"``.
+    """
 
     path: str
     shape: tuple[int | str, ...]
-    floating: bool
+    dtype: str
 
     def __str__(self) -> str:
         return f"{self.path}: ({', '.join(map(str, self.shape))})"

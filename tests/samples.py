@@ -130,6 +130,7 @@ def differentiable(call: Call) -> Any:
 
 
 def is_float(value: Any) -> bool:
+    """Real, as PyTorch's own samples in float64 are; complex ones are made by hand."""
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
@@ -170,6 +171,10 @@ def _drawn(value: Any) -> Any:
 
 def r(*shape: int) -> Callable[[], torch.Tensor]:
     return lambda: randn(*shape)
+
+
+def c(*shape: int) -> Callable[[], torch.Tensor]:
+    return lambda: torch.complex(randn(*shape), randn(*shape))
 
 
 def ids(high: int, *shape: int) -> Callable[[], torch.Tensor]:
@@ -279,6 +284,24 @@ BY_HAND: dict[str, list[Builder]] = {
     + one(lambda: torch.rand(2, 3) > 0.5, r(2, 3), 0.7),
     "aten.masked_fill": one(r(2, 3), lambda: torch.rand(3) > 0.5, 0.7)
     + one(r(2, 3), lambda: torch.rand(2, 3) > 0.5, r()),
+    "aten.view_as_real": one(c(2, 3)),
+    "aten.view_as_complex": one(r(2, 3, 2)),
+    **{f"aten.{n}": one(c(2, 3)) for n in ("real", "imag", "_conj", "_conj_physical", "_neg_view")},
+    **{f"aten.{n}": one(c(2, 3)) for n in ("conj_physical", "resolve_conj", "resolve_neg")},
+    "aten.complex": one(r(2, 3), r(2, 3)),
+    "aten._fft_r2c": one(r(2, 6), [1], 0, True) + one(r(2, 5), [0, 1], 1, False),
+    "aten._fft_c2c": one(c(2, 6), [1], 0, True) + one(c(2, 5), [0, 1], 1, False),
+    "aten._fft_c2r": one(c(2, 4), [1], 0, 6) + one(c(3, 3), [0, 1], 2, 5),
+    "aten.polar": one(lambda: positive(2, 3), r(3)),
+    "aten.linalg_solve_triangular": one(lambda: randn(3, 3).tril() + 3 * torch.eye(3), r(3, 2), upper=False)
+    + one(lambda: randn(2, 3, 3).triu() + 3 * torch.eye(3), r(2, 4, 3), upper=True, left=False),
+    "aten.linalg_solve": one(lambda: randn(3, 3) + 3 * torch.eye(3), r(3, 2)),
+    "aten.linalg_inv": one(lambda: randn(2, 3, 3) + 3 * torch.eye(3)),
+    "aten.linalg_cholesky": one(lambda: 0.1 * torch.ones(3, 3).double() + 2 * torch.eye(3)),
+    "aten.abs": one(r(2, 3)) + one(c(2, 3)),
+    "aten.moveaxis": one(r(2, 3, 4), [0, 1], [2, 0]),
+    **{f"aten.{n}": one(r(2, 3, 4), 0, 2) for n in ("swapaxes", "swapdims")},
+    "aten.numpy_T": one(r(2, 3)),
     "aten.fill": one(r(2, 3), r()),
     "aten.dropout": one(r(4, 5), 0.5, True) + one(r(4, 5), 0.5, False),
     "aten.native_dropout": one(r(4, 5), 0.5, True),
@@ -332,8 +355,8 @@ BY_HAND: dict[str, list[Builder]] = {
         )
     ],
     "aten.batch_norm": _norm_of(4, 3, 5) + _norm_of(6, 3),
-    "aten.mul": one(r(2, 3), r(3)) + one(r(2, 3), 1.5),
-    "aten.div": one(r(2, 3), lambda: positive(3)) + one(r(2, 3), 1.5),
+    "aten.mul": one(r(2, 3), r(3)) + one(r(2, 3), 1.5) + one(c(2, 3), c(3)) + one(c(2, 3), r(3)),
+    "aten.div": one(r(2, 3), lambda: positive(3)) + one(r(2, 3), 1.5) + one(c(2, 3), c(3)),
     "aten.einsum": one("ij,jk->ik", [r(2, 3), r(3, 4)])
     + one("bi,bj,bk->bijk", [r(2, 3), r(2, 2), r(2, 4)]),
     "aten.addcmul": one(r(2, 3), r(2, 3), r(3), value=0.5),

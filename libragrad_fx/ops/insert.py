@@ -79,7 +79,13 @@ def probe(*args: Any, _output: Any, _args: tuple[Any, ...], **kwargs: Any) -> An
     return _output
 
 
-def guard(x: Any, path: str, shape: tuple[int | str, ...], floating: bool, mode: Any) -> Any:
+def dtype_kind(x: torch.Tensor) -> str:
+    if x.is_complex():
+        return "complex"
+    return "floating point" if x.is_floating_point() else "an integer or bool type"
+
+
+def guard(x: Any, path: str, shape: tuple[int | str, ...], dtype: str, mode: Any) -> Any:
     """``x`` itself, if it fits what was captured; otherwise an error that says what does not fit.
 
     mode: the training flag that the graph was captured with, and the one it is called with.
@@ -88,9 +94,8 @@ def guard(x: Any, path: str, shape: tuple[int | str, ...], floating: bool, mode:
         raise InputError(f"{path} must be a tensor, as it was at capture; got {type(x).__name__}")
     if x.is_nested:
         raise InputError(f"{path} is a nested tensor; it was captured with one shape: pad it")
-    if (x.is_floating_point() or x.is_complex()) != floating:
-        wanted = "floating point or complex" if floating else "an integer or bool type"
-        raise InputError(f"{path} was captured as {wanted}, got {x.dtype}")
+    if dtype_kind(x) != dtype:
+        raise InputError(f"{path} was captured as {dtype}, got {x.dtype}")
     if len(x.shape) != len(shape) or any(
         isinstance(want, int) and got != want for got, want in zip(x.shape, shape, strict=False)
     ):

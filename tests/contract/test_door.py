@@ -210,9 +210,7 @@ BAD_MODELS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "returns text": (lambda: From(lambda m, x: "text"), X, NO_PATH),
     "returns indices": (lambda: From(lambda m, x: m(x).argmax(-1)), X, NO_PATH),
     "returns a constant": (lambda: From(lambda m, x: m.weight * 2), X, NO_PATH),
-    "returns complex": (lambda: From(lambda m, x: torch.fft.fft(m(x))), X, NO_PATH),
     "switches grad off": (lambda: From(lambda m, x: (torch.set_grad_enabled(False), m(x))[1]), X, NO_PATH),
-    "is complex": (lambda: linear(dtype=torch.complex64)[:1], X.to(torch.complex64), NO_PATH),
     "returns an object": (lambda: From(lambda m, x: object()), X, "output"),
     "raises": (lambda: From(boom), X, "ValueError: boom"),
     "stops an iteration": (lambda: From(stops), X, "StopIteration"),
@@ -250,6 +248,21 @@ def test_malformed_models(name: str) -> None:
     if isinstance(inputs, torch.Tensor):
         assert torch.equal(inputs, X)
         assert not inputs.requires_grad
+
+
+def test_complex_outputs_are_explained_by_a_real_number_alone() -> None:
+    model, x = linear(dtype=torch.complex128)[:1], X.to(torch.complex128)
+    gm = lg.transform(model, x)
+    for door in (lg.attribute, lg.audit):
+        refused(lambda door=door: door(gm, x, 0), "complex", error=InputError)
+    assert lg.verify(model, gm, x, lambda y: y.abs()[:, 0]).ok
+
+
+def test_complex_inputs_are_attributed() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)).to(torch.complex128)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.complex128)
+    found = lg.attribute(lg.transform(model, x), x, lambda y: y.abs().sum((1, 2, 3)))
+    assert float(found.completeness_error.max()) < 1e-12
 
 
 NOT_MODELS = [None, 3, "resnet18", b"", nn.Linear, linear, X, [], {}, (linear(),), ..., torch.float32]  # fmt: skip

@@ -18,8 +18,9 @@ from libragrad_fx.ops.twin import bind
 from libragrad_fx.plan import plan as decide
 from libragrad_fx.rewrite import require_same_graph, rewrite
 from libragrad_fx.rulebook import RuleBook
+from libragrad_fx.target import inexact
 from libragrad_fx.types import Analysis, Ledger, OpFacts, Plan, Trace
-from tests.samples import Call, is_float
+from tests.samples import Call
 
 
 def tensors(call: Call, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -29,8 +30,8 @@ def tensors(call: Call, names: Iterable[str]) -> dict[str, torch.Tensor]:
     for name in names:
         value = values.get(name)
         if isinstance(value, (list, tuple)):
-            found |= {f"{name}[{i}]": v for i, v in enumerate(value) if is_float(v)}
-        elif is_float(value):
+            found |= {f"{name}[{i}]": v for i, v in enumerate(value) if inexact(v)}
+        elif inexact(value):
             found[name] = value
     return found
 
@@ -39,7 +40,11 @@ def cast(call: Call, dtype: torch.dtype) -> Call:
     """The same call with its float64 tensors in another dtype."""
 
     def move(value: Any) -> Any:
-        return value.to(dtype) if is_float(value) else value
+        if not inexact(value):
+            return value
+        if value.is_complex():  # halves of complex numbers have few kernels
+            return value.to((dtype if dtype.itemsize >= 4 else torch.float32).to_complex())
+        return value.to(dtype)
 
     args, kwargs = torch.utils._pytree.tree_map(move, (call.args, call.kwargs))
     return Call(call.op, tuple(args), kwargs)
@@ -101,7 +106,8 @@ def trace_call(
     for i, name in enumerate(live):
         x = graph.placeholder(f"x{i}")
         node = graph.call_function(
-            insert.guard, (x, f"x{i}", tuple(given[name].shape), True, (False, False))
+            insert.guard,
+            (x, f"x{i}", tuple(given[name].shape), insert.dtype_kind(given[name]), (False, False)),
         )
         node.meta["val"] = given[name]
         moving[name] = node

@@ -25,8 +25,9 @@ from libragrad_fx import rulebook
 from libragrad_fx.module import CapturedModule, Record, shell_tree
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.twin import bind
+from libragrad_fx.target import inexact
 from libragrad_fx.types import Kind, ModuleCall, OpFacts, Trace
-from tests.samples import Call, calls, is_float
+from tests.samples import Call, calls
 
 BOOK = rulebook.load()
 aten = torch.ops.aten
@@ -45,6 +46,8 @@ _BACK = (0, 0, 0, 0, 1, 1, 2, 3, 5, 8, 13, 21)  # how far back a step reaches: l
 _LEFT_OUT = {
     "aten.empty_like", "aten.new_empty",  # uninitialised memory has no bits to compare
     "aten.one_hot",  # takes integers only
+    "aten.linalg_cholesky",  # its operand is symmetric
+    "aten._fft_c2r",  # does not check its size against its operand's
 }  # fmt: skip
 _ROWS = {
     k: [op for op, r in BOOK.facts.items() if r.kind is k and op not in _LEFT_OUT] for k in Kind
@@ -164,7 +167,7 @@ class _Builder:
 
     def guard(self, place: Node, x: torch.Tensor) -> Node:
         self.inputs.append(x)
-        facts = (place, place.name, tuple(x.shape), x.is_floating_point(), (False, False))
+        facts = (place, place.name, tuple(x.shape), insert.dtype_kind(x), (False, False))
         return self.add(self.graph.call_function(insert.guard, facts), x)
 
     def weight(self, x: torch.Tensor, learned: bool = False) -> Node:
@@ -180,7 +183,7 @@ class _Builder:
         """A new node, if its op runs on the values at hand and gives finite ones."""
         value = op(*map_arg(args, _value), **map_arg(kwargs, _value))
         ys = value if isinstance(value, (tuple, list)) else (value,)
-        if any(is_float(y) and not (y.numel() and bool(y.isfinite().all())) for y in ys):
+        if any(inexact(y) and not (y.numel() and bool(y.isfinite().all())) for y in ys):
             raise ValueError("not finite, or empty")
         if "std" in str(op) or "var" in str(op):  # of a constant: rounding over rounding
             assert float(ys[0].abs().min()) > 1e-6
@@ -214,7 +217,9 @@ class _Builder:
         """
         back, how = divmod(pick, 4)
         shape, chosen = tuple(sample.shape), self.floats[-1 - back % len(self.floats)]
-        if not is_float(sample):
+        if sample.is_complex():
+            return self.emit(aten.view_as_complex.default, self.fit(chosen, (*shape, 2)))
+        if not inexact(sample):
             if how != 2:
                 return self.weight(sample)
             if sample.dtype == torch.bool:
@@ -283,7 +288,7 @@ class _Builder:
             get = self.graph.call_function
             items = [(i, v) for i, v in enumerate(value) if isinstance(v, torch.Tensor)]
             results = [self.add(get(operator.getitem, (node, i)), v) for i, v in items[:3]]
-        floats = [n for n in results if is_float(_value(n))]
+        floats = [self.real(n) for n in results if inexact(_value(n))]
         for i, result in enumerate(floats):
             if (largest := float(_value(result).abs().max())) > _LARGEST:
                 floats[i] = result = self.emit(aten.mul.Tensor, result, 1 / largest)
@@ -295,6 +300,12 @@ class _Builder:
             path, output = f"part_{len(self.calls)}", (results[0], (results[0], used[0]), used[0])
             last = self.nodes[-1].name
             self.calls.append(ModuleCall(path, last, tuple(used), {}, output[step.wrap - 1]))
+
+    def real(self, node: Node) -> Node:
+        """A complex value as its two parts."""
+        if not _value(node).is_complex():
+            return node
+        return self.emit(aten.view_as_real.default, self.emit(aten.resolve_conj.default, node))
 
     def trace(self) -> Trace:
         ends = [n for n in reversed(self.floats) if not n.users] or self.floats[-1:]
@@ -337,7 +348,7 @@ def _literal(name: str, value: Any, choice: int, rank: int) -> Any:
 
 def _free(row: OpFacts, name: str, sample: torch.Tensor) -> bool:
     """Whether something else may stand in the place of a sample's tensor."""
-    if is_float(sample):
+    if inexact(sample):
         return name in row.operands or row.kind is Kind.CUT
     if name == "offsets":  # of bags: PyTorch does not check them
         return False

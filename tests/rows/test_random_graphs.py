@@ -25,10 +25,10 @@ from libragrad_fx.pipeline import Decision, remember
 from libragrad_fx.plan import plan as decide
 from libragrad_fx.proof import prove
 from libragrad_fx.rewrite import erase, first_difference, rewrite, spell
+from libragrad_fx.target import inexact, product
 from libragrad_fx.types import Analysis, Kind, Ledger, Plan, Role, Trace
 from tests.rows.random_graphs import BOOK, Recipe, build, recipes
 from tests.rows.test_law import same_bits, weighted_sum
-from tests.samples import is_float
 
 TOLERANCE = 1e-9  # float64, of the sum of the absolute flows through a node
 
@@ -57,8 +57,8 @@ class Flow(float):
 
 
 def flow(a: torch.Tensor, b: torch.Tensor) -> Flow:
-    product = a * b
-    return Flow.of(float(product.sum()), float(product.abs().sum()))
+    products = product(a, b)
+    return Flow.of(float(products.sum()), float(products.abs().sum()))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -96,7 +96,7 @@ def make(recipe: Recipe) -> Made | None:
 
 def run(module: CapturedModule, inputs: list[torch.Tensor]) -> tuple[list[Any], list[torch.Tensor]]:
     torch.manual_seed(7)
-    moving = [x.clone().requires_grad_(is_float(x)) for x in inputs]
+    moving = [x.clone().requires_grad_(inexact(x)) for x in inputs]
     return list(module(*moving)), [x for x in moving if x.requires_grad]
 
 
@@ -155,7 +155,11 @@ def assert_complete(account: Ledger) -> None:
 
 def account_of(made: Made, module: CapturedModule) -> Ledger:
     torch.manual_seed(7)
-    return accounts.ledger(module, made.inputs, lambda outputs: target(made, outputs))
+    try:
+        return accounts.ledger(module, made.inputs, lambda outputs: target(made, outputs))
+    except RuntimeError as e:  # a gradient that PyTorch cannot view as complex numbers
+        assume("storage_offset divisible by 2" not in str(e))
+        raise
 
 
 def target(made: Made, outputs: Sequence[Any]) -> torch.Tensor:
