@@ -98,6 +98,8 @@ def _bias_name(node: Node, fact: OpFacts, live: Sequence[str]) -> str | None:
     if fact.kind in (Kind.GATED, Kind.GATE_SOURCE):
         return None if fact.at_zero == 0 else "at_zero"
     multiplied = (*fact.factors, *fact.denominator)
+    if live and not any(k.partition("[")[0] in (*fact.stream, *multiplied) for k in live):
+        return None  # what only modulates has no zero to measure from
     if fact.kind is Kind.PRODUCT and not any(k.partition("[")[0] in multiplied for k in live):
         return "at_zero"  # only its offset is live: the product is a constant
     streams = bind(aten_op(node), node.args, node.kwargs)

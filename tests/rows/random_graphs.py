@@ -46,6 +46,7 @@ _BACK = (0, 0, 0, 0, 1, 1, 2, 3, 5, 8, 13, 21)  # how far back a step reaches: l
 _LEFT_OUT = {
     "aten.empty_like", "aten.new_empty",  # uninitialised memory has no bits to compare
     "aten.one_hot",  # takes integers only
+    "aten.polar",  # its first operand is a length
     "aten.linalg_cholesky",  # its operand is symmetric
     "aten._fft_c2r",  # does not check its size against its operand's
 }  # fmt: skip
