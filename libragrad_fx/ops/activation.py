@@ -24,7 +24,7 @@ def secant_slope(
 ) -> torch.Tensor:
     """``(y - f(0)) / x`` with its limit ``slope`` where |x| is too small to divide by."""
     if not isinstance(at_zero, torch.Tensor) and at_zero == 0:
-        return torch.where(x == 0, slope, y / x)
+        return (y / x).nan_to_num_(slope, math.inf, -math.inf)
     # below sqrt(eps) the difference y - f(0) is rounding; the limit is right to eps there
     tiny = x.abs() < math.sqrt(torch.finfo(x.dtype).eps)
     return torch.where(tiny, slope, (y - at_zero) / torch.where(tiny, 1.0, x))
@@ -33,19 +33,34 @@ def secant_slope(
 def _secant(
     op: torch._ops.OpOverload, slope: float, at_zero: Callable[..., Any] | float = 0.0
 ) -> Callable[..., Any]:
-    """Twin of a unary op. ``at_zero`` is f(0): a number, or a function of the op's parameters."""
-    stream = op._schema.arguments[0].name
+    """Twin of a unary op. ``at_zero`` is f(0): a number, or a function of the op's parameters.
 
-    def vjp(needs: frozenset[str], g: torch.Tensor, *, result: torch.Tensor, **args: Any) -> Grads:
-        x = args.pop(stream)
-        zero = at_zero(**args) if callable(at_zero) else at_zero
-        return {stream: secant_slope(x, result, zero, slope) * g}
+    The slope is taken while input and output are at hand, and is all that is kept.
+    """
+    names = [a.name for a in op._schema.arguments]
+    stream = names[0]
 
-    return twin(op, vjp, saves=(stream, "result"))
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        y = op(x, *args, **kwargs)
+        given = dict(zip(names[1:], args, strict=False)) | kwargs
+        zero = at_zero(**given) if callable(at_zero) else at_zero
+        return y, secant_slope(x, y, zero, slope)
 
+    def vjp(needs: frozenset[str], g: torch.Tensor, *, slope: torch.Tensor, **_: Any) -> Grads:
+        return {stream: slope * g}
+
+    return twin(op, vjp, forward=forward, extras=("slope",), saves=("slope",))
+
+
+def _silu(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor) -> Grads:
+    """g * sigmoid(x), which is the derivative of softplus: one kernel."""
+    return {"self": aten.softplus_backward.default(g, self, 1.0, _LINEAR_FROM)}
+
+
+_LINEAR_FROM = 40.0  # beyond, sigmoid(x) is 1 in every dtype
 
 gelu = _secant(aten.gelu.default, 0.5)
-silu = _secant(aten.silu.default, 0.5)
+silu = twin(aten.silu.default, _silu, saves=("self",))
 mish = _secant(aten.mish.default, 0.6)
 hardswish = _secant(aten.hardswish.default, 0.5)
 elu = _secant(aten.elu.default, 1.0)

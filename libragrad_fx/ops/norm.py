@@ -3,15 +3,18 @@
 All of them are ``y = w * (x - mean) * rstd + b`` over some axes. With ``u = g * w`` the balanced
 gradient is ``dx = rstd * (u - mean(u))``; RMSNorm has no mean. Statistics are accumulated in
 float32 for 16-bit inputs, as the forward kernels do. Gradients of ``w`` and ``b`` are autograd's.
+Where those are not wanted, ``rstd`` and ``w`` are all that is kept of a LayerNorm or an RMSNorm.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from libragrad_fx.ops.twin import Grads, twin
+from libragrad_fx.ops.twin import Grads, minus_, times_, twin
 
 aten = torch.ops.aten
 Axes = tuple[int, ...]
@@ -21,50 +24,76 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _whiten(
-    x: torch.Tensor, axes: Axes, eps: float, centred: bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x - mean) * rstd and rstd, over ``axes``."""
-    x = _wide(x)
-    x = x - x.mean(axes, keepdim=True) if centred else x
-    rstd = torch.rsqrt((x * x).mean(axes, keepdim=True) + eps)
-    return x * rstd, rstd
+def _weighted(g: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """g * w in a new tensor, in at least float32."""
+    if weight is not None:
+        return _wide(g) * weight
+    return g.float() if g.dtype in (torch.float16, torch.bfloat16) else g.clone()
 
 
 def _pull(u: torch.Tensor, rstd: torch.Tensor, axes: Axes, centred: bool = True) -> torch.Tensor:
-    return rstd * (u - u.mean(axes, keepdim=True) if centred else u)
+    """rstd * (u - mean(u)), in the memory of u."""
+    u = minus_(u, u.mean(axes, keepdim=True)) if centred else u
+    return times_(u, rstd)
 
 
 def _affine(
-    needs: frozenset[str], g: torch.Tensor, hat: torch.Tensor, shape: Axes
+    needs: frozenset[str], g: torch.Tensor, hat: Callable[[], torch.Tensor], shape: Axes
 ) -> dict[str, Any]:
     """Gradients of weight and bias; ``shape`` is theirs, aligned to broadcast with ``g``."""
     return {
-        "weight": (g * hat).sum_to_size(shape) if "weight" in needs else None,
-        "bias": g.sum_to_size(shape) if "bias" in needs else None,
+        "weight": (_wide(g) * hat()).sum_to_size(shape) if "weight" in needs else None,
+        "bias": _wide(g).sum_to_size(shape) if "bias" in needs else None,
     }
 
 
-def _over_last(
-    needs: frozenset[str], g: torch.Tensor, *, input: torch.Tensor, weight: torch.Tensor | None,
-    normalized_shape: list[int], eps: float | None, centred: bool, **_: Any,
+# --- over the last axes
+
+
+def _native_layer_norm(
+    input: torch.Tensor, normalized_shape: list[int], weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None, eps: float = 1e-5, cudnn_enable: bool = True,
+) -> Any:  # fmt: skip
+    """What ``layer_norm`` calls: the output, the mean, 1/sigma."""
+    return aten.native_layer_norm.default(input, normalized_shape, weight, bias, eps)
+
+
+def _layer_norm(
+    needs: frozenset[str], g: torch.Tensor, *, input: torch.Tensor | None, weight: torch.Tensor | None,
+    mean: torch.Tensor | None, rstd: torch.Tensor, normalized_shape: list[int], **_: Any,
 ) -> Grads:  # fmt: skip
-    axes, g = tuple(range(-len(normalized_shape), 0)), _wide(g)
-    eps = torch.finfo(_wide(input).dtype).eps if eps is None else eps
-    hat, rstd = _whiten(input, axes, eps, centred)
-    u = g if weight is None else g * weight
-    return {
-        "input": _pull(u, rstd, axes, centred),
-        **_affine(needs, g, hat, tuple(normalized_shape)),
-    }
+    axes = tuple(range(-len(normalized_shape), 0))
+    hat = lambda: (_wide(input) - mean) * rstd  # type: ignore  # noqa: E731
+    grads = _affine(needs, g, hat, tuple(normalized_shape))
+    if "input" in needs:
+        grads["input"] = _pull(_weighted(g, weight), rstd, axes)
+    return grads
 
 
-def _layer_norm(needs: frozenset[str], g: torch.Tensor, cudnn_enable: bool, **args: Any) -> Grads:
-    return _over_last(needs, g, centred=True, **args)
+def _rms_norm_kept(
+    input: torch.Tensor, normalized_shape: list[int], weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The output and 1/sigma, which costs one more look at the input and saves keeping it."""
+    x, axes = _wide(input), tuple(range(-len(normalized_shape), 0))
+    norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
+    floor = torch.finfo(x.dtype).eps if eps is None else eps
+    rstd = torch.rsqrt(norm * norm / math.prod(normalized_shape) + floor)
+    return aten.rms_norm.default(input, normalized_shape, weight, eps), rstd
 
 
-def _rms_norm(needs: frozenset[str], g: torch.Tensor, **args: Any) -> Grads:
-    return _over_last(needs, g, centred=False, **args)
+def _rms_norm(
+    needs: frozenset[str], g: torch.Tensor, *, input: torch.Tensor | None, weight: torch.Tensor | None,
+    rstd: torch.Tensor, normalized_shape: list[int], **_: Any,
+) -> Grads:  # fmt: skip
+    hat = lambda: _wide(input) * rstd  # type: ignore  # noqa: E731
+    grads = _affine(needs, g, hat, tuple(normalized_shape))
+    if "input" in needs:
+        grads["input"] = times_(_weighted(g, weight), rstd)
+    return grads
+
+
+# --- over positions
 
 
 def _per_channel(x: torch.Tensor, weight: torch.Tensor | None = None) -> Any:
@@ -78,14 +107,18 @@ def _over_positions(
     view: tuple[int, ...], axes: Axes, eps: float,
 ) -> Grads:  # fmt: skip
     """Group, instance and batch norm: whiten ``x`` viewed as ``view``, affine per channel."""
-    g = _wide(g)
-    hat, rstd = _whiten(x.reshape(view), axes, eps)
-    u = g if weight is None else g * _per_channel(x, weight)
-    affine = _affine(needs, g, hat.reshape(x.shape), _per_channel(x))
-    return {
-        "input": _pull(u.reshape(view), rstd, axes).reshape(x.shape),
-        **{k: None if v is None else v.reshape(-1) for k, v in affine.items()},
+    seen = _wide(x.reshape(view))
+    var, mean = torch.var_mean(seen, axes, correction=0, keepdim=True)
+    rstd = torch.rsqrt(var + eps)
+    hat = lambda: ((seen - mean) * rstd).reshape(x.shape)  # noqa: E731
+    grads = {
+        k: None if v is None else v.reshape(-1)
+        for k, v in _affine(needs, g, hat, _per_channel(x)).items()
     }
+    if "input" in needs:
+        u = _weighted(g, None if weight is None else _per_channel(x, weight))
+        grads["input"] = _pull(u.reshape(view), rstd, axes).reshape(x.shape)
+    return grads
 
 
 def _group_norm(
@@ -112,9 +145,15 @@ def _batch_norm(
     return _over_positions(needs, g, input, weight, tuple(input.shape), axes, eps)
 
 
+layer_norm = twin(
+    aten.layer_norm.default, _layer_norm, forward=_native_layer_norm, extras=("mean", "rstd"),
+    saves=("weight", "rstd", "mean", "input"), for_others=("mean", "input"),
+)  # fmt: skip
+rms_norm = twin(
+    aten.rms_norm.default, _rms_norm, forward=_rms_norm_kept, extras=("rstd",),
+    saves=("weight", "rstd", "input"), for_others=("input",),
+)  # fmt: skip
 _SAVES = ("input", "weight")
-layer_norm = twin(aten.layer_norm.default, _layer_norm, saves=_SAVES)
-rms_norm = twin(aten.rms_norm.default, _rms_norm, saves=_SAVES)
 group_norm = twin(aten.group_norm.default, _group_norm, saves=_SAVES)
 instance_norm = twin(aten.instance_norm.default, _instance_norm, saves=_SAVES)
 batch_norm = twin(aten.batch_norm.default, _batch_norm, saves=_SAVES)

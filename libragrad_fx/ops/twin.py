@@ -19,6 +19,8 @@ LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 Grads = Mapping[str, "torch.Tensor | Sequence[torch.Tensor] | None"]
 Vjp = Callable[..., Grads]
+Save = Callable[[Any, Mapping[str, Any], Any, bool], None]
+Pull = Callable[[Any, Sequence[Any], frozenset[str]], Grads]
 
 
 def twin(
@@ -26,29 +28,37 @@ def twin(
     vjp: Vjp,
     *,
     saves: Sequence[str],
+    extras: Sequence[str] = (),
+    for_others: Sequence[str] = (),
     name: str | None = None,
     forward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """The balanced twin of ``op``: same schema, same forward kernel, backward ``vjp``.
 
-    vjp:     called as ``vjp(needs, g, **saved)`` with ``needs`` the names of arguments whose
-             gradient is wanted, ``g`` the gradient of the output (a tuple for several outputs) and
-             ``saved`` every non-tensor argument plus the tensors named in ``saves`` (``"result"``
-             is the output). Returns gradients by argument name.
-    saves:   names of the tensor arguments that the backward reads; anything else is not kept.
-    forward: computes the same bits as ``op`` from the same arguments; ``op`` itself by default.
+    vjp:        called as ``vjp(needs, g, **saved)`` with ``needs`` the names of arguments whose
+                gradient is wanted, ``g`` the gradient of the output (a tuple for several outputs)
+                and ``saved`` every non-tensor argument plus the tensors named in ``saves``
+                (``"result"`` is the output). Returns gradients by argument name.
+    saves:      names of the tensor arguments that the backward reads; anything else is not kept.
+    forward:    computes the same bits as ``op`` from the same arguments; ``op`` itself by default.
+    extras:     names of what ``forward`` returns behind the op's output, for ``vjp`` alone; one that
+                ``saves`` names may be None.
+    for_others: what is saved only where an argument beside the first needs a gradient.
     """
     label = name or op._schema.name.split("::")[1]
-    run = forward or op
-    custom = _custom_op(op, label, run, vjp, saves)
-    function = _function(op, label, run, vjp, saves)
+    save = _saver(tuple(saves), tuple(extras), tuple(for_others))
+    pull = _puller(vjp, tuple(saves), len(extras))
+    custom = _custom_op(op, label, forward or op, save, pull, len(extras))
+    function = _function(op, label, forward or op, save, pull)
     # plain tuples: Dynamo traces this function and does not know what a schema is
     names, keyword, defaults = _signature(op)
-    count = len(names) - len(keyword)
+    count, several = len(names) - len(keyword), bool(extras)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_exporting():
-            return custom(*args, **kwargs)
+            return custom(*args, **kwargs)[0] if several else custom(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return op(*args, **kwargs)
         values = [*args, *defaults[len(args) : count]]
         values.extend(defaults[count:])
         values = [kwargs.get(n, v) for n, v in zip(names, values, strict=True)]
@@ -56,12 +66,61 @@ def twin(
         flat: list[Any] = []
         for v in values:
             flat.extend(v) if _is_tensors(v) else flat.append(v)
-        return function.apply(sizes, *flat)
+        return function.apply(sizes, *flat)[0] if several else function.apply(sizes, *flat)
 
     call.__name__ = call.__qualname__ = label
     call.__doc__ = f"Balanced twin of ``{op}`` (arguments {', '.join(names)})."
     call.aten_op = op  # type: ignore[attr-defined]
     return call
+
+
+def _saver(saves: Sequence[str], extras: Sequence[str], for_others: Sequence[str]) -> Save:
+    """Keeps what the backward reads; tensors through ``save_for_backward``, so views and vmap work."""
+
+    def save(ctx: Any, values: Mapping[str, Any], output: Any, others: bool) -> None:
+        if extras:
+            output, *more = output
+            ctx.mark_non_differentiable(*more)
+            values = {**values, **dict(zip(extras, more, strict=True))}
+        tensors: dict[str, list[torch.Tensor]] = {}
+        for name in saves:
+            if name in for_others and not others:
+                continue
+            value = output if name == "result" else values[name]
+            if isinstance(value, torch.Tensor):
+                tensors[name] = [value]
+            elif value is not None:
+                tensors[name] = list(value)
+        ctx.layout = tuple((k, -1 if isinstance(values.get(k, output), torch.Tensor) else len(v))
+                           for k, v in tensors.items())  # fmt: skip
+        ctx.plain = {
+            k: v
+            for k, v in values.items()
+            if not isinstance(v, torch.Tensor) and not _is_tensors(v)
+        }
+        ctx.save_for_backward(*(t for ts in tensors.values() for t in ts))
+
+    return save
+
+
+def _puller(vjp: Vjp, saves: Sequence[str], extras: int) -> Pull:
+    """Calls ``vjp`` on what was saved."""
+
+    def pull(ctx: Any, g: Sequence[Any], needs: frozenset[str]) -> Grads:
+        saved: dict[str, Any] = {**dict.fromkeys(saves), **ctx.plain}
+        flat = iter(ctx.saved_tensors)
+        for name, size in ctx.layout:
+            saved[name] = next(flat) if size < 0 else [next(flat) for _ in range(size)]
+        g = g[: len(g) - extras]
+        upstream = g[0] if len(g) == 1 else tuple(g)
+        device = next((t.device.type for t in g if t is not None), "cpu")
+        if torch.is_autocast_enabled(device):
+            # a backward runs in the dtypes that its forward chose, whatever surrounds .backward()
+            with torch.autocast(device, enabled=False):
+                return vjp(needs, upstream, **saved)
+        return vjp(needs, upstream, **saved)
+
+    return pull
 
 
 def _signature(
@@ -85,6 +144,17 @@ def bind(
     return {n: given.get(n, d) for n, d in zip(names, defaults, strict=True)}
 
 
+def times_(x: torch.Tensor, y: Any) -> torch.Tensor:
+    """``x * y`` in the memory of ``x``, which nobody else reads: a new tensor costs more than the
+    product. Under ``vmap`` it is a new one, as ``y`` may have more elements there."""
+    return x * y if torch._C._are_functorch_transforms_active() else x.mul_(y)
+
+
+def minus_(x: torch.Tensor, y: Any) -> torch.Tensor:
+    """``x - y`` in the memory of ``x``, as ``times_``."""
+    return x - y if torch._C._are_functorch_transforms_active() else x.sub_(y)
+
+
 def _is_tensors(value: Any) -> bool:
     return (
         isinstance(value, (list, tuple))
@@ -93,43 +163,8 @@ def _is_tensors(value: Any) -> bool:
     )
 
 
-def _save(ctx: Any, values: Mapping[str, Any], output: Any, saves: Sequence[str]) -> None:
-    """Keep what the backward reads; tensors through ``save_for_backward``, so views and vmap work."""
-    tensors: dict[str, list[torch.Tensor]] = {}
-    for name in saves:
-        value = output if name == "result" else values[name]
-        if isinstance(value, torch.Tensor):
-            tensors[name] = [value]
-        elif value is not None:
-            tensors[name] = list(value)
-    ctx.layout = tuple((k, -1 if isinstance(values.get(k, output), torch.Tensor) else len(v))
-                       for k, v in tensors.items())  # fmt: skip
-    ctx.plain = {
-        k: v for k, v in values.items() if not isinstance(v, torch.Tensor) and not _is_tensors(v)
-    }
-    ctx.save_for_backward(*(t for ts in tensors.values() for t in ts))
-
-
-def _saved(ctx: Any, saves: Sequence[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {**ctx.plain}
-    flat = iter(ctx.saved_tensors)
-    for name, size in ctx.layout:
-        found[name] = next(flat) if size < 0 else [next(flat) for _ in range(size)]
-    return {**dict.fromkeys(saves), **found}
-
-
-def _gradients(ctx: Any, g: Sequence[Any], needs: frozenset[str], vjp: Vjp, saves: Any) -> Grads:
-    upstream = g[0] if len(g) == 1 else tuple(g)
-    device = next((t.device.type for t in g if t is not None), "cpu")
-    if torch.is_autocast_enabled(device):
-        # a backward runs in the dtypes that its forward chose, whatever surrounds .backward()
-        with torch.autocast(device, enabled=False):
-            return vjp(needs, upstream, **_saved(ctx, saves))
-    return vjp(needs, upstream, **_saved(ctx, saves))
-
-
 def _function(
-    op: torch._ops.OpOverload, label: str, run: Callable[..., Any], vjp: Vjp, saves: Sequence[str]
+    op: torch._ops.OpOverload, label: str, run: Callable[..., Any], save: Save, pull: Pull
 ) -> Any:
     names, keyword, _ = _signature(op)
     count = len(names) - len(keyword)
@@ -153,7 +188,7 @@ def _function(
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.sizes = inputs[0]
-            _save(ctx, unflatten(inputs[0], inputs[1:]), output, saves)
+            save(ctx, unflatten(inputs[0], inputs[1:]), output, any(ctx.needs_input_grad[2:]))
 
         @staticmethod
         def backward(ctx: Any, *g: Any) -> Any:
@@ -161,7 +196,7 @@ def _function(
             needs = frozenset(
                 k for k, w in wanted.items() if (any(w) if isinstance(w, list) else w)
             )
-            grads = _gradients(ctx, g, needs, vjp, saves)
+            grads = pull(ctx, g, needs)
             out: list[Any] = [None]
             for name, size in zip(names, ctx.sizes, strict=True):
                 got = grads.get(name)
@@ -176,10 +211,13 @@ def _function(
 
 
 def _custom_op(
-    op: torch._ops.OpOverload, label: str, run: Callable[..., Any], vjp: Vjp, saves: Sequence[str]
-) -> Any:
+    op: torch._ops.OpOverload, label: str, run: Callable[..., Any], save: Save, pull: Pull, extras: int
+) -> Any:  # fmt: skip
     schema = str(op._schema)
-    LIBRARY.define(label + schema[schema.index("(") :])
+    arguments, returns = schema[schema.index("(") :].split(" -> ")
+    if extras:
+        returns = f"({', '.join([returns, *['Tensor'] * extras])})"
+    LIBRARY.define(f"{label}{arguments} -> {returns}")
     qualified = f"{NAMESPACE}::{label}"
     torch.library.impl(qualified, "CompositeExplicitAutograd", lib=LIBRARY)(run)
     torch.library.register_fake(qualified, run, lib=LIBRARY)
@@ -191,12 +229,12 @@ def _custom_op(
     ) -> None:
         values = dict(zip(positional, inputs, strict=True))
         values |= {k: (keyword_only_inputs or {}).get(k) for k in keyword}
-        _save(ctx, values, output, saves)
+        save(ctx, values, output, True)
 
     def backward(ctx: Any, *g: Any) -> Any:
         wanted = dict(zip(positional, ctx.needs_input_grad, strict=False))
         needs = frozenset(k for k, w in wanted.items() if (any(w) if isinstance(w, list) else w))
-        grads = _gradients(ctx, g, needs, vjp, saves)
+        grads = pull(ctx, g, needs)
         return tuple(grads.get(n) for n in positional)
 
     torch.library.register_autograd(qualified, backward, setup_context=setup, lib=LIBRARY)
