@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.errors import CaptureError, CutWarning, NoPathError, UnknownOpError
 from libragrad_fx.ledger import Recorder, settle
 from libragrad_fx.module import CapturedModule, unshare
+from libragrad_fx.normalize import short_place
 from libragrad_fx.pipeline import balance, decide
 from libragrad_fx.target import Target, as_call, differentiable, inexact, undisturbed
 from libragrad_fx.types import Finding, Ledger, Plan, Role
@@ -176,8 +177,9 @@ class CutModule(nn.Module):
         reason = getattr(body, "compile_subgraph_reason", None)
         if reason is not None and reason.graph_break and reason.user_stack:
             at = reason.user_stack[-1]
+            place = short_place(f"{at.filename}:{at.lineno}")
             self.cuts = tuple(
-                dict.fromkeys([*self.cuts, f"{at.filename}:{at.lineno} ({reason.reason})"])
+                dict.fromkeys([*self.cuts, f"{place} ({reason.reason.splitlines()[0]})"])
             )
         made: dict[Any, tuple[str, CapturedModule | None, list[bool], list[bool]]] = {}
 

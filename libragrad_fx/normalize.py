@@ -358,7 +358,7 @@ def source_line(node: Node) -> str:
     frames = [ln.strip() for ln in (node.meta.get("stack_trace") or "").splitlines()]
     places = [_place(ln) for ln in frames if ln.startswith('File "')]
     outside = [p for p in places if "/torch/" not in p]
-    return _short((outside or places or [""])[-1])
+    return short_place((outside or places or [""])[-1])
 
 
 def _place(frame: str) -> str:
@@ -366,7 +366,7 @@ def _place(frame: str) -> str:
     return f"{file}:{line}"
 
 
-def _short(place: str) -> str:
+def short_place(place: str) -> str:
     """A place without what differs between machines: inside site-packages, or from here."""
     return place.rpartition("site-packages/")[2].removeprefix(os.getcwd() + os.sep)
 

@@ -36,6 +36,7 @@ class Result:
     verdict:      "balanced", "unbalanced", "refused" (by a clear error), "failed" (by any other),
                   "timeout", "memory", or "crashed"
     reason:       in words, for anything but "balanced"; there, the casts that limit its precision
+                  and the places between its graphs where it is no single one
     completeness: |⟨x, ∂f/∂x⟩ + Σ⟨b, ∂f/∂b⟩ - f|, relative to the largest of the three
     residual:     that of the worst node, on the same scale
     input_share:  ⟨x, ∂f/∂x⟩, of output f
@@ -119,14 +120,15 @@ def _numeric(blank: Result, subject: Subject) -> Result:
         *([] if found.forward_equal else [f"forward differs by {found.max_abs_difference:.2g}"]),
         *([] if found.erased_equal else ["the erased graph is not the original"]),
         *(f"unbalanced: {n}" for n in found.unbalanced),
-        *(f"cut at {c}" for c in found.cuts[:1]),
         *([] if within[0] else [f"completeness error {errors[0]:.2g}"]),
         *([] if within[1] else [f"residual {errors[1]:.2g} at {found.worst_node}"]),
     ]
+    notes = [f"casts to {d} inside: {at}" for d, at in coarse.items()]
+    notes += [f"in several graphs, cut at {c}" for c in found.cuts]
     return dataclasses.replace(
         blank,
         verdict="unbalanced" if reasons else "balanced",
-        reason="; ".join(reasons or [f"casts to {d} inside: {at}" for d, at in coarse.items()]),
+        reason="; ".join(reasons or notes),
         nodes=found.nodes,
         edits=found.edits,
         seconds=seconds,

@@ -2,6 +2,7 @@
 
 method: Attention rule. ``dV = P^T dO``; the probabilities are not kept but recomputed, 64 query
 rows at a time, so that memory stays linear in the number of tokens whatever kernel ran forward.
+Where that kernel hands out the log-sum-exp of its rows, a row of P is one product and one exp.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from libragrad_fx.ops.twin import Grads, twin
 
@@ -58,6 +60,59 @@ def _attention(
     return {"value": dv}
 
 
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None,
+    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    """The kernel that attention is on a CPU, with the log-sum-exp of every row: (B, H, N)."""
+    return aten._scaled_dot_product_flash_attention_for_cpu.default(
+        query, key, value, dropout_p, is_causal, attn_mask=_additive(attn_mask, query), scale=scale
+    )
+
+
+def _additive(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, -math.inf)
+
+
+def _by_lse(
+    needs: frozenset[str], g: torch.Tensor, *, query: torch.Tensor, key: torch.Tensor,
+    attn_mask: torch.Tensor | None, lse: torch.Tensor, is_causal: bool, scale: float | None,
+    **_: Any,
+) -> Grads:  # fmt: skip
+    """dV, from P = exp(scale q kᵀ + mask - lse); in place, for P is larger than anything else."""
+    batch, queries = query.shape[:2], query.shape[2]
+    heads = query.shape[1] // key.shape[1]
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    wide = lse.dtype
+    mask = _additive(attn_mask, lse)
+    lse = lse.masked_fill(lse == -math.inf, math.inf)  # a row with nothing to attend to: P is 0
+    keys = key.to(wide).repeat_interleave(heads, 1) if heads > 1 else key.to(wide)
+    keys = keys.flatten(0, 1)
+    dv = torch.zeros((*keys.shape[:2], g.shape[-1]), dtype=wide, device=g.device)
+    for first in range(0, queries, _CHUNK):
+        rows = slice(first, min(first + _CHUNK, queries))
+        seen = slice(0, rows.stop if is_causal else None)
+        offset = -lse[:, :, rows].flatten(0, 1)[..., None]
+        q = query[:, :, rows].to(wide).flatten(0, 1)
+        p = torch.baddbmm(offset, q, keys[:, seen].transpose(1, 2), alpha=scale)
+        if mask is not None:
+            part = mask if mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
+            p.unflatten(0, batch).add_(part)
+        if is_causal:
+            p[:, :, first:].masked_fill_(_later(p[0, :, first:]), -math.inf)
+        dv[:, seen].baddbmm_(p.exp_().transpose(1, 2), g[:, :, rows].to(wide).flatten(0, 1))
+    dv = dv.unflatten(0, batch)
+    return {"value": dv.unflatten(1, (-1, heads)).sum(2) if heads > 1 else dv}
+
+
+def _later(block: torch.Tensor) -> torch.Tensor:
+    """Where a square-topped block of the scores looks at tokens that come later."""
+    return torch.ones_like(block, dtype=torch.bool).triu_(1)
+
+
 def _same_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None,
     dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
@@ -72,6 +127,10 @@ def _same_kernel(
 _SAVES = ("query", "key", "attn_mask")
 _sdpa = aten.scaled_dot_product_attention.default
 _balanced = twin(_sdpa, _attention, saves=_SAVES)
+_balanced_flash = twin(
+    _sdpa, _by_lse, forward=_flash, extras=("lse",), saves=(*_SAVES, "lse"),
+    name="scaled_dot_product_attention_flash",
+)  # fmt: skip
 _balanced_math = twin(
     _sdpa, _attention, saves=_SAVES, name="scaled_dot_product_attention_math", forward=_same_kernel
 )
@@ -85,16 +144,31 @@ def scaled_dot_product_attention(
     """Balanced twin of ``aten.scaled_dot_product_attention``: same kernel, gradient to v alone."""
     args = (query, key, value, attn_mask, dropout_p, is_causal)
     extra = {"scale": scale, "enable_gqa": enable_gqa}
+    pruned = (query.detach(), key.detach(), value, attn_mask, dropout_p, is_causal)
     # PyTorch picks its kernel by what requires grad, and kernels differ in bits. Inside a Function
     # nothing does; so where that would change the choice, the kernel is named instead.
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         if dropout_p > 0:
-            return _same_kernel(query.detach(), key.detach(), value, attn_mask.detach(),
-                                dropout_p, is_causal, **extra)  # fmt: skip
+            return _same_kernel(
+                *pruned[:3], attn_mask.detach(), dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )  # fmt: skip
         return _balanced_math(*args, **extra)
-    if dropout_p > 0:  # the dropped probabilities cannot be recomputed: prune q and k instead
-        return _sdpa(query.detach(), key.detach(), value, attn_mask, dropout_p, is_causal, **extra)
-    return _balanced(*args, **extra)
+    if dropout_p > 0 or (torch.compiler.is_compiling() and not torch.compiler.is_exporting()):
+        return _sdpa(
+            *pruned, **extra
+        )  # what is dropped cannot be recomputed; compilers fuse better
+    if query.device.type != "cpu":
+        return _sdpa(*pruned, **extra)  # one fused kernel, whose gradients of q and k end here
+    twin_ = _balanced_flash if _runs_flash(*args, **extra) else _balanced
+    return twin_(*args, **extra)
+
+
+def _runs_flash(query: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Whether PyTorch would pick the kernel that hands out its log-sum-exp; asked eagerly alone."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    chosen = type(query) is torch.Tensor and torch._fused_sdp_choice(query, *args, **kwargs)
+    return chosen == SDPBackend.FLASH_ATTENTION.value
 
 
 scaled_dot_product_attention.aten_op = _sdpa  # type: ignore[attr-defined]
