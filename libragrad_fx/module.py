@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib
 import operator
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch.fx.node import map_aggregate
+from torch.nn.modules import module as _modules
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import InputError, ModeError
@@ -101,8 +103,13 @@ class CapturedModule(torch.fx.GraphModule):
     """A graph with the face of the module it was captured from. Built by ``build`` only."""
 
     record: Record
+    lean: torch.fx.Graph | None
 
-    def __init__(self, root: torch.nn.Module, graph: torch.fx.Graph, record: Record) -> None:
+    def __init__(
+        self, root: torch.nn.Module, graph: torch.fx.Graph, record: Record,
+        lean: torch.fx.Graph | None = None,
+    ) -> None:  # fmt: skip
+        """lean: the same forward and gradients with less work, for when nobody listens inside."""
         super().__init__(torch.nn.Module(), torch.fx.Graph())
         own = set(vars(self))
         for key, value in vars(root).items():
@@ -114,6 +121,41 @@ class CapturedModule(torch.fx.GraphModule):
         self._attributes = tuple(k for k in vars(self) if k not in own)
         self.record = record
         self.graph = graph
+        self._run_lean(lean)
+
+    def recompile(self) -> Any:
+        """As ``GraphModule``; a graph that was changed by hand runs as it is."""
+        self.__dict__["lean"] = None
+        return super().recompile()
+
+    def _run_lean(self, lean: torch.fx.Graph | None) -> None:
+        """Run ``lean``, unless somebody listens to a submodule or the module is exported again."""
+        if lean is None:
+            return
+        full, short = type(self).forward, type(torch.fx.GraphModule(self, lean)).forward
+        heard = [
+            h
+            for m in self.modules()
+            if m is not self
+            for h in (m._forward_hooks, m._forward_pre_hooks)
+        ]
+        heard += [_modules._global_forward_hooks, _modules._global_forward_pre_hooks]
+
+        @torch.compiler.assume_constant_result
+        def is_heard() -> bool:
+            return any(heard)
+
+        @functools.wraps(full)
+        def forward(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
+            run = full if torch.compiler.is_exporting() or is_heard() else short
+            return run(self, *args, **kwargs)
+
+        type(self).forward = forward  # type: ignore[method-assign]
+        self.__dict__["lean"] = lean
+
+    def graphs(self) -> tuple[torch.fx.Graph, ...]:
+        """The graph, and the one that runs in its place where nobody listens (``lean``)."""
+        return (self.graph,) if self.lean is None else (self.graph, self.lean)
 
     @property
     def plan(self) -> Any:
@@ -172,10 +214,13 @@ def unshare(module: torch.nn.Module) -> None:
 
 def _move_literals(module: CapturedModule, device: torch.device) -> None:
     """``arange(device=cpu)`` and the like are part of the captured graph and follow ``.to()``."""
-    for node in module.graph.nodes:
-        if isinstance(node.kwargs.get("device"), torch.device):
-            node.kwargs = {**node.kwargs, "device": device}
+    for graph in module.graphs():
+        for node in graph.nodes:
+            if isinstance(node.kwargs.get("device"), torch.device):
+                node.kwargs = {**node.kwargs, "device": device}
+    lean = module.lean
     module.recompile()
+    module._run_lean(lean)
 
 
 # --- the module tree, as the graph's probes show it
@@ -220,12 +265,15 @@ class _Constant:
 
 def _state(module: CapturedModule) -> dict[str, Any]:
     root = {k: vars(module)[k] for k in (*_TREE, *module._attributes)}
-    nodes = [
+    return {"root": root, "graphs": [*map(_nodes, module.graphs())], "record": module.record}
+
+
+def _nodes(graph: torch.fx.Graph) -> list[Any]:
+    return [
         (n.op, n.name, _encode(n.target) if n.op == "call_function" else n.target,
          _refs(n.args), _refs(n.kwargs), {k: _plain(n.meta[k]) for k in _META if k in n.meta})
-        for n in module.graph.nodes
+        for n in graph.nodes
     ]  # fmt: skip
-    return {"root": root, "nodes": nodes, "record": module.record}
 
 
 def _plain(value: Any) -> Any:
@@ -242,6 +290,13 @@ def _refs(args: Any) -> Any:
 
 
 def _rebuild(state: dict[str, Any]) -> CapturedModule:
+    root = torch.nn.Module()
+    root.__dict__.update(state["root"])
+    graph, *lean = map(_graph, state["graphs"])
+    return CapturedModule(root, graph, state["record"], *lean)
+
+
+def _graph(nodes: list[Any]) -> torch.fx.Graph:
     graph, by_name = torch.fx.Graph(), {}
 
     def real(a: Any) -> Any:
@@ -249,15 +304,13 @@ def _rebuild(state: dict[str, Any]) -> CapturedModule:
             return getattr(torch, a.name)
         return by_name[a.name] if isinstance(a, _Ref) else a
 
-    for op, name, target, args, kwargs, meta in state["nodes"]:
+    for op, name, target, args, kwargs, meta in nodes:
         target = _decode(target) if op == "call_function" else target
         args, kwargs = map_aggregate(args, real), map_aggregate(kwargs, real)
         node = graph.create_node(op, target, args, kwargs, name)
         node.meta.update(meta)
         by_name[name] = node
-    root = torch.nn.Module()
-    root.__dict__.update(state["root"])
-    return CapturedModule(root, graph, state["record"])
+    return graph
 
 
 def _encode(target: Any) -> tuple[str, str]:

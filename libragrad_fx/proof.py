@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.analyze import finding, is_inexact, kind_of, operands, tensor_arguments
 from libragrad_fx.module import CapturedModule, leaf
 from libragrad_fx.ops import insert
-from libragrad_fx.rewrite import is_scale
+from libragrad_fx.ops.insert import is_scale
 from libragrad_fx.types import Finding, Kind, OpFacts, Proof
 
 _BY_KIND = {
@@ -75,14 +75,14 @@ def _moving(module: CapturedModule, facts: Mapping[str, OpFacts]) -> set[Node]:
         else:
             cut = node.target is insert.stop or (fact is not None and fact.kind is Kind.CUT)
             zero = node.name in zeros  # a product with zero sends zeros back
-            starts = not (cut or zero) and bool(_passes(node, fact, moving))
+            starts = not (cut or zero) and bool(passes(node, fact, moving))
             starts = starts and (is_inexact(node) or _hands_on(node))
         if starts:
             moving.add(node)
     return moving
 
 
-def _passes(node: Node, fact: OpFacts | None, moving: set[Node]) -> list[tuple[str, Node]]:
+def passes(node: Node, fact: OpFacts | None, moving: set[Node]) -> list[tuple[str, Node]]:
     """The operands to which a node sends a gradient that goes on to the model's input."""
     if node.op == "call_module" and "_output" in node.kwargs:
         results = pytree.tree_leaves(node.kwargs["_output"])
@@ -94,7 +94,7 @@ def _passes(node: Node, fact: OpFacts | None, moving: set[Node]) -> list[tuple[s
         return [("", n) for n in node.all_input_nodes if n in moving]
     names = tensor_arguments(node) if fact is None else fact.operands
     if hasattr(node.target, "aten_op") and fact is not None and fact.kind is Kind.ATTENTION:
-        names = fact.stream  # its twin answers v alone; the other twins answer every operand
+        names = fact.factors  # its twin answers v alone; the other twins answer every operand
     return [(k, n) for k, n in operands(node, names) if n in moving]
 
 
@@ -114,7 +114,7 @@ def _reached(
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            stack.extend(n for _, n in _passes(node, facts.get(node.name), moving))
+            stack.extend(n for _, n in passes(node, facts.get(node.name), moving))
     return {n: None for n in module.graph.nodes if n in seen}
 
 
@@ -136,7 +136,7 @@ def _judge(
     if fact is None:
         return "", "no fact says how its output depends on its operands"
     kind = kind_of(node, fact)
-    sends = {k for k, _ in _passes(node, fact, moving)}
+    sends = {k for k, _ in passes(node, fact, moving)}
     groups = {k: {s for s in sends if s.partition("[")[0] in getattr(fact, k)} for k in _GROUPS}
     if kind is Kind.EMBEDDING:
         return "embedding indexed by the input: the signal starts", ""

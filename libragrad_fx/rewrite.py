@@ -16,11 +16,13 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import VerificationError
+from libragrad_fx.lean import lean
 from libragrad_fx.module import CapturedModule, leaf
 from libragrad_fx.ops import TWINS, insert
+from libragrad_fx.ops.graft import graft
+from libragrad_fx.ops.insert import MARK, is_scale
 from libragrad_fx.types import Action, Edit, ModuleCall, Plan, Trace
 
-_INSERTED = "libragrad"  # node.meta: (rule, host) of a twin or an inserted node
 _PROBE = "probe"
 
 
@@ -30,16 +32,22 @@ def rewrite(trace: Trace, plan: Plan | None, info: dict[str, Any] | None = None)
     ``plan=None`` gives the captured model with autograd's own backward.
     """
     source: CapturedModule = trace.module  # type: ignore[assignment]
-    graph = Graph()
-    env: dict[Node, Node] = {}
-    graph.output(graph.graph_copy(trace.graph, env))
+    graph, env = _copy(trace.graph)
     by_name = {old.name: new for old, new in env.items()}
     for edit in plan.edits if plan else ():
         _apply(graph, by_name[edit.node], edit)
+    info = info or {}
+    short = lean(_copy(graph)[0], info["facts"]) if "facts" in info else None
     _insert_probes(graph, trace.calls, by_name)
     graph.lint()
-    record = dataclasses.replace(source.record, info=info or {})
-    return CapturedModule(_root(source), graph, record)
+    record = dataclasses.replace(source.record, info=info)
+    return CapturedModule(_root(source), graph, record, short)
+
+
+def _copy(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
+    new, env = Graph(), dict[Node, Node]()
+    new.output(new.graph_copy(graph, env))
+    return new, env
 
 
 def _root(module: torch.nn.Module) -> torch.nn.Module:
@@ -50,7 +58,7 @@ def _root(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _apply(graph: Graph, node: Node, edit: Edit) -> None:
-    node.meta[_INSERTED] = (edit.rule, node.name)
+    node.meta[MARK] = (edit.rule, node.name)
     if edit.twin is not None:
         node.target = TWINS[edit.twin]
         return
@@ -71,7 +79,7 @@ def _mark(new: Node, host: Node, edit: Edit) -> Node:
     for key in ("nn_module_stack", "stack_trace"):
         if key in host.meta:
             new.meta[key] = host.meta[key]
-    new.meta[_INSERTED] = (edit.rule, host.name)
+    new.meta[MARK] = (edit.rule, host.name)
     return new
 
 
@@ -125,7 +133,7 @@ def _insert_probes(graph: Graph, calls: tuple[ModuleCall, ...], by_name: dict[st
                 last = probe = graph.call_module(
                     call.path, args, {**kwargs, "_output": output, "_args": args}
                 )
-            probe.meta[_INSERTED] = (_PROBE, call.path)
+            probe.meta[MARK] = (_PROBE, call.path)
             if isinstance(output, Node):
                 replaced[output] = probe
                 continue
@@ -133,19 +141,14 @@ def _insert_probes(graph: Graph, calls: tuple[ModuleCall, ...], by_name: dict[st
                 if isinstance(old, Node):
                     with graph.inserting_after(last):
                         last = graph.call_function(leaf, (probe, i))
-                    last.meta[_INSERTED] = (_PROBE, call.path)
+                    last.meta[MARK] = (_PROBE, call.path)
                     replaced[latest(old)] = last
-
-
-def is_scale(node: Node) -> bool:
-    """Whether ``node`` is a gradient scale that a rewrite inserted."""
-    return node.target is insert.scale and _INSERTED in node.meta
 
 
 def _scaled(node: Node) -> Node:
     """The node that stands for ``node``'s value: itself, or the scale inserted on its output."""
     for user in node.users:
-        if is_scale(user) and user.meta[_INSERTED][1] == node.name:
+        if is_scale(user) and user.meta[MARK][1] == node.name:
             return user
     return node
 
@@ -157,19 +160,19 @@ def _leaves(structure: Any) -> list[Any]:
 # --- the proof
 
 
-def erase(module: CapturedModule) -> Graph:
-    """``module``'s graph without probes and inserted nodes, twins mapped back to their ATen ops."""
+def erase(edited: Graph) -> Graph:
+    """A graph without probes and inserted nodes, twins mapped back to their ATen ops."""
     graph = Graph()
     env: dict[Node, Any] = {}
-    for node in module.graph.nodes:
-        mark = node.meta.get(_INSERTED)
+    for node in edited.nodes:
+        mark = node.meta.get(MARK)
         args = map_arg(node.args, lambda n: env[n])
         kwargs = map_arg(node.kwargs, lambda n: env[n])
         if node.op == "call_module" and mark is not None:
             env[node] = kwargs["_output"]
         elif node.target is leaf:
             env[node] = _leaves(args[0])[args[1]]
-        elif mark is not None and node.target in (insert.stop, insert.scale):
+        elif mark is not None and node.target in (insert.stop, insert.scale, graft):
             env[node] = args[0]
         else:
             target = getattr(node.target, "aten_op", node.target)
@@ -207,6 +210,8 @@ def first_difference(graph: Graph, original: Sequence[str]) -> str | None:
 
 def require_same_graph(module: CapturedModule, trace: Trace) -> None:
     """Raise ``VerificationError`` unless erasing the edits gives the trace back, node for node."""
-    difference = first_difference(erase(module), spell(trace.graph))
-    if difference is not None:
-        raise VerificationError(f"an edit changed the forward graph: {difference}")
+    original = spell(trace.graph)
+    for edited in module.graphs():
+        difference = first_difference(erase(edited), original)
+        if difference is not None:
+            raise VerificationError(f"an edit changed the forward graph: {difference}")

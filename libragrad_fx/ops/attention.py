@@ -142,25 +142,20 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """Balanced twin of ``aten.scaled_dot_product_attention``: same kernel, gradient to v alone."""
+    query, key = query.detach(), key.detach()
     args = (query, key, value, attn_mask, dropout_p, is_causal)
     extra = {"scale": scale, "enable_gqa": enable_gqa}
-    pruned = (query.detach(), key.detach(), value, attn_mask, dropout_p, is_causal)
     # PyTorch picks its kernel by what requires grad, and kernels differ in bits. Inside a Function
     # nothing does; so where that would change the choice, the kernel is named instead.
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
-        if dropout_p > 0:
-            return _same_kernel(
-                *pruned[:3], attn_mask.detach(), dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )  # fmt: skip
-        return _balanced_math(*args, **extra)
-    if dropout_p > 0 or (torch.compiler.is_compiling() and not torch.compiler.is_exporting()):
-        return _sdpa(
-            *pruned, **extra
-        )  # what is dropped cannot be recomputed; compilers fuse better
-    if query.device.type != "cpu":
-        return _sdpa(*pruned, **extra)  # one fused kernel, whose gradients of q and k end here
-    twin_ = _balanced_flash if _runs_flash(*args, **extra) else _balanced
-    return twin_(*args, **extra)
+        if dropout_p == 0:
+            return _balanced_math(*args, **extra)
+        return _same_kernel(query, key, value, attn_mask.detach(), dropout_p, is_causal, **extra)
+    # what is dropped cannot be recomputed; a compiler fuses it better; elsewhere one fused kernel
+    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if dropout_p > 0 or compiled or query.device.type != "cpu":
+        return _sdpa(*args, **extra)
+    return (_balanced_flash if _runs_flash(*args, **extra) else _balanced)(*args, **extra)
 
 
 def _runs_flash(query: torch.Tensor, *args: Any, **kwargs: Any) -> bool:

@@ -15,6 +15,10 @@ stop = torch.ops.aten.detach.default
 """Prune the backward of one operand. ``detach`` is ATen: it survives every transformation."""
 
 
+MARK = "libragrad"
+"""Key of ``node.meta``: (rule, host) of a twin or of an inserted node."""
+
+
 class _Scale(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -50,6 +54,11 @@ def scale(x: torch.Tensor, factor: float) -> torch.Tensor:
     if torch.compiler.is_exporting():
         return torch.ops.libragrad_fx.scale(x, factor)
     return _Scale.apply(x, factor)  # type: ignore[no-any-return]
+
+
+def is_scale(node: torch.fx.Node) -> bool:
+    """Whether ``node`` is a gradient scale that a rewrite inserted."""
+    return node.target is scale and MARK in node.meta
 
 
 LIBRARY.define("observe(Tensor[] xs, str[] places, int call) -> ()")

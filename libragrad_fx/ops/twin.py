@@ -65,7 +65,7 @@ def twin(
         sizes = tuple(len(v) if _is_tensors(v) else -1 for v in values)
         flat: list[Any] = []
         for v in values:
-            flat.extend(v) if _is_tensors(v) else flat.append(v)
+            flat.extend(map(linked, v)) if _is_tensors(v) else flat.append(linked(v))
         return function.apply(sizes, *flat)[0] if several else function.apply(sizes, *flat)
 
     call.__name__ = call.__qualname__ = label
@@ -144,6 +144,32 @@ def bind(
     return {n: given.get(n, d) for n, d in zip(names, defaults, strict=True)}
 
 
+def linked(x: Any) -> Any:
+    """``x`` behind a node of its own, so that ``wanted`` can ask whether its gradient is."""
+    ask = torch.is_tensor(x) and x.is_leaf and x.requires_grad and not torch.compiler.is_compiling()
+    return x.view_as(x) if ask else x
+
+
+def wanted(ctx: Any) -> Sequence[bool]:
+    """Which inputs of a backward node this pass needs a gradient of.
+
+    ``needs_input_grad`` says which could have one: every parameter, even where only the gradient of
+    the model's input is asked for.
+    """
+    needs: Sequence[bool] = ctx.needs_input_grad
+    edges = None if torch.compiler.is_compiling() else getattr(ctx, "next_functions", None)
+    if edges is None or len(edges) != len(needs):
+        return needs
+    return tuple(n and _runs(e[0]) for n, e in zip(needs, edges, strict=True))
+
+
+def _runs(node: Any) -> bool:
+    try:
+        return node is None or torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf, of which PyTorch does not say
+        return True
+
+
 def times_(x: torch.Tensor, y: Any) -> torch.Tensor:
     """``x * y`` in the memory of ``x``, which nobody else reads: a new tensor costs more than the
     product. Under ``vmap`` it is a new one, as ``y`` may have more elements there."""
@@ -192,10 +218,8 @@ def _function(
 
         @staticmethod
         def backward(ctx: Any, *g: Any) -> Any:
-            wanted = unflatten(ctx.sizes, ctx.needs_input_grad[1:])
-            needs = frozenset(
-                k for k, w in wanted.items() if (any(w) if isinstance(w, list) else w)
-            )
+            asked = unflatten(ctx.sizes, wanted(ctx)[1:])
+            needs = frozenset(k for k, w in asked.items() if (any(w) if isinstance(w, list) else w))
             grads = pull(ctx, g, needs)
             out: list[Any] = [None]
             for name, size in zip(names, ctx.sizes, strict=True):

@@ -184,7 +184,7 @@ def the_proof_agrees(made: Made) -> None:
 
 
 def erasing_gives_the_trace_back(made: Made) -> None:
-    assert first_difference(erase(made.module), spell(made.trace.graph)) is None
+    assert first_difference(erase(made.module.graph), spell(made.trace.graph)) is None
 
 
 def deciding_again_decides_the_same(made: Made) -> None:

@@ -1,0 +1,188 @@
+"""Dead-gradient elimination (design §6): the graph that runs, where nobody listens to submodules.
+
+The balanced graph says what the backward *is*; much of what it would compute is zero. A product of
+whose features only some get a gradient (the fused qkv projection, of which v alone carries) would
+back-propagate zeros through all its rows, after views had gathered them into a tensor. Here it
+back-propagates through the live rows alone: its result is cut off, and behind the views that lead
+to the live part a ``graft`` sends the gradient to the product's operands directly. Forward and
+gradients are those of the balanced graph. Probes, which are for listeners, are left out as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from libragrad_fx.ops import insert
+from libragrad_fx.ops.graft import graft
+from libragrad_fx.ops.insert import MARK
+from libragrad_fx.ops.twin import bind
+from libragrad_fx.proof import passes
+from libragrad_fx.types import Graft, OpFacts
+
+aten = torch.ops.aten
+Facts = Mapping[str, OpFacts]
+_LEAN = "lean"
+_VIEWS = {
+    "reshape", "view", "_unsafe_view", "permute", "transpose", "t", "mT", "unbind", "chunk", "split",
+    "split_with_sizes", "tensor_split", "slice", "select", "narrow", "unsqueeze", "squeeze", "flatten",
+    "unflatten", "movedim", "moveaxis", "swapaxes", "swapdims",
+}  # fmt: skip
+_FEATURES = {aten.linear.default: -1, aten.conv1d.default: 1, aten.conv2d.default: 1}  # their axis
+
+
+def reached(graph: Graph, facts: Facts) -> set[Node]:
+    """Nodes at which a gradient arrives, whether it leads to an input or to a parameter."""
+    everything, seen = set(graph.nodes), set[Node]()
+    stack = [next(n for n in graph.nodes if n.op == "output")]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "output":
+            stack.extend(node.all_input_nodes)
+        elif node.target is not insert.stop:
+            stack.extend(n for _, n in passes(node, facts.get(node.name), everything))
+    return seen
+
+
+# --- what can be grafted, found where shapes are known
+
+
+def grafts(graph: Graph, facts: Facts) -> Iterator[Graft]:
+    """Every live part of a product whose other features get no gradient.
+
+    graph: balanced, without probes, with the traced values in ``meta["val"]``.
+    """
+    alive = reached(graph, facts)
+    for node in graph.nodes:
+        if node.target not in _FEATURES or node not in alive or _conv(node)[-1:] not in ((), (1,)):
+            continue
+        found = [_part(node, n) for n in dict.fromkeys(_ends(node, alive, facts))]
+        parts = [p for p in found if p is not None]
+        features = _sizes(node)[_FEATURES[node.target]]
+        if parts and len(parts) == len(found) and sum(len(p.rows) for p in parts) < features:
+            yield from parts
+
+
+def _conv(node: Node) -> tuple[Any, ...]:
+    """Stride, padding, dilation and groups of a convolution; nothing of a linear."""
+    values = bind(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    return tuple(values.values())[3:]
+
+
+def _ends(node: Node, alive: set[Node], facts: Facts) -> Iterator[Node]:
+    """The last views of a result before something else takes a gradient to it."""
+    for user in node.users:
+        if user in alive and _is_view(user):
+            yield from _ends(user, alive, facts)
+        elif _takes_gradient(user, node, alive, facts):
+            yield node
+
+
+def _takes_gradient(user: Node, node: Node, alive: set[Node], facts: Facts) -> bool:
+    if user not in alive or user.op == "output":
+        return user in alive
+    return any(n is node for _, n in passes(user, facts.get(user.name), {node}))
+
+
+def _is_view(node: Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._opname in _VIEWS and node.target is not aten.view.dtype
+    return getattr(node.target, "__name__", "") == "getitem"
+
+
+def _sizes(node: Node) -> tuple[int, ...]:
+    return tuple(_number(d) for d in node.meta["val"].shape)
+
+
+def _number(value: Any) -> int:
+    return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)
+
+
+def _part(product: Node, end: Node) -> Graft | None:
+    """Where the elements of ``end`` lie in ``product``'s result; None if they are no plain part of it:
+    every other axis whole, in order, and the features along axes of their own.
+    """
+    whole = torch.empty(_sizes(product), device="meta")
+    view = _replay(end, product, whole)
+    if view is None or view._base is not whole or view.numel() == 0:
+        return None
+    feature = _FEATURES[product.target] % whole.ndim  # type: ignore[index]
+    axes = [_axis(whole, n, s) for n, s in zip(view.shape, view.stride(), strict=True)]
+    first, rest = divmod(view.storage_offset(), whole.stride(feature))
+    if None in axes or rest or first >= whole.shape[feature]:
+        return None
+    held: list[list[int]] = [[] for _ in whole.shape]
+    for i, axis in enumerate(axes):
+        held[axis].append(i)  # type: ignore[index]
+    for axis, size in enumerate(whole.shape):
+        steps = [(view.shape[i], view.stride(i)) for i in held[axis] if view.shape[i] > 1]
+        if axis != feature and steps != ([(size, whole.stride(axis))] if size > 1 else []):
+            return None
+    held[feature].sort(key=lambda i: -view.stride(i))
+    rows = [first]
+    for i in held[feature]:
+        step = view.stride(i) // whole.stride(feature)
+        rows = [r + k * step for r in rows for k in range(view.shape[i])]
+    return Graft(end.name, product.name, tuple(map(tuple, held)), tuple(rows))
+
+
+def _axis(whole: torch.Tensor, size: int, stride: int) -> int | None:
+    """The axis of a contiguous tensor that ``size`` steps of ``stride`` stay in."""
+    for axis, (n, step) in enumerate(zip(whole.shape, whole.stride(), strict=True)):
+        if size == 1 or (
+            stride % step == 0 and stride * (size - 1) < step * n and stride < step * n
+        ):
+            return axis
+    return None
+
+
+def _replay(end: Node, product: Node, whole: torch.Tensor) -> torch.Tensor | None:
+    """The views that lead from a product to ``end``, on another tensor."""
+
+    def value(n: Node) -> Any:
+        if n is product:
+            return whole
+        if isinstance(n.meta["val"], (int, torch.SymInt)):
+            return _number(n.meta["val"])
+        args, kwargs = map_arg((n.args, dict(n.kwargs)), value)
+        return n.target(*args, **kwargs)  # type: ignore[operator]
+
+    try:
+        return value(end)  # type: ignore[no-any-return]
+    except RuntimeError:  # on a contiguous tensor it is no view
+        return None
+
+
+# --- the graph that runs
+
+
+def lean(graph: Graph, facts: Facts) -> Graph:
+    """A graph with ``graph``'s forward and gradients that back-propagates fewer zeros.
+
+    graph: balanced, without probes, with the traced values in ``meta["val"]``; it is changed.
+    """
+    alive = reached(graph, facts)
+    by_name = {n.name: n for n in graph.nodes}
+    found = [(by_name[g.leaf], by_name[g.product], g) for g in grafts(graph, facts)]
+    taken = [[u for u in e.users if _takes_gradient(u, e, alive, facts)] for e, _, _ in found]
+    for (end, product, g), users in zip(found, taken, strict=True):
+        operands = (*product.args, None)[:3]
+        with graph.inserting_after(end):
+            new = graph.call_function(graft, (end, *operands, _conv(product), g.order, g.rows))
+        new.meta[MARK] = (_LEAN, product.name)
+        for user in users:
+            user.replace_input_with(end, new)
+    for product in dict.fromkeys(p for _, p, _ in found):
+        with graph.inserting_after(product):
+            cut = graph.call_function(insert.stop, (product,))
+        cut.meta[MARK] = (_LEAN, product.name)
+        product.replace_all_uses_with(cut, delete_user_cb=lambda u, cut=cut: u is not cut)
+    graph.lint()
+    return graph

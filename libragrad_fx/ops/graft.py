@@ -1,0 +1,103 @@
+"""A part of a product, with the product's gradient for that part alone.
+
+``y = x Wᵀ + b`` of which only some features get a gradient: the product is computed as it is and not
+recorded; behind the views that lead to the live part, a graft hands that part on unchanged, and
+sends its gradient straight to x, W and b, through the rows of W that made it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from libragrad_fx.ops.twin import linked, wanted
+
+aten = torch.ops.aten
+_CONV_INPUT = {1: torch.nn.grad.conv1d_input, 2: torch.nn.grad.conv2d_input}
+_CONV_WEIGHT = {1: torch.nn.grad.conv1d_weight, 2: torch.nn.grad.conv2d_weight}
+
+
+def _like_product(g: torch.Tensor, order: Sequence[Sequence[int]]) -> torch.Tensor:
+    """A gradient of the part in the product's axes. order: the part's axes for each of them."""
+    sizes = [math.prod(g.shape[a] for a in axes) for axes in order]
+    return g.permute([a for axes in order for a in axes]).reshape(sizes)
+
+
+def _rows(weight: torch.Tensor, rows: Sequence[int]) -> Any:
+    """An index of the live rows: a slice where they lie side by side, which copies nothing."""
+    if rows[-1] - rows[0] == len(rows) - 1 and all(b > a for a, b in itertools.pairwise(rows)):
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=weight.device)
+
+
+class _Graft(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        part: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+        conv: tuple[Any, ...], order: Sequence[Sequence[int]], rows: Sequence[int],
+    ) -> torch.Tensor:  # fmt: skip
+        return part.view_as(part)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, x, weight, bias, ctx.conv, ctx.order, ctx.rows = inputs
+        _, of_x, of_weight, _, *_ = ctx.needs_input_grad
+        ctx.shapes = (x.shape, weight.shape, None if bias is None else bias.shape)
+        ctx.save_for_backward(weight if of_x else None, x if of_weight else None)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        _, of_x, of_weight, of_bias, *_ = wanted(ctx)
+        weight, x = ctx.saved_tensors
+        g = _like_product(g, ctx.order)
+        at = _rows(g, ctx.rows)
+        dx = dweight = dbias = None
+        if of_x:
+            live = weight[at].to(g.dtype)
+            dx = _input_gradient(g, live, ctx.shapes[0], ctx.conv)
+        if of_weight:
+            dweight = g.new_zeros(ctx.shapes[1])
+            live_shape = (len(ctx.rows), *ctx.shapes[1][1:])
+            dweight[at] = _weight_gradient(g, x.to(g.dtype), live_shape, ctx.conv)
+        if of_bias:
+            dbias = g.new_zeros(ctx.shapes[2])
+            axis = 1 if ctx.conv else g.ndim - 1
+            dbias[at] = g.sum([a for a in range(g.ndim) if a != axis])
+        return None, dx, dweight, dbias, None, None, None
+
+
+def _input_gradient(
+    g: torch.Tensor, weight: torch.Tensor, shape: Any, conv: tuple[Any, ...]
+) -> torch.Tensor:
+    if not conv:
+        return g @ weight
+    return _CONV_INPUT[weight.ndim - 2](shape, weight, g, *conv)  # type: ignore[operator,no-any-return]
+
+
+def _weight_gradient(
+    g: torch.Tensor, x: torch.Tensor, shape: Any, conv: tuple[Any, ...]
+) -> torch.Tensor:
+    if not conv:
+        return g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    return _CONV_WEIGHT[len(shape) - 2](x, shape, g, *conv)  # type: ignore[operator,no-any-return]
+
+
+def graft(
+    part: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+    conv: tuple[Any, ...], order: Sequence[Sequence[int]], rows: Sequence[int],
+) -> torch.Tensor:  # fmt: skip
+    """``part`` itself; its gradient goes to the operands of the product that it is a part of.
+
+    Args:
+        part: a view of ``linear(x, weight, bias)`` or a convolution, not recorded by autograd.
+        conv: stride, padding, dilation and groups; empty for ``linear``.
+        order: for each axis of the product, the axes of ``part`` that make it up.
+        rows: the product's features that are in ``part``, in its order.
+    """
+    return _Graft.apply(part, linked(x), linked(weight), linked(bias), conv, order, rows)  # type: ignore[no-any-return]
