@@ -11,7 +11,7 @@ import torch
 from libragrad_fx.capture import infer_inputs
 from libragrad_fx.cuts import CutModule, foreign, ledger_of_pieces, transform_in_pieces
 from libragrad_fx.errors import ExportError, GateOutputWarning, InputError
-from libragrad_fx.ledger import ledger, sites
+from libragrad_fx.ledger import ledger, share_as_run, sites
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.pipeline import balance, decide
 from libragrad_fx.rewrite import rewrite
@@ -139,7 +139,9 @@ def verify(
         )
     else:
         account, pieces, found, cuts = ledger(module, inputs, target), {"": module}, (), ()
-    return certify(model, module, pieces, inputs, account, found, cuts, tolerance)
+    starts_inside = any(p.record.info["starts"] for p in pieces.values())
+    share = None if starts_inside else share_as_run(module, inputs, target)
+    return certify(model, module, pieces, inputs, account, found, cuts, tolerance, share)
 
 
 def audit(model: torch.nn.Module, inputs: Any, target: Any = None, *, rules: Any = None) -> Ledger:

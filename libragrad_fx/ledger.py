@@ -318,6 +318,23 @@ def ledger(module: CapturedModule, inputs: Any, target: Target = None) -> Ledger
         return settle([("", recorder)], output, target)
 
 
+def share_as_run(module: torch.nn.Module, inputs: Any, target: Target = None) -> float | None:
+    """⟨x, ∂f/∂x⟩ by the graph that runs and not by the one that is accounted for; None where the
+    signal starts behind the inputs (embeddings of tokens).
+    """
+    leaves, spec = pytree.tree_flatten(as_call(inputs))
+    with differentiable(), undisturbed(module):
+        leaves = [x.detach().requires_grad_() if inexact(x) else x for x in leaves]
+        moving = [x for x in leaves if inexact(x)]
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        scalar = select(module(*args, **kwargs), target)
+        if not moving or not scalar.requires_grad:
+            return None
+        grads = torch.autograd.grad(scalar, moving, allow_unused=True)
+    pairs = zip(moving, grads, strict=True)
+    return sum(dot(x.detach(), g) for x, g in pairs if g is not None)
+
+
 def settle(
     recorders: Sequence[tuple[str, Recorder]], output: Any, target: Target,
     leaves: Sequence[torch.Tensor] = (),

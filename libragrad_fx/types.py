@@ -431,6 +431,8 @@ class Certificate:
     proof:           see ``Proof``; ``unbalanced`` names what it leaves open
     worst_residual:  of a node, in units of the output; at ``worst_node``
     output, input_share, bias_share: the account of the target, see ``Ledger``
+    share_as_run:    the input's share by the graph that runs, which computes fewer zeros than the one
+                     accounted for (the same number where the signal starts behind the inputs)
     boundaries:      completeness behind every block
     cuts:            where capture had to cut the model into several graphs (empty: one graph)
     tolerance:       largest residual and completeness error that count as balanced
@@ -447,6 +449,7 @@ class Certificate:
     output: float
     input_share: float
     bias_share: float
+    share_as_run: float
     completeness_error: float
     boundaries: tuple[Boundary, ...]
     cuts: tuple[str, ...]
@@ -468,6 +471,7 @@ class Certificate:
             and not self.unbalanced
             and self.completeness_error <= self.tolerance
             and self.worst_residual <= self.tolerance
+            and abs(self.share_as_run - self.input_share) <= self.tolerance
             and all(b.error <= self.tolerance for b in self.boundaries)
         )
 
@@ -524,6 +528,8 @@ class Certificate:
             f"  {mark(self.completeness_error <= tol)} completeness error"
             f" {self.completeness_error:.3g} of output {self.output:.6g}"
             f" = input {self.input_share:.6g} + bias {self.bias_share:.6g}",
+            f"  {mark(abs(self.share_as_run - self.input_share) <= tol)} the graph that runs gives the"
+            f" input {self.share_as_run:.6g}",
             f"  {mark(behind <= tol)} behind each of {len(self.boundaries)} blocks, the largest"
             f" completeness error is {behind:.3g}",
             *(f"       cut: {c}; a gate that crosses it is taken for a value" for c in self.cuts),

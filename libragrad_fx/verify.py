@@ -29,12 +29,14 @@ def certify(
     found: Sequence[Finding] = (),
     cuts: Sequence[str] = (),
     tolerance: float | None = None,
+    share: float | None = None,
 ) -> Certificate:
     """Check the promises of a transform on one input (see ``libragrad_fx.verify``).
 
     pieces:  the captured graphs by name: ``module`` itself under "", or those that it is made of
     account: of ``module`` on ``inputs``
     found:   what is known to be unbalanced beside the graphs
+    share:   what the input carries by ``module``'s own backward, which takes shorter ways
     """
     args, kwargs = as_call(inputs)
     forced = {name: False for p in pieces.values() for name in p.record.forced}
@@ -68,6 +70,7 @@ def certify(
         output=account.output,
         input_share=account.input,
         bias_share=account.bias,
+        share_as_run=account.input if share is None else share,
         completeness_error=account.completeness_error,
         boundaries=account.boundaries,
         cuts=tuple(cuts),

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from libragrad_fx.ops.twin import linked, wanted
+from libragrad_fx.ops.twin import linked, note_tensors, wanted
 
 aten = torch.ops.aten
 _CONV_INPUT = {1: torch.nn.grad.conv1d_input, 2: torch.nn.grad.conv2d_input}
@@ -47,7 +47,8 @@ class _Graft(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _, x, weight, bias, ctx.conv, ctx.order, ctx.rows = inputs
-        _, of_x, of_weight, _, *_ = ctx.needs_input_grad
+        note_tensors(ctx, inputs)
+        _, of_x, of_weight, *_ = ctx.needs_input_grad
         ctx.shapes = (x.shape, weight.shape, None if bias is None else bias.shape)
         ctx.save_for_backward(weight if of_x else None, x if of_weight else None)
 

@@ -150,6 +150,11 @@ def linked(x: Any) -> Any:
     return x.view_as(x) if ask else x
 
 
+def note_tensors(ctx: Any, inputs: Sequence[Any]) -> None:
+    """For ``wanted``: PyTorch keeps an edge for each input that is a tensor."""
+    ctx.tensors = tuple(isinstance(x, torch.Tensor) for x in inputs)
+
+
 def wanted(ctx: Any) -> Sequence[bool]:
     """Which inputs of a backward node this pass needs a gradient of.
 
@@ -158,9 +163,11 @@ def wanted(ctx: Any) -> Sequence[bool]:
     """
     needs: Sequence[bool] = ctx.needs_input_grad
     edges = None if torch.compiler.is_compiling() else getattr(ctx, "next_functions", None)
-    if edges is None or len(edges) != len(needs):
+    if edges is None or len(edges) != sum(ctx.tensors):
         return needs
-    return tuple(n and _runs(e[0]) for n, e in zip(needs, edges, strict=True))
+    nodes = iter(edges)
+    asked = [_runs(next(nodes)[0]) if is_tensor else False for is_tensor in ctx.tensors]
+    return tuple(n and a for n, a in zip(needs, asked, strict=True))
 
 
 def _runs(node: Any) -> bool:
@@ -214,6 +221,7 @@ def _function(
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.sizes = inputs[0]
+            note_tensors(ctx, inputs)
             save(ctx, unflatten(inputs[0], inputs[1:]), output, any(ctx.needs_input_grad[2:]))
 
         @staticmethod

@@ -1,0 +1,181 @@
+"""The graph that runs has the forward and every gradient of the one that is proved, for less work."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import libragrad_fx as lg
+from libragrad_fx.errors import GateOutputWarning
+from libragrad_fx.module import CapturedModule
+from libragrad_fx.ops.graft import graft
+from libragrad_fx.rewrite import erase, spell
+from tests.models.zoo import ZOO, build
+
+F64 = torch.float64
+
+
+def backward(gm: CapturedModule, x: torch.Tensor, full: bool) -> tuple[Any, list[Any]]:
+    """Output and all gradients; ``full`` has a listener, so the whole graph runs."""
+    child = next(m for m in gm.modules() if m is not gm)
+    hook = child.register_forward_hook(lambda *_: None) if full else None
+    x = x.clone().requires_grad_(x.is_floating_point())
+    y = gm(x)
+    first = y[0] if isinstance(y, tuple) else y
+    wanted = [t for t in (x, *gm.parameters()) if t.requires_grad]
+    grads = torch.autograd.grad(first.sum(), wanted, allow_unused=True)
+    if hook is not None:
+        hook.remove()
+    return first, [
+        torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)
+    ]
+
+
+def assert_same(gm: CapturedModule, x: torch.Tensor) -> None:
+    (y, short), (z, full) = backward(gm, x, full=False), backward(gm, x, full=True)
+    assert torch.equal(y, z)
+    for a, b in zip(short, full, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * (1 + float(b.abs().max())))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if i % 2 else ()) for i, n in enumerate(ZOO)]
+)
+def test_zoo(name: str) -> None:
+    model, x = build(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GateOutputWarning)
+        gm = lg.transform(model, x)
+    assert spell(erase(gm.lean)) == gm.record.info["original"]
+    if next((m for m in gm.modules() if m is not gm), None) is not None:
+        assert_same(gm, x)
+
+
+B, N, H, D = 2, 5, 3, 4
+C = H * D
+
+
+def heads_inside(y: torch.Tensor) -> Any:
+    """GPT-NeoX: each head holds its q, k and v."""
+    return y.view(B, N, H, 3 * D).transpose(1, 2).chunk(3, -1)
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "timm": lambda y: y.reshape(-1, N, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0),
+    "chunk": lambda y: [t.unflatten(-1, (H, D)).transpose(1, 2) for t in y.chunk(3, -1)],
+    "split": lambda y: [t.reshape(-1, N, H, D).transpose(1, 2) for t in y.split([C, C, C], -1)],
+    "slices": lambda y: [y[..., i : i + C].unflatten(-1, (H, D)).transpose(1, 2) for i in (0, C, 2 * C)],
+    "heads inside": lambda y: y.reshape(-1, N, H, 3 * D).transpose(1, 2).chunk(3, -1),
+    "interleaved": lambda y: y.reshape(-1, N, H, D, 3).permute(4, 0, 2, 1, 3).unbind(0),
+    "features first": lambda y: y.mT.reshape(-1, 3, H, D, N).mT.unbind(1),
+}  # fmt: skip
+
+
+class Fused(nn.Module):
+    """Attention whose q, k and v come out of one projection."""
+
+    def __init__(self, layout: str, written: bool, kind: str = "linear", bias: bool = True) -> None:
+        super().__init__()
+        self.layout, self.written, self.kind = layout, written, kind
+        self.stem = nn.Linear(C, C)
+        self.qkv = (
+            nn.Conv1d(C, 3 * C, 1, bias=bias) if kind == "conv" else nn.Linear(C, 3 * C, bias=bias)
+        )
+        self.proj = nn.Linear(C, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        y = self.qkv(x.mT).mT if self.kind == "conv" else self.qkv(x)
+        q, k, v = LAYOUTS[self.layout](y)
+        if self.written:
+            z = torch.softmax(q @ k.mT, -1) @ v
+        else:
+            z = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(z.transpose(1, 2).flatten(2)).mean(1)
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["fused", "written"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_a_fused_projection_is_seen(layout: str, written: bool) -> None:
+    model = Fused(layout, written).to(F64)
+    x = torch.randn(B, N, C, dtype=F64)
+    gm = lg.transform(model, x)
+    assert sum(n.target is graft for n in gm.lean.nodes) == 1
+    assert lg.verify(model, gm, x, 0).ok
+    assert_same(gm, x)
+    assert_same(gm, torch.randn(4, N, C, dtype=F64))  # another batch size
+    assert_same(copy.deepcopy(gm), x)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolution_and_no_bias(bias: bool) -> None:
+    model = Fused("chunk", False, "conv", bias).to(F64)
+    x = torch.randn(B, N, C, dtype=F64)
+    gm = lg.transform(model, x)
+    assert sum(n.target is graft for n in gm.lean.nodes) == 1
+    assert_same(gm, x)
+
+
+class Macs(TorchDispatchMode):
+    """Multiply-adds of the matrix products that run, by torch's own formulas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from torch.utils.flop_counter import flop_registry
+
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        self.total += count(*args, **(kwargs or {}), out_val=out) // 2 if count else 0
+        return out
+
+
+def test_the_backward_costs_what_the_live_rows_cost() -> None:
+    """Of a fused projection 1/3 comes back, and no weight gradient that nobody asked for."""
+    model = Fused("timm", True).to(F64)
+    x = torch.randn(B, N, C, dtype=F64, requires_grad=True)
+    gm = lg.transform(model, x)
+    y = gm(x)[:, 0].sum()
+    with Macs() as counted:
+        torch.autograd.grad(y, x)
+    tokens, linears = B * N, C * 2 + C * C + C * C  # proj, the rows of v, stem
+    assert counted.total == tokens * linears + B * H * N * N * D  # and Pᵀ g
+
+
+def test_hooks_choose_the_whole_graph_and_leave_again() -> None:
+    model = Fused("timm", False).to(F64)
+    x = torch.randn(B, N, C, dtype=F64)
+    gm = lg.transform(model, x)
+    seen: list[Any] = []
+    hook = gm.qkv.register_forward_hook(lambda m, i, o: seen.append(o))
+    gm(x.requires_grad_())
+    assert seen[0].requires_grad  # a listener can ask for the gradient there
+    hook.remove()
+    gm(x)
+    assert len(seen) == 1
+    doubled = gm.qkv.register_forward_hook(lambda m, i, o: 2 * o)
+    assert not torch.equal(gm(x), model(x))
+    doubled.remove()
+    assert torch.equal(gm(x), model(x))
+
+
+def test_a_graph_changed_by_hand_runs_as_it_is() -> None:
+    model = Fused("timm", False).to(F64)
+    x = torch.randn(B, N, C, dtype=F64)
+    gm = lg.transform(model, x)
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            with gm.graph.inserting_before(node):
+                node.args = (gm.graph.call_function(torch.neg, (node.args[0],)),)
+    gm.recompile()
+    assert gm.lean is None
+    assert torch.equal(gm(x), -model(x))
