@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from libragrad_fx.errors import CaptureError, CustomBackwardWarning, ExportError, InputError
+from libragrad_fx.inplace import rename
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.ops.insert import observe
 from libragrad_fx.ops.twin import bind
@@ -197,6 +198,7 @@ def _functional(program: ExportedProgram, known: Callable[[Any], bool]) -> Expor
 
     Where it has none of them it is left as it is: the pass costs as much as the export.
     """
+    rename(program.graph)
     is_done = not any(_writes_or_hides(n, known) for n in program.graph.nodes)
     return program if is_done else program.run_decompositions({})
 

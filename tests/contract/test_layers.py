@@ -9,14 +9,15 @@ import libragrad_fx
 
 ROOT = Path(libragrad_fx.__file__).parent
 LAYERS = [
-    {"errors"}, {"extras", "target", "types"}, {"ops"}, {"rulebook", "module"}, {"capture"}, {"normalize"},
+    {"errors"}, {"extras", "inplace", "target", "types"}, {"ops"}, {"rulebook", "module"}, {"capture"},
+    {"normalize"},
     {"analyze"}, {"plan", "proof"}, {"lean"}, {"rewrite"}, {"ledger"}, {"verify"},
     {"attribution", "pipeline", "viz"}, {"cuts"}, {"api"},
     {"demo_data", "models"}, {"coverage", "demo"}, {"cli"}, {"__init__", "__main__"},
 ]  # fmt: skip
 PRIVATE = {
-    "analyze", "capture", "lean", "ledger", "module", "normalize", "ops", "proof", "rewrite", "rulebook",
-    "verify",
+    "analyze", "capture", "inplace", "lean", "ledger", "module", "normalize", "ops", "proof", "rewrite",
+    "rulebook", "verify",
 }  # fmt: skip
 
 

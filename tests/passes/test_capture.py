@@ -295,3 +295,49 @@ def test_two_outputs_one_a_gate() -> None:
     (note,) = gm.plan.notes
     assert "softmax" in note
     assert gm.plan.edits == ()
+
+
+class Writes(nn.Module):
+    """A network that writes in place, ``how`` it does."""
+
+    def __init__(self, how: Any) -> None:
+        super().__init__()
+        self.linear, self.norm, self.how = nn.Linear(4, 4), nn.BatchNorm1d(4), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.how(self.norm(self.linear(x)), x)
+
+
+def _seen_before(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    twice = y * 2
+    return y.mul_(x).add_(twice)
+
+
+def _another_name(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    flat = y.view(-1)
+    y.relu_()
+    return flat.reshape(-1, 4) + y
+
+
+def _nothing_dropped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    same = nn.functional.dropout(y, 0.5, False)  # eval: ``y`` itself, though its schema does not say
+    same.sigmoid_()
+    return y + x
+
+
+def _a_part(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    y[:, 0] = 0
+    y.t().mul_(2)
+    return y.clamp_(-1, 1)
+
+
+@pytest.mark.parametrize(
+    "how", [lambda y, x: nn.functional.silu(y, inplace=True), lambda y, x: y.relu_().add_(x), _seen_before,
+            _another_name, _nothing_dropped, _a_part],
+    ids=["activation", "residual", "seen before", "another name", "nothing dropped", "a part"],
+)  # fmt: skip
+def test_writing_in_place(how: Any) -> None:
+    model, x = Writes(how).to(F64).eval(), torch.randn(3, 4, dtype=F64)
+    gm = lg.transform(model, x)
+    assert not any(getattr(getattr(n.target, "_schema", None), "is_mutable", 0) for n in gm.graph.nodes)
+    assert lg.verify(model, gm, x, 1).ok

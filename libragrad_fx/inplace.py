@@ -1,0 +1,68 @@
+"""In-place ops of an exported graph as plain ones, where no other name of the tensor is read later.
+
+PyTorch can make any program functional, by tracing it once more: that costs twice the export. What
+most networks write in place is the fresh result of a convolution or a norm (``relu_``, ``+=``), and
+there a rename does it. Everything else is left for PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+_FRESH = {  # composite ops whose result is always a tensor of its own
+    aten.conv1d, aten.conv2d, aten.conv3d, aten.conv_transpose1d, aten.conv_transpose2d, aten.linear,
+    aten.batch_norm, aten.layer_norm, aten.group_norm, aten.instance_norm, aten.rms_norm, aten.matmul,
+}  # fmt: skip
+
+
+def rename(graph: Graph) -> None:
+    """Replace every in-place op of ``graph`` for which it is safe; the others stay."""
+    place = {n: i for i, n in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        plain = _plain(node)
+        if plain is None or not _is_safe(node, place):
+            continue
+        target = node.args[0]
+        assert isinstance(target, Node)
+        node.target = plain
+        for user in list(target.users):
+            if place[user] > place[node]:
+                user.replace_input_with(target, node)
+
+
+def _plain(node: Node) -> torch._ops.OpOverload | None:
+    """The op that computes what an in-place op writes; None if ``node`` is none such."""
+    op = node.target
+    if not (isinstance(op, torch._ops.OpOverload) and op.namespace == "aten"):
+        return None
+    if not op._schema.is_mutable or not op._opname.endswith("_") or not isinstance(node.args[0], Node):
+        return None
+    packet = getattr(aten, op._opname[:-1], None)
+    plain = getattr(packet, op._overloadname, None)
+    names = [a.name for a in op._schema.arguments]
+    same = plain is not None and [a.name for a in plain._schema.arguments] == names
+    return plain if same else None
+
+
+def _is_safe(node: Node, place: dict[Node, int]) -> bool:
+    """Whether what is written to has no other name that is read later, and keeps its dtype."""
+    target = node.args[0]
+    assert isinstance(target, Node)
+    operands = [n.meta.get("val") for n in node.all_input_nodes]
+    dtypes = {v.dtype for v in operands if isinstance(v, torch.Tensor)}
+    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point or not _is_fresh(target):
+        return False
+    return all(_is_fresh(u) for u in target.users if place[u] < place[node])
+
+
+def _is_fresh(node: Node) -> bool:
+    """Whether an op's result shares no memory with its operands."""
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload):
+        return False
+    if any(r.alias_info is not None for r in op._schema.returns):
+        return False
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+    return not composite or op._overloadpacket in _FRESH
