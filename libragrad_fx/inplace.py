@@ -37,7 +37,11 @@ def _plain(node: Node) -> torch._ops.OpOverload | None:
     op = node.target
     if not (isinstance(op, torch._ops.OpOverload) and op.namespace == "aten"):
         return None
-    if not op._schema.is_mutable or not op._opname.endswith("_") or not isinstance(node.args[0], Node):
+    if (
+        not op._schema.is_mutable
+        or not op._opname.endswith("_")
+        or not isinstance(node.args[0], Node)
+    ):
         return None
     packet = getattr(aten, op._opname[:-1], None)
     plain = getattr(packet, op._overloadname, None)
@@ -64,5 +68,7 @@ def _is_fresh(node: Node) -> bool:
         return False
     if any(r.alias_info is not None for r in op._schema.returns):
         return False
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(
+        op.name(), "CompositeImplicitAutograd"
+    )
     return not composite or op._overloadpacket in _FRESH

@@ -4,8 +4,10 @@ The balanced graph says what the backward *is*; much of what it would compute is
 whose features only some get a gradient (the fused qkv projection, of which v alone carries) would
 back-propagate zeros through all its rows, after views had gathered them into a tensor. Here it
 back-propagates through the live rows alone: its result is cut off, and behind the views that lead
-to the live part a ``graft`` sends the gradient to the product's operands directly. Forward and
-gradients are those of the balanced graph. Probes, which are for listeners, are left out as well.
+to the live part a ``graft`` sends the gradient to the product's operands directly. (Two live parts,
+as of a gated MLP, save putting their gradients together.) A product of two values halves its
+gradient on the way. Forward and gradients are those of the balanced graph. Probes, which are for
+listeners, are left out as well.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from libragrad_fx.ops import insert
+from libragrad_fx.ops import TWINS, insert
 from libragrad_fx.ops.graft import graft
-from libragrad_fx.ops.insert import MARK
+from libragrad_fx.ops.insert import MARK, is_scale
 from libragrad_fx.ops.twin import bind
 from libragrad_fx.proof import passes
 from libragrad_fx.types import Graft, OpFacts
@@ -55,7 +57,7 @@ def reached(graph: Graph, facts: Facts) -> set[Node]:
 
 
 def grafts(graph: Graph, facts: Facts) -> Iterator[Graft]:
-    """Every live part of a product whose other features get no gradient.
+    """The live parts of every product that is read in parts.
 
     graph: balanced, without probes, with the traced values in ``meta["val"]``.
     """
@@ -66,7 +68,10 @@ def grafts(graph: Graph, facts: Facts) -> Iterator[Graft]:
         found = [_part(node, n) for n in dict.fromkeys(_ends(node, alive, facts))]
         parts = [p for p in found if p is not None]
         features = _sizes(node)[_FEATURES[node.target]]
-        if parts and len(parts) == len(found) and sum(len(p.rows) for p in parts) < features:
+        whole = sum(len(p.rows) for p in parts) > features or any(
+            len(p.rows) == features for p in parts
+        )
+        if len(parts) == len(found) and not whole:
             yield from parts
 
 
@@ -184,5 +189,20 @@ def lean(graph: Graph, facts: Facts) -> Graph:
             cut = graph.call_function(insert.stop, (product,))
         cut.meta[MARK] = (_LEAN, product.name)
         product.replace_all_uses_with(cut, delete_user_cb=lambda u, cut=cut: u is not cut)
+    for node in list(graph.nodes):
+        if is_scale(node):
+            _halve(graph, node)
     graph.lint()
     return graph
+
+
+def _halve(graph: Graph, scale: Node) -> None:
+    """``mul`` and a scale by 1/2 on its result become one twin."""
+    host, factor = scale.args
+    assert isinstance(host, Node)
+    whole = host.target is aten.mul.Tensor and factor == 0.5 and len(host.users) == 1
+    if whole and not host.meta["val"].is_complex():
+        host.target = TWINS["halved_mul"]
+        host.meta[MARK] = (_LEAN, host.name)
+        scale.replace_all_uses_with(host)
+        graph.erase_node(scale)

@@ -1,0 +1,26 @@
+"""The product of two values, each of which gets half of the gradient (method: the product rule)."""
+
+from __future__ import annotations
+
+import torch
+
+from libragrad_fx.ops.twin import Grads, twin
+
+aten = torch.ops.aten
+
+
+def _halved(
+    needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, other: torch.Tensor
+) -> Grads:
+    nothing = g.new_zeros(())  # g b / 2 in one pass
+
+    def half(of: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(nothing, g, by, value=0.5).sum_to_size(of.shape)
+
+    return {
+        "self": half(self, other) if "self" in needs else None,
+        "other": half(other, self) if "other" in needs else None,
+    }
+
+
+halved_mul = twin(aten.mul.Tensor, _halved, saves=("self", "other"), name="halved_mul")
