@@ -39,7 +39,7 @@ from libragrad_fx.errors import (
     LibraGradError,
 )
 from libragrad_fx.extras import need
-from libragrad_fx.target import first_tensor
+from libragrad_fx.target import first_tensor, middle, select
 
 _CAPTIONS = {"fullgrad_plus": "FullGrad+", "input_x_gradient": "Input×Gradient"}
 
@@ -276,6 +276,47 @@ def audit(
         say("one backward")
         account = lg.audit(gm, inputs, _target(module, inputs, target))
     typer.echo(account.to_json() if json else str(account))
+
+
+@app.command(short_help="Time the balanced backward against autograd's.")
+def bench(
+    model: ModelName,
+    batch: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each side is run.")] = 10,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Leave parameters requiring gradients.")
+    ] = False,
+    seed: Seed = 0,
+) -> None:
+    """Run forward and backward to the input, plain and balanced in turns, and print what they cost.
+
+    "operations" is the share that is left of the plain side's matrix products: what the time would
+    be if nothing else cost anything.
+    """
+    from libragrad_fx.bench import HEAD, compare
+
+    torch.set_num_threads(threads)
+    module = _load(model, False, None, seed).module
+    module.requires_grad_(weights)
+    with _working("capturing the model") as say:
+        inputs = _inputs(module, seed)
+        (x,) = inputs if isinstance(inputs, tuple) and len(inputs) == 1 else (None,)
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            raise InputError(
+                f"bench times the gradient of one image-like input; {model} takes others"
+            )
+        x = torch.randn(batch, *x.shape[1:], dtype=x.dtype)
+        gm = lg.transform(module, x)
+        say("timing")
+        sides = {
+            n: lambda z, m=m: select(m(z), middle) for n, m in (("plain", module), ("balanced", gm))
+        }
+        found = compare(sides, x, rounds)
+    typer.echo(
+        f"{model}, {tuple(x.shape)}, {x.dtype}, {threads} threads, torch {torch.__version__}"
+    )
+    typer.echo("\n".join([HEAD, *(c.against(found[0]) for c in found)]))
 
 
 @app.command(short_help="Check whole model libraries, model by model.")

@@ -64,6 +64,15 @@ class _Run:
     recorders: list[tuple[str, Recorder]] | None = None
     pieces: dict[str, CapturedModule] = dataclasses.field(default_factory=dict)
     foreign: set[str] = dataclasses.field(default_factory=set)
+    over: bool = False
+
+    def refuse_early(self, g: torch.Tensor) -> None:
+        """A hook on what graphs return: a gradient that the forward itself takes would be balanced."""
+        if not self.over:
+            raise CaptureError(
+                "the model differentiates itself in its forward: a balanced backward would change what"
+                " it computes"
+            )
 
     def depends(self, x: torch.Tensor) -> bool:
         """Whether a tensor between two graphs depends on the model's input."""
@@ -161,6 +170,7 @@ class CutModule(nn.Module):
                 output = self._compiled(*args, **kwargs)
         finally:
             del self._local.run
+            run.over = True
         for y in pytree.tree_leaves(output):
             if isinstance(y, torch.Tensor):
                 run.depends(y)
@@ -232,6 +242,9 @@ class CutModule(nn.Module):
                 run.recorders.append((name, recorder))
                 outputs = recorder.run(*given)
         leaves = pytree.tree_leaves(outputs)
+        for y in leaves:
+            if isinstance(y, torch.Tensor) and y.requires_grad and piece is not None:
+                y.register_hook(run.refuse_early)
         for y, moves in zip(leaves, depends or [False] * len(leaves), strict=True):
             if isinstance(y, torch.Tensor) and y.grad_fn is not None:
                 run.moves[y.grad_fn] = moves

@@ -19,9 +19,10 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from libragrad_fx.ops import TWINS, insert
+from libragrad_fx.ops import insert
 from libragrad_fx.ops.graft import graft
 from libragrad_fx.ops.insert import MARK, is_scale
+from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.ops.twin import bind
 from libragrad_fx.proof import passes
 from libragrad_fx.types import Graft, OpFacts
@@ -68,8 +69,8 @@ def grafts(graph: Graph, facts: Facts) -> Iterator[Graft]:
         found = [_part(node, n) for n in dict.fromkeys(_ends(node, alive, facts))]
         parts = [p for p in found if p is not None]
         features = _sizes(node)[_FEATURES[node.target]]
-        whole = sum(len(p.rows) for p in parts) > features or any(
-            len(p.rows) == features for p in parts
+        whole = sum(_count(p.rows) for p in parts) > features or any(
+            _count(p.rows) == features for p in parts
         )
         if len(parts) == len(found) and not whole:
             yield from parts
@@ -107,7 +108,7 @@ def _sizes(node: Node) -> tuple[int, ...]:
 
 
 def _number(value: Any) -> int:
-    return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)
+    return int(value.node.hint if isinstance(value, torch.SymInt) else value)  # type: ignore[arg-type]
 
 
 def _part(product: Node, end: Node) -> Graft | None:
@@ -120,7 +121,7 @@ def _part(product: Node, end: Node) -> Graft | None:
         return None
     feature = _FEATURES[product.target] % whole.ndim  # type: ignore[index]
     axes = [_axis(whole, n, s) for n, s in zip(view.shape, view.stride(), strict=True)]
-    first, rest = divmod(view.storage_offset(), whole.stride(feature))
+    first, rest = divmod(int(view.storage_offset()), int(whole.stride(feature)))
     if None in axes or rest or first >= whole.shape[feature]:
         return None
     held: list[list[int]] = [[] for _ in whole.shape]
@@ -135,7 +136,17 @@ def _part(product: Node, end: Node) -> Graft | None:
     for i in held[feature]:
         step = view.stride(i) // whole.stride(feature)
         rows = [r + k * step for r in rows for k in range(view.shape[i])]
-    return Graft(end.name, product.name, tuple(map(tuple, held)), tuple(rows))
+    return Graft(end.name, product.name, tuple(map(tuple, held)), _as_slice(rows))
+
+
+def _as_slice(rows: list[int]) -> slice | tuple[int, ...]:
+    """A slice where they lie side by side: it copies no weights."""
+    together = rows == list(range(rows[0], rows[0] + len(rows)))
+    return slice(rows[0], rows[0] + len(rows)) if together else tuple(rows)
+
+
+def _count(rows: slice | tuple[int, ...]) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def _axis(whole: torch.Tensor, size: int, stride: int) -> int | None:
@@ -202,7 +213,7 @@ def _halve(graph: Graph, scale: Node) -> None:
     assert isinstance(host, Node)
     whole = host.target is aten.mul.Tensor and factor == 0.5 and len(host.users) == 1
     if whole and not host.meta["val"].is_complex():
-        host.target = TWINS["halved_mul"]
+        host.target = halved_mul
         host.meta[MARK] = (_LEAN, host.name)
         scale.replace_all_uses_with(host)
         graph.erase_node(scale)

@@ -114,6 +114,13 @@ def first_tensor(output: Any) -> torch.Tensor:
     )
 
 
+def middle(output: Any) -> torch.Tensor:
+    """(B,): the entry in the middle of each sample's output, whatever its shape."""
+    y = first_tensor(output)
+    y = y.reshape(y.shape[0], -1)
+    return y[:, y.shape[1] // 2]
+
+
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs as a call's arguments; what was made in inference mode is copied out of it."""
     inputs = pytree.tree_map_only(

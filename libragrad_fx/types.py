@@ -137,7 +137,7 @@ class Graft:
     leaf: str
     product: str
     order: tuple[tuple[int, ...], ...]
-    rows: tuple[int, ...]
+    rows: slice | tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)

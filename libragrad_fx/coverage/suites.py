@@ -13,7 +13,7 @@ from libragrad_fx import models
 from libragrad_fx.capture import infer_inputs
 from libragrad_fx.coverage.unfilled import unfilled
 from libragrad_fx.extras import need
-from libragrad_fx.target import first_tensor
+from libragrad_fx.target import middle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +36,6 @@ class Suite:
     build: Callable[[str], Subject]
     package: str
     about: str
-
-
-def middle(output: Any) -> torch.Tensor:
-    """(B,): the entry in the middle of each sample's output, whatever its shape."""
-    y = first_tensor(output)
-    y = y.reshape(y.shape[0], -1)
-    return y[:, y.shape[1] // 2]
 
 
 def _subject(name: str, model: nn.Module) -> Subject:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from libragrad_fx.ops import activation, attention, norm, product, recurrent
+from libragrad_fx.ops import activation, attention, norm, recurrent
 
-_MODULES = (activation, norm, attention, product, recurrent)
+_MODULES = (activation, norm, attention, recurrent)
 
 TWINS: dict[str, Callable[..., Any]] = {
     name: fn

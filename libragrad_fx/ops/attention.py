@@ -162,7 +162,8 @@ def _runs_flash(query: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
     """Whether PyTorch would pick the kernel that hands out its log-sum-exp; asked eagerly alone."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    chosen = type(query) is torch.Tensor and torch._fused_sdp_choice(query, *args, **kwargs)
+    plain = type(query) is torch.Tensor and query.ndim == 4
+    chosen = plain and torch._fused_sdp_choice(query, *args, **kwargs)
     return chosen == SDPBackend.FLASH_ATTENTION.value
 
 

@@ -7,31 +7,24 @@ sends its gradient straight to x, W and b, through the rows of W that made it.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn import grad
 
 from libragrad_fx.ops.twin import linked, note_tensors, wanted
 
 aten = torch.ops.aten
-_CONV_INPUT = {1: torch.nn.grad.conv1d_input, 2: torch.nn.grad.conv2d_input}
-_CONV_WEIGHT = {1: torch.nn.grad.conv1d_weight, 2: torch.nn.grad.conv2d_weight}
+_CONV_INPUT = {1: grad.conv1d_input, 2: grad.conv2d_input}
+_CONV_WEIGHT = {1: grad.conv1d_weight, 2: grad.conv2d_weight}
 
 
 def _like_product(g: torch.Tensor, order: Sequence[Sequence[int]]) -> torch.Tensor:
     """A gradient of the part in the product's axes. order: the part's axes for each of them."""
-    sizes = [math.prod(g.shape[a] for a in axes) for axes in order]
+    sizes = [math.prod([g.shape[a] for a in axes]) for axes in order]
     return g.permute([a for axes in order for a in axes]).reshape(sizes)
-
-
-def _rows(weight: torch.Tensor, rows: Sequence[int]) -> Any:
-    """An index of the live rows: a slice where they lie side by side, which copies nothing."""
-    if rows[-1] - rows[0] == len(rows) - 1 and all(b > a for a, b in itertools.pairwise(rows)):
-        return slice(rows[0], rows[-1] + 1)
-    return torch.tensor(rows, device=weight.device)
 
 
 class _Graft(torch.autograd.Function):
@@ -40,7 +33,7 @@ class _Graft(torch.autograd.Function):
     @staticmethod
     def forward(
         part: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-        conv: tuple[Any, ...], order: Sequence[Sequence[int]], rows: Sequence[int],
+        conv: tuple[Any, ...], order: Sequence[Sequence[int]], rows: slice | Sequence[int],
     ) -> torch.Tensor:  # fmt: skip
         return part.view_as(part)
 
@@ -57,18 +50,18 @@ class _Graft(torch.autograd.Function):
         _, of_x, of_weight, of_bias, *_ = wanted(ctx)
         weight, x = ctx.saved_tensors
         g = _like_product(g, ctx.order)
-        at = _rows(g, ctx.rows)
+        at = ctx.rows if isinstance(ctx.rows, slice) else torch.tensor(ctx.rows, device=g.device)
+        axis = 1 if ctx.conv else g.ndim - 1
         dx = dweight = dbias = None
         if of_x:
             live = weight[at].to(g.dtype)
             dx = _input_gradient(g, live, ctx.shapes[0], ctx.conv)
         if of_weight:
             dweight = g.new_zeros(ctx.shapes[1])
-            live_shape = (len(ctx.rows), *ctx.shapes[1][1:])
+            live_shape = (g.shape[axis], *ctx.shapes[1][1:])
             dweight[at] = _weight_gradient(g, x.to(g.dtype), live_shape, ctx.conv)
         if of_bias:
             dbias = g.new_zeros(ctx.shapes[2])
-            axis = 1 if ctx.conv else g.ndim - 1
             dbias[at] = g.sum([a for a in range(g.ndim) if a != axis])
         return None, dx, dweight, dbias, None, None, None
 
@@ -91,7 +84,7 @@ def _weight_gradient(
 
 def graft(
     part: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-    conv: tuple[Any, ...], order: Sequence[Sequence[int]], rows: Sequence[int],
+    conv: tuple[Any, ...], order: Sequence[Sequence[int]], rows: slice | Sequence[int],
 ) -> torch.Tensor:  # fmt: skip
     """``part`` itself; its gradient goes to the operands of the product that it is a part of.
 

@@ -24,3 +24,4 @@ def _halved(
 
 
 halved_mul = twin(aten.mul.Tensor, _halved, saves=("self", "other"), name="halved_mul")
+halved_mul.__module__ = __name__  # where a pickle finds it

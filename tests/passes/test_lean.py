@@ -16,6 +16,7 @@ import libragrad_fx as lg
 from libragrad_fx.errors import GateOutputWarning
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.ops.graft import graft
+from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.rewrite import erase, spell
 from tests.models.zoo import ZOO, build
 
@@ -121,6 +122,17 @@ def test_a_convolution_and_no_bias(bias: bool) -> None:
     gm = lg.transform(model, x)
     assert sum(n.target is graft for n in gm.lean.nodes) == 1
     assert_same(gm, x)
+
+
+@pytest.mark.parametrize("shapes", [((2, 3), (2, 3)), ((2, 3), (3,)), ((1, 3), (2, 1))])
+def test_a_halved_product_is_half_of_autograds(shapes: Any) -> None:
+    a, b = (torch.randn(s, dtype=F64, requires_grad=True) for s in shapes)
+    y, z = halved_mul(a, b), a * b
+    assert torch.equal(y, z)
+    g = torch.randn_like(y)
+    pairs = zip(*(torch.autograd.grad(t, (a, b), g) for t in (y, z)), strict=True)
+    for got, plain in pairs:
+        torch.testing.assert_close(got, plain / 2)
 
 
 class Macs(TorchDispatchMode):

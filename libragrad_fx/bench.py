@@ -1,0 +1,157 @@
+"""What a backward costs: several of them on one model, in turns, so that the machine's moods cancel.
+
+A *side* is a function from an input to the scalar to differentiate. Each round runs every side
+once, forward and backward to the input; what is compared are the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+Side = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """One side, against the first.
+
+    seconds: median of a forward and a backward
+    ratio, low, high: median and quartiles, over rounds, of its time by that of the first side
+    peak:  MiB of tensors that exist at once at most, above what existed before
+    flops: floating-point operations in matrix products, convolutions and fused attention
+    """
+
+    name: str
+    seconds: float
+    ratio: float
+    low: float
+    high: float
+    peak: float
+    flops: int
+
+    def against(self, first: Cost) -> str:
+        """A row of a Markdown table."""
+        spread = f"{self.ratio:.3f} ({self.low:.3f} to {self.high:.3f})"
+        work, memory = _share(self.flops, first.flops), _share(self.peak, first.peak)
+        ms = f"{self.seconds * 1e3:.1f}"
+        return f"| {self.name} | {ms} | {spread} | {work} | {self.peak:.0f} | {memory} |"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.3f}" if whole else ""
+
+
+HEAD = (
+    "| backward | ms | time, of the first (quartiles) | operations | peak MiB | memory |\n"
+    "|---|---|---|---|---|---|"
+)
+
+
+def compare(sides: Mapping[str, Side], x: torch.Tensor, rounds: int = 10) -> list[Cost]:
+    """Time and count every side on ``x``; at least one round is run before the first that counts."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    flops = {name: _flops(side, x) for name, side in sides.items()}
+    peaks = {name: _peak(side, x) for name, side in sides.items()}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            times[name].append(_seconds(side, x))
+    first = next(iter(times.values()))
+    found = []
+    for name, spent in times.items():
+        ratios = sorted(t / f for t, f in zip(spent, first, strict=True))
+        low, middle, high = _quartiles(ratios)
+        median = statistics.median(spent)
+        found.append(Cost(name, median, middle, low, high, peaks[name], flops[name]))
+    return found
+
+
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def _once(side: Side, x: torch.Tensor) -> None:
+    x = x.detach().requires_grad_()
+    torch.autograd.grad(side(x), x)
+
+
+def _seconds(side: Side, x: torch.Tensor) -> float:
+    _wait(x)
+    start = time.perf_counter()
+    _once(side, x)
+    _wait(x)
+    return time.perf_counter() - start
+
+
+def _wait(x: torch.Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
+def _peak(side: Side, x: torch.Tensor) -> float:
+    """MiB of tensors that exist at once at most, above what existed before."""
+    if x.is_cuda:
+        torch.cuda.reset_peak_memory_stats(x.device)
+        before = torch.cuda.memory_allocated(x.device)
+        _once(side, x)
+        return (torch.cuda.max_memory_allocated(x.device) - before) / 2**20
+    with _Memory() as memory:
+        _once(side, x)
+    return memory.peak / 2**20
+
+
+class _Memory(TorchDispatchMode):
+    """The sizes of the storages that ops make, until they are gone. Scratch inside of kernels is not
+    seen; what an allocator keeps for later is not counted either, and so every run says the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_key(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for t in pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor) and _key(t) not in given:
+                storage = t.untyped_storage()
+                self.alive[_key(t)] = (StorageWeakRef(storage), storage.nbytes())
+        self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
+
+
+def _key(x: torch.Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+class _Counter(TorchDispatchMode):
+    """PyTorch's own formulas, without its counter of modules: that one would listen to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        self.total += count(*args, **(kwargs or {}), out_val=out) if count else 0
+        return out
+
+
+def _flops(side: Side, x: torch.Tensor) -> int:
+    with _Counter() as counter:
+        _once(side, x)
+    return counter.total
