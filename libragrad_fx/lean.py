@@ -4,10 +4,9 @@ The balanced graph says what the backward *is*; much of what it would compute is
 whose features only some get a gradient (the fused qkv projection, of which v alone carries) would
 back-propagate zeros through all its rows, after views had gathered them into a tensor. Here it
 back-propagates through the live rows alone: its result is cut off, and behind the views that lead
-to the live part a ``graft`` sends the gradient to the product's operands directly. (Two live parts,
-as of a gated MLP, save putting their gradients together.) A product of two values halves its
-gradient on the way. Forward and gradients are those of the balanced graph. Probes, which are for
-listeners, are left out as well.
+to the live part a ``graft`` sends the gradient to the product's operands directly. A product of two
+values halves its gradient on the way. Forward and gradients are those of the balanced graph.
+Probes, which are for listeners, are left out as well.
 """
 
 from __future__ import annotations
@@ -69,10 +68,7 @@ def grafts(graph: Graph, facts: Facts) -> Iterator[Graft]:
         found = [_part(node, n) for n in dict.fromkeys(_ends(node, alive, facts))]
         parts = [p for p in found if p is not None]
         features = _sizes(node)[_FEATURES[node.target]]
-        whole = sum(_count(p.rows) for p in parts) > features or any(
-            _count(p.rows) == features for p in parts
-        )
-        if len(parts) == len(found) and not whole:
+        if len(parts) == len(found) and 0 < sum(_count(p.rows) for p in parts) < features:
             yield from parts
 
 

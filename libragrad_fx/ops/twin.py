@@ -81,6 +81,7 @@ def _saver(saves: Sequence[str], extras: Sequence[str], for_others: Sequence[str
         if extras:
             output, *more = output
             ctx.mark_non_differentiable(*more)
+            ctx.set_materialize_grads(False)  # or each gets a gradient of zeros, filled in
             values = {**values, **dict(zip(extras, more, strict=True))}
         tensors: dict[str, list[torch.Tensor]] = {}
         for name in saves:
@@ -112,6 +113,8 @@ def _puller(vjp: Vjp, saves: Sequence[str], extras: int) -> Pull:
         for name, size in ctx.layout:
             saved[name] = next(flat) if size < 0 else [next(flat) for _ in range(size)]
         g = g[: len(g) - extras]
+        if extras and g[0] is None:
+            return {}
         upstream = g[0] if len(g) == 1 else tuple(g)
         device = next((t.device.type for t in g if t is not None), "cpu")
         if torch.is_autocast_enabled(device):

@@ -273,3 +273,10 @@ def test_a_picture_is_read_upright_opaque_and_in_range(tmp_path: Path) -> None:
     turned[0x0112] = 6  # the camera was held on its side
     Image.new("RGB", (4, 2)).save(tmp_path / "a.jpg", exif=turned)
     assert models.read_image(tmp_path / "a.jpg").size == (2, 4)
+
+
+def test_bench_is_a_table_of_both_sides() -> None:
+    result = run("bench", TINY, "--rounds", "2", "--batch", "3")
+    assert result.exit_code == 0, result.output
+    rows = [r.split("|")[1].strip() for r in result.stdout.splitlines() if r.startswith("|")]
+    assert rows == ["backward", "---", "plain", "balanced"]
