@@ -25,10 +25,11 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def _weighted(g: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """g * w in a new tensor, in at least float32."""
-    if weight is not None:
-        return _wide(g) * weight
-    return g.float() if g.dtype in (torch.float16, torch.bfloat16) else g.clone()
+    """g * w in a new tensor, in at least float32, the rows one after the other."""
+    u = _wide(g).contiguous()
+    if u is not g:  # a new one already
+        return u if weight is None else times_(u, weight)
+    return u.clone() if weight is None else u * weight
 
 
 def _pull(u: torch.Tensor, rstd: torch.Tensor, axes: Axes, centred: bool = True) -> torch.Tensor:
