@@ -137,7 +137,7 @@ def _key(x: torch.Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-class _Counter(TorchDispatchMode):
+class Operations(TorchDispatchMode):
     """PyTorch's own formulas, without its counter of modules: that one would listen to them."""
 
     def __init__(self) -> None:
@@ -152,6 +152,6 @@ class _Counter(TorchDispatchMode):
 
 
 def _flops(side: Side, x: torch.Tensor) -> int:
-    with _Counter() as counter:
+    with Operations() as counter:
         _once(side, x)
     return counter.total

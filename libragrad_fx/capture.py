@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from libragrad_fx.errors import CaptureError, CustomBackwardWarning, ExportError, InputError
-from libragrad_fx.inplace import rename
+from libragrad_fx.inplace import is_composite, rename
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.ops.insert import observe
 from libragrad_fx.ops.twin import bind
@@ -213,23 +213,22 @@ def _writes_or_hides(node: torch.fx.Node, known: Callable[[Any], bool]) -> bool:
     values = bind(node.target, node.args, node.kwargs)
     if values.get("training") or values.get("use_input_stats"):
         return True  # a norm that writes its statistics, of which its schema says nothing
-    return _is_composite(node.target) and not known(node.target) and _makes_tensors(node)
+    return _hides(node, known)
 
 
-def _makes_tensors(node: torch.fx.Node) -> bool:
-    return any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(node.meta.get("val")))
+def _hides(node: torch.fx.Node, known: Callable[[Any], bool]) -> bool:
+    """Whether a node is a composite op on tensors that has no fact."""
+    made = pytree.tree_leaves(node.meta.get("val"))
+    tensors = any(isinstance(v, torch.Tensor) for v in made)
+    return tensors and is_composite(node.target) and not known(node.target)
 
 
 def _written_out(program: ExportedProgram, known: Callable[[Any], bool]) -> ExportedProgram:
     """Replace composite ops that have no fact by ops that have, where PyTorch makes them of such."""
     tried: set[Any] = set()
     while True:
-        composite = {n.target: n for n in program.graph.nodes if _is_composite(n.target)}
-        unknown = {
-            op: n
-            for op, n in composite.items()
-            if op not in tried and not known(op) and _makes_tensors(n)
-        }
+        hiding = (n for n in program.graph.nodes if _hides(n, known))
+        unknown = {n.target: n for n in hiding if n.target not in tried}
         if not unknown:
             return program
         tried |= set(unknown)
@@ -263,13 +262,6 @@ def _parts(node: torch.fx.Node) -> set[Any]:
     with _Calls() as calls:
         node.target(*args, **kwargs)  # type: ignore[operator]
     return calls.ops
-
-
-def _is_composite(op: Any) -> bool:
-    """Whether PyTorch itself runs ``op`` as other ops, on every device, forwards and backwards."""
-    return isinstance(op, torch._ops.OpOverload) and torch._C._dispatch_has_kernel_for_dispatch_key(
-        op.name(), "CompositeImplicitAutograd"
-    )
 
 
 def _by_name(model: torch.nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -7,6 +7,8 @@ there a rename does it. Everything else is left for PyTorch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Graph, Node
 
@@ -68,7 +70,11 @@ def _is_fresh(node: Node) -> bool:
         return False
     if any(r.alias_info is not None for r in op._schema.returns):
         return False
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(
+    return not is_composite(op) or op._overloadpacket in _FRESH
+
+
+def is_composite(op: Any) -> bool:
+    """Whether PyTorch itself runs ``op`` as other ops, on every device, forwards and backwards."""
+    return isinstance(op, torch._ops.OpOverload) and torch._C._dispatch_has_kernel_for_dispatch_key(
         op.name(), "CompositeImplicitAutograd"
     )
-    return not composite or op._overloadpacket in _FRESH

@@ -11,6 +11,8 @@ Probes, which are for listeners, are left out as well.
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,8 +25,8 @@ from libragrad_fx.ops.graft import graft
 from libragrad_fx.ops.insert import MARK, is_scale
 from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.ops.twin import bind
-from libragrad_fx.proof import passes
-from libragrad_fx.types import Graft, OpFacts
+from libragrad_fx.proof import passes, reach
+from libragrad_fx.types import OpFacts
 
 aten = torch.ops.aten
 Facts = Mapping[str, OpFacts]
@@ -37,33 +39,39 @@ _VIEWS = {
 _FEATURES = {aten.linear.default: -1, aten.conv1d.default: 1, aten.conv2d.default: 1}  # their axis
 
 
-def reached(graph: Graph, facts: Facts) -> set[Node]:
+def _alive(graph: Graph, facts: Facts) -> set[Node]:
     """Nodes at which a gradient arrives, whether it leads to an input or to a parameter."""
-    everything, seen = set(graph.nodes), set[Node]()
-    stack = [next(n for n in graph.nodes if n.op == "output")]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.op == "output":
-            stack.extend(node.all_input_nodes)
-        elif node.target is not insert.stop:
-            stack.extend(n for _, n in passes(node, facts.get(node.name), everything))
-    return seen
+    final = next(n for n in graph.nodes if n.op == "output")
+    open_ = {n for n in graph.nodes if n.target is not insert.stop}
+    return {final} | reach(set(final.all_input_nodes) & open_, facts, open_)
 
 
 # --- what can be grafted, found where shapes are known
 
 
-def grafts(graph: Graph, facts: Facts) -> Iterator[Graft]:
-    """The live parts of every product that is read in parts.
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A part of a product's result of which alone a gradient comes back.
 
-    graph: balanced, without probes, with the traced values in ``meta["val"]``.
+    end:   the node that holds it: a view of the result of ``product``
+    order: for each axis of the result, the axes of ``end`` that make it up
+    rows:  the result's features that ``end`` holds, in its order
     """
-    alive = reached(graph, facts)
+
+    end: Node
+    product: Node
+    order: tuple[tuple[int, ...], ...]
+    rows: slice | tuple[int, ...]
+
+
+def _parts(graph: Graph, alive: set[Node], facts: Facts) -> Iterator[_Part]:
+    """The live parts of every product of which not all features get a gradient."""
     for node in graph.nodes:
-        if node.target not in _FEATURES or node not in alive or _conv(node)[-1:] not in ((), (1,)):
+        if (
+            node.target not in _FEATURES
+            or node not in alive
+            or _operands(node)[1][-1:] not in ((), (1,))
+        ):
             continue
         found = [_part(node, n) for n in dict.fromkeys(_ends(node, alive, facts))]
         parts = [p for p in found if p is not None]
@@ -72,10 +80,10 @@ def grafts(graph: Graph, facts: Facts) -> Iterator[Graft]:
             yield from parts
 
 
-def _conv(node: Node) -> tuple[Any, ...]:
-    """Stride, padding, dilation and groups of a convolution; nothing of a linear."""
-    values = bind(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
-    return tuple(values.values())[3:]
+def _operands(product: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(input, weight, bias), and of a convolution stride, padding, dilation and groups."""
+    values = tuple(bind(product.target, product.args, product.kwargs).values())  # type: ignore[arg-type]
+    return values[:3], values[3:]
 
 
 def _ends(node: Node, alive: set[Node], facts: Facts) -> Iterator[Node]:
@@ -96,7 +104,7 @@ def _takes_gradient(user: Node, node: Node, alive: set[Node], facts: Facts) -> b
 def _is_view(node: Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._opname in _VIEWS and node.target is not aten.view.dtype
-    return getattr(node.target, "__name__", "") == "getitem"
+    return node.target is operator.getitem
 
 
 def _sizes(node: Node) -> tuple[int, ...]:
@@ -107,7 +115,7 @@ def _number(value: Any) -> int:
     return int(value.node.hint if isinstance(value, torch.SymInt) else value)  # type: ignore[arg-type]
 
 
-def _part(product: Node, end: Node) -> Graft | None:
+def _part(product: Node, end: Node) -> _Part | None:
     """Where the elements of ``end`` lie in ``product``'s result; None if they are no plain part of it:
     every other axis whole, in order, and the features along axes of their own.
     """
@@ -132,7 +140,7 @@ def _part(product: Node, end: Node) -> Graft | None:
     for i in held[feature]:
         step = view.stride(i) // whole.stride(feature)
         rows = [r + k * step for r in rows for k in range(view.shape[i])]
-    return Graft(end.name, product.name, tuple(map(tuple, held)), _as_slice(rows))
+    return _Part(end, product, tuple(map(tuple, held)), _as_slice(rows))
 
 
 def _as_slice(rows: list[int]) -> slice | tuple[int, ...]:
@@ -180,18 +188,17 @@ def lean(graph: Graph, facts: Facts) -> Graph:
 
     graph: balanced, without probes, with the traced values in ``meta["val"]``; it is changed.
     """
-    alive = reached(graph, facts)
-    by_name = {n.name: n for n in graph.nodes}
-    found = [(by_name[g.leaf], by_name[g.product], g) for g in grafts(graph, facts)]
-    taken = [[u for u in e.users if _takes_gradient(u, e, alive, facts)] for e, _, _ in found]
-    for (end, product, g), users in zip(found, taken, strict=True):
-        operands = (*product.args, None)[:3]
-        with graph.inserting_after(end):
-            new = graph.call_function(graft, (end, *operands, _conv(product), g.order, g.rows))
-        new.meta[MARK] = (_LEAN, product.name)
+    alive = _alive(graph, facts)
+    found = list(_parts(graph, alive, facts))
+    taken = [[u for u in p.end.users if _takes_gradient(u, p.end, alive, facts)] for p in found]
+    for part, users in zip(found, taken, strict=True):
+        operands, conv = _operands(part.product)
+        with graph.inserting_after(part.end):
+            new = graph.call_function(graft, (part.end, *operands, conv, part.order, part.rows))
+        new.meta[MARK] = (_LEAN, part.product.name)
         for user in users:
-            user.replace_input_with(end, new)
-    for product in dict.fromkeys(p for _, p, _ in found):
+            user.replace_input_with(part.end, new)
+    for product in dict.fromkeys(p.product for p in found):
         with graph.inserting_after(product):
             cut = graph.call_function(insert.stop, (product,))
         cut.meta[MARK] = (_LEAN, product.name)

@@ -34,6 +34,7 @@ from libragrad_fx.target import (
     as_call,
     differentiable,
     inexact,
+    moving,
     product,
     select,
     undisturbed,
@@ -324,14 +325,14 @@ def share_as_run(module: torch.nn.Module, inputs: Any, target: Target = None) ->
     """
     leaves, spec = pytree.tree_flatten(as_call(inputs))
     with differentiable(), undisturbed(module):
-        leaves = [x.detach().requires_grad_() if inexact(x) else x for x in leaves]
-        moving = [x for x in leaves if inexact(x)]
+        leaves = [moving(x) for x in leaves]
+        sources = [x for x in leaves if inexact(x)]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         scalar = select(module(*args, **kwargs), target)
-        if not moving or not scalar.requires_grad:
+        if not sources or not scalar.requires_grad:
             return None
-        grads = torch.autograd.grad(scalar, moving, allow_unused=True)
-    pairs = zip(moving, grads, strict=True)
+        grads = torch.autograd.grad(scalar, sources, allow_unused=True)
+    pairs = zip(sources, grads, strict=True)
     return sum(dot(x.detach(), g) for x, g in pairs if g is not None)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from torch.fx import Node
@@ -108,14 +108,19 @@ def _reached(
         for n in final.all_input_nodes
         for m in (n.all_input_nodes if n.target == "output_structure" else [n])
     ]
-    stack = [n for n in results if n in moving and _source_name(n) not in skip]
-    seen: set[Node] = set()
+    seen = reach([n for n in results if n in moving and _source_name(n) not in skip], facts, moving)
+    return {n: None for n in module.graph.nodes if n in seen}
+
+
+def reach(starts: Iterable[Node], facts: Mapping[str, OpFacts], moving: set[Node]) -> set[Node]:
+    """Everything that a gradient of ``starts`` gets to over nodes of ``moving``."""
+    stack, seen = list(starts), set[Node]()
     while stack:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
             stack.extend(n for _, n in passes(node, facts.get(node.name), moving))
-    return {n: None for n in module.graph.nodes if n in seen}
+    return seen
 
 
 def _source_name(node: Node) -> str:

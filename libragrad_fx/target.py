@@ -138,6 +138,11 @@ def inexact(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
 
 
+def moving(x: Any) -> Any:
+    """``x``, if it can have a gradient as a leaf of its own that requires one."""
+    return x.detach().clone().requires_grad_() if inexact(x) else x
+
+
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a·b elementwise in float64. A complex number counts as its two parts, as in its gradient."""
     if a.is_complex() or b.is_complex():

@@ -126,21 +126,6 @@ class ArgSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Graft:
-    """A part of a product's result of which alone a gradient comes back (see ``lean``).
-
-    leaf, product: nodes; ``leaf`` is a view of ``product``'s result
-    order: for each axis of the result, the axes of ``leaf`` that make it up
-    rows:  the result's features that ``leaf`` holds, in its order
-    """
-
-    leaf: str
-    product: str
-    order: tuple[tuple[int, ...], ...]
-    rows: slice | tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class ModuleCall:
     """One call of a submodule: structures of graph nodes, complete right after node ``after``."""
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.proof import prove
 from libragrad_fx.rewrite import erase, first_difference
-from libragrad_fx.target import as_call, differentiable, inexact, undisturbed
+from libragrad_fx.target import as_call, differentiable, moving, undisturbed
 from libragrad_fx.types import Certificate, Finding, Ledger, Plan
 
 _SAME_SIZE = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
@@ -122,8 +122,8 @@ def forward_equal(
     for m in (model, module):
         with undisturbed(m), differentiable():
             torch.manual_seed(0)
-            moving = pytree.tree_map(_requiring_grad, (args, dict(kwargs)))
-            outputs.append([*map(_as_real, pytree.tree_leaves(m(*moving[0], **moving[1])))])
+            given = pytree.tree_map(moving, (args, dict(kwargs)))
+            outputs.append([*map(_as_real, pytree.tree_leaves(m(*given[0], **given[1])))])
     if len(outputs[0]) != len(outputs[1]):
         return False, math.nan, 0
     pairs = list(zip(*outputs, strict=True))
@@ -135,12 +135,6 @@ def forward_equal(
         max((_distance(a, b) for a, b in comparable), default=math.nan),
         max((_ulp(a, b) for a, b in comparable), default=0),
     )
-
-
-def _requiring_grad(x: Any) -> Any:
-    if inexact(x):
-        return x.detach().clone().requires_grad_()
-    return x
 
 
 def _as_real(x: Any) -> Any:

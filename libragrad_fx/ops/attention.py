@@ -33,10 +33,14 @@ def _probabilities(
         rows = torch.arange(first, first + q.shape[-2], device=q.device)[:, None]
         scores = scores.masked_fill(rows < torch.arange(k.shape[-2], device=q.device), -math.inf)
     if mask is not None:
-        whole = mask.ndim < 2 or mask.shape[-2] == 1
-        mask = mask if whole else mask[..., first : first + q.shape[-2], :]
+        mask = _rows(mask, slice(first, first + q.shape[-2]))
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     return aten._safe_softmax.default(scores, -1)
+
+
+def _rows(mask: torch.Tensor, rows: slice) -> torch.Tensor:
+    """A mask for these query rows; one that is the same for all of them as it is."""
+    return mask if mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
 
 
 def _attention(
@@ -46,14 +50,12 @@ def _attention(
 ) -> Grads:  # fmt: skip
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     heads = query.shape[-3] // key.shape[-3] if enable_gqa else 1
-    k = key.repeat_interleave(heads, -3) if heads > 1 else key
     wide = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
+    k = (key.repeat_interleave(heads, -3) if heads > 1 else key).to(wide)
     dv: Any = 0
     for first in range(0, query.shape[-2], _CHUNK):
         rows = slice(first, first + _CHUNK)
-        p = _probabilities(
-            query[..., rows, :].to(wide), k.to(wide), attn_mask, first, is_causal, scale
-        )
+        p = _probabilities(query[..., rows, :].to(wide), k, attn_mask, first, is_causal, scale)
         dv = dv + p.transpose(-2, -1) @ g[..., rows, :].to(wide)
     if heads > 1:
         dv = dv.unflatten(-3, (-1, heads)).sum(-3)
@@ -99,8 +101,7 @@ def _by_lse(
         q = query[:, :, rows].to(wide).flatten(0, 1)
         p = torch.baddbmm(offset, q, keys[:, seen].transpose(1, 2), alpha=scale)
         if mask is not None:
-            part = mask if mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
-            p.unflatten(0, batch).add_(part)
+            p.unflatten(0, batch).add_(_rows(mask, rows))
         if is_causal:
             p[:, :, first:].masked_fill_(_later(p[0, :, first:]), -math.inf)
         dv[:, seen].baddbmm_(p.exp_().transpose(1, 2), g[:, :, rows].to(wide).flatten(0, 1))

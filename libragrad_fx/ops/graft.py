@@ -16,7 +16,6 @@ from torch.nn import grad
 
 from libragrad_fx.ops.twin import linked, note_tensors, wanted
 
-aten = torch.ops.aten
 _CONV_INPUT = {1: grad.conv1d_input, 2: grad.conv2d_input}
 _CONV_WEIGHT = {1: grad.conv1d_weight, 2: grad.conv2d_weight}
 

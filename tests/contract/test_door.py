@@ -236,8 +236,6 @@ BAD_MODELS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
 }  # fmt: skip
 
 
-
-
 @table(BAD_MODELS)
 def test_malformed_models(name: str) -> None:
     make, inputs, words = BAD_MODELS[name]

@@ -39,7 +39,9 @@ def randomised(model: nn.Module) -> nn.Module:
 
 def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     if name == "bert":
-        transformers = pytest.importorskip("transformers", reason="needs transformers (extra: models)")
+        transformers = pytest.importorskip(
+            "transformers", reason="needs transformers (extra: models)"
+        )
         config = transformers.BertConfig(
             vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
             intermediate_size=32, max_position_embeddings=32,
@@ -47,7 +49,10 @@ def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         ids = torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(0))
         # without padding, transformers passes a mask while tracing and none otherwise
         mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
-        return randomised(transformers.BertModel(config)), {"input_ids": ids, "attention_mask": mask}
+        return randomised(transformers.BertModel(config)), {
+            "input_ids": ids,
+            "attention_mask": mask,
+        }
     architecture, kwargs = SMALL[name]
     model = timm.create_model(architecture, num_classes=5, **kwargs)
     size = kwargs.get("img_size", 64)
@@ -143,7 +148,9 @@ def test_captum_agrees_with_the_original_on_the_plain_trace() -> None:
         found = []
         for m in (plain, model, balanced):
             layer = m.get_submodule("blocks.1.norm1")
-            extra = {} if make is attr.LayerActivation else {"target": 2, "attr_dim_summation": False}
+            extra = (
+                {} if make is attr.LayerActivation else {"target": 2, "attr_dim_summation": False}
+            )
             found.append(make(m, layer).attribute(x.clone(), **extra))
         assert torch.equal(found[0], found[1])
         assert found[2].isfinite().all()
@@ -158,7 +165,9 @@ def test_grad_cam_library_runs_unmodified() -> None:
     for m in (lg.trace(model, inputs), model, lg.transform(model, inputs)):
         layers = [m.get_submodule("blocks.1.norm1")]
         with cams.HiResCAM(model=m, target_layers=layers, reshape_transform=patches) as cam:
-            found.append(torch.from_numpy(cam(input_tensor=x, targets=[ClassifierOutputTarget(2)] * 2)))
+            found.append(
+                torch.from_numpy(cam(input_tensor=x, targets=[ClassifierOutputTarget(2)] * 2))
+            )
     assert torch.equal(found[0], found[1])
     assert found[2].isfinite().all()
     assert not torch.equal(found[2], found[1])

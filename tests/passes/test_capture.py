@@ -320,7 +320,9 @@ def _another_name(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _nothing_dropped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    same = nn.functional.dropout(y, 0.5, False)  # eval: ``y`` itself, though its schema does not say
+    same = nn.functional.dropout(
+        y, 0.5, False
+    )  # eval: ``y`` itself, though its schema does not say
     same.sigmoid_()
     return y + x
 
@@ -339,5 +341,7 @@ def _a_part(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def test_writing_in_place(how: Any) -> None:
     model, x = Writes(how).to(F64).eval(), torch.randn(3, 4, dtype=F64)
     gm = lg.transform(model, x)
-    assert not any(getattr(getattr(n.target, "_schema", None), "is_mutable", 0) for n in gm.graph.nodes)
+    assert not any(
+        getattr(getattr(n.target, "_schema", None), "is_mutable", 0) for n in gm.graph.nodes
+    )
     assert lg.verify(model, gm, x, 1).ok

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import libragrad_fx as lg
+from libragrad_fx.bench import Operations
 from libragrad_fx.errors import GateOutputWarning
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.ops.graft import graft
@@ -61,11 +61,6 @@ def test_zoo(name: str) -> None:
 
 B, N, H, D = 2, 5, 3, 4
 C = H * D
-
-
-def heads_inside(y: torch.Tensor) -> Any:
-    """GPT-NeoX: each head holds its q, k and v."""
-    return y.view(B, N, H, 3 * D).transpose(1, 2).chunk(3, -1)
 
 
 LAYOUTS: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -135,32 +130,16 @@ def test_a_halved_product_is_half_of_autograds(shapes: Any) -> None:
         torch.testing.assert_close(got, plain / 2)
 
 
-class Macs(TorchDispatchMode):
-    """Multiply-adds of the matrix products that run, by torch's own formulas."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from torch.utils.flop_counter import flop_registry
-
-        out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
-        self.total += count(*args, **(kwargs or {}), out_val=out) // 2 if count else 0
-        return out
-
-
 def test_the_backward_costs_what_the_live_rows_cost() -> None:
     """Of a fused projection 1/3 comes back, and no weight gradient that nobody asked for."""
     model = Fused("timm", True).to(F64)
     x = torch.randn(B, N, C, dtype=F64, requires_grad=True)
     gm = lg.transform(model, x)
     y = gm(x)[:, 0].sum()
-    with Macs() as counted:
+    with Operations() as counted:
         torch.autograd.grad(y, x)
     tokens, linears = B * N, C * 2 + C * C + C * C  # proj, the rows of v, stem
-    assert counted.total == tokens * linears + B * H * N * N * D  # and Pᵀ g
+    assert counted.total == 2 * (tokens * linears + B * H * N * N * D)  # and Pᵀ g
 
 
 def test_hooks_choose_the_whole_graph_and_leave_again() -> None:

@@ -50,7 +50,9 @@ def live_sets(row: OpFacts, call: Call) -> list[tuple[str, ...]]:
 
 def weights(outputs: Any) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(y.shape, dtype=torch.float64, generator=generator) for y in map(real, outputs)]
+    return [
+        torch.randn(y.shape, dtype=torch.float64, generator=generator) for y in map(real, outputs)
+    ]
 
 
 def real(x: torch.Tensor) -> torch.Tensor:
@@ -92,7 +94,9 @@ def assert_same_bits(made: Balanced, row: OpFacts, inputs: Any = None) -> None:
 
 def size_of(made: Balanced) -> float:
     """The size of the sums that the law compares: Σ|y w| + Σ|x|, which no cancellation hides."""
-    outputs = [real(y.detach()) for y in run(made.module, made.inputs) if inexact(y) and y.requires_grad]
+    outputs = [
+        real(y.detach()) for y in run(made.module, made.inputs) if inexact(y) and y.requires_grad
+    ]
     flow = sum(float((y * w).abs().sum()) for y, w in zip(outputs, weights(outputs), strict=True))
     return 1.0 + flow + sum(float(x.abs().sum()) for x in made.inputs)
 

@@ -118,7 +118,9 @@ def test_not_text(tmp_path: Path) -> None:
 
 
 SIGNS = "[]{}:-,'\"#*&!|>?%@~\n\t"
-TOKENS = "op kind why stream aten.relu linear self 1 .nan 2024-01-01 !!int !!binary !!set << null true"
+TOKENS = (
+    "op kind why stream aten.relu linear self 1 .nan 2024-01-01 !!int !!binary !!set << null true"
+)
 WORDS = st.sampled_from([*SIGNS, *TOKENS.split()])
 GARBAGE = st.one_of(st.text(max_size=60), st.lists(WORDS, max_size=16).map(" ".join))
 
