@@ -1,7 +1,7 @@
 """What a backward costs: several of them on one model, in turns, so that the machine's moods cancel.
 
-A *side* is a function from an input to the scalar to differentiate. Each round runs every side
-once, forward and backward to the input; what is compared are the ratios within a round.
+A *side* is a function of the input that does one forward and backward. Each round runs every side
+once; what is compared are the ratios within a round.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-Side = Callable[[torch.Tensor], torch.Tensor]
+Side = Callable[[torch.Tensor], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,16 @@ HEAD = (
 )
 
 
+def gradient(f: Callable[[torch.Tensor], torch.Tensor]) -> Side:
+    """The side that differentiates the scalar ``f(x)`` by ``x``."""
+
+    def side(x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(f(x), x)[0]
+
+    return side
+
+
 def compare(sides: Mapping[str, Side], x: torch.Tensor, rounds: int = 10) -> list[Cost]:
     """Time and count every side on ``x``; at least one round is run before the first that counts."""
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -82,15 +92,10 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def _once(side: Side, x: torch.Tensor) -> None:
-    x = x.detach().requires_grad_()
-    torch.autograd.grad(side(x), x)
-
-
 def _seconds(side: Side, x: torch.Tensor) -> float:
     _wait(x)
     start = time.perf_counter()
-    _once(side, x)
+    side(x)
     _wait(x)
     return time.perf_counter() - start
 
@@ -105,10 +110,10 @@ def _peak(side: Side, x: torch.Tensor) -> float:
     if x.is_cuda:
         torch.cuda.reset_peak_memory_stats(x.device)
         before = torch.cuda.memory_allocated(x.device)
-        _once(side, x)
+        side(x)
         return (torch.cuda.max_memory_allocated(x.device) - before) / 2**20
     with _Memory() as memory:
-        _once(side, x)
+        side(x)
     return memory.peak / 2**20
 
 
@@ -153,5 +158,5 @@ class Operations(TorchDispatchMode):
 
 def _flops(side: Side, x: torch.Tensor) -> int:
     with Operations() as counter:
-        _once(side, x)
+        side(x)
     return counter.total

@@ -294,7 +294,7 @@ def bench(
     "operations" is the share that is left of the plain side's matrix products: what the time would
     be if nothing else cost anything.
     """
-    from libragrad_fx.bench import HEAD, compare
+    from libragrad_fx.bench import HEAD, compare, gradient
 
     torch.set_num_threads(threads)
     module = _load(model, False, None, seed).module
@@ -310,7 +310,8 @@ def bench(
         gm = lg.transform(module, x)
         say("timing")
         sides = {
-            n: lambda z, m=m: select(m(z), middle) for n, m in (("plain", module), ("balanced", gm))
+            n: gradient(lambda z, m=m: select(m(z), middle))
+            for n, m in (("plain", module), ("balanced", gm))
         }
         found = compare(sides, x, rounds)
     typer.echo(

@@ -175,7 +175,7 @@ def action(edit: Edit) -> str:
     what = ", ".join(edit.operands) or "output"
     if edit.action is Action.SCALE:
         return f"scale {what} by {edit.factor:g}"
-    return f"stop {what}" if edit.action is Action.STOP else edit.action.replace("_", " ")
+    return f"{edit.action} {what}" if edit.operands else edit.action.replace("_", " ")
 
 
 def _footer(certificate: lg.Certificate) -> str:

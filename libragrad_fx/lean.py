@@ -42,7 +42,7 @@ _FEATURES = {aten.linear.default: -1, aten.conv1d.default: 1, aten.conv2d.defaul
 def _alive(graph: Graph, facts: Facts) -> set[Node]:
     """Nodes at which a gradient arrives, whether it leads to an input or to a parameter."""
     final = next(n for n in graph.nodes if n.op == "output")
-    open_ = {n for n in graph.nodes if n.target is not insert.stop}
+    open_ = {n for n in graph.nodes if not insert.is_end(n)}
     return {final} | reach(set(final.all_input_nodes) & open_, facts, open_)
 
 
@@ -212,7 +212,7 @@ def lean(graph: Graph, facts: Facts) -> Graph:
 
 def _halve(graph: Graph, scale: Node) -> None:
     """``mul`` and a scale by 1/2 on its result become one twin."""
-    host, factor = scale.args
+    host, factor, *_ = scale.args
     assert isinstance(host, Node)
     whole = host.target is aten.mul.Tensor and factor == 0.5 and len(host.users) == 1
     if whole and not host.meta["val"].is_complex():

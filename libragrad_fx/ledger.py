@@ -26,8 +26,8 @@ from libragrad_fx.module import CapturedModule, blocks, leaf
 from libragrad_fx.normalize import module_path, source_line
 from libragrad_fx.ops import bias as biases
 from libragrad_fx.ops import insert
-from libragrad_fx.ops.insert import is_scale
-from libragrad_fx.ops.twin import bind
+from libragrad_fx.ops.insert import is_end, is_scale
+from libragrad_fx.ops.twin import bind, same
 from libragrad_fx.rulebook import op_name
 from libragrad_fx.target import (
     Target,
@@ -158,7 +158,7 @@ class Recorder(torch.fx.Interpreter):
                 self.starts.discard(n.name)
                 return x
             return self._source(x)
-        if is_scale(n):
+        if is_scale(n) and not is_end(n):
             return self._scale(n)
         if n.op == "output" or n.target == "output_structure":
             return self._returned(n)
@@ -234,7 +234,7 @@ class _Row:
         """An alias of ``x`` for this site alone; its gradient is r_i(g)."""
         if not (isinstance(x, torch.Tensor) and x.requires_grad):
             return x
-        alias, held = x.view_as(x), [x.detach()]
+        alias, held = same(x), [x.detach()]
 
         def note(g: torch.Tensor | None) -> None:
             value = held.pop()  # let go of it: the rest of the backward does not need it

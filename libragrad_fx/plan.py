@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
-from libragrad_fx.analyze import finding, kind_of, operands
+from libragrad_fx.analyze import finding, is_inexact, kind_of, operands
 from libragrad_fx.errors import NoPathError, UnknownOpError
 from libragrad_fx.normalize import module_path, source_line
 from libragrad_fx.rulebook import RuleBook, op_name
@@ -99,12 +99,18 @@ class _Planner:
             self._gate_outputs(node, fact)
 
     def visit_cut(self, node: Node) -> None:
-        """What depends on the input and has no gradient: make it so where autograd has another view."""
+        """What depends on the input and has no gradient: make it so where autograd has another view.
+
+        Its output still requires a gradient, as in the original: a kernel may ask for that
+        (attention does, of its mask).
+        """
         fact = self.facts.get(node.name)
-        found = self._live(operands(node, fact.gate)) if fact and fact.kind is Kind.CUT else []
-        if fact is not None and found:
-            row = PolicyRow(Kind.CUT, "fact", Action.STOP, fact.why, fact.where)
-            self._edit(node, row, tuple(k for k, _ in found), fact.why)
+        if fact is None or fact.kind is not Kind.CUT:
+            return
+        given = operands(node, fact.gate)
+        if found := [k for k, n in given if self.roles[n.name] >= Role.CUT and is_inexact(n)]:
+            row = PolicyRow(Kind.CUT, "fact", Action.CUT, fact.why, fact.where)
+            self._edit(node, row, tuple(found), fact.why)
 
     # --- operands that modulate
 

@@ -73,7 +73,7 @@ def _moving(module: CapturedModule, facts: Mapping[str, OpFacts]) -> set[Node]:
         elif fact is not None and fact.kind is Kind.EMBEDDING:
             starts = node.name in module.record.info["starts"]
         else:
-            cut = node.target is insert.stop or (fact is not None and fact.kind is Kind.CUT)
+            cut = insert.is_end(node) or (fact is not None and fact.kind is Kind.CUT)
             zero = node.name in zeros  # a product with zero sends zeros back
             starts = not (cut or zero) and bool(passes(node, fact, moving))
             starts = starts and (is_inexact(node) or _hands_on(node))

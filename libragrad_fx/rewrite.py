@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
+from libragrad_fx.analyze import operands
 from libragrad_fx.errors import VerificationError
 from libragrad_fx.lean import lean
 from libragrad_fx.module import CapturedModule, leaf
@@ -62,20 +63,26 @@ def _apply(graph: Graph, node: Node, edit: Edit) -> None:
     if edit.twin is not None:
         node.target = TWINS[edit.twin]
         return
-    make: Callable[[Node], Node] = lambda n: graph.call_function(insert.stop, (n,))  # noqa: E731
-    if edit.action is Action.SCALE:
-        make = lambda n: graph.call_function(insert.scale, (n, edit.factor))  # noqa: E731
-    if not edit.operands:
-        with graph.inserting_after(node):
-            new = _mark(make(node), node, edit)
-        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-        return
+    added: tuple[Any, ...] = (insert.stop,) if edit.factor is None else (insert.scale, edit.factor)
+    if edit.action is Action.CUT and isinstance(node.meta["val"], torch.Tensor):
+        sources = [n for _, n in operands(node, edit.operands)]
+        _stand_for(graph, node, edit, insert.scale, 0.0, *sources)
+    elif not edit.operands:
+        _stand_for(graph, node, edit, *added)
     for operand in edit.operands:
         with graph.inserting_before(node):
-            _set_operand(node, operand, lambda n: _mark(make(n), node, edit))
+            _set_operand(node, operand, lambda n: _add(graph, node, edit, n, *added))
 
 
-def _mark(new: Node, host: Node, edit: Edit) -> Node:
+def _stand_for(graph: Graph, node: Node, edit: Edit, *added: Any) -> None:
+    """What reads ``node`` reads what is added behind it."""
+    with graph.inserting_after(node):
+        new = _add(graph, node, edit, node, *added)
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+
+def _add(graph: Graph, host: Node, edit: Edit, x: Node, target: Any, *rest: Any) -> Node:
+    new = graph.call_function(target, (x, *rest))
     for key in ("nn_module_stack", "stack_trace"):
         if key in host.meta:
             new.meta[key] = host.meta[key]
@@ -110,6 +117,7 @@ def _insert_probes(graph: Graph, calls: tuple[ModuleCall, ...], by_name: dict[st
         if call.after in by_name:
             ends.setdefault(by_name[call.after], []).append(call)
     scaled = {n: _scaled(n) for n in by_name.values()}
+    stand_ins = set(scaled.values()) - set(scaled)
     replaced: dict[Node, Node] = {}
 
     def latest(node: Node) -> Node:
@@ -122,10 +130,11 @@ def _insert_probes(graph: Graph, calls: tuple[ModuleCall, ...], by_name: dict[st
         return latest(scaled[by_name[node.name]])
 
     for node in list(graph.nodes):
-        if replaced:
-            node.args = map_arg(node.args, latest)
-            node.kwargs = map_arg(node.kwargs, latest)
         last = scaled.get(node, node)
+        if node in stand_ins:  # seen with its host: a probe behind both comes too late for it
+            continue
+        for n in {node, last} if replaced else ():
+            n.args, n.kwargs = map_arg(n.args, latest), map_arg(n.kwargs, latest)
         for call in ends.get(node, ()):
             parts = (call.args, dict(call.kwargs), call.output)
             args, kwargs, output = cast(tuple[Any, dict[str, Any], Any], map_arg(parts, value))
@@ -146,7 +155,7 @@ def _insert_probes(graph: Graph, calls: tuple[ModuleCall, ...], by_name: dict[st
 
 
 def _scaled(node: Node) -> Node:
-    """The node that stands for ``node``'s value: itself, or the scale inserted on its output."""
+    """The node that stands for ``node``'s value: itself, or what was inserted on its output."""
     for user in node.users:
         if is_scale(user) and user.meta[MARK][1] == node.name:
             return user

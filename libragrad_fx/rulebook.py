@@ -267,6 +267,10 @@ def _policy_row(values: dict[str, Any], where: Location) -> PolicyRow:
     kind, action = _enum(Kind, values["kind"], where), _enum(Action, values["action"], where)
     if kind is Kind.CUT:
         raise RuleError(f"{where}: unreachable row: no gradient passes a cut")
+    if action is Action.CUT:
+        raise RuleError(
+            f"{where}: a cut is a fact about an op, not a policy: stop is what you want"
+        )
     return PolicyRow(kind, values["site"], action, str(values["cite"]), where)
 
 

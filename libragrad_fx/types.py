@@ -48,9 +48,13 @@ class Kind(enum.StrEnum):
 
 
 class Action(enum.StrEnum):
-    """What a policy may do to a backward. The first three insert, the others put a twin in."""
+    """What is done to a backward. CUT, STOP and SCALE insert, SECANT and FREEZE_SCALE put a twin in.
+
+    CUT stops operands of an op without a gradient; what it returns requires one all the same.
+    """
 
     KEEP = "keep"
+    CUT = "cut"
     STOP = "stop"
     SCALE = "scale"
     SECANT = "secant"
@@ -269,8 +273,8 @@ class Plan:
 
 def _verb(edit: Edit) -> str:
     what = ", ".join(edit.operands) or "output"
-    if edit.action is Action.STOP:
-        return f"stop {what}"
+    if edit.action in (Action.STOP, Action.CUT):
+        return f"{edit.action} {what}"
     if edit.action is Action.SCALE:
         return f"scale {what} by {edit.factor:g}"
     return f"{edit.action} ({edit.twin})"

@@ -130,6 +130,7 @@ _sdpa = aten.scaled_dot_product_attention.default
 _balanced = twin(_sdpa, _attention, saves=_SAVES)
 _balanced_flash = twin(
     _sdpa, _by_lse, forward=_flash, extras=("lse",), saves=(*_SAVES, "lse"),
+    compact=("query", "key"),  # parts of one projection with v: the copy leaves a third of it
     name="scaled_dot_product_attention_flash",
 )  # fmt: skip
 _balanced_math = twin(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import grad
 
-from libragrad_fx.ops.twin import linked, note_tensors, wanted
+from libragrad_fx.ops.twin import linked, note_tensors, same, wanted
 
 _CONV_INPUT = {1: grad.conv1d_input, 2: grad.conv2d_input}
 _CONV_WEIGHT = {1: grad.conv1d_weight, 2: grad.conv2d_weight}
@@ -34,7 +34,7 @@ class _Graft(torch.autograd.Function):
         part: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
         conv: tuple[Any, ...], order: Sequence[Sequence[int]], rows: slice | Sequence[int],
     ) -> torch.Tensor:  # fmt: skip
-        return part.view_as(part)
+        return same(part)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -9,7 +9,7 @@ from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import InputError, ModeError
-from libragrad_fx.ops.twin import LIBRARY, NAMESPACE
+from libragrad_fx.ops.twin import LIBRARY, NAMESPACE, same
 
 stop = torch.ops.aten.detach.default
 """Prune the backward of one operand. ``detach`` is ATen: it survives every transformation."""
@@ -23,42 +23,58 @@ class _Scale(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: torch.Tensor, factor: float) -> torch.Tensor:
-        return x.view_as(x)
+    def forward(x: torch.Tensor, factor: float, *sources: torch.Tensor) -> torch.Tensor:
+        return same(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.factor = inputs[1]
+        ctx.factor, ctx.sources = inputs[1], len(inputs) - 2
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> Any:
-        return g * ctx.factor, None
+    def backward(ctx: Any, g: torch.Tensor | None) -> Any:
+        return _times(g, ctx.factor), None, *[None] * ctx.sources
 
 
-LIBRARY.define("scale(Tensor x, float factor) -> Tensor")
+def _times(g: torch.Tensor | None, factor: float) -> torch.Tensor | None:
+    return None if g is None or factor == 0 else g * factor
+
+
+LIBRARY.define("scale(Tensor x, float factor, Tensor[] sources) -> Tensor")
 # a custom op may not return its argument: while exporting, and only then, scaling costs a copy
 torch.library.impl(f"{NAMESPACE}::scale", "CompositeExplicitAutograd", lib=LIBRARY)(
-    lambda x, factor: x.clone()
+    lambda x, factor, sources: x.clone()
 )
-torch.library.register_fake(f"{NAMESPACE}::scale", lambda x, factor: x.clone(), lib=LIBRARY)
+torch.library.register_fake(
+    f"{NAMESPACE}::scale", lambda x, factor, sources: x.clone(), lib=LIBRARY
+)
 torch.library.register_autograd(
     f"{NAMESPACE}::scale",
-    lambda ctx, g: (g * ctx.factor, None),
-    setup_context=lambda ctx, inputs, output: setattr(ctx, "factor", inputs[1]),
+    lambda ctx, g: (_times(g, ctx.kept[0]), None, [None] * ctx.kept[1]),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "kept", (inputs[1], len(inputs[2]))),
     lib=LIBRARY,
 )
 
 
-def scale(x: torch.Tensor, factor: float) -> torch.Tensor:
-    """``x`` itself (a view); its gradient is multiplied by ``factor`` on the way back."""
+def scale(x: torch.Tensor, factor: float, *sources: torch.Tensor) -> torch.Tensor:
+    """``x`` itself (a view); its gradient is multiplied by ``factor`` on the way back.
+
+    It requires a gradient where ``x`` or one of ``sources`` does; to these none is sent. By zero
+    none is sent at all, whatever it is.
+    """
     if torch.compiler.is_exporting():
-        return torch.ops.libragrad_fx.scale(x, factor)
-    return _Scale.apply(x, factor)  # type: ignore[no-any-return]
+        return torch.ops.libragrad_fx.scale(x, factor, sources)
+    return _Scale.apply(x, factor, *sources)  # type: ignore[no-any-return]
 
 
 def is_scale(node: torch.fx.Node) -> bool:
     """Whether ``node`` is a gradient scale that a rewrite inserted."""
     return node.target is scale and MARK in node.meta
+
+
+def is_end(node: torch.fx.Node) -> bool:
+    """Whether no gradient goes on from ``node``: a stop, or a scale by zero."""
+    return node.target is stop or (is_scale(node) and not node.args[1])
 
 
 LIBRARY.define("observe(Tensor[] xs, str[] places, int call) -> ()")

@@ -17,6 +17,9 @@ import torch
 NAMESPACE = "libragrad_fx"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
+same = torch.ops.aten.alias.default
+"""A view of a tensor; unlike ``view_as`` it keeps the strides of axes of size 1 as well."""
+
 Grads = Mapping[str, "torch.Tensor | Sequence[torch.Tensor] | None"]
 Vjp = Callable[..., Grads]
 Save = Callable[[Any, Mapping[str, Any], Any, bool], None]
@@ -30,6 +33,7 @@ def twin(
     saves: Sequence[str],
     extras: Sequence[str] = (),
     for_others: Sequence[str] = (),
+    compact: Sequence[str] = (),
     name: str | None = None,
     forward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
@@ -44,9 +48,10 @@ def twin(
     extras:     names of what ``forward`` returns behind the op's output, for ``vjp`` alone; one that
                 ``saves`` names may be None.
     for_others: what is saved only where an argument beside the first needs a gradient.
+    compact:    what is saved as a copy where it is part of something larger, which is then let go.
     """
     label = name or op._schema.name.split("::")[1]
-    save = _saver(tuple(saves), tuple(extras), tuple(for_others))
+    save = _saver(tuple(saves), tuple(extras), tuple(for_others), tuple(compact))
     pull = _puller(vjp, tuple(saves), len(extras))
     custom = _custom_op(op, label, forward or op, save, pull, len(extras))
     function = _function(op, label, forward or op, save, pull)
@@ -74,7 +79,9 @@ def twin(
     return call
 
 
-def _saver(saves: Sequence[str], extras: Sequence[str], for_others: Sequence[str]) -> Save:
+def _saver(
+    saves: Sequence[str], extras: Sequence[str], for_others: Sequence[str], compact: Sequence[str]
+) -> Save:
     """Keeps what the backward reads; tensors through ``save_for_backward``, so views and vmap work."""
 
     def save(ctx: Any, values: Mapping[str, Any], output: Any, others: bool) -> None:
@@ -89,7 +96,7 @@ def _saver(saves: Sequence[str], extras: Sequence[str], for_others: Sequence[str
                 continue
             value = output if name == "result" else values[name]
             if isinstance(value, torch.Tensor):
-                tensors[name] = [value]
+                tensors[name] = [_alone(value) if name in compact else value]
             elif value is not None:
                 tensors[name] = list(value)
         ctx.layout = tuple((k, -1 if isinstance(values.get(k, output), torch.Tensor) else len(v))
@@ -102,6 +109,13 @@ def _saver(saves: Sequence[str], extras: Sequence[str], for_others: Sequence[str
         ctx.save_for_backward(*(t for ts in tensors.values() for t in ts))
 
     return save
+
+
+def _alone(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in memory that holds nothing else."""
+    if x.untyped_storage().nbytes() == x.nbytes:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _puller(vjp: Vjp, saves: Sequence[str], extras: int) -> Pull:
@@ -150,7 +164,7 @@ def bind(
 def linked(x: Any) -> Any:
     """``x`` behind a node of its own, so that ``wanted`` can ask whether its gradient is."""
     ask = torch.is_tensor(x) and x.is_leaf and x.requires_grad and not torch.compiler.is_compiling()
-    return x.view_as(x) if ask else x
+    return same(x) if ask else x
 
 
 def note_tensors(ctx: Any, inputs: Sequence[Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from libragrad_fx.bench import HEAD, compare
+from libragrad_fx.bench import HEAD, compare, gradient
 from libragrad_fx.target import middle, select
 
 
@@ -15,8 +15,8 @@ def test_operations_and_memory_of_a_chain() -> None:
     x = torch.randn(5, 8)
     whole, part = compare(
         {
-            "whole": lambda z: select(layers(z), middle),
-            "part": lambda z: select(layers[2](layers[:2](z.detach()) + z), middle),
+            "whole": gradient(lambda z: select(layers(z), middle)),
+            "part": gradient(lambda z: select(layers[2](layers[:2](z.detach()) + z), middle)),
         },
         x,
         rounds=3,

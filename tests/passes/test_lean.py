@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import libragrad_fx as lg
 from libragrad_fx.bench import Operations
 from libragrad_fx.errors import GateOutputWarning
 from libragrad_fx.module import CapturedModule
+from libragrad_fx.ops.attention import scaled_dot_product_attention
 from libragrad_fx.ops.graft import graft
 from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.rewrite import erase, spell
@@ -170,3 +172,19 @@ def test_a_graph_changed_by_hand_runs_as_it_is() -> None:
     gm.recompile()
     assert gm.lean is None
     assert torch.equal(gm(x), -model(x))
+
+
+def test_attention_lets_the_fused_projection_go() -> None:
+    """It keeps q and k, not the v that lies between them."""
+    x = torch.randn(B, H, N, 3 * D, requires_grad=True)
+    fused = x * 2
+    held = StorageWeakRef(fused.untyped_storage())
+    y = scaled_dot_product_attention(*fused.chunk(3, -1))
+    q, k, v = (t.detach().clone().requires_grad_() for t in fused.chunk(3, -1))
+    del fused
+    assert held.expired()
+    plain = nn.functional.scaled_dot_product_attention(q.detach(), k.detach(), v)
+    g = torch.randn_like(y)
+    (got,) = torch.autograd.grad(y, x, g)
+    torch.testing.assert_close(got[..., 2 * D :] / 2, torch.autograd.grad(plain, v, g)[0])
+    assert not got[..., : 2 * D].any()

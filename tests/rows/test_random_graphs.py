@@ -27,7 +27,7 @@ from libragrad_fx.proof import prove
 from libragrad_fx.rewrite import erase, first_difference, rewrite, spell
 from libragrad_fx.target import inexact, product
 from libragrad_fx.types import Analysis, Kind, Ledger, Plan, Role, Trace
-from tests.rows.random_graphs import BOOK, Recipe, build, recipes
+from tests.rows.random_graphs import BOOK, Recipe, Step, build, recipes
 from tests.rows.test_law import same_bits, weighted_sum
 
 TOLERANCE = 1e-9  # float64, of the sum of the absolute flows through a node
@@ -251,9 +251,41 @@ _graphs = settings(
 def check(recipe: Recipe) -> None:
     made = make(recipe)
     assume(made is not None)
+    hold(made)
+
+
+def hold(made: Made | None) -> None:
     assert made is not None
     for holds in PROPERTIES:
         holds(made)
+
+
+FOUND = (
+    # a scale dropped the stride of an axis of size 1
+    Recipe(((1, 2, 2),), (Step("aten.linalg_inv"),)),
+    # attention whose mask no longer asked for a gradient ran another kernel
+    Recipe(
+        ((1,),),
+        (
+            *[Step("aten.view")] * 2,
+            Step("aten.round"),
+            Step("aten.scaled_dot_product_attention", call=1),
+            *[Step("aten.view", shape=(1,))] * 9,
+            Step("aten.view", shape=(1,), picks=(52,)),
+        ),
+        joined=True,
+    ),
+    # what stands behind an op that ends a submodule read what only comes after it
+    Recipe(((1,), (1,)), (Step("aten.view"), Step("aten.round", wrap=2)), joined=True),
+    # an op that autograd refuses, behind one that it does not
+    Recipe(((1,), (1,)), (Step("aten.round"), Step("aten.floor_divide", shape=(1,))), joined=True),
+)
+"""What the long search below found once."""
+
+
+@pytest.mark.parametrize("recipe", FOUND)
+def test_found(recipe: Recipe) -> None:
+    hold(make(recipe))
 
 
 @given(recipes(least=5, most=12))

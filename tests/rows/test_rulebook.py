@@ -77,6 +77,7 @@ BAD_POLICIES = {
     "site that is no word": ("policy: p\nrows:\n- {kind: linear, site: [gate], action: keep, cite: c}", 3, "gate"),
     "unreachable row": (f"policy: p\nrows:\n- {ROW}\n- {ROW}", 4, "unreachable"),
     "a rule for cuts": ("policy: p\nrows:\n- {kind: cut, site: value, action: keep, cite: c}", 3, "unreachable"),
+    "a cut as a policy": ("policy: p\nrows:\n- {kind: linear, site: value, action: cut, cite: c}", 3, "a fact about"),
     "key twice": ("policy: p\nrows:\n- {kind: linear, kind: linear, site: value, action: keep, cite: c}", 3, "given twice"),
     "top key twice": ("policy: p\npolicy: q\nrows: []", 1, "given twice"),
     "rows that are no list": ("policy: p\nrows: 3", 1, "rows"),

@@ -1,0 +1,281 @@
+"""What a balanced gradient costs beside every other way of having one: ``docs/performance.md``.
+
+    python tools/bench.py [--only 'vit_*'] [--rounds 10] [--threads 1] [--device cuda] [--compile]
+
+Every side of a case runs in turns in one process: plain autograd, ours, the authors' stop-gradient
+arithmetic on our graph, Captum's InputXGradient, and on torchvision's ViT the CP-LRP patches of LXT
+where it is installed (``pip install lxt``). Parameters are frozen and random, the input is random.
+Results are kept in ``docs/performance.jsonl``; a case that is run again replaces its old one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import functools
+import importlib.util
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from captum.attr import InputXGradient
+from torch import nn
+from tqdm.auto import tqdm
+
+import libragrad_fx as lg
+from libragrad_fx.bench import HEAD, Cost, Side, compare, gradient
+from libragrad_fx.ops import insert
+from libragrad_fx.target import middle, select
+
+RESULTS = Path("docs/performance.jsonl")
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+# --- the models
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One model on one input; ``rounds`` is how often the slow ones are run at most."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    rounds: int = 99
+
+
+def _timm(name: str, **kwargs: Any) -> nn.Module:
+    import timm
+
+    return timm.create_model(name, pretrained=False, **kwargs)
+
+
+def _torchvision(name: str) -> nn.Module:
+    import torchvision
+
+    return torchvision.models.get_model(name, weights=None)
+
+
+class _Decoder(nn.Module):
+    """A Llama of 8 layers of 512, from its input embeddings to the logits of the last token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8000}
+        self.llama = LlamaForCausalLM(LlamaConfig(**sizes, **heads, use_cache=False))  # type: ignore[arg-type]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.llama(inputs_embeds=x).logits[:, -1]
+
+
+def _cases() -> Iterator[Case]:
+    image = lambda batch, size=224: (batch, 3, size, size)  # noqa: E731
+    for name in (
+        "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224",
+        "deit3_base_patch16_224", "eva02_small_patch14_224", "beitv2_base_patch16_224",
+        "gmixer_24_224", "swin_tiny_patch4_window7_224", "convnext_tiny",
+    ):  # fmt: skip
+        yield Case(name, functools.partial(_timm, name), image(4))
+    yield Case("vit_large_patch16_224", lambda: _timm("vit_large_patch16_224"), image(4), rounds=4)
+    yield Case("torchvision/vit_b_16", lambda: _torchvision("vit_b_16"), image(4))
+    yield Case("llama 8x512, 256 tokens", _Decoder, (2, 256, 512))
+    for size in (256, 512, 1024, 1440):
+        tokens = (size // 16) ** 2
+        make = functools.partial(
+            _timm, "vit_small_patch16_224", img_size=size, class_token=False, global_pool="avg"
+        )
+        rounds = 99 if tokens < 4000 else 4
+        yield Case(f"vit_small, {tokens} tokens", make, image(1, size), rounds)
+    for batch in (1, 2, 8, 16):
+        yield Case(
+            f"vit_small, batch {batch}", lambda: _timm("vit_small_patch16_224"), image(batch)
+        )
+
+
+# --- the authors' arithmetic: the value of f and the gradient of g, as cst(f) + (g - cst(g))
+
+
+def _swap(f: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    return f.detach() + (g - g.detach())
+
+
+def _gated(op: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    x, y = args[0], op(*args, **kwargs)
+    gate = torch.where(x == 0, 0.5, y / x).detach()
+    return _swap(y, x * gate)
+
+
+def _layer_norm(
+    op: Any, x: torch.Tensor, shape: Any, weight: Any, bias: Any, eps: float, *_: Any
+) -> torch.Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred / (centred.var(-1, keepdim=True, correction=0) + eps).sqrt().detach()
+    if weight is not None:
+        scaled = scaled * weight
+    return _swap(op(x, shape, weight, bias, eps), scaled if bias is None else scaled + bias)
+
+
+def _attention(op: Any, q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    return op(q.detach(), k.detach(), *args, **kwargs)
+
+
+def _halved(x: torch.Tensor, factor: float) -> torch.Tensor:
+    return _swap(x, x * factor)
+
+
+_ARITHMETIC = {
+    "gelu": _gated, "silu": _gated, "layer_norm": _layer_norm,
+    "scaled_dot_product_attention": _attention,
+}  # fmt: skip
+
+
+def stop_gradient_arithmetic(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Our graph with its edits written as the authors write them; twins not named above stay ours."""
+    root = nn.Module()
+    root.__dict__.update(vars(gm))
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    for node in graph.nodes:
+        op = getattr(node.target, "aten_op", None)
+        if node.target is insert.scale:
+            node.target = _halved
+        elif op is not None and node.target.__name__ in _ARITHMETIC:
+            node.target, node.args = _ARITHMETIC[node.target.__name__], (op, *node.args)
+    return torch.fx.GraphModule(gm, graph)
+
+
+# --- LXT patches classes for the whole process: here for one call
+
+
+@contextmanager
+def _lxt_patches() -> Iterator[None]:
+    from lxt.efficient.core import monkey_patch
+    from lxt.efficient.models.vit_torch import cp_LRP
+    from torchvision.models import vision_transformer
+
+    originals = {cls: cls.forward for cls in cp_LRP}
+    try:
+        monkey_patch(vision_transformer, cp_LRP)
+        yield
+    finally:
+        for cls, forward in originals.items():
+            cls.forward = forward
+
+
+def _under_lxt(run: Side) -> Side:
+    def patched(x: torch.Tensor) -> Any:
+        with _lxt_patches():
+            return run(x)
+
+    return patched
+
+
+# --- a case
+
+
+def _sides(case: Case, model: nn.Module, gm: Any, classes: int) -> dict[str, Side]:
+    logit = lambda m: lambda x: select(m(x), middle)  # noqa: E731
+    plain = logit(model)
+    captum = InputXGradient(model)
+    sides = {
+        "plain": gradient(plain),
+        "balanced": gradient(logit(gm)),
+        "stop-gradient arithmetic": gradient(logit(stop_gradient_arithmetic(gm))),
+        "Captum InputXGradient": lambda x: captum.attribute(x, target=classes // 2),
+    }
+    if case.name.startswith("torchvision/vit") and importlib.util.find_spec("lxt"):
+        sides["LXT, CP-LRP"] = _under_lxt(gradient(plain))
+    return sides
+
+
+def _compiled(model: nn.Module, gm: Any) -> dict[str, Side]:
+    logit = lambda m: lambda x: select(m(x), middle)  # noqa: E731
+    both = {"plain, compiled": model, "balanced, compiled": gm}
+    return {k: gradient(logit(torch.compile(m))) for k, m in both.items()}
+
+
+def run(case: Case, options: argparse.Namespace) -> list[Cost]:
+    torch.manual_seed(0)
+    dtype = getattr(torch, options.dtype)
+    model = case.make().eval().requires_grad_(False).to(options.device, dtype)
+    x = torch.randn(case.shape, device=options.device, dtype=dtype)
+    gm = lg.transform(model, x)
+    sides: Mapping[str, Side] = (
+        _compiled(model, gm) if options.compile else _sides(case, model, gm, model(x).shape[-1])
+    )
+    return compare(sides, x, min(options.rounds, case.rounds))
+
+
+# --- results
+
+
+def _machine(options: argparse.Namespace) -> str:
+    where = f"{options.threads} thread{'s' * (options.threads > 1)} of {_processor()}"
+    if options.device != "cpu":
+        where = torch.cuda.get_device_name(options.device)
+    return f"{where}, {options.dtype}, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _keep(case: Case, machine: str, mode: str, costs: list[Cost]) -> None:
+    new = {"case": case.name, "shape": case.shape, "machine": machine, "mode": mode}
+    old = (
+        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    )
+    key = lambda r: (r["case"], r["machine"], r["mode"])  # noqa: E731
+    rows = [r for r in old if key(r) != key(new)]
+    rows.append({**new, "costs": [dataclasses.asdict(c) for c in costs]})
+    RESULTS.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def report() -> str:
+    """The page, from everything in ``RESULTS``."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    text = [(Path(__file__).parent / "performance.md").read_text().rstrip()]
+    for machine, mode in dict.fromkeys((r["machine"], r["mode"]) for r in rows):
+        text += ["", f"## {mode.capitalize()}: {machine}"]
+        for r in rows:
+            if (r["machine"], r["mode"]) == (machine, mode):
+                costs = [Cost(**c) for c in r["costs"]]
+                shape = " x ".join(map(str, r["shape"]))
+                text += ["", f"### {r['case']} ({shape})", "", HEAD]
+                text += [c.against(costs[0]) for c in costs]
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--only", default="*", help="cases whose name matches this pattern")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--compile", action="store_true", help="compare compiled with compiled")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    cases = [c for c in _cases() if fnmatch.fnmatch(c.name, options.only)]
+    for case in tqdm(cases, unit="case"):
+        costs = run(case, options)
+        tqdm.write("\n".join([f"\n{case.name}", HEAD, *(c.against(costs[0]) for c in costs)]))
+        _keep(case, _machine(options), "compiled" if options.compile else "eager", costs)
+        RESULTS.with_suffix(".md").write_text(report())
+
+
+if __name__ == "__main__":
+    main()
