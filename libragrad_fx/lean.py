@@ -36,6 +36,7 @@ _VIEWS = {
     "split_with_sizes", "tensor_split", "slice", "select", "narrow", "unsqueeze", "squeeze", "flatten",
     "unflatten", "movedim", "moveaxis", "swapaxes", "swapdims",
 }  # fmt: skip
+_COPIES = {aten.contiguous.default, aten.clone.default}
 _FEATURES = {aten.linear.default: -1, aten.conv1d.default: 1, aten.conv2d.default: 1}  # their axis
 
 
@@ -53,7 +54,7 @@ def _alive(graph: Graph, facts: Facts) -> set[Node]:
 class _Part:
     """A part of a product's result of which alone a gradient comes back.
 
-    end:   the node that holds it: a view of the result of ``product``
+    end:   the node that holds it: what views and copies make of the result of ``product``
     order: for each axis of the result, the axes of ``end`` that make it up
     rows:  the result's features that ``end`` holds, in its order
     """
@@ -67,17 +68,18 @@ class _Part:
 def _parts(graph: Graph, alive: set[Node], facts: Facts) -> Iterator[_Part]:
     """The live parts of every product of which not all features get a gradient."""
     for node in graph.nodes:
-        if (
-            node.target not in _FEATURES
-            or node not in alive
-            or _operands(node)[1][-1:] not in ((), (1,))
-        ):
+        if node.target not in _FEATURES or node not in alive or not _has_features(node):
             continue
-        found = [_part(node, n) for n in dict.fromkeys(_ends(node, alive, facts))]
-        parts = [p for p in found if p is not None]
+        parts = _cover(node, node, alive, facts) or []
         features = _sizes(node)[_FEATURES[node.target]]
-        if len(parts) == len(found) and 0 < sum(_count(p.rows) for p in parts) < features:
+        if 0 < sum(_count(p.rows) for p in parts) < features:
             yield from parts
+
+
+def _has_features(product: Node) -> bool:
+    """Whether a row of the weight makes a feature: it is a matrix, of one group."""
+    (_, weight, _), conv = _operands(product)
+    return len(_sizes(weight)) > 1 and conv[-1:] in ((), (1,))
 
 
 def _operands(product: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -86,13 +88,18 @@ def _operands(product: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return values[:3], values[3:]
 
 
-def _ends(node: Node, alive: set[Node], facts: Facts) -> Iterator[Node]:
-    """The last views of a result before something else takes a gradient to it."""
+def _cover(product: Node, node: Node, alive: set[Node], facts: Facts) -> list[_Part] | None:
+    """Parts that hold all of ``node`` that gets a gradient, as small as views can make them."""
+    parts: list[_Part] = []
     for user in node.users:
-        if user in alive and _is_view(user):
-            yield from _ends(user, alive, facts)
-        elif _takes_gradient(user, node, alive, facts):
-            yield node
+        if not _takes_gradient(user, node, alive, facts):
+            continue
+        inner = _cover(product, user, alive, facts) if _only_moves(user) else None
+        if inner is None:
+            whole = _part(product, node)
+            return None if whole is None else [whole]
+        parts += inner
+    return parts
 
 
 def _takes_gradient(user: Node, node: Node, alive: set[Node], facts: Facts) -> bool:
@@ -101,9 +108,12 @@ def _takes_gradient(user: Node, node: Node, alive: set[Node], facts: Facts) -> b
     return any(n is node for _, n in passes(user, facts.get(user.name), {node}))
 
 
-def _is_view(node: Node) -> bool:
+def _only_moves(node: Node) -> bool:
+    """Whether a node's elements are those of its operand in another order, or some of them."""
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._opname in _VIEWS and node.target is not aten.view.dtype
+        return node.target in _COPIES or (
+            node.target._opname in _VIEWS and node.target is not aten.view.dtype
+        )
     return node.target is operator.getitem
 
 
@@ -121,8 +131,8 @@ def _part(product: Node, end: Node) -> _Part | None:
     """
     whole = torch.empty(_sizes(product), device="meta")
     view = _replay(end, product, whole)
-    if view is None or view._base is not whole or view.numel() == 0:
-        return None
+    if not torch.is_tensor(view) or view._base is not whole or view.numel() == 0:
+        return None  # a list of parts, a copy, nothing
     feature = _FEATURES[product.target] % whole.ndim  # type: ignore[index]
     axes = [_axis(whole, n, s) for n, s in zip(view.shape, view.stride(), strict=True)]
     first, rest = divmod(int(view.storage_offset()), int(whole.stride(feature)))
@@ -163,7 +173,7 @@ def _axis(whole: torch.Tensor, size: int, stride: int) -> int | None:
     return None
 
 
-def _replay(end: Node, product: Node, whole: torch.Tensor) -> torch.Tensor | None:
+def _replay(end: Node, product: Node, whole: torch.Tensor) -> Any:
     """The views that lead from a product to ``end``, on another tensor."""
 
     def value(n: Node) -> Any:
@@ -171,11 +181,13 @@ def _replay(end: Node, product: Node, whole: torch.Tensor) -> torch.Tensor | Non
             return whole
         if isinstance(n.meta["val"], (int, torch.SymInt)):
             return _number(n.meta["val"])
+        if n.target in _COPIES:
+            return value(n.args[0])  # type: ignore[arg-type]
         args, kwargs = map_arg((n.args, dict(n.kwargs)), value)
         return n.target(*args, **kwargs)  # type: ignore[operator]
 
     try:
-        return value(end)  # type: ignore[no-any-return]
+        return value(end)
     except RuntimeError:  # on a contiguous tensor it is no view
         return None
 

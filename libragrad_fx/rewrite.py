@@ -83,9 +83,8 @@ def _stand_for(graph: Graph, node: Node, edit: Edit, *added: Any) -> None:
 
 def _add(graph: Graph, host: Node, edit: Edit, x: Node, target: Any, *rest: Any) -> Node:
     new = graph.call_function(target, (x, *rest))
-    for key in ("nn_module_stack", "stack_trace"):
-        if key in host.meta:
-            new.meta[key] = host.meta[key]
+    new.meta = {k: host.meta[k] for k in ("nn_module_stack", "stack_trace") if k in host.meta}
+    new.meta["val"] = x.meta.get("val")
     new.meta[MARK] = (edit.rule, host.name)
     return new
 

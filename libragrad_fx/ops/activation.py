@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from libragrad_fx.ops.twin import Grads, twin
+from libragrad_fx.ops.twin import Grads, times_, twin
 
 aten = torch.ops.aten
 
@@ -93,8 +93,22 @@ softplus = _secant(
 sqrt = _secant(aten.sqrt.default, 0.0)
 rsqrt = _secant(aten.rsqrt.default, 0.0)
 reciprocal = _secant(aten.reciprocal.default, 0.0)
-square = _secant(aten.square.default, 0.0)
-pow = _secant(aten.pow.Tensor_Scalar, 0.0, lambda exponent: 1.0 if exponent == 0 else 0.0)
+
+
+def _square(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor) -> Grads:
+    return {"self": self * g}
+
+
+def _pow(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, exponent: float) -> Grads:
+    """g * x ** (n - 1): the slope of a power is a power, so ``x``, mostly kept anyway, is enough."""
+    if exponent == 0:  # a constant
+        return {"self": torch.zeros_like(g)}
+    slope = self.pow(exponent - 1)
+    return {"self": times_(slope if exponent >= 1 else slope.masked_fill(self == 0, 0.0), g)}
+
+
+square = twin(aten.square.default, _square, saves=("self",))
+pow = twin(aten.pow.Tensor_Scalar, _pow, saves=("self",))
 
 
 def _pow_tensor(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._prims_common import suggest_memory_format
 
 from libragrad_fx.ops.twin import Grads, minus_, times_, twin
 
@@ -103,31 +104,51 @@ def _per_channel(x: torch.Tensor, weight: torch.Tensor | None = None) -> Any:
     return shape if weight is None else weight.reshape(shape)
 
 
-def _over_positions(
-    needs: frozenset[str], g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None,
-    view: tuple[int, ...], axes: Axes, eps: float,
+def _whitened(
+    needs: frozenset[str], g: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor | None,
+    view: Axes, axes: Axes, mean: torch.Tensor | None, rstd: torch.Tensor,
 ) -> Grads:  # fmt: skip
-    """Group, instance and batch norm: whiten ``x`` viewed as ``view``, affine per channel."""
-    seen = _wide(x.reshape(view))
-    var, mean = torch.var_mean(seen, axes, correction=0, keepdim=True)
-    rstd = torch.rsqrt(var + eps)
-    hat = lambda: ((seen - mean) * rstd).reshape(x.shape)  # noqa: E731
+    """Group, instance and batch norm: ``x`` viewed as ``view`` is whitened, affine per channel."""
+    hat = lambda: ((_wide(x.reshape(view)) - mean) * rstd).reshape(g.shape)  # type: ignore  # noqa: E731
     grads = {
         k: None if v is None else v.reshape(-1)
-        for k, v in _affine(needs, g, hat, _per_channel(x)).items()
+        for k, v in _affine(needs, g, hat, _per_channel(g)).items()
     }
     if "input" in needs:
-        u = _weighted(g, None if weight is None else _per_channel(x, weight))
-        grads["input"] = _pull(u.reshape(view), rstd, axes).reshape(x.shape)
+        u = _weighted(g, None if weight is None else _per_channel(g, weight))
+        grads["input"] = _pull(u.reshape(view), rstd, axes).reshape(g.shape)
     return grads
 
 
-def _group_norm(
-    needs: frozenset[str], g: torch.Tensor, *, input: torch.Tensor, weight: torch.Tensor | None,
-    num_groups: int, eps: float, **_: Any,
+def _over_positions(
+    needs: frozenset[str], g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None,
+    view: Axes, axes: Axes, eps: float,
 ) -> Grads:  # fmt: skip
-    view = (input.shape[0], num_groups, -1)
-    return _over_positions(needs, g, input, weight, view, (2,), eps)
+    var, mean = torch.var_mean(_wide(x.reshape(view)), axes, correction=0, keepdim=True)
+    return _whitened(needs, g, x, weight, view, axes, mean, torch.rsqrt(var + eps))
+
+
+def _native_group_norm(
+    input: torch.Tensor, num_groups: int, weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None, eps: float = 1e-5, cudnn_enabled: bool = True,
+) -> Any:  # fmt: skip
+    """What ``group_norm`` calls: the output, the mean, 1/sigma; both (N, groups)."""
+    format_ = (
+        suggest_memory_format(input) if input.device.type == "cpu" else torch.contiguous_format
+    )
+    x, (batch, channels) = input.contiguous(memory_format=format_), input.shape[:2]
+    affine = [t if t is None else t.contiguous() for t in (weight, bias)]
+    positions = math.prod(input.shape[2:])
+    return aten.native_group_norm.default(x, *affine, batch, channels, positions, num_groups, eps)
+
+
+def _group_norm(
+    needs: frozenset[str], g: torch.Tensor, *, input: torch.Tensor | None, weight: torch.Tensor | None,
+    mean: torch.Tensor | None, rstd: torch.Tensor, num_groups: int, **_: Any,
+) -> Grads:  # fmt: skip
+    view, by_group = (g.shape[0], num_groups, -1), (g.shape[0], num_groups, 1)
+    mean, rstd = (t if t is None else t.reshape(by_group) for t in (mean, rstd))
+    return _whitened(needs, g, input, weight, view, (2,), mean, rstd)  # type: ignore[arg-type]
 
 
 def _instance_norm(
@@ -155,6 +176,9 @@ rms_norm = twin(
     saves=("weight", "rstd", "input"), for_others=("input",),
 )  # fmt: skip
 _SAVES = ("input", "weight")
-group_norm = twin(aten.group_norm.default, _group_norm, saves=_SAVES)
+group_norm = twin(
+    aten.group_norm.default, _group_norm, forward=_native_group_norm, extras=("mean", "rstd"),
+    saves=("weight", "rstd", "mean", "input"), for_others=("mean", "input"),
+)  # fmt: skip
 instance_norm = twin(aten.instance_norm.default, _instance_norm, saves=_SAVES)
 batch_norm = twin(aten.batch_norm.default, _batch_norm, saves=_SAVES)

@@ -72,6 +72,10 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "slices": lambda y: [y[..., i : i + C].unflatten(-1, (H, D)).transpose(1, 2) for i in (0, C, 2 * C)],
     "heads inside": lambda y: y.reshape(-1, N, H, 3 * D).transpose(1, 2).chunk(3, -1),
     "interleaved": lambda y: y.reshape(-1, N, H, D, 3).permute(4, 0, 2, 1, 3).unbind(0),
+    "copied": lambda y: [  # as nn.MultiheadAttention does it, tokens first
+        t.reshape(N, -1, D).transpose(0, 1).reshape(-1, H, N, D)
+        for t in y.transpose(0, 1).unflatten(-1, (3, C)).movedim(2, 0).contiguous()
+    ],
     "features first": lambda y: y.mT.reshape(-1, 3, H, D, N).mT.unbind(1),
 }  # fmt: skip
 
@@ -188,3 +192,21 @@ def test_attention_lets_the_fused_projection_go() -> None:
     (got,) = torch.autograd.grad(y, x, g)
     torch.testing.assert_close(got[..., 2 * D :] / 2, torch.autograd.grad(plain, v, g)[0])
     assert not got[..., : 2 * D].any()
+
+
+def test_what_is_no_plain_part_is_left_alone() -> None:
+    """Of half of the tokens some features come back: the whole product is recorded, as ever."""
+
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.head = nn.Linear(C, 3 * C), nn.Linear(C, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.up(x).chunk(2, 1)[0].chunk(3, -1)
+            return self.head(torch.softmax(q @ k.mT, -1) @ v).mean(1)
+
+    model, x = Halves().to(F64), torch.randn(B, 2 * N, C, dtype=F64)
+    gm = lg.transform(model, x)
+    assert all(n.target is not graft for n in gm.lean.nodes)
+    assert_same(gm, x)

@@ -277,6 +277,17 @@ FOUND = (
     ),
     # what stands behind an op that ends a submodule read what only comes after it
     Recipe(((1,), (1,)), (Step("aten.view"), Step("aten.round", wrap=2)), joined=True),
+    # a product with a vector, whose result has no axis of features
+    Recipe(
+        ((1,),),
+        (
+            Step("aten.view", shape=(1,)),
+            Step("aten.select", shape=(1,)),
+            Step("aten.view", shape=(1,)),
+            Step("aten.mul", picks=(4,), shape=(1,)),
+            Step("aten.linear", call=1, shape=(1,)),
+        ),
+    ),
     # an op that autograd refuses, behind one that it does not
     Recipe(((1,), (1,)), (Step("aten.round"), Step("aten.floor_divide", shape=(1,))), joined=True),
 )
