@@ -5,6 +5,7 @@ from __future__ import annotations
 from libragrad_fx import errors
 from libragrad_fx.api import audit, plan, trace, transform, verify
 from libragrad_fx.attribution import Attribution, attribute, blocks
+from libragrad_fx.segments import checkpointed
 from libragrad_fx.types import Certificate, Ledger, Plan
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "attribute",
     "audit",
     "blocks",
+    "checkpointed",
     "errors",
     "plan",
     "trace",

@@ -147,8 +147,8 @@ def _group_norm(
     mean: torch.Tensor | None, rstd: torch.Tensor, num_groups: int, **_: Any,
 ) -> Grads:  # fmt: skip
     view, by_group = (g.shape[0], num_groups, -1), (g.shape[0], num_groups, 1)
-    mean, rstd = (t if t is None else t.reshape(by_group) for t in (mean, rstd))
-    return _whitened(needs, g, input, weight, view, (2,), mean, rstd)  # type: ignore[arg-type]
+    means = None if mean is None else mean.reshape(by_group)
+    return _whitened(needs, g, input, weight, view, (2,), means, rstd.reshape(by_group))
 
 
 def _instance_norm(
