@@ -472,7 +472,8 @@ def infer_inputs(model: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any
     if type(model).__module__.startswith("torchvision.models"):
         side = 299 if "inception" in type(model).__module__ else 224
         if ".video" in type(model).__module__:
-            return (torch.randn(2, 3, 16, 112, 112, **place),), {}
+            sizes = ((16, 112, 112), (16, 224, 224))
+            return _first_that_runs(model, [torch.randn(2, 3, *s, **place) for s in sizes])
         return (torch.randn(2, 3, side, side, **place),), {}
     if hasattr(model, "dummy_inputs") and hasattr(model, "config"):
         return (), _hugging_face(model, place)

@@ -1,11 +1,14 @@
 """What a balanced gradient costs beside every other way of having one: ``docs/performance.md``.
 
-    python tools/bench.py [--only 'vit_*'] [--rounds 10] [--threads 1] [--device cuda] [--compile]
+    python tools/bench.py [--only 'vit_*'] [--rounds 10] [--threads 1] [--device cuda]
+                          [--mode eager|compiled|transform]
 
 Every side of a case runs in turns in one process: plain autograd, ours, the authors' stop-gradient
 arithmetic on our graph, Captum's InputXGradient, and on torchvision's ViT the CP-LRP patches of LXT
 where it is installed (``pip install lxt``). Parameters are frozen and random, the input is random.
-Results are kept in ``docs/performance.jsonl``; a case that is run again replaces its old one.
+``compiled`` compares both under ``torch.compile``; ``transform`` times the transform itself against
+``torch.export`` alone. Results are kept in ``docs/performance.jsonl``; a case that is run again
+replaces its old one.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import functools
 import importlib.util
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import libragrad_fx as lg
-from libragrad_fx.bench import HEAD, Cost, Side, compare, gradient
+from libragrad_fx.bench import HEAD, Cost, Side, compare, gradient, race
 from libragrad_fx.ops import insert
 from libragrad_fx.target import middle, select
 
@@ -196,10 +199,20 @@ def _sides(case: Case, model: nn.Module, gm: Any, classes: int) -> dict[str, Sid
     return sides
 
 
-def _compiled(model: nn.Module, gm: Any) -> dict[str, Side]:
+def _compiled(model: nn.Module, gm: Any, x: torch.Tensor) -> dict[str, Side]:
     logit = lambda m: lambda x: select(m(x), middle)  # noqa: E731
     both = {"plain, compiled": model, "balanced, compiled": gm}
-    return {k: gradient(logit(torch.compile(m))) for k, m in both.items()}
+    sides = {k: gradient(logit(torch.compile(m, fullgraph=True))) for k, m in both.items()}
+    for side in sides.values():
+        side(x)
+    return sides
+
+
+def _transforms(model: nn.Module) -> dict[str, Side]:
+    return {
+        "torch.export": lambda x: torch.export.export(model, (x,)),
+        "transform": lambda x: lg.transform(model, x),
+    }
 
 
 def run(case: Case, options: argparse.Namespace) -> list[Cost]:
@@ -207,11 +220,13 @@ def run(case: Case, options: argparse.Namespace) -> list[Cost]:
     dtype = getattr(torch, options.dtype)
     model = case.make().eval().requires_grad_(False).to(options.device, dtype)
     x = torch.randn(case.shape, device=options.device, dtype=dtype)
+    rounds = min(options.rounds, case.rounds)
+    if options.mode == "transform":
+        return race(_transforms(model), x, rounds)
     gm = lg.transform(model, x)
-    sides: Mapping[str, Side] = (
-        _compiled(model, gm) if options.compile else _sides(case, model, gm, model(x).shape[-1])
-    )
-    return compare(sides, x, min(options.rounds, case.rounds))
+    if options.mode == "compiled":
+        return race(_compiled(model, gm, x), x, rounds)
+    return compare(_sides(case, model, gm, model(x).shape[-1]), x, rounds)
 
 
 # --- results
@@ -266,14 +281,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--compile", action="store_true", help="compare compiled with compiled")
+    parser.add_argument("--mode", choices=("eager", "compiled", "transform"), default="eager")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cases = [c for c in _cases() if fnmatch.fnmatch(c.name, options.only)]
     for case in tqdm(cases, unit="case"):
         costs = run(case, options)
         tqdm.write("\n".join([f"\n{case.name}", HEAD, *(c.against(costs[0]) for c in costs)]))
-        _keep(case, _machine(options), "compiled" if options.compile else "eager", costs)
+        _keep(case, _machine(options), options.mode, costs)
         RESULTS.with_suffix(".md").write_text(report())
 
 
