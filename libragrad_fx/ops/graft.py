@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import grad
 
-from libragrad_fx.ops.twin import linked, note_tensors, same, wanted
+from libragrad_fx.ops.twin import linked, note_tensors, same, signed, wanted
 
 _CONV_INPUT = {1: grad.conv1d_input, 2: grad.conv2d_input}
 _CONV_WEIGHT = {1: grad.conv1d_weight, 2: grad.conv2d_weight}
@@ -26,6 +26,7 @@ def _like_product(g: torch.Tensor, order: Sequence[Sequence[int]]) -> torch.Tens
     return g.permute([a for axes in order for a in axes]).reshape(sizes)
 
 
+@signed
 class _Graft(torch.autograd.Function):
     generate_vmap_rule = True
 

@@ -9,7 +9,7 @@ from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import InputError, ModeError
-from libragrad_fx.ops.twin import LIBRARY, NAMESPACE, same
+from libragrad_fx.ops.twin import LIBRARY, NAMESPACE, same, signed
 
 stop = torch.ops.aten.detach.default
 """Prune the backward of one operand. ``detach`` is ATen: it survives every transformation."""
@@ -19,6 +19,7 @@ MARK = "libragrad"
 """Key of ``node.meta``: (rule, host) of a twin or of an inserted node."""
 
 
+@signed
 class _Scale(torch.autograd.Function):
     generate_vmap_rule = True
 

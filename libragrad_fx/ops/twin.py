@@ -9,6 +9,7 @@ forward-mode rule: both refuse.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -51,13 +52,15 @@ def twin(
     compact:    what is saved as a copy where it is part of something larger, which is then let go.
     """
     label = name or op._schema.name.split("::")[1]
-    save = _saver(tuple(saves), tuple(extras), tuple(for_others), tuple(compact))
+    plain = [a.name for a in op._schema.arguments if "Tensor" not in str(a.type)]
+    save = _saver(tuple(saves), tuple(extras), tuple(for_others), tuple(compact), plain)
     pull = _puller(vjp, tuple(saves), len(extras))
     custom = _custom_op(op, label, forward or op, save, pull, len(extras))
     function = _function(op, label, forward or op, save, pull)
     # plain tuples: Dynamo traces this function and does not know what a schema is
     names, keyword, defaults = _signature(op)
     count, several = len(names) - len(keyword), bool(extras)
+    lists = "Tensor[]" in str(op._schema)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_exporting():
@@ -66,12 +69,11 @@ def twin(
             return op(*args, **kwargs)
         values = [*args, *defaults[len(args) : count]]
         values.extend(defaults[count:])
-        values = [kwargs.get(n, v) for n, v in zip(names, values, strict=True)]
-        sizes = tuple(len(v) if _is_tensors(v) else -1 for v in values)
-        flat: list[Any] = []
-        for v in values:
-            flat.extend(map(linked, v)) if _is_tensors(v) else flat.append(linked(v))
-        return function.apply(sizes, *flat)[0] if several else function.apply(sizes, *flat)
+        if kwargs:
+            values = [kwargs.get(n, v) for n, v in zip(names, values, strict=True)]
+        sizes, flat = _flatten(values) if lists else (None, map(linked, values))
+        out = function.apply(sizes, *flat)
+        return out[0] if several else out
 
     call.__name__ = call.__qualname__ = label
     call.__doc__ = f"Balanced twin of ``{op}`` (arguments {', '.join(names)})."
@@ -80,8 +82,9 @@ def twin(
 
 
 def _saver(
-    saves: Sequence[str], extras: Sequence[str], for_others: Sequence[str], compact: Sequence[str]
-) -> Save:
+    saves: Sequence[str], extras: Sequence[str], for_others: Sequence[str], compact: Sequence[str],
+    plain: Sequence[str],
+) -> Save:  # fmt: skip
     """Keeps what the backward reads; tensors through ``save_for_backward``, so views and vmap work."""
 
     def save(ctx: Any, values: Mapping[str, Any], output: Any, others: bool) -> None:
@@ -90,23 +93,21 @@ def _saver(
             ctx.mark_non_differentiable(*more)
             ctx.set_materialize_grads(False)  # or each gets a gradient of zeros, filled in
             values = {**values, **dict(zip(extras, more, strict=True))}
-        tensors: dict[str, list[torch.Tensor]] = {}
+        kept: list[torch.Tensor] = []
+        layout = []
         for name in saves:
-            if name in for_others and not others:
-                continue
             value = output if name == "result" else values[name]
+            if value is None or (name in for_others and not others):
+                continue
             if isinstance(value, torch.Tensor):
-                tensors[name] = [_alone(value) if name in compact else value]
-            elif value is not None:
-                tensors[name] = list(value)
-        ctx.layout = tuple((k, -1 if isinstance(values.get(k, output), torch.Tensor) else len(v))
-                           for k, v in tensors.items())  # fmt: skip
-        ctx.plain = {
-            k: v
-            for k, v in values.items()
-            if not isinstance(v, torch.Tensor) and not _is_tensors(v)
-        }
-        ctx.save_for_backward(*(t for ts in tensors.values() for t in ts))
+                kept.append(_alone(value) if name in compact else value)
+                layout.append((name, -1))
+            else:
+                kept.extend(value)
+                layout.append((name, len(value)))
+        ctx.layout = layout
+        ctx.plain = {k: values[k] for k in plain}
+        ctx.save_for_backward(*kept)
 
     return save
 
@@ -163,8 +164,19 @@ def bind(
 
 def linked(x: Any) -> Any:
     """``x`` behind a node of its own, so that ``wanted`` can ask whether its gradient is."""
-    ask = torch.is_tensor(x) and x.is_leaf and x.requires_grad and not torch.compiler.is_compiling()
+    ask = (
+        isinstance(x, torch.Tensor)
+        and x.is_leaf
+        and x.requires_grad
+        and not torch.compiler.is_compiling()
+    )
     return same(x) if ask else x
+
+
+def signed(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """With its signature written down: PyTorch asks for it at every call, and would work it out."""
+    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
+    return function
 
 
 def note_tensors(ctx: Any, inputs: Sequence[Any]) -> None:
@@ -205,6 +217,15 @@ def minus_(x: torch.Tensor, y: Any) -> torch.Tensor:
     return x - y if torch._C._are_functorch_transforms_active() else x.sub_(y)
 
 
+def _flatten(values: Sequence[Any]) -> tuple[tuple[int, ...], list[Any]]:
+    """Lists of tensors one by one; sizes: how many, -1 for what is no list."""
+    sizes = tuple(len(v) if _is_tensors(v) else -1 for v in values)
+    flat: list[Any] = []
+    for v in values:
+        flat.extend(map(linked, v)) if _is_tensors(v) else flat.append(linked(v))
+    return sizes, flat
+
+
 def _is_tensors(value: Any) -> bool:
     return (
         isinstance(value, (list, tuple))
@@ -219,7 +240,9 @@ def _function(
     names, keyword, _ = _signature(op)
     count = len(names) - len(keyword)
 
-    def unflatten(sizes: Sequence[int], flat: Sequence[Any]) -> dict[str, Any]:
+    def unflatten(sizes: Sequence[int] | None, flat: Sequence[Any]) -> dict[str, Any]:
+        if sizes is None:
+            return dict(zip(names, flat, strict=True))
         values: dict[str, Any] = {}
         at = 0
         for name, size in zip(names, sizes, strict=True):
@@ -246,6 +269,8 @@ def _function(
             asked = unflatten(ctx.sizes, wanted(ctx)[1:])
             needs = frozenset(k for k, w in asked.items() if (any(w) if isinstance(w, list) else w))
             grads = pull(ctx, g, needs)
+            if ctx.sizes is None:
+                return None, *map(grads.get, names)
             out: list[Any] = [None]
             for name, size in zip(names, ctx.sizes, strict=True):
                 got = grads.get(name)
@@ -256,7 +281,7 @@ def _function(
             return tuple(out)
 
     Balanced.__name__ = Balanced.__qualname__ = f"Balanced_{label}"
-    return Balanced
+    return signed(Balanced)
 
 
 def _custom_op(
