@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from libragrad_fx import errors
-from libragrad_fx.api import audit, plan, trace, transform, verify
+from libragrad_fx.api import audit, gradient_graph, plan, trace, transform, verify, visualize
 from libragrad_fx.attribution import Attribution, attribute, blocks
 from libragrad_fx.segments import checkpointed
 from libragrad_fx.types import Certificate, Ledger, Plan
@@ -20,8 +20,10 @@ __all__ = [
     "blocks",
     "checkpointed",
     "errors",
+    "gradient_graph",
     "plan",
     "trace",
     "transform",
     "verify",
+    "visualize",
 ]

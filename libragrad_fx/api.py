@@ -17,6 +17,8 @@ from libragrad_fx.pipeline import balance, decide
 from libragrad_fx.rewrite import rewrite
 from libragrad_fx.types import Certificate, Ledger, Plan
 from libragrad_fx.verify import certify
+from libragrad_fx.viz import graph as pictures
+from libragrad_fx.viz.draw import write
 
 
 def transform(
@@ -150,3 +152,52 @@ def audit(model: torch.nn.Module, inputs: Any, target: Any = None, *, rules: Any
         return ledger_of_pieces(model, inputs, target)[0]
     module = model if isinstance(model, CapturedModule) else trace(model, inputs, rules=rules)
     return ledger(module, inputs, target)
+
+
+def visualize(
+    model: torch.nn.Module,
+    path: str | Path,
+    inputs: Any = None,
+    target: Any = None,
+    *,
+    depth: int = 2,
+    focus: str = "",
+) -> Path:
+    """Draw where autograd creates and destroys gradient mass, and what balancing does about it.
+
+    Every number is that of ``audit``, of the plain and of the balanced backward on the same input.
+
+    Args:
+        model: any model, or the result of ``transform``.
+        path: its ending decides: .svg, .png, .pdf (by Graphviz), .dot, .json.
+        inputs, target: as for ``audit``; inferred from the model if None.
+        depth: how many names of a module's path are told apart; what is deeper is one node.
+        focus: path of a module that is drawn op by op.
+
+    Raises:
+        InputError: an ending that is not known, a ``focus`` without nodes, no inputs to be inferred.
+    """
+    graph = gradient_graph(model, inputs, target)
+    modules = {d["module"] for _, d in graph.nodes(data=True)}
+    if focus and not any(m == focus or m.startswith(f"{focus}.") for m in modules):
+        raise InputError(f"no op of a module {focus!r} is in the gradient graph")
+    if depth < 1:
+        raise InputError(f"depth is at least 1, got {depth}")
+    return write(pictures.collapse(graph, depth, focus), path)
+
+
+def gradient_graph(model: torch.nn.Module, inputs: Any = None, target: Any = None) -> Any:
+    """The graph that ``visualize`` draws, as a ``networkx.DiGraph``: see ``viz.graph``."""
+    gm, inputs = _balanced_with_inputs(model, inputs)
+    return pictures.gradient_graph(gm, inputs, target)
+
+
+def _balanced_with_inputs(model: torch.nn.Module, inputs: Any) -> tuple[Any, Any]:
+    if isinstance(model, (CapturedModule, CutModule)):
+        if inputs is None:
+            raise InputError("a transformed model says no more what it takes: pass inputs")
+        return model, inputs
+    if inputs is None:
+        args, kwargs = infer_inputs(model)
+        inputs = kwargs or args
+    return transform(model, inputs, on_unknown="keep"), inputs

@@ -40,6 +40,7 @@ from libragrad_fx.errors import (
 )
 from libragrad_fx.extras import need
 from libragrad_fx.target import first_tensor, middle, select
+from libragrad_fx.viz.draw import tree
 
 _CAPTIONS = {"fullgrad_plus": "FullGrad+", "input_x_gradient": "Input×Gradient"}
 
@@ -276,6 +277,36 @@ def audit(
         say("one backward")
         account = lg.audit(gm, inputs, _target(module, inputs, target))
     typer.echo(account.to_json() if json else str(account))
+
+
+@app.command(short_help="Draw where a backward creates or destroys attribution.")
+def graph(
+    model: ModelName,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="FILE", help="Picture: .svg .png .pdf .dot .json"),
+    ] = None,
+    depth: Annotated[int, typer.Option(min=1, help="Names of a module path to tell apart.")] = 2,
+    focus: Annotated[
+        str, typer.Option(metavar="MODULE", help="Module to draw op by op: blocks.3")
+    ] = "",
+    pretrained: Pretrained = False,
+    checkpoint: Checkpoint = None,
+    target: TargetIndex = None,
+    seed: Seed = 0,
+) -> None:
+    """Print what each module loses and creates under autograd, and what balancing does; or draw it."""
+    module = _load(model, pretrained, checkpoint, seed).module
+    with _working("capturing the model") as say:
+        inputs = _inputs(module, seed)
+        gm = lg.transform(module, inputs, on_unknown="keep")
+        say("two backwards")
+        if out is None:
+            text = tree(lg.gradient_graph(gm, inputs, _target(module, inputs, target)), depth)
+        else:
+            chosen = _target(module, inputs, target)
+            text = str(lg.visualize(gm, out, inputs, chosen, depth=depth, focus=focus))
+    typer.echo(text)
 
 
 @app.command(short_help="Time the balanced backward against autograd's.")

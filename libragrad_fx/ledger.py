@@ -369,7 +369,8 @@ def _row(site: Site, name: str, row: _Row, starts: set[str]) -> LedgerRow:
     residual = row.out - flows[False] - flows[True] - row.constant
     node = f"{name}/{site.node}" if name else site.node
     return LedgerRow(
-        node, site.op, site.module, site.source, row.out, flows[False], flows[True], row.constant, residual
+        node, site.op, site.module, site.source, row.out, flows[False], flows[True], row.constant, residual,
+        tuple(row.flows.items()),
     )  # fmt: skip
 
 

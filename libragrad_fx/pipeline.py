@@ -67,6 +67,7 @@ def remember(made: Decision) -> dict[str, Any]:
     return {
         "plan": made.plan,
         "sites": listed,
+        "plain_sites": sites(made.trace, made.analysis, balanced=False),
         "original": spell(made.trace.graph),
         "facts": dict(made.analysis.facts),
         "starts": frozenset(s.node for s in listed if s.starts),

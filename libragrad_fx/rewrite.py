@@ -45,6 +45,13 @@ def rewrite(trace: Trace, plan: Plan | None, info: dict[str, Any] | None = None)
     return CapturedModule(_root(source), graph, record, short)
 
 
+def unedited(module: CapturedModule) -> CapturedModule:
+    """The plain trace that a balanced module was made of: the same parameters, autograd's backward."""
+    info = {"sites": module.record.info["plain_sites"]}
+    record = dataclasses.replace(module.record, info=info)
+    return CapturedModule(_root(module), erase(module.graph), record)
+
+
 def _copy(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
     new, env = Graph(), dict[Node, Node]()
     new.output(new.graph_copy(graph, env))

@@ -299,6 +299,7 @@ class LedgerRow:
     sources:   the same over operands that are the model's input itself, where the account ends
     bias:      ⟨the op's own constant, g⟩, computed on its own, never as what is left over
     residual:  out - streams - sources - bias; 0 for a balanced node
+    flows:     what ``streams`` and ``sources`` are sums of: (producer or input, ⟨a, r(g)⟩)
 
     The last row, ``output``, is the target: what it reads of the model's outputs.
     """
@@ -312,6 +313,7 @@ class LedgerRow:
     sources: float
     bias: float
     residual: float
+    flows: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

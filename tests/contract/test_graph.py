@@ -1,0 +1,187 @@
+"""The gradient graph says what the ledger says, from near and from far; and it can be drawn."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import networkx as nx
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import libragrad_fx as lg
+from libragrad_fx.cli import app
+from libragrad_fx.errors import InputError
+from libragrad_fx.viz.draw import to_dot, tree, write
+from libragrad_fx.viz.graph import SIDES, bottlenecks, collapse, imbalance
+
+F64 = torch.float64
+NEEDS_DOT = pytest.mark.skipif(
+    shutil.which("dot") is None, reason="Graphviz (dot) is not installed"
+)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(nn.functional.silu(self.up(self.norm(x))))
+
+
+def network() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    parts = [nn.Linear(4, 6), nn.Sequential(*(Block() for _ in range(6))), nn.Linear(6, 3)]
+    return nn.Sequential(*parts).to(F64).eval(), torch.randn(2, 4, dtype=F64)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> tuple[nn.Module, torch.Tensor, nx.DiGraph]:
+    model, x = network()
+    return model, x, lg.gradient_graph(model, x, 1)
+
+
+def test_every_number_is_the_ledgers(drawn: tuple[nn.Module, torch.Tensor, nx.DiGraph]) -> None:
+    model, x, graph = drawn
+    for side, account in (
+        ("plain", lg.audit(model, x, 1)),
+        ("balanced", lg.audit(lg.transform(model, x), x, 1)),
+    ):
+        assert graph.graph["output"][side] == account.output
+        rows = {r.node: r for r in account.rows}
+        assert {n for n, d in graph.nodes(data=True) if d[side] is not None} == set(rows)
+        for node, row in rows.items():
+            assert graph.nodes[node][side]["residual"] == row.residual
+            flows = {a: d[side] for a, _, d in graph.in_edges(node, data=True)}
+            assert {k: v for k, v in flows.items() if v is not None} == dict(row.flows)
+            assert sum(dict(row.flows).values()) == pytest.approx(row.streams + row.sources)
+
+
+def test_only_the_plain_side_is_out_of_balance(
+    drawn: tuple[nn.Module, torch.Tensor, nx.DiGraph],
+) -> None:
+    assert imbalance(drawn[2], "plain") > 0.01
+    assert imbalance(drawn[2], "balanced") < 1e-12
+
+
+def test_a_pruned_edge_is_one_that_autograd_alone_has() -> None:
+    class Gate(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.sigmoid(2 * x)
+
+    x = torch.randn(2, 3, dtype=F64)
+    graph = lg.gradient_graph(Gate(), x, 0)
+    pruned = [(a, b) for a, b, d in graph.edges(data=True) if d["balanced"] is None]
+    assert ("sigmoid", "mul_1") in pruned
+    assert all(graph.edges[e]["plain"] is not None for e in pruned)
+    assert graph.nodes["mul_1"]["action"] == "stop"
+
+
+def test_from_afar_sums_are_kept(drawn: tuple[nn.Module, torch.Tensor, nx.DiGraph]) -> None:
+    _, _, graph = drawn
+    for far in (
+        collapse(graph, 1),
+        collapse(graph, 2),
+        collapse(graph, 9),
+        collapse(graph, 1, "1.3"),
+    ):
+        assert sum(d["ops"] for _, d in far.nodes(data=True)) == len(graph)
+        for side in SIDES:
+            assert imbalance(far, side) == pytest.approx(imbalance(graph, side), abs=1e-12)
+        assert nx.is_directed_acyclic_graph(far)
+
+
+def test_repeats_are_one_node_and_a_focus_is_open(
+    drawn: tuple[nn.Module, torch.Tensor, nx.DiGraph],
+) -> None:
+    _, _, graph = drawn
+    assert "1.1 … 1.4 × 4" in collapse(graph, 2)
+    far = collapse(graph, 1, "1.3")
+    assert {"1.0", "1.1", "1.2", "1.4", "1.5", "silu_3", "0", "2"} <= set(far)
+    assert "silu_2" not in far
+
+
+def test_bottlenecks_are_what_every_path_goes_through() -> None:
+    """A residual network: its sums and what is outside of the branches, not the branches."""
+    model, x = network()
+    found = bottlenecks(lg.gradient_graph(model, x, 0))
+    assert [n for n in found if n.startswith("add")] == [f"add_{i}" for i in range(5, 0, -1)] + [
+        "add"
+    ]
+    assert not any(n.startswith(("silu", "layer_norm")) for n in found)
+    assert found[0] == "linear_13"
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_draws_the_same(again) -> None:  # type: ignore[no-untyped-def]
+    model, x = network()
+    gm = lg.transform(model, x)
+    a, b = lg.gradient_graph(gm, x, 0), lg.gradient_graph(again(gm), x, 0)
+    assert [*a.edges(data=True)] == [*b.edges(data=True)]
+
+
+def test_json_and_dot_hold_every_node(
+    drawn: tuple[nn.Module, torch.Tensor, nx.DiGraph], tmp_path: Path
+) -> None:
+    _, _, graph = drawn
+    body = json.loads(write(graph, tmp_path / "g.json").read_text())
+    again = nx.node_link_graph(body, edges="edges")
+    assert dict(again.nodes(data=True)) == dict(graph.nodes(data=True))
+    assert write(graph, tmp_path / "g.dot").read_text() == to_dot(graph).source
+    assert to_dot(graph).source.count("->") == graph.number_of_edges()
+
+
+@NEEDS_DOT
+@pytest.mark.parametrize("ending", ["svg", "png", "pdf"])
+def test_pictures(ending: str, tmp_path: Path) -> None:
+    model, x = network()
+    path = lg.visualize(model, tmp_path / f"g.{ending}", x, 0)
+    start = {"svg": b"<?xml", "png": b"\x89PNG", "pdf": b"%PDF"}[ending]
+    assert path.read_bytes().startswith(start)
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network()
+    gm = lg.transform(model, x)
+    with pytest.raises(InputError, match=r"written as \.svg"):
+        lg.visualize(gm, tmp_path / "g.bmp", x, 0)
+    with pytest.raises(InputError, match="no op of a module 'nowhere'"):
+        lg.visualize(gm, tmp_path / "g.dot", x, 0, focus="nowhere")
+    with pytest.raises(InputError, match="depth is at least 1"):
+        lg.visualize(gm, tmp_path / "g.dot", x, 0, depth=0)
+    with pytest.raises(InputError, match="pass inputs"):
+        lg.visualize(gm, tmp_path / "g.dot")
+    with pytest.raises(InputError, match="what transform returned"):
+        lg.gradient_graph(lg.trace(model, x), x, 0)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match="'dot' is not installed"):
+        lg.visualize(gm, tmp_path / "g.svg", x, 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_in_a_terminal(drawn: tuple[nn.Module, torch.Tensor, nx.DiGraph]) -> None:
+    """Parents before children, in the order of the graph; a parent's row is the sum of its own."""
+    lines = tree(drawn[2], 2).splitlines()[2:]
+    assert [line.split()[0] for line in lines] == ["(model)", "0", "1", *"012345", "2"]
+    assert lines[2].split()[1] == str(6 * 5)
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    made = run(app, ["graph", "tests.contract.test_graph:only", "-o", str(tmp_path / "g.dot")])
+    assert made.exit_code == 0, made.output
+    assert (tmp_path / "g.dot").read_text().startswith("digraph")
+    printed = run(app, ["graph", "tests.contract.test_graph:only"])
+    assert "left when balanced" in printed.output
+    refused = run(app, ["graph", "tests.contract.test_graph:only", "-o", str(tmp_path / "g.bmp")])
+    assert refused.exit_code == 2
+
+
+def only() -> nn.Module:
+    return network()[0].float()
