@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from libragrad_fx.ops import insert
-from libragrad_fx.ops.graft import graft
+from libragrad_fx.ops.graft import graft, whole
 from libragrad_fx.ops.insert import MARK, is_scale
 from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.ops.twin import bind
@@ -218,8 +219,23 @@ def lean(graph: Graph, facts: Facts) -> Graph:
     for node in list(graph.nodes):
         if is_scale(node):
             _halve(graph, node)
+        elif node.target is aten.slice.Tensor and _takes_all(node):
+            node.target = whole
+            node.meta[MARK] = (_LEAN, node.name)
     graph.lint()
     return graph
+
+
+def _takes_all(node: Node) -> bool:
+    """Whether a slice keeps its axis as it is. An axis that may have another size ends at 2^63 - 1."""
+    x, dim, start, end, step = bind(node.target, node.args, node.kwargs).values()  # type: ignore[arg-type]
+    size = x.meta["val"].shape[dim] if "val" in x.meta else sys.maxsize
+    known = size if isinstance(size, int) else sys.maxsize
+    return (
+        start in (0, None)
+        and step == 1
+        and (end is None or (isinstance(end, int) and end >= known))
+    )
 
 
 def _halve(graph: Graph, scale: Node) -> None:

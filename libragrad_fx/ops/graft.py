@@ -95,3 +95,13 @@ def graft(
         rows: the product's features that are in ``part``, in its order.
     """
     return _Graft.apply(part, linked(x), linked(weight), linked(bias), conv, order, rows)  # type: ignore[no-any-return]
+
+
+def whole(
+    x: torch.Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> torch.Tensor:
+    """``x[:]`` along an axis, whose gradient is not copied into zeros of the same size first."""
+    return same(x)
+
+
+whole.aten_op = torch.ops.aten.slice.Tensor  # type: ignore[attr-defined]

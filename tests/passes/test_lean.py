@@ -17,7 +17,7 @@ from libragrad_fx.bench import Operations
 from libragrad_fx.errors import GateOutputWarning
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.ops.attention import scaled_dot_product_attention
-from libragrad_fx.ops.graft import graft
+from libragrad_fx.ops.graft import graft, whole
 from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.rewrite import erase, spell
 from tests.models.zoo import ZOO, build
@@ -210,3 +210,22 @@ def test_what_is_no_plain_part_is_left_alone() -> None:
     gm = lg.transform(model, x)
     assert all(n.target is not graft for n in gm.lean.nodes)
     assert_same(gm, x)
+
+
+def test_a_slice_that_takes_all_copies_no_gradient() -> None:
+    class Slices(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            aten, x = torch.ops.aten, super().forward(x)
+            everything = [aten.slice.Tensor(x, 1, 0, end) for end in (None, N, 2**63 - 1)]
+            some = aten.slice.Tensor(x, 1, 0, N - 1), aten.slice.Tensor(x, -1, 1), x[:, ::2]
+            return sum(t.sum((1, 2)) for t in (*everything, *some))[:, None]  # type: ignore[union-attr]
+
+    x = torch.randn(B, N, C, dtype=F64)
+    gm = lg.transform(Slices(C, C).to(F64), x)
+    counted = [n.target is whole for n in gm.lean.nodes if getattr(n.target, "aten_op", n.target)
+               is torch.ops.aten.slice.Tensor]  # fmt: skip
+    assert counted.count(True) >= 3
+    assert counted.count(False) == 3
+    assert_same(gm, x)
+    assert_same(copy.deepcopy(gm), x)
+    assert spell(erase(gm.lean)) == spell(erase(gm.graph))
