@@ -221,7 +221,7 @@ def test_a_slice_that_takes_all_copies_no_gradient() -> None:
             return sum(t.sum((1, 2)) for t in (*everything, *some))[:, None]  # type: ignore[union-attr]
 
     x = torch.randn(B, N, C, dtype=F64)
-    gm = lg.transform(Slices(C, C).to(F64), x)
+    gm = lg.transform(nn.Sequential(Slices(C, C)).to(F64), x)
     counted = [n.target is whole for n in gm.lean.nodes if getattr(n.target, "aten_op", n.target)
                is torch.ops.aten.slice.Tensor]  # fmt: skip
     assert counted.count(True) >= 3
