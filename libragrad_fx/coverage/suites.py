@@ -140,7 +140,8 @@ def _open_clip(name: str) -> Subject:
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         inputs = torch.randn(2, 3, height, width)
     else:
-        inputs = torch.randint(1, model.vocab_size, (2, model.context_length))
+        text = clip.CLIPTextCfg(**clip.get_model_config(config)["text_cfg"])
+        inputs = torch.randint(1, text.vocab_size, (2, text.context_length))
     return Subject(name, _Tower(model, side).eval(), (inputs,), middle)
 
 
