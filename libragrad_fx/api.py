@@ -169,13 +169,15 @@ def visualize(
 
     Args:
         model: any model, or the result of ``transform``.
-        path: its ending decides: .svg, .png, .pdf (by Graphviz), .dot, .json.
+        path: its ending decides: .html (an explorer in one file), .svg, .png, .pdf (by Graphviz),
+            .dot, .json (every op, for networkx).
         inputs, target: as for ``audit``; inferred from the model if None.
         depth: how many names of a module's path are told apart; what is deeper is one node.
         focus: path of a module that is drawn op by op.
 
     Raises:
         InputError: an ending that is not known, a ``focus`` without nodes, no inputs to be inferred.
+        LibraGradError: ``pip install 'libragrad-fx[graph]'`` is missing.
     """
     graph = gradient_graph(model, inputs, target)
     modules = {d["module"] for _, d in graph.nodes(data=True)}
@@ -183,13 +185,15 @@ def visualize(
         raise InputError(f"no op of a module {focus!r} is in the gradient graph")
     if depth < 1:
         raise InputError(f"depth is at least 1, got {depth}")
-    return write(pictures.collapse(graph, depth, focus), path)
+    return write(graph, path, depth, focus)
 
 
 def gradient_graph(model: torch.nn.Module, inputs: Any = None, target: Any = None) -> Any:
     """The graph that ``visualize`` draws, as a ``networkx.DiGraph``: see ``viz.graph``."""
     gm, inputs = _balanced_with_inputs(model, inputs)
-    return pictures.gradient_graph(gm, inputs, target)
+    graph = pictures.gradient_graph(gm, inputs, target)
+    graph.graph["title"] = "transformed model" if gm is model else type(model).__name__
+    return graph
 
 
 def _balanced_with_inputs(model: torch.nn.Module, inputs: Any) -> tuple[Any, Any]:

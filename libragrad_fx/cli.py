@@ -284,7 +284,9 @@ def graph(
     model: ModelName,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", metavar="FILE", help="Picture: .svg .png .pdf .dot .json"),
+        typer.Option(
+            "-o", "--out", metavar="FILE", help="Picture: .html .svg .png .pdf .dot .json"
+        ),
     ] = None,
     depth: Annotated[int, typer.Option(min=1, help="Names of a module path to tell apart.")] = 2,
     focus: Annotated[

@@ -315,6 +315,12 @@ class LedgerRow:
     residual: float
     flows: tuple[tuple[str, float], ...] = ()
 
+    def moved(self, output: float) -> tuple[float, float]:
+        """(lost, created): mass of the output's sign that came in and left by no operand, or left
+        and did not come in. One of them is 0."""
+        residual = -self.residual if output < 0 else self.residual
+        return max(residual, 0.0), max(-residual, 0.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Boundary:
@@ -352,16 +358,12 @@ class Ledger:
         return tuple(sorted(self.rows, key=size, reverse=True)[:n])
 
     def by_op(self) -> tuple[tuple[str, int, float, float], ...]:
-        """(op, nodes, mass lost, mass created) on the way back, the ops that move most first.
-
-        A positive residual is mass that came in at the output and left by no operand: lost.
-        """
-        groups: dict[str, list[float]] = {}
+        """(op, nodes, mass lost, mass created) on the way back, the ops that move most first."""
+        groups: dict[str, list[tuple[float, float]]] = {}
         for r in self.rows:
-            groups.setdefault(r.op, []).append(r.residual)
+            groups.setdefault(r.op, []).append(r.moved(self.output))
         sums = [
-            (op, len(rs), sum(r for r in rs if r > 0), sum(-r for r in rs if r < 0))
-            for op, rs in groups.items()
+            (op, len(rs), sum(r[0] for r in rs), sum(r[1] for r in rs)) for op, rs in groups.items()
         ]
         return tuple(sorted(sums, key=lambda s: s[2] + s[3], reverse=True))
 
@@ -369,8 +371,7 @@ class Ledger:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     def __str__(self) -> str:
-        unit = abs(self.output) or 1.0
-        percent = lambda x: f"{100 * x / unit:.3g} %"  # noqa: E731
+        percent = lambda x: f"{100 * x / (self.output or 1.0):.3g} %"  # noqa: E731
         lines = [
             f"output {self.output:.6g} = input {self.input:.6g} + bias {self.bias:.6g}"
             f" + residuals {self.output - self.input - self.bias:.3g}"
@@ -379,7 +380,10 @@ class Ledger:
             "what the backward loses and creates, by op, in % of the output",
             *table(
                 ("op", "nodes", "lost", "created"),
-                [(op, str(n), percent(a), percent(b)) for op, n, a, b in self.by_op()[:10]],
+                [
+                    (op, str(n), *(percent(math.copysign(m, self.output)) for m in moved))
+                    for op, n, *moved in self.by_op()[:10]
+                ],
             ),
             "",
             "nodes, the largest residual first",

@@ -13,7 +13,8 @@ import networkx as nx
 from libragrad_fx.errors import InputError
 from libragrad_fx.extras import need
 from libragrad_fx.types import table
-from libragrad_fx.viz.graph import SIDES
+from libragrad_fx.viz.explorer import to_html
+from libragrad_fx.viz.graph import SIDES, collapse
 
 PICTURES = (".svg", ".png", ".pdf")
 _LOST, _CREATED = (
@@ -27,28 +28,33 @@ _LEGEND = (
 _INK, _FAINT, _PAPER = "#222222", "#b0b0b0", "#f7f7f7"
 
 
-def write(graph: nx.DiGraph, path: str | Path) -> Path:
-    """Write ``graph`` as its file's ending says: .svg, .png, .pdf, .dot or .json.
+def write(graph: nx.DiGraph, path: str | Path, depth: int = 2, focus: str = "") -> Path:
+    """Write ``graph`` as its file's ending says.
+
+    .svg, .png, .pdf, .dot show it from as far away as ``collapse`` does with ``depth`` and ``focus``;
+    .html begins there; .json holds every op, as networkx's ``node_link_graph`` reads it.
 
     Raises:
-        InputError: another ending, or Graphviz is not installed (.dot and .json need none).
+        InputError: another ending, or Graphviz is not installed (.html, .dot and .json need none).
     """
     path = Path(path)
     if path.suffix == ".json":
         path.write_text(json.dumps(nx.node_link_data(graph, edges="edges"), indent=1), "utf-8")
+    elif path.suffix == ".html":
+        path.write_text(to_html(graph, depth, focus), "utf-8")
     elif path.suffix == ".dot":
-        path.write_text(to_dot(graph).source, "utf-8")
+        path.write_text(to_dot(collapse(graph, depth, focus)).source, "utf-8")
     elif path.suffix in PICTURES:
         graphviz = need("graphviz", "graph")
         try:
-            path.write_bytes(to_dot(graph).pipe(format=path.suffix[1:]))
+            path.write_bytes(to_dot(collapse(graph, depth, focus)).pipe(format=path.suffix[1:]))
         except graphviz.ExecutableNotFound as e:
             raise InputError(
                 f"{path.suffix} is drawn by Graphviz, whose program 'dot' is not installed here"
-                " (apt install graphviz, brew install graphviz); .dot and .json need none"
+                " (apt install graphviz, brew install graphviz); .html, .dot and .json need none"
             ) from e
     else:
-        endings = ", ".join((*PICTURES, ".dot", ".json"))
+        endings = ", ".join((".html", *PICTURES, ".dot", ".json"))
         raise InputError(f"{path.name!r}: a gradient graph is written as {endings}")
     return path
 
@@ -88,9 +94,11 @@ def to_dot(graph: nx.DiGraph) -> Any:
 
 
 def _lines(node: str, data: dict[str, Any], unit: float) -> Iterator[str]:
-    yield node if data["op"] in ("module", "target") else data["op"].removesuffix(".default")
-    if data["op"] not in ("module", "target") and not data["op"].startswith("input"):
-        yield node + (f"  {data['shape']}" if data["shape"] else "")
+    yield data["title"]
+    if data["op"] not in ("module", "target"):
+        yield " ".join(
+            t for t in ("" if data["op"].startswith("input") else node, data["shape"]) if t
+        )
     if data["plain"] and _moved(data["plain"]) / unit >= 5e-4:
         lost, created = (_percent(data["plain"][k], unit) for k in ("lost", "created"))
         yield f"autograd loses {lost}, creates {created}"

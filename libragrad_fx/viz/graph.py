@@ -7,9 +7,10 @@ are in one graph, so that a picture can show either, and every number is the led
 
 from __future__ import annotations
 
-import itertools
+import re
+import string
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import networkx as nx
@@ -24,6 +25,7 @@ from libragrad_fx.types import Edit, LedgerRow
 
 SIDES = ("plain", "balanced")
 _SUMS = ("residual", "lost", "created", "bias")
+_SYMBOL = re.compile(r"\b[su]\d+\b")
 _FEWEST = 4  # as many equal modules in a row are drawn as the first, those between, the last
 
 
@@ -36,8 +38,9 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
 
     Returns:
         A graph with ``output`` (plain and balanced) in its attributes, in units of the output.
-        Nodes: ``op``, ``module``, ``source``, ``shape``, ``dtype``, ``action``, ``rule``, ``reason``, and
-        for each side ``residual``, ``lost``, ``created``, ``bias`` (None where no gradient passes).
+        Nodes: ``title``, ``op``, ``module``, ``source``, ``shape``, ``dtype``, ``action``, ``rule``,
+        ``reason``, and for each side ``residual`` and ``bias`` as the ledger has them, and what is
+        ``lost`` and ``created`` (None where no gradient passes).
         Edges: ``plain`` and ``balanced``, the mass that comes back over them (None: pruned).
 
     Raises:
@@ -59,13 +62,17 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
         for row in account.rows:
             if row.node not in graph:
                 graph.add_node(row.node, **_about(row, known.get(row.node), edits.get(row.node)))
-            graph.nodes[row.node][side] = _sums(row)
+            lost, created = row.moved(account.output)
+            sums = {"residual": row.residual, "lost": lost, "created": created, "bias": row.bias}
+            graph.nodes[row.node][side] = sums
             for producer, flow in row.flows:
                 if producer not in graph:
                     graph.add_node(producer, **_source(known[producer]))
                 if not graph.has_edge(producer, row.node):
                     graph.add_edge(producer, row.node, **dict.fromkeys(SIDES))
                 graph.edges[producer, row.node][side] = flow
+    for node, chain in chains(graph).items():
+        graph.nodes[node]["title"] = _title(graph.nodes[node], chain)
     return graph
 
 
@@ -84,65 +91,155 @@ def _source(node: torch.fx.Node) -> dict[str, Any]:
 
 
 def _shape(node: torch.fx.Node | None) -> dict[str, str]:
+    """Sizes that may change from call to call are letters: B for the first of a value, then C …"""
     value = None if node is None else node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return {"shape": "", "dtype": ""}
-    return {"shape": str(tuple(value.shape)), "dtype": str(value.dtype).removeprefix("torch.")}
+    symbols = dict.fromkeys(_SYMBOL.findall(sizes := " × ".join(str(n) for n in value.shape)))
+    names = dict(zip(symbols, string.ascii_uppercase[1:], strict=False))
+    shape = _SYMBOL.sub(lambda m: names.get(m[0], m[0]), sizes)
+    return {"shape": shape, "dtype": str(value.dtype).removeprefix("torch.")}
 
 
-def _sums(row: LedgerRow) -> dict[str, float]:
-    lost, created = max(row.residual, 0.0), max(-row.residual, 0.0)
-    return {"residual": row.residual, "lost": lost, "created": created, "bias": row.bias}
+def _title(data: Mapping[str, Any], chain: Sequence[str]) -> str:
+    """An op's short name, behind that of its module where no group says it."""
+    op = data["op"].split(".")[1] if "." in data["op"] else data["op"]
+    outer = chain[-1] if chain else ""
+    below = data["module"].removeprefix(outer).removeprefix(".")
+    return f"{below} · {op}" if below else op
 
 
 # --- seen from further away
 
 
+def chains(graph: nx.DiGraph) -> dict[str, tuple[str, ...]]:
+    """The groups that each node is in, outermost first: its module's path, name by name.
+
+    A group of one node, or of all nodes of a single smaller group, says nothing and is left out.
+    Equal modules in a row are a group too, but for the first and the last of them.
+    """
+    paths = {n: _prefixes(d["module"]) for n, d in graph.nodes(data=True)}
+    members = _members(paths)
+    telling = {
+        g for g, nodes in members.items() if len({_below(paths[n], g) or n for n in nodes}) > 1
+    }
+    kinds = {g: _count(graph.nodes[n]["op"] for n in members[g]) for g in members if g in telling}
+    run = _runs(kinds)
+    return {
+        n: tuple(g for group in path if group in telling for g in (run.get(group), group) if g)
+        for n, path in paths.items()
+    }
+
+
+def _below(path: tuple[str, ...], group: str) -> str:
+    """The next smaller group on a path, if there is one."""
+    return next(iter(path[path.index(group) + 1 :]), "")
+
+
+def _prefixes(module: str) -> tuple[str, ...]:
+    parts = module.split(".") if module else []
+    return tuple(".".join(parts[: i + 1]) for i in range(len(parts)))
+
+
+def _members(chains: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """group -> its nodes."""
+    found: dict[str, list[str]] = {}
+    for node, chain in chains.items():
+        for group in chain:
+            found.setdefault(group, []).append(node)
+    return found
+
+
+def _runs(kinds: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
+    """A name for those between the first and the last of equal siblings in a row.
+
+    Every second one may be of another kind (windows that are shifted and not), or every third.
+    """
+    named: dict[str, str] = {}
+    families: dict[str, list[str]] = {}
+    for group in kinds:
+        parent, _, number = group.rpartition(".")
+        if number.isdigit():
+            families.setdefault(parent, []).append(group)
+    for row in families.values():
+        start = 0
+        while start < len(row):
+            ends = {period: _end(row, start, period, kinds) for period in (1, 2, 3)}
+            period = max(ends, key=lambda p: ends[p] - 2 * p)
+            between = row[start + period : ends[period] - period]
+            if len(between) >= _FEWEST - 2:
+                last = between[-1].rpartition(".")[2]
+                named |= dict.fromkeys(between, f"{between[0]} … {last} (× {len(between)})")
+                start = ends[period]
+            else:
+                start += 1
+    return named
+
+
+def _end(row: Sequence[str], start: int, period: int, kinds: Mapping[str, Any]) -> int:
+    """Up to where siblings repeat themselves, counted without a gap."""
+    number = [int(group.rpartition(".")[2]) for group in row]
+    end = start + 1
+    while (
+        end < len(row)
+        and number[end] == number[end - 1] + 1
+        and (end - start < period or kinds[row[end]] == kinds[row[end - period]])
+    ):
+        end += 1
+    return end
+
+
+def opened(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> set[str]:
+    """The groups whose insides are drawn: ``depth`` names of a path are told apart, and ``focus``
+    is open, as is all inside of it and whatever it is in."""
+    found = chains(graph)
+    inner = {a for chain in found.values() for a in chain[:-1]}
+    inside = {n for n, d in graph.nodes(data=True) if focus and _within(d["module"], focus)}
+    return {
+        group
+        for group, nodes in _members(found).items()
+        if not inside.isdisjoint(nodes)
+        or (group in inner and " " not in group and group.count(".") + 1 < depth)
+    }
+
+
+def _within(module: str, focus: str) -> bool:
+    return module == focus or module.startswith(f"{focus}.")
+
+
 def collapse(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> nx.DiGraph:
-    """Ops of one module as one node, down to ``depth`` names of its path; ``focus`` stays open.
+    """Ops of one group (``chains``) as one node, but for groups that are ``opened``.
 
-    Equal modules in a row are one node as well, but for the first and the last. Sums add up;
-    nodes gain ``ops`` (how many) and ``actions`` (how many of which).
+    Sums add up; nodes gain ``ops`` (how many), ``kinds`` (of which ops) and ``actions``.
     """
-    modules = {d["module"] for _, d in graph.nodes(data=True)}
-    parents = {m[:i] for m in modules for i, c in enumerate(m) if c == "."}
-    key = {n: _group(n, d["module"], parents, depth, focus) for n, d in graph.nodes(data=True)}
-    groups = _merged(graph, key)
-    runs = _runs(groups)
-    return _merged(graph, {n: runs.get(k, k) for n, k in key.items()})
+    open_ = opened(graph, depth, focus)
+    return _merged(
+        graph,
+        {n: next((g for g in chain if g not in open_), n) for n, chain in chains(graph).items()},
+    )
 
 
-def _group(node: str, module: str, parents: set[str], depth: int, focus: str) -> str:
-    """The module that stands for a node: of ``depth`` names, beside ``focus`` as many as it has.
-
-    What a module computes itself, between submodules that are shown, stands for itself.
-    """
-    parts, open_ = module.split("."), focus.split(".") if focus else []
-    shared = len([*itertools.takewhile(lambda p: p[0] == p[1], zip(parts, open_, strict=False))])
-    if not module or (focus and shared == len(open_)):
-        return node
-    level = max(depth, shared + 1 if shared else 0)
-    return node if len(parts) < level and module in parents else ".".join(parts[:level])
+def groups(graph: nx.DiGraph) -> dict[str, dict[str, Any]]:
+    """group -> what ``collapse`` would say of it as a node, and ``parent``."""
+    found = chains(graph)
+    parents = {
+        g: up for chain in found.values() for g, up in zip(chain, ("", *chain), strict=False)
+    }
+    return {
+        group: {**_summed(graph, group, nodes), "parent": parents[group]}
+        for group, nodes in _members(found).items()
+    }
 
 
 def _merged(graph: nx.DiGraph, key: Mapping[str, str]) -> nx.DiGraph:
     """The quotient by ``key``; edges within a group are gone, those between groups add up."""
     merged = nx.DiGraph(**graph.graph)
-    members: dict[str, list[str]] = {}
-    for node, k in key.items():
-        members.setdefault(k, []).append(node)
-    for k, nodes in members.items():
-        data = [graph.nodes[n] for n in nodes]
-        if len(nodes) == 1 and nodes[0] == k:
-            merged.add_node(k, **data[0], ops=1, actions=_count([data[0]["action"]]))
-            continue
-        sums = {side: _total([d[side] for d in data]) for side in SIDES}
-        actions = _count(d["action"] for d in data)
-        blank = dict.fromkeys(("source", "shape", "dtype", "rule", "reason", "action"), "")
-        ops = _count(d["op"] for d in data)
-        merged.add_node(
-            k, op="module", module=k, **blank, **sums, ops=len(nodes), actions=actions, kinds=ops
-        )
+    for k, nodes in _members({node: (k,) for node, k in key.items()}).items():
+        if nodes == [k]:
+            data = graph.nodes[k]
+            merged.add_node(k, **data, ops=1, kinds={}, actions=_count([data["action"]]))
+        else:
+            merged.add_node(k, **_summed(graph, k, nodes))
     for a, b, data in graph.edges(data=True):
         if key[a] != key[b]:
             if not merged.has_edge(key[a], key[b]):
@@ -151,6 +248,20 @@ def _merged(graph: nx.DiGraph, key: Mapping[str, str]) -> nx.DiGraph:
             for side in SIDES:
                 edge[side] = _plus(edge[side], data[side])
     return merged
+
+
+def _summed(graph: nx.DiGraph, group: str, nodes: Iterable[str]) -> dict[str, Any]:
+    data = [graph.nodes[n] for n in nodes]
+    return {
+        **dict.fromkeys(("source", "shape", "dtype", "rule", "reason", "action"), ""),
+        **{side: _total([d[side] for d in data]) for side in SIDES},
+        "title": group,
+        "op": "module",
+        "module": group,
+        "ops": len(data),
+        "kinds": _count(d["op"] for d in data),
+        "actions": _count(d["action"] for d in data),
+    }
 
 
 def _count(values: Iterable[str]) -> dict[str, int]:
@@ -164,27 +275,6 @@ def _total(parts: Iterable[Mapping[str, float] | None]) -> dict[str, float] | No
 
 def _plus(a: float | None, b: float | None) -> float | None:
     return b if a is None else a if b is None else a + b
-
-
-def _runs(groups: nx.DiGraph) -> dict[str, str]:
-    """Names for those between the first and the last of equal siblings in a row."""
-    named: dict[str, str] = {}
-    numbered = [k for k in groups if k.rpartition(".")[2].isdigit() and groups.nodes[k]["ops"] > 1]
-
-    def alike(place: tuple[int, str]) -> Hashable:
-        """The parent, the ops inside, and what stays the same while the number counts up."""
-        parent, _, number = place[1].rpartition(".")
-        return (
-            parent,
-            tuple(sorted(groups.nodes[place[1]]["kinds"].items())),
-            int(number) - place[0],
-        )
-
-    for _, run in itertools.groupby(enumerate(numbered), alike):
-        middle = [k for _, k in run][1:-1]
-        if len(middle) >= _FEWEST - 2:
-            named |= dict.fromkeys(middle, f"{middle[0]} … {middle[-1]} × {len(middle)}")
-    return named
 
 
 # --- questions

@@ -18,7 +18,7 @@ import libragrad_fx as lg
 from libragrad_fx.cli import app
 from libragrad_fx.errors import InputError
 from libragrad_fx.viz.draw import to_dot, tree, write
-from libragrad_fx.viz.graph import SIDES, bottlenecks, collapse, imbalance
+from libragrad_fx.viz.graph import SIDES, _runs, bottlenecks, collapse, imbalance
 
 F64 = torch.float64
 NEEDS_DOT = pytest.mark.skipif(
@@ -101,10 +101,21 @@ def test_repeats_are_one_node_and_a_focus_is_open(
     drawn: tuple[nn.Module, torch.Tensor, nx.DiGraph],
 ) -> None:
     _, _, graph = drawn
-    assert "1.1 … 1.4 × 4" in collapse(graph, 2)
+    assert "1.1 … 4 (× 4)" in collapse(graph, 2)
     far = collapse(graph, 1, "1.3")
-    assert {"1.0", "1.1", "1.2", "1.4", "1.5", "silu_3", "0", "2"} <= set(far)
+    assert {"1.0", "1.1", "1.2", "1.4", "1.5", "silu_3", "linear", "linear_13"} <= set(far)
     assert "silu_2" not in far
+    assert far.nodes["linear"]["title"] == "0 · linear"
+
+
+def test_repeats_may_alternate() -> None:
+    """Windows that are shifted and not, by turns; a gap in the numbers ends a row."""
+    even, odd = {"add": 1}, {"roll": 2}
+    row = {f"b.{i}": (even, odd)[i % 2] for i in range(8)}
+    middle = [f"b.{i}" for i in range(2, 6)]
+    assert _runs(row) == dict.fromkeys(middle, "b.2 … 5 (× 4)")
+    assert _runs({f"b.{i}": even for i in (0, 1, 2, 4, 5, 6)}) == {}
+    assert _runs({f"b.{i}": {"add": i} for i in range(9)}) == {}
 
 
 def test_bottlenecks_are_what_every_path_goes_through() -> None:
@@ -133,8 +144,9 @@ def test_json_and_dot_hold_every_node(
     body = json.loads(write(graph, tmp_path / "g.json").read_text())
     again = nx.node_link_graph(body, edges="edges")
     assert dict(again.nodes(data=True)) == dict(graph.nodes(data=True))
-    assert write(graph, tmp_path / "g.dot").read_text() == to_dot(graph).source
-    assert to_dot(graph).source.count("->") == graph.number_of_edges()
+    far = collapse(graph, 9)
+    assert write(graph, tmp_path / "g.dot", depth=9).read_text() == to_dot(far).source
+    assert to_dot(far).source.count("->") == far.number_of_edges()
 
 
 @NEEDS_DOT
@@ -149,7 +161,7 @@ def test_pictures(ending: str, tmp_path: Path) -> None:
 def test_what_cannot_be_drawn_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = network()
     gm = lg.transform(model, x)
-    with pytest.raises(InputError, match=r"written as \.svg"):
+    with pytest.raises(InputError, match=r"written as \.html"):
         lg.visualize(gm, tmp_path / "g.bmp", x, 0)
     with pytest.raises(InputError, match="no op of a module 'nowhere'"):
         lg.visualize(gm, tmp_path / "g.dot", x, 0, focus="nowhere")

@@ -16,7 +16,7 @@ from libragrad_fx.ledger import dot, sites
 from libragrad_fx.pipeline import Decision, decide, remember
 from libragrad_fx.proof import prove
 from libragrad_fx.rewrite import rewrite
-from libragrad_fx.types import Certificate, Edit, Ledger
+from libragrad_fx.types import Certificate, Edit, Ledger, LedgerRow
 from tests.models.zoo import ZOO, build
 
 timm = pytest.importorskip("timm")
@@ -107,10 +107,17 @@ def test_the_target_is_a_row_of_the_account() -> None:
 
 def test_by_op_sums_up_the_residuals(accounts: tuple[Ledger, Ledger, Certificate]) -> None:
     _, plain, _ = accounts
-    total = sum(created - lost for _, _, lost, created in plain.by_op())
-    assert total == pytest.approx(-sum(r.residual for r in plain.rows))
+    total = sum(lost - created for _, _, lost, created in plain.by_op())
+    residuals = sum(r.residual for r in plain.rows)
+    assert total == pytest.approx(residuals * (-1 if plain.output < 0 else 1))
     assert "layer_norm" in str(plain)
     assert "% of output" in str(plain)
+
+
+def test_of_a_negative_output_negative_mass_is_lost() -> None:
+    row = LedgerRow("n", "op", "", "", out=-3.0, streams=-1.0, sources=0.0, bias=0.0, residual=-2.0)
+    assert row.moved(-5.0) == (2.0, 0.0)
+    assert row.moved(5.0) == (0.0, 2.0)
 
 
 def test_certificate_as_json(accounts: tuple[Ledger, Ledger, Certificate]) -> None:

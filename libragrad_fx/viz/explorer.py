@@ -1,0 +1,70 @@
+"""A gradient graph as one HTML file that needs nothing else: opened from disk, without a network."""
+
+from __future__ import annotations
+
+import importlib.resources
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+
+from libragrad_fx.errors import InputError, LibraGradError
+from libragrad_fx.extras import need
+from libragrad_fx.viz.graph import SIDES, chains, groups, opened
+
+
+def to_html(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> str:
+    """The explorer of ``graph``; ``depth`` and ``focus`` say which modules are open at first.
+
+    Raises:
+        InputError: a number of the account is not finite.
+        LibraGradError: the packages that the page is made with are not installed.
+    """
+    jinja2 = need("jinja2", "graph")
+    here = importlib.resources.files("libragrad_fx.viz")
+    world = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return world.from_string(here.joinpath("explorer.html").read_text("utf-8")).render(
+        title=graph.graph.get("title", "gradient graph"),
+        data=_script_safe(jinja2, to_data(graph, depth, focus)),
+        engine=_script_safe(jinja2, _engine()),
+        script=jinja2.utils.markupsafe.Markup(here.joinpath("explorer.js").read_text("utf-8")),
+    )
+
+
+def to_data(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> dict[str, Any]:
+    """What the page knows: nodes and groups with their accounts, edges with both masses."""
+    for node, data in graph.nodes(data=True):
+        if not all(math.isfinite(v) for s in SIDES for v in (data[s] or {}).values()):
+            raise InputError(
+                f"{node} ({data['op']}): its account is not finite, which no page can show"
+            )
+    found = chains(graph)
+    actions = lambda d: {d["action"]: 1} if d["action"] else {}  # noqa: E731
+    return {
+        "output": graph.graph["output"],
+        "nodes": [
+            {"id": n, **d, "groups": found[n], "actions": actions(d)}
+            for n, d in graph.nodes(data=True)
+        ],
+        "groups": [{"id": g, **d} for g, d in groups(graph).items()],
+        "edges": [[a, b, *(d[side] for side in SIDES)] for a, b, d in graph.edges(data=True)],
+        "open": sorted(opened(graph, depth, focus)),
+    }
+
+
+def _script_safe(jinja2: Any, value: Any) -> Any:
+    """JSON in which nothing ends a script element."""
+    return jinja2.utils.htmlsafe_json_dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _engine() -> str:
+    """Graphviz, as the JavaScript (with its WebAssembly inside) that graphviz-anywidget carries."""
+    spec = importlib.util.find_spec("graphviz_anywidget")  # found, not imported: it needs Jupyter's
+    if spec is None or spec.origin is None:
+        raise LibraGradError(
+            ".html is laid out by the package 'graphviz-anywidget', which is not installed:"
+            " pip install 'libragrad-fx[graph]'"
+        )
+    return (Path(spec.origin).parent / "static" / "widget.js").read_text("utf-8")
