@@ -16,6 +16,9 @@ from libragrad_fx.extras import need
 from libragrad_fx.target import middle
 
 
+_SMALL = 160  # pixels a side
+
+
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """One model in eval mode, batch-2 inputs that it takes (as ``transform`` takes them), and what
@@ -71,7 +74,24 @@ def _smallest(module: str) -> Subject:
         size = (model.pretrained_cfg or {}).get("input_size", (3, 224, 224))
         return sum(p.numel() for p in model.parameters()) * size[-1] * size[-2]
 
-    return _timm(min(timm.list_models(module=module), key=work))
+    return _reduced(_timm(min(timm.list_models(module=module), key=work)))
+
+
+def _reduced(subject: Subject) -> Subject:
+    """On a third of the side, where the model says that it takes any size and its own is large:
+    in float64 the attention maps of some thousand tokens fill 20 GB."""
+    config: Any = subject.model.pretrained_cfg
+    (image,) = subject.inputs
+    sides = [side // 3 for side in image.shape[2:]]
+    if config.get("fixed_input_size", True) or min(sides) <= _SMALL:
+        return subject
+    image = image[..., : sides[0], : sides[1]].contiguous()
+    try:
+        with torch.no_grad():
+            subject.model(image)
+    except Exception:
+        return subject
+    return dataclasses.replace(subject, inputs=(image,))
 
 
 # --- torchvision

@@ -25,6 +25,7 @@ _LEGEND = (
     "violet: autograd loses gradient mass, orange: it creates some (% of the output); dashed: pruned;\\l"
     "width: the mass that comes back when balanced, from the output at the bottom to the input\\l"
 )
+_SEEN = 5e-4  # of the output: what is less is neither said nor painted
 _INK, _FAINT, _PAPER = "#222222", "#b0b0b0", "#f7f7f7"
 
 
@@ -95,24 +96,24 @@ def to_dot(graph: nx.DiGraph) -> Any:
 
 def _lines(node: str, data: dict[str, Any], unit: float) -> Iterator[str]:
     yield data["title"]
-    if data["op"] not in ("module", "target"):
-        yield " ".join(
-            t for t in ("" if data["op"].startswith("input") else node, data["shape"]) if t
+    silent = data["op"] in ("module", "target") or data["op"].startswith("input")
+    named = not silent and not data["title"].endswith(node)
+    yield from filter(None, ["  ".join(filter(None, [node if named else "", data["shape"]]))])
+    sums = data["plain"] or {"lost": 0.0, "created": 0.0}
+    words = {"lost": "loses", "created": "creates"}
+    seen = [f"{w} {_percent(sums[k], unit)}" for k, w in words.items() if sums[k] / unit >= _SEEN]
+    if seen:
+        yield f"autograd {', '.join(seen)}"
+    if data["actions"]:
+        yield ", ".join(
+            k.replace("_", " ") + (f" × {v}" if v > 1 else "") for k, v in data["actions"].items()
         )
-    if data["plain"] and _moved(data["plain"]) / unit >= 5e-4:
-        lost, created = (_percent(data["plain"][k], unit) for k in ("lost", "created"))
-        yield f"autograd loses {lost}, creates {created}"
-    actions = data.get("actions") or {}
-    if actions:
-        yield ", ".join(f"{k.replace('_', ' ')} × {v}" if v > 1 else k for k, v in actions.items())
-    elif data["action"]:
-        yield data["action"].replace("_", " ")
 
 
 def _paint(sums: dict[str, float] | None, unit: float, worst: float) -> str:
     """White to the colour of what prevails, by the logarithm of how much."""
     amount = _moved(sums) / unit
-    if not sums or amount < 5e-4:
+    if not sums or amount < _SEEN:
         return _PAPER
     depth = math.log1p(100 * amount) / math.log1p(100 * worst)
     end = _LOST if sums["lost"] >= sums["created"] else _CREATED

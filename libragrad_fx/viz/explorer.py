@@ -41,13 +41,9 @@ def to_data(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> dict[str, Any
                 f"{node} ({data['op']}): its account is not finite, which no page can show"
             )
     found = chains(graph)
-    actions = lambda d: {d["action"]: 1} if d["action"] else {}  # noqa: E731
     return {
         "output": graph.graph["output"],
-        "nodes": [
-            {"id": n, **d, "groups": found[n], "actions": actions(d)}
-            for n, d in graph.nodes(data=True)
-        ],
+        "nodes": [{"id": n, **d, "groups": found[n]} for n, d in graph.nodes(data=True)],
         "groups": [{"id": g, **d} for g, d in groups(graph).items()],
         "edges": [[a, b, *(d[side] for side in SIDES)] for a, b, d in graph.edges(data=True)],
         "open": sorted(opened(graph, depth, focus)),

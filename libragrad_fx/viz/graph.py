@@ -38,7 +38,8 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
 
     Returns:
         A graph with ``output`` (plain and balanced) in its attributes, in units of the output.
-        Nodes: ``title``, ``op``, ``module``, ``source``, ``shape``, ``dtype``, ``action``, ``rule``,
+        Nodes: ``title``, ``op``, ``module``, ``source``, ``shape``, ``dtype``, ``action`` (and
+        ``actions``, as of a group: which, how often), ``rule``,
         ``reason``, and for each side ``residual`` and ``bias`` as the ledger has them, and what is
         ``lost`` and ``created`` (None where no gradient passes).
         Edges: ``plain`` and ``balanced``, the mass that comes back over them (None: pruned).
@@ -72,7 +73,8 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
                     graph.add_edge(producer, row.node, **dict.fromkeys(SIDES))
                 graph.edges[producer, row.node][side] = flow
     for node, chain in chains(graph).items():
-        graph.nodes[node]["title"] = _title(graph.nodes[node], chain)
+        data = graph.nodes[node]
+        data |= {"title": _title(data, chain), "actions": _count([data["action"]])}
     return graph
 
 
@@ -237,7 +239,7 @@ def _merged(graph: nx.DiGraph, key: Mapping[str, str]) -> nx.DiGraph:
     for k, nodes in _members({node: (k,) for node, k in key.items()}).items():
         if nodes == [k]:
             data = graph.nodes[k]
-            merged.add_node(k, **data, ops=1, kinds={}, actions=_count([data["action"]]))
+            merged.add_node(k, **data, ops=1, kinds={})
         else:
             merged.add_node(k, **_summed(graph, k, nodes))
     for a, b, data in graph.edges(data=True):
