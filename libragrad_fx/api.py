@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,8 @@ from libragrad_fx.types import Certificate, Ledger, Plan
 from libragrad_fx.verify import certify
 from libragrad_fx.viz import graph as pictures
 from libragrad_fx.viz.draw import write
+from libragrad_fx.viz.flow import streams
+from libragrad_fx.viz.strip import write_strip
 
 
 def transform(
@@ -160,6 +162,7 @@ def visualize(
     inputs: Any = None,
     target: Any = None,
     *,
+    view: Literal["graph", "streams"] = "graph",
     depth: int = 2,
     focus: str = "",
 ) -> Path:
@@ -170,13 +173,15 @@ def visualize(
     Args:
         model: any model, or the result of ``transform``.
         path: its ending decides: .html (an explorer in one file), .svg, .png, .pdf (by Graphviz),
-            .dot, .json (every op, for networkx).
+            .dot, .json (every op, for networkx). ``view="streams"``: .svg, .png, .pdf.
         inputs, target: as for ``audit``; inferred from the model if None.
+        view: the graph, or what comes back over the residual stream and over each branch.
         depth: how many names of a module's path are told apart; what is deeper is one node.
         focus: path of a module that is drawn op by op.
 
     Raises:
-        InputError: an ending that is not known, a ``focus`` without nodes, no inputs to be inferred.
+        InputError: an ending that is not known, a ``focus`` without nodes, no inputs to be inferred,
+            nothing that joins.
         LibraGradError: ``pip install 'libragrad-fx[graph]'`` is missing.
     """
     graph = gradient_graph(model, inputs, target)
@@ -185,6 +190,8 @@ def visualize(
         raise InputError(f"no op of a module {focus!r} is in the gradient graph")
     if depth < 1:
         raise InputError(f"depth is at least 1, got {depth}")
+    if view == "streams":
+        return write_strip(streams(graph), path, graph.graph["title"])
     return write(graph, path, depth, focus)
 
 

@@ -41,6 +41,8 @@ from libragrad_fx.errors import (
 from libragrad_fx.extras import need
 from libragrad_fx.target import first_tensor, middle, select
 from libragrad_fx.viz.draw import tree
+from libragrad_fx.viz.flow import streams
+from libragrad_fx.viz.strip import streams_table
 
 _CAPTIONS = {"fullgrad_plus": "FullGrad+", "input_x_gradient": "Input×Gradient"}
 
@@ -292,6 +294,10 @@ def graph(
     focus: Annotated[
         str, typer.Option(metavar="MODULE", help="Module to draw op by op: blocks.3")
     ] = "",
+    view: Annotated[
+        Literal["graph", "streams"],
+        typer.Option(help="streams: the residual stream against its branches."),
+    ] = "graph",
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
     target: TargetIndex = None,
@@ -299,15 +305,14 @@ def graph(
 ) -> None:
     """Print what each module loses and creates under autograd, and what balancing does; or draw it."""
     module = _load(model, pretrained, checkpoint, seed).module
-    with _working("capturing the model") as say:
+    with _working("capturing the model, two backwards"):
         inputs = _inputs(module, seed)
-        gm = lg.transform(module, inputs, on_unknown="keep")
-        say("two backwards")
+        chosen = _target(module, inputs, target)
         if out is None:
-            text = tree(lg.gradient_graph(gm, inputs, _target(module, inputs, target)), depth)
+            found = lg.gradient_graph(module, inputs, chosen)
+            text = tree(found, depth) if view == "graph" else streams_table(streams(found))
         else:
-            chosen = _target(module, inputs, target)
-            text = str(lg.visualize(gm, out, inputs, chosen, depth=depth, focus=focus))
+            text = str(lg.visualize(module, out, inputs, chosen, view=view, depth=depth, focus=focus))
     typer.echo(text)
 
 

@@ -15,7 +15,6 @@ from libragrad_fx.coverage.unfilled import unfilled
 from libragrad_fx.extras import need
 from libragrad_fx.target import middle
 
-
 _SMALL = 160  # pixels a side
 
 

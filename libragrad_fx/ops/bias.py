@@ -60,7 +60,8 @@ def _selected(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
     static = [v for k, v in wide.items() if k not in live]
     with torch.enable_grad():
         shares = torch.autograd.grad(_run(op, {**args, **wide}).sum(), static)
-    return sum(share * v.detach() for share, v in zip(shares, static, strict=True))
+    won = [torch.where(s == 0, 0.0, s * v.detach()) for s, v in zip(shares, static, strict=True)]
+    return sum(won)  # what loses counts nothing, were it infinite
 
 
 def _power(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:

@@ -277,30 +277,3 @@ def _total(parts: Iterable[Mapping[str, float] | None]) -> dict[str, float] | No
 
 def _plus(a: float | None, b: float | None) -> float | None:
     return b if a is None else a if b is None else a + b
-
-
-# --- questions
-
-
-def bottlenecks(graph: nx.DiGraph, side: str = "balanced") -> list[str]:
-    """The nodes that every path from the output to every source goes through, from the output on."""
-    kept = [(a, b) for a, b, d in graph.edges(data=True) if d[side] is not None]
-    back = nx.DiGraph((b, a) for a, b in kept)
-    sources = [n for n in back if back.out_degree(n) == 0]
-    if not sources:
-        return []
-    idom = nx.immediate_dominators(back, "output")
-    chains = []
-    for node in sources:
-        chain = []
-        while node is not None and node != "output":
-            node = idom.get(node)
-            chain.append(node)
-        chains.append([n for n in reversed(chain) if n not in (None, "output")])
-    return [n for n in chains[0] if all(n in c for c in chains)]
-
-
-def imbalance(graph: nx.DiGraph, side: str) -> float:
-    """Σ|residual| over all nodes, in units of the output."""
-    rows = [d[side] for _, d in graph.nodes(data=True) if d[side] is not None]
-    return sum(r["lost"] + r["created"] for r in rows) / (abs(graph.graph["output"][side]) or 1.0)

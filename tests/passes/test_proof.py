@@ -114,6 +114,22 @@ def test_by_op_sums_up_the_residuals(accounts: tuple[Ledger, Ledger, Certificate
     assert "% of output" in str(plain)
 
 
+def test_bounds_at_infinity_are_no_bias() -> None:
+    class Clamp(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("low", torch.tensor(-math.inf))
+            self.register_buffer("high", torch.tensor([1.0, math.inf, math.inf]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.clamp(self.low, self.high)
+
+    x = torch.tensor([[3.0, 3.0, -3.0]])
+    account = lg.audit(Clamp(), x, lambda y: y.sum())
+    assert account.bias == 1.0
+    assert account.completeness_error == 0.0
+
+
 def test_of_a_negative_output_negative_mass_is_lost() -> None:
     row = LedgerRow("n", "op", "", "", out=-3.0, streams=-1.0, sources=0.0, bias=0.0, residual=-2.0)
     assert row.moved(-5.0) == (2.0, 0.0)

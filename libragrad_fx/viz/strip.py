@@ -1,0 +1,112 @@
+"""The residual stream against its branches, join by join: a strip for a paper, and a table."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from libragrad_fx.errors import InputError
+from libragrad_fx.extras import need
+from libragrad_fx.types import table
+from libragrad_fx.viz.flow import BRANCH, RESIDUAL, Join
+from libragrad_fx.viz.graph import SIDES
+
+ENDINGS = (".svg", ".png", ".pdf")
+_NAMES = {"plain": "autograd", "balanced": "balanced"}
+_STREAM, _GONE = "#c9ccd1", "#ffffff"
+# Okabe and Ito's, which colour-blind readers tell apart
+_BRANCHES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442")
+
+
+def write_strip(joins: Sequence[Join], path: str | Path, title: str = "") -> Path:
+    """Draw what comes back over each join, autograd above and balanced below, to .svg, .png or .pdf.
+
+    Raises:
+        InputError: another ending, or a graph in which nothing joins.
+    """
+    path = Path(path)
+    if path.suffix not in ENDINGS:
+        raise InputError(f"{path.name!r}: a strip of streams is written as {', '.join(ENDINGS)}")
+    if not joins:
+        raise InputError("no branches come together in this model where all of the gradient passes")
+    figure = _draw(joins, title)
+    figure.savefig(path, dpi=200)
+    return path
+
+
+def _draw(joins: Sequence[Join], title: str) -> Any:
+    need("matplotlib", "graph")
+    from matplotlib.figure import Figure
+
+    kinds = branches(joins)
+    names = [k for k in kinds if k != RESIDUAL]
+    colours = {RESIDUAL: _STREAM, **dict(zip(names, itertools.cycle(_BRANCHES), strict=False))}
+    width = min(max(4.5, 1.6 + 0.24 * len(joins)), 14)
+    figure = Figure(figsize=(width, 4.6), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    for panel, side in zip(panels, SIDES, strict=True):
+        _bars(panel, joins, side, kinds, colours)
+        panel.set_title(_NAMES[side], loc="left", fontsize=9)
+    panels[-1].set_xticks(range(len(joins)), _ticks(joins), rotation=90, fontsize=6)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right upper", frameon=False, fontsize=8)
+    figure.supxlabel("from the input to the output", fontsize=8)
+    figure.supylabel("gradient mass, % of the output", fontsize=8)
+    if title:
+        figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def _bars(panel: Any, joins: Sequence[Join], side: str, kinds: Sequence[str], colours: Any) -> None:
+    """Stacked up where mass is of the output's sign, and down where it is against it."""
+    up, down = [0.0] * len(joins), [0.0] * len(joins)
+    parts = [(k, [100 * j.masses[side].get(k, 0.0) for j in joins], colours[k], "") for k in kinds]
+    parts.append(("to biases so far", [100 * j.gone[side] for j in joins], _GONE, "////"))
+    for name, values, colour, hatch in parts:
+        base = [u if v >= 0 else d for v, u, d in zip(values, up, down, strict=True)]
+        edge = "#9aa0a6" if hatch else "white"
+        panel.bar(
+            range(len(joins)), values, 0.96, base, color=colour, label=name, hatch=hatch,
+            edgecolor=edge, linewidth=0.3,
+        )  # fmt: skip
+        up = [u + max(v, 0) for u, v in zip(up, values, strict=True)]
+        down = [d + min(v, 0) for d, v in zip(down, values, strict=True)]
+    panel.axhline(0, color="#222222", linewidth=0.6)
+    panel.axhline(100, color="#222222", linewidth=0.8, linestyle=(0, (4, 3)))
+    panel.tick_params(labelsize=7)
+    panel.margins(x=0.01)
+    for edge in ("top", "right"):
+        panel.spines[edge].set_visible(False)
+
+
+def branches(joins: Sequence[Join]) -> list[str]:
+    """All names of branches, the residual stream first, then as they come."""
+    names = dict.fromkeys(k for j in joins for k in j.masses["balanced"])
+    return sorted(names, key=lambda k: (k != RESIDUAL, k == BRANCH))
+
+
+def _ticks(joins: Sequence[Join]) -> list[str]:
+    """The module of each join, said once."""
+    named = [j.module or j.node for j in joins]
+    return [n if i == 0 or n != named[i - 1] else "" for i, n in enumerate(named)]
+
+
+def streams_table(joins: Sequence[Join]) -> str:
+    """What comes back over each join, in % of the output: autograd's number, then the balanced."""
+    kinds = branches(joins)
+    pair = lambda *shares: " → ".join(f"{100 * s:.3g}" for s in shares)  # noqa: E731
+    rows = [
+        (
+            j.node,
+            j.module,
+            *(
+                pair(*(j.masses[s][k] for s in SIDES)) if k in j.masses["balanced"] else ""
+                for k in kinds
+            ),
+            pair(*(j.gone[s] for s in SIDES)),
+        )
+        for j in joins
+    ]
+    return "\n".join(table(("join", "module", *kinds, "to biases so far"), rows))
