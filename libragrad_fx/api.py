@@ -18,9 +18,7 @@ from libragrad_fx.rewrite import rewrite
 from libragrad_fx.types import Certificate, Ledger, Plan
 from libragrad_fx.verify import certify
 from libragrad_fx.viz import graph as pictures
-from libragrad_fx.viz.draw import write
-from libragrad_fx.viz.flow import streams
-from libragrad_fx.viz.strip import write_strip
+from libragrad_fx.viz.write import check_path, write
 
 
 def transform(
@@ -162,7 +160,7 @@ def visualize(
     inputs: Any = None,
     target: Any = None,
     *,
-    view: Literal["graph", "streams"] = "graph",
+    view: Literal["graph", "streams", "model-explorer"] = "graph",
     depth: int = 2,
     focus: str = "",
 ) -> Path:
@@ -173,9 +171,11 @@ def visualize(
     Args:
         model: any model, or the result of ``transform``.
         path: its ending decides: .html (an explorer in one file), .svg, .png, .pdf (by Graphviz),
-            .dot, .json (every op, for networkx). ``view="streams"``: .svg, .png, .pdf.
+            .dot, .json (every op, for networkx).
         inputs, target: as for ``audit``; inferred from the model if None.
-        view: the graph, or what comes back over the residual stream and over each branch.
+        view: the graph; ``streams``, what comes back over the residual stream and over each branch
+            (.svg, .png, .pdf); ``model-explorer``, .json for Google's Model Explorer, and an overlay
+            of each side beside it.
         depth: how many names of a module's path are told apart; what is deeper is one node.
         focus: path of a module that is drawn op by op.
 
@@ -184,15 +184,14 @@ def visualize(
             nothing that joins.
         LibraGradError: ``pip install 'libragrad-fx[graph]'`` is missing.
     """
+    check_path(path, view)
+    if depth < 1:
+        raise InputError(f"depth is at least 1, got {depth}")
     graph = gradient_graph(model, inputs, target)
     modules = {d["module"] for _, d in graph.nodes(data=True)}
     if focus and not any(m == focus or m.startswith(f"{focus}.") for m in modules):
         raise InputError(f"no op of a module {focus!r} is in the gradient graph")
-    if depth < 1:
-        raise InputError(f"depth is at least 1, got {depth}")
-    if view == "streams":
-        return write_strip(streams(graph), path, graph.graph["title"])
-    return write(graph, path, depth, focus)
+    return write(graph, path, view, depth, focus)
 
 
 def gradient_graph(model: torch.nn.Module, inputs: Any = None, target: Any = None) -> Any:

@@ -295,8 +295,11 @@ def graph(
         str, typer.Option(metavar="MODULE", help="Module to draw op by op: blocks.3")
     ] = "",
     view: Annotated[
-        Literal["graph", "streams"],
-        typer.Option(help="streams: the residual stream against its branches."),
+        Literal["graph", "streams", "model-explorer"],
+        typer.Option(
+            help="streams: the residual stream against its branches (.svg .png .pdf)."
+            " model-explorer: for Google's tool (.json)."
+        ),
     ] = "graph",
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
@@ -310,9 +313,11 @@ def graph(
         chosen = _target(module, inputs, target)
         if out is None:
             found = lg.gradient_graph(module, inputs, chosen)
-            text = tree(found, depth) if view == "graph" else streams_table(streams(found))
+            text = streams_table(streams(found)) if view == "streams" else tree(found, depth)
         else:
-            text = str(lg.visualize(module, out, inputs, chosen, view=view, depth=depth, focus=focus))
+            text = str(
+                lg.visualize(module, out, inputs, chosen, view=view, depth=depth, focus=focus)
+            )
     typer.echo(text)
 
 

@@ -1,63 +1,22 @@
-"""A gradient graph as a file, and as a table of modules: static pictures by Graphviz, text, JSON."""
+"""A gradient graph as a picture of Graphviz, and as a table of modules."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import networkx as nx
 
-from libragrad_fx.errors import InputError
 from libragrad_fx.extras import need
 from libragrad_fx.types import table
-from libragrad_fx.viz.explorer import to_html
-from libragrad_fx.viz.graph import SIDES, collapse
+from libragrad_fx.viz.graph import SIDES
+from libragrad_fx.viz.paint import SEEN, moved, paint
 
-PICTURES = (".svg", ".png", ".pdf")
-_LOST, _CREATED = (
-    "#5e3c99",
-    "#e66101",
-)  # ends of ColorBrewer's PuOr, which colour-blind readers tell apart
 _LEGEND = (
     "violet: autograd loses gradient mass, orange: it creates some (% of the output); dashed: pruned;\\l"
     "width: the mass that comes back when balanced, from the output at the bottom to the input\\l"
 )
-_SEEN = 5e-4  # of the output: what is less is neither said nor painted
-_INK, _FAINT, _PAPER = "#222222", "#b0b0b0", "#f7f7f7"
-
-
-def write(graph: nx.DiGraph, path: str | Path, depth: int = 2, focus: str = "") -> Path:
-    """Write ``graph`` as its file's ending says.
-
-    .svg, .png, .pdf, .dot show it from as far away as ``collapse`` does with ``depth`` and ``focus``;
-    .html begins there; .json holds every op, as networkx's ``node_link_graph`` reads it.
-
-    Raises:
-        InputError: another ending, or Graphviz is not installed (.html, .dot and .json need none).
-    """
-    path = Path(path)
-    if path.suffix == ".json":
-        path.write_text(json.dumps(nx.node_link_data(graph, edges="edges"), indent=1), "utf-8")
-    elif path.suffix == ".html":
-        path.write_text(to_html(graph, depth, focus), "utf-8")
-    elif path.suffix == ".dot":
-        path.write_text(to_dot(collapse(graph, depth, focus)).source, "utf-8")
-    elif path.suffix in PICTURES:
-        graphviz = need("graphviz", "graph")
-        try:
-            path.write_bytes(to_dot(collapse(graph, depth, focus)).pipe(format=path.suffix[1:]))
-        except graphviz.ExecutableNotFound as e:
-            raise InputError(
-                f"{path.suffix} is drawn by Graphviz, whose program 'dot' is not installed here"
-                " (apt install graphviz, brew install graphviz); .html, .dot and .json need none"
-            ) from e
-    else:
-        endings = ", ".join((".html", *PICTURES, ".dot", ".json"))
-        raise InputError(f"{path.name!r}: a gradient graph is written as {endings}")
-    return path
+_INK, _FAINT = "#222222", "#b0b0b0"
 
 
 def to_dot(graph: nx.DiGraph) -> Any:
@@ -67,7 +26,7 @@ def to_dot(graph: nx.DiGraph) -> Any:
     """
     graphviz = need("graphviz", "graph")
     unit = _unit(graph)
-    worst = max((_moved(d["plain"]) for _, d in graph.nodes(data=True)), default=0.0) / unit
+    worst = max((moved(d["plain"]) for _, d in graph.nodes(data=True)), default=0.0) / unit
     widest = max((abs(d["balanced"] or 0) for *_, d in graph.edges(data=True)), default=0.0)
     font = {"fontname": "Helvetica,Arial,sans-serif", "fontsize": "10"}
     box = {"shape": "box", "style": "filled,rounded", "color": _FAINT, "fontcolor": _INK}
@@ -82,7 +41,7 @@ def to_dot(graph: nx.DiGraph) -> Any:
         dot.node(
             names[node],
             graphviz.escape(label).replace("\n", "\\n"),
-            fillcolor=_paint(data["plain"], unit, worst),
+            fillcolor=paint(data["plain"], unit, worst),
             tooltip=graphviz.escape(f"{data['source']} {data['reason']}".strip() or node),
         )
     for a, b, data in graph.edges(data=True):
@@ -101,28 +60,13 @@ def _lines(node: str, data: dict[str, Any], unit: float) -> Iterator[str]:
     yield from filter(None, ["  ".join(filter(None, [node if named else "", data["shape"]]))])
     sums = data["plain"] or {"lost": 0.0, "created": 0.0}
     words = {"lost": "loses", "created": "creates"}
-    seen = [f"{w} {_percent(sums[k], unit)}" for k, w in words.items() if sums[k] / unit >= _SEEN]
+    seen = [f"{w} {_percent(sums[k], unit)}" for k, w in words.items() if sums[k] / unit >= SEEN]
     if seen:
         yield f"autograd {', '.join(seen)}"
     if data["actions"]:
         yield ", ".join(
             k.replace("_", " ") + (f" × {v}" if v > 1 else "") for k, v in data["actions"].items()
         )
-
-
-def _paint(sums: dict[str, float] | None, unit: float, worst: float) -> str:
-    """White to the colour of what prevails, by the logarithm of how much."""
-    amount = _moved(sums) / unit
-    if not sums or amount < _SEEN:
-        return _PAPER
-    depth = math.log1p(100 * amount) / math.log1p(100 * worst)
-    end = _LOST if sums["lost"] >= sums["created"] else _CREATED
-    parts = [int(end[i : i + 2], 16) for i in (1, 3, 5)]
-    return "#" + "".join(f"{round(247 + (p - 247) * 0.6 * depth):02x}" for p in parts)
-
-
-def _moved(sums: dict[str, float] | None) -> float:
-    return sums["lost"] + sums["created"] if sums else 0.0
 
 
 def _unit(graph: nx.DiGraph) -> float:
@@ -150,7 +94,7 @@ def tree(graph: nx.DiGraph, depth: int = 3) -> str:
             row["ops"] += node != "output"
             for key in ("lost", "created"):
                 row[key] += (data["plain"] or {}).get(key, 0.0)
-            row["left"] += _moved(data["balanced"])
+            row["left"] += moved(data["balanced"])
             if data["action"]:
                 done = actions.setdefault(path, {})
                 done[data["action"]] = done.get(data["action"], 0) + 1

@@ -59,7 +59,7 @@ def strongest_paths(
             share = m / total if (total := sum(mass.values())) else 1 / len(mass)
             back.edges[node, b]["cost"] = -math.log(share) if share else math.inf
     back.remove_edges_from([(a, b) for a, b, d in back.edges(data=True) if d["cost"] == math.inf])
-    end = object()  # behind every source, so that one search finds the paths to all
+    end = ""  # behind every source, so that one search finds the paths to all
     back.add_edges_from(((s, end) for s in sources), cost=0.0)
     if "output" not in back or not nx.has_path(back, "output", end):
         return []

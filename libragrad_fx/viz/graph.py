@@ -24,6 +24,7 @@ from libragrad_fx.rewrite import unedited
 from libragrad_fx.types import Edit, LedgerRow
 
 SIDES = ("plain", "balanced")
+NAMES = {"plain": "autograd", "balanced": "balanced"}  # what a reader calls them
 _SUMS = ("residual", "lost", "created", "bias")
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 _FEWEST = 4  # as many equal modules in a row are drawn as the first, those between, the last

@@ -11,29 +11,22 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.extras import need
 from libragrad_fx.types import table
 from libragrad_fx.viz.flow import BRANCH, RESIDUAL, Join
-from libragrad_fx.viz.graph import SIDES
+from libragrad_fx.viz.graph import NAMES, SIDES
 
-ENDINGS = (".svg", ".png", ".pdf")
-_NAMES = {"plain": "autograd", "balanced": "balanced"}
 _STREAM, _GONE = "#c9ccd1", "#ffffff"
 # Okabe and Ito's, which colour-blind readers tell apart
 _BRANCHES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442")
 
 
-def write_strip(joins: Sequence[Join], path: str | Path, title: str = "") -> Path:
+def save(joins: Sequence[Join], path: Path, title: str = "") -> None:
     """Draw what comes back over each join, autograd above and balanced below, to .svg, .png or .pdf.
 
     Raises:
-        InputError: another ending, or a graph in which nothing joins.
+        InputError: a graph in which nothing joins.
     """
-    path = Path(path)
-    if path.suffix not in ENDINGS:
-        raise InputError(f"{path.name!r}: a strip of streams is written as {', '.join(ENDINGS)}")
     if not joins:
         raise InputError("no branches come together in this model where all of the gradient passes")
-    figure = _draw(joins, title)
-    figure.savefig(path, dpi=200)
-    return path
+    _draw(joins, title).savefig(path, dpi=200)
 
 
 def _draw(joins: Sequence[Join], title: str) -> Any:
@@ -48,7 +41,7 @@ def _draw(joins: Sequence[Join], title: str) -> Any:
     panels = figure.subplots(2, 1, sharex=True)
     for panel, side in zip(panels, SIDES, strict=True):
         _bars(panel, joins, side, kinds, colours)
-        panel.set_title(_NAMES[side], loc="left", fontsize=9)
+        panel.set_title(NAMES[side], loc="left", fontsize=9)
     panels[-1].set_xticks(range(len(joins)), _ticks(joins), rotation=90, fontsize=6)
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside right upper", frameon=False, fontsize=8)

@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 import libragrad_fx as lg
 from libragrad_fx.cli import app
 from libragrad_fx.errors import InputError
-from libragrad_fx.viz.draw import to_dot, tree, write
-from libragrad_fx.viz.graph import SIDES, _runs, bottlenecks, collapse, imbalance
+from libragrad_fx.viz.draw import to_dot, tree
+from libragrad_fx.viz.flow import bottlenecks, imbalance
+from libragrad_fx.viz.graph import SIDES, _runs, collapse
+from libragrad_fx.viz.write import write
 
 F64 = torch.float64
 NEEDS_DOT = pytest.mark.skipif(
@@ -163,6 +165,12 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     gm = lg.transform(model, x)
     with pytest.raises(InputError, match=r"written as \.html"):
         lg.visualize(gm, tmp_path / "g.bmp", x, 0)
+    with pytest.raises(InputError, match="view is one of"):
+        lg.visualize(gm, tmp_path / "g.svg", x, 0, view="tree")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="'streams' is written as"):
+        lg.visualize(gm, tmp_path / "g.html", x, 0, view="streams")
+    with pytest.raises(InputError, match="there is no folder"):
+        lg.visualize(gm, tmp_path / "none" / "g.svg", x, 0)
     with pytest.raises(InputError, match="no op of a module 'nowhere'"):
         lg.visualize(gm, tmp_path / "g.dot", x, 0, focus="nowhere")
     with pytest.raises(InputError, match="depth is at least 1"):

@@ -1,0 +1,84 @@
+"""A gradient graph as a file, whose ending says what kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import networkx as nx
+
+from libragrad_fx.errors import InputError
+from libragrad_fx.extras import need
+from libragrad_fx.viz.draw import to_dot
+from libragrad_fx.viz.explorer import to_html
+from libragrad_fx.viz.flow import streams
+from libragrad_fx.viz.graph import NAMES, SIDES, collapse
+from libragrad_fx.viz.model_explorer import overlay, to_model_explorer
+from libragrad_fx.viz.strip import save
+
+_PICTURES = (".svg", ".png", ".pdf")
+ENDINGS: Mapping[str, tuple[str, ...]] = {
+    "graph": (".html", *_PICTURES, ".dot", ".json"),
+    "streams": _PICTURES,
+    "model-explorer": (".json",),
+}
+
+
+def check_path(path: str | Path, view: str = "graph") -> Path:
+    """The path, if a view can be written there: asked before the work."""
+    path = Path(path)
+    if view not in ENDINGS:
+        raise InputError(f"view is one of {', '.join(ENDINGS)}; got {view!r:.40}")
+    if path.suffix not in ENDINGS[view]:
+        raise InputError(f"{path.name!r}: view {view!r} is written as {', '.join(ENDINGS[view])}")
+    if not path.parent.is_dir():
+        raise InputError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")
+    return path
+
+
+def write(
+    graph: nx.DiGraph, path: str | Path, view: str = "graph", depth: int = 2, focus: str = ""
+) -> Path:
+    """Write a view of ``graph`` as its file's ending says.
+
+    graph: .svg, .png, .pdf, .dot show it from as far away as ``collapse`` does with ``depth`` and
+        ``focus``; .html begins there; .json holds every op, as networkx's ``node_link_graph`` reads it.
+    streams: what comes back over the residual stream and over each branch, see ``streams``.
+    model-explorer: .json for Google's Model Explorer, and beside it the account of each side for
+        ``model-explorer g.json --node_data_paths g.autograd.json,g.balanced.json``.
+
+    Raises:
+        InputError: another ending, or Graphviz is not installed (.html, .dot and .json need none).
+    """
+    path = check_path(path, view)
+    if view == "streams":
+        save(streams(graph), path, graph.graph.get("title", ""))
+    elif view == "model-explorer":
+        for side in SIDES:
+            _save_json(overlay(graph, side), path.with_suffix(f".{NAMES[side]}.json"))
+        _save_json(to_model_explorer(graph), path)
+    elif path.suffix == ".json":
+        _save_json(nx.node_link_data(graph, edges="edges"), path)
+    elif path.suffix == ".html":
+        path.write_text(to_html(graph, depth, focus), "utf-8")
+    elif path.suffix == ".dot":
+        path.write_text(to_dot(collapse(graph, depth, focus)).source, "utf-8")
+    else:
+        path.write_bytes(_picture(collapse(graph, depth, focus), path.suffix[1:]))
+    return path
+
+
+def _save_json(value: object, path: Path) -> None:
+    path.write_text(json.dumps(value, indent=1), "utf-8")
+
+
+def _picture(graph: nx.DiGraph, ending: str) -> bytes:
+    graphviz = need("graphviz", "graph")
+    try:
+        return to_dot(graph).pipe(format=ending)
+    except graphviz.ExecutableNotFound as e:
+        raise InputError(
+            f".{ending} is drawn by Graphviz, whose program 'dot' is not installed here"
+            " (apt install graphviz, brew install graphviz); .html, .dot and .json need none"
+        ) from e
