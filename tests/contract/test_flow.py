@@ -167,5 +167,5 @@ def test_the_real_model_explorer_opens_it(tmp_path: Path) -> None:
     finally:
         server.kill()
         server.wait()
-    assert f"op node count\n{len(lg.gradient_graph(model, x, 1))}\n" in text
+    assert f"\n{len(lg.gradient_graph(model, x, 1))} nodes\n" in text
     assert "autograd: created (+) or lost (-)" in text
