@@ -11,7 +11,7 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/$(VENV)/cache/inductor
 export TRITON_CACHE_DIR := $(CURDIR)/$(VENV)/cache/triton
 export HF_HOME := $(CURDIR)/$(VENV)/cache/huggingface
 
-.PHONY: demo test lint sweep coverage clean
+.PHONY: demo test lint pictures sweep coverage clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python >= 3.11 is needed: make PYTHON=python3.12')"
@@ -30,6 +30,9 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check libragrad_fx tools
 	$(VENV)/bin/pyright --pythonpath $(RUN)
+
+pictures: $(VENV)/installed
+	$(RUN) tools/pictures.py --screenshots
 
 sweep: $(VENV)/installed
 	$(RUN) tools/families.py

@@ -269,7 +269,7 @@ function about(it) {
 
 function overview() {
   const total = (side) => percent(part(data.nodes.reduce((sum, n) => sum + moved(n[side]), 0), side));
-  const worstNodes = [...nodes.values()].filter((n) => moved(n.plain)).sort((a, b) => moved(b.plain) - moved(a.plain)).slice(0, 12);
+  const worstNodes = [...nodes.values()].filter((n) => part(moved(n.plain), "plain") >= SEEN).sort((a, b) => moved(b.plain) - moved(a.plain)).slice(0, 12);
   const key = (k, what) => [element("dt", {}, element("kbd", {}, k)), element("dd", {}, what)];
   return [
     element("h2", {}, "Gradient graph"),

@@ -36,7 +36,7 @@ def _draw(joins: Sequence[Join], title: str) -> Any:
     kinds = branches(joins)
     names = [k for k in kinds if k != RESIDUAL]
     colours = {RESIDUAL: _STREAM, **dict(zip(names, itertools.cycle(_BRANCHES), strict=False))}
-    width = min(max(4.5, 1.6 + 0.24 * len(joins)), 14)
+    width = min(max(6.0, 1.6 + 0.24 * len(joins)), 14)
     figure = Figure(figsize=(width, 4.6), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True)
     for panel, side in zip(panels, SIDES, strict=True):
@@ -44,7 +44,9 @@ def _draw(joins: Sequence[Join], title: str) -> Any:
         panel.set_title(NAMES[side], loc="left", fontsize=9)
     panels[-1].set_xticks(range(len(joins)), _ticks(joins), rotation=90, fontsize=6)
     handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(
+        *handles, loc="outside upper right", ncols=len(kinds) + 1, frameon=False, fontsize=8
+    )
     figure.supxlabel("from the input to the output", fontsize=8)
     figure.supylabel("gradient mass, % of the output", fontsize=8)
     if title:
