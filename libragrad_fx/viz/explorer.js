@@ -473,11 +473,12 @@ const KEYS = {
 };
 const ARROWS = { ArrowUp: [0, 60, "to", "from", "TB"], ArrowDown: [0, -60, "from", "to", "TB"], ArrowLeft: [60, 0, "to", "from", "LR"], ArrowRight: [-60, 0, "from", "to", "LR"] };
 
+/** Keys that a focused control needs for itself. */
+const reserved = (target) => (target.matches("button") ? ["Enter", " "] : target.matches("input") ? Object.keys(ARROWS) : []);
+
 addEventListener("keydown", (event) => {
-  if (!drawn || event.ctrlKey || event.metaKey || event.altKey || event.target.matches("button, input")) {
-    if (event.key === "Escape") leave();
-    return;
-  }
+  if (!drawn || event.ctrlKey || event.metaKey || event.altKey || reserved(event.target).includes(event.key)) return;
+  if (event.key === "Escape" && event.target.closest("#find")) return leave();
   if (event.key in ARROWS) {
     const [dx, dy, end, other, rankdir] = ARROWS[event.key];
     const next = state.chosen && rankdir === state.rankdir ? neighbour(end, other) : null;

@@ -134,8 +134,6 @@ def test_the_switch_changes_what_is_drawn(page: Any, graph: nx.DiGraph) -> None:
     page.click("text=balanced")
     assert "freeze scale, secant" in label()
     assert colour() != plain[1]
-    page.keyboard.press("Escape")
-    page.click("h1")
     page.keyboard.press("b")
     assert (label(), colour()) == plain
 
@@ -166,6 +164,10 @@ def test_search_opens_what_it_finds(page: Any, graph: nx.DiGraph) -> None:
     assert abs(box["x"] + box["width"] / 2 - stage["x"] - stage["width"] / 2) < 5
     page.fill("#query", "no such thing")
     assert page.inner_text("#found") == "nothing found"
+    page.fill("#query", "silu")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Escape")
+    assert page.input_value("#query") == ""
 
 
 @needs_browser
