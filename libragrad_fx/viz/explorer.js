@@ -56,7 +56,7 @@ function said(it, side) {
 }
 
 function lines(it) {
-  const above = it.parent && !it.parent.includes(" ") ? `${it.parent}.` : "";
+  const above = it.parent && !it.parent.includes("…") ? `${it.parent}.` : "";
   const title = groups.has(it.id) ? it.id.replace(above, "") : it.title;
   const about = groups.has(it.id) ? `${it.ops} ops` : it.shape;
   const [a, b] = ["plain", "balanced"].map((side) => said(it, side));

@@ -128,8 +128,9 @@ def chains(graph: nx.DiGraph) -> dict[str, tuple[str, ...]]:
     }
     kinds = {g: _count(graph.nodes[n]["op"] for n in members[g]) for g in members if g in telling}
     run = _runs(kinds)
+    name = {g: f"{g} (module)" if g in graph else g for g in telling}  # ops are nodes beside them
     return {
-        n: tuple(g for group in path if group in telling for g in (run.get(group), group) if g)
+        n: tuple(g for p in path if p in telling for g in (run.get(p), name[p]) if g)
         for n, path in paths.items()
     }
 
@@ -202,7 +203,7 @@ def opened(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> set[str]:
         group
         for group, nodes in _members(found).items()
         if not inside.isdisjoint(nodes)
-        or (group in inner and " " not in group and group.count(".") + 1 < depth)
+        or (group in inner and "…" not in group and group.count(".") + 1 < depth)
     }
 
 

@@ -110,6 +110,23 @@ def test_repeats_are_one_node_and_a_focus_is_open(
     assert far.nodes["linear"]["title"] == "0 · linear"
 
 
+def test_a_module_called_like_an_op_is_another_node() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x).mean(1, keepdim=True)
+
+    graph = lg.gradient_graph(Model().to(F64), torch.randn(2, 4, dtype=F64), 0)
+    assert "linear" in graph
+    far = collapse(graph)
+    assert set(far) == {"guard", "linear (module)", "mean", "output"}
+    assert far.nodes["linear (module)"]["ops"] == 2
+    assert {"linear", "gelu"} <= set(collapse(graph, focus="linear"))
+
+
 def test_repeats_may_alternate() -> None:
     """Windows that are shifted and not, by turns; a gap in the numbers ends a row."""
     even, odd = {"add": 1}, {"roll": 2}
