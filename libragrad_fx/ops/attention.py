@@ -1,13 +1,16 @@
 """Scaled dot-product attention with its probabilities held constant: only v carries gradient.
 
-method: Attention rule. ``dV = P^T dO``; the probabilities are not kept but recomputed, 64 query
+method: Attention rule. ``dV = P^T dO``; the probabilities are not kept but recomputed, some query
 rows at a time, so that memory stays linear in the number of tokens whatever kernel ran forward.
-Where that kernel hands out the log-sum-exp of its rows, a row of P is one product and one exp.
+Where that kernel hands out the log-sum-exp of its rows, a row of P is one product and one exp, and
+as many heads are taken at once as leave their block of P in the cache.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +19,9 @@ from torch.nn.attention import SDPBackend
 from libragrad_fx.ops.twin import Grads, twin
 
 aten = torch.ops.aten
-_CHUNK = 64
+_CHUNK = 64  # query rows at a time, of all heads
+_ROWS = 256  # query rows at a time, of so many heads that their block of P has
+_CACHED = 2**18  # elements a thread: 1 MiB of float32
 
 
 def _probabilities(
@@ -85,28 +90,47 @@ def _by_lse(
     **_: Any,
 ) -> Grads:  # fmt: skip
     """dV, from P = exp(scale q kᵀ + mask - lse); in place, for P is larger than anything else."""
-    batch, queries = query.shape[:2], query.shape[2]
     heads = query.shape[1] // key.shape[1]
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     wide = lse.dtype
     mask = _additive(attn_mask, lse)
     lse = lse.masked_fill(lse == -math.inf, math.inf)  # a row with nothing to attend to: P is 0
-    keys = key.to(wide).repeat_interleave(heads, 1) if heads > 1 else key.to(wide)
-    keys = keys.flatten(0, 1)
-    dv = torch.zeros((*keys.shape[:2], g.shape[-1]), dtype=wide, device=g.device)
-    for first in range(0, queries, _CHUNK):
-        rows = slice(first, min(first + _CHUNK, queries))
+    keys = (key.repeat_interleave(heads, 1) if heads > 1 else key).to(wide)
+    dv = torch.zeros((*keys.shape[:3], g.shape[-1]), dtype=wide, device=g.device)
+    for part, rows in _blocks(query.shape, keys.shape[2]):
         seen = slice(0, rows.stop if is_causal else None)
-        offset = -lse[:, :, rows].flatten(0, 1)[..., None]
-        q = query[:, :, rows].to(wide).flatten(0, 1)
-        p = torch.baddbmm(offset, q, keys[:, seen].transpose(1, 2), alpha=scale)
+        here = (*part, rows)
+        offset, q, do = (t[here].to(wide).flatten(0, 1) for t in (-lse[..., None], query, g))
+        k = keys[(*part, seen)].flatten(0, 1)
+        p = torch.baddbmm(offset, q, k.transpose(1, 2), alpha=scale)
         if mask is not None:
-            p.unflatten(0, batch).add_(_rows(mask, rows))
+            p.unflatten(0, dv[part].shape[:2]).add_(_mask_of(mask, part, rows))
         if is_causal:
-            p[:, :, first:].masked_fill_(_later(p[0, :, first:]), -math.inf)
-        dv[:, seen].baddbmm_(p.exp_().transpose(1, 2), g[:, :, rows].to(wide).flatten(0, 1))
-    dv = dv.unflatten(0, batch)
+            p[:, :, rows.start :].masked_fill_(_later(p[0, :, rows.start :]), -math.inf)
+        dv[part].view(-1, *dv.shape[2:])[:, seen].baddbmm_(p.exp_().transpose(1, 2), do)
     return {"value": dv.unflatten(1, (-1, heads)).sum(2) if heads > 1 else dv}
+
+
+def _blocks(shape: torch.Size, keys: int) -> Iterator[tuple[tuple[slice, slice], slice]]:
+    """Samples and heads, and query rows, whose probabilities are computed at once.
+
+    The heads are whole samples' or of a single one, so that the part of a dense tensor is dense.
+    """
+    samples, heads, queries = shape[:3]
+    block = max(min(queries, _ROWS) * keys, 1)
+    fit = max(torch.get_num_threads() * _CACHED // block, 1)
+    some, of = max(fit // max(heads, 1), 1), min(fit, max(heads, 1))
+    for sample, head, row in itertools.product(
+        range(0, samples, some), range(0, heads, of), range(0, queries, _ROWS)
+    ):
+        part = slice(sample, sample + some), slice(head, head + of)
+        yield part, slice(row, min(row + _ROWS, queries))
+
+
+def _mask_of(mask: torch.Tensor, part: tuple[slice, slice], rows: slice) -> torch.Tensor:
+    mask = mask[(None,) * (4 - mask.ndim)]
+    samples, heads = (p if n > 1 else slice(None) for p, n in zip(part, mask.shape, strict=False))
+    return _rows(mask, rows)[samples, heads]
 
 
 def _later(block: torch.Tensor) -> torch.Tensor:

@@ -191,6 +191,8 @@ ATTENTION: dict[str, tuple[int, int, dict[str, Any]]] = {  # queries, heads of k
     "bool mask": (6, 4, {"attn_mask": "bool"}),
     "float mask": (6, 4, {"attn_mask": "float"}),
     "mask of one row": (6, 4, {"attn_mask": "row"}),
+    "mask a head": (6, 4, {"attn_mask": "head"}),
+    "mask a sample and head": (6, 4, {"attn_mask": "both"}),
     "causal": (7, 4, {"is_causal": True}),
     "grouped": (6, 2, {"enable_gqa": True}),
     "chunks": (150, 4, {}),
@@ -213,9 +215,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool, scale: f
     return torch.einsum("bhqk,bhkd->bhqd", torch.softmax(scores, -1).detach(), v)
 
 
+@pytest.mark.parametrize("cached", [1, 150, 2**18])
 @pytest.mark.parametrize("learned_mask", [False, True])
 @pytest.mark.parametrize("name", ATTENTION)
-def test_attention(name: str, learned_mask: bool) -> None:
+def test_attention(
+    name: str, learned_mask: bool, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By blocks of one head of one sample, of some heads, and of everything at once."""
+    monkeypatch.setattr("libragrad_fx.ops.attention._CACHED", cached)
+    monkeypatch.setattr("libragrad_fx.ops.attention._ROWS", 256 if cached > 150 else 4)
     queries, heads, given = ATTENTION[name]
     arguments = dict(given)
     keys = queries if arguments.get("is_causal") else 9
@@ -224,6 +232,8 @@ def test_attention(name: str, learned_mask: bool) -> None:
         "bool": torch.rand(2, 1, queries, keys) > 0.3,
         "float": randn(queries, keys),
         "row": randn(1, keys),
+        "head": randn(1, 4, queries, keys),
+        "both": randn(2, 4, queries, keys),
     }
     mask = masks.get(arguments.pop("attn_mask", ""))
     if mask is not None and mask.dtype == torch.bool:
