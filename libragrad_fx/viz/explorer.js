@@ -245,7 +245,7 @@ function about(it) {
   const facts = group
     ? list([["ops", String(it.ops)], ["of them", counted(it.kinds, (k) => k.split(".")[1] ?? k)], ["edits", counted(it.actions, (k) => k.replaceAll("_", " ")) || "none"]])
     : list([["op", it.op], ["node", it.id], ["module", it.module], ["shape", it.shape], ["dtype", it.dtype], ["source", it.source],
-            ["action", it.action.replaceAll("_", " ") || "none"], ["rule", it.rule], ["reason", it.reason]]);
+            ["action", it.action.replaceAll("_", " ") || "none"], ["operands", it.operands], ["rule", it.rule], ["reason", it.reason]]);
   const toggle = group
     ? [element("p", {}, element("button", { onclick: () => flip(it.id) }, state.open.has(it.id) ? "close" : "open"))] : [];
   const near = (title, end, other) => {

@@ -40,7 +40,7 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
     Returns:
         A graph with ``output`` (plain and balanced) in its attributes, in units of the output.
         Nodes: ``title``, ``op``, ``module``, ``source``, ``shape``, ``dtype``, ``action`` (and
-        ``actions``, as of a group: which, how often), ``rule``,
+        ``actions``, as of a group: which, how often), the ``operands`` that it stops, ``rule``,
         ``reason``, and for each side ``residual`` and ``bias`` as the ledger has them, and what is
         ``lost`` and ``created`` (None where no gradient passes).
         Edges: ``plain`` and ``balanced``, the mass that comes back over them (None: pruned).
@@ -80,17 +80,23 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
 
 
 def _about(row: LedgerRow, node: Any, edit: Edit | None) -> dict[str, Any]:
-    action = "" if edit is None else str(edit.action)
-    because = {"rule": edit.rule, "reason": edit.reason} if edit else {"rule": "", "reason": ""}
     where = {"op": row.op, "module": row.module, "source": row.source}
-    return {**where, **_shape(node), "action": action, **because, **dict.fromkeys(SIDES)}
+    return {**where, **_shape(node), **_because(edit), **dict.fromkeys(SIDES)}
+
+
+def _because(edit: Edit | None) -> dict[str, str]:
+    if edit is None:
+        return dict.fromkeys(("action", "operands", "rule", "reason"), "")
+    operands = ", ".join(edit.operands)
+    action = {"action": str(edit.action), "operands": operands}
+    return {**action, "rule": edit.rule, "reason": edit.reason}
 
 
 def _source(node: torch.fx.Node) -> dict[str, Any]:
     """An input of the model, or an embedding that it indexes: where the signal starts."""
     name = str(node.args[1]) if node.target is insert.guard else node.name
-    blank = dict.fromkeys(("module", "source", "action", "rule", "reason"), "")
-    return {"op": f"input {name}", **_shape(node), **blank, **dict.fromkeys(SIDES)}
+    where = {"op": f"input {name}", "module": "", "source": ""}
+    return {**where, **_shape(node), **_because(None), **dict.fromkeys(SIDES)}
 
 
 def _shape(node: torch.fx.Node | None) -> dict[str, str]:
@@ -257,7 +263,8 @@ def _merged(graph: nx.DiGraph, key: Mapping[str, str]) -> nx.DiGraph:
 def _summed(graph: nx.DiGraph, group: str, nodes: Iterable[str]) -> dict[str, Any]:
     data = [graph.nodes[n] for n in nodes]
     return {
-        **dict.fromkeys(("source", "shape", "dtype", "rule", "reason", "action"), ""),
+        **dict.fromkeys(("source", "shape", "dtype"), ""),
+        **_because(None),
         **{side: _total([d[side] for d in data]) for side in SIDES},
         "title": group,
         "op": "module",

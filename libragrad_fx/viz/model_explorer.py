@@ -14,7 +14,7 @@ _TITLE = "gradient graph"
 
 def to_model_explorer(graph: nx.DiGraph) -> dict[str, Any]:
     """A graph collection: module paths are its namespaces, pruned edges an overlay."""
-    facts = ("op", "shape", "dtype", "source", "action", "rule", "reason")
+    facts = ("op", "shape", "dtype", "source", "action", "operands", "rule", "reason")
     nodes = [
         {
             "id": node,

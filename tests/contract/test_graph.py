@@ -216,6 +216,8 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert (tmp_path / "g.dot").read_text().startswith("digraph")
     printed = run(app, ["graph", "tests.contract.test_graph:only"])
     assert "left when balanced" in printed.output
+    streams = run(app, ["graph", "tests.contract.test_graph:only", "--view", "streams"])
+    assert "to biases so far" in streams.output
     refused = run(app, ["graph", "tests.contract.test_graph:only", "-o", str(tmp_path / "g.bmp")])
     assert refused.exit_code == 2
 
