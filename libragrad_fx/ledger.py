@@ -42,6 +42,7 @@ from libragrad_fx.target import (
 from libragrad_fx.types import (
     Analysis,
     Boundary,
+    Flow,
     Kind,
     Ledger,
     LedgerRow,
@@ -223,11 +224,13 @@ def _origins(module: CapturedModule, table: Mapping[str, Site]) -> dict[Node, st
 
 
 class _Row:
-    """The sums of one site, filled while the backward runs. ``flows``: Σ⟨a, r(g)⟩ by producer."""
+    """The sums of one site, filled while the backward runs. By producer, ``flows`` are Σ⟨a, r(g)⟩
+    and ``squares`` Σ‖r(g)‖²."""
 
     def __init__(self) -> None:
         self.out = self.constant = 0.0
         self.flows: dict[str, float] = {}
+        self.squares: dict[str, float] = {}
         self.bias: Callable[[], Any] | None = None
 
     def operand(self, x: Any, producer: str) -> Any:
@@ -238,8 +241,9 @@ class _Row:
 
         def note(g: torch.Tensor | None) -> None:
             value = held.pop()  # let go of it: the rest of the backward does not need it
-            flow = 0.0 if g is None else dot(value, g)
+            flow, square = (0.0, 0.0) if g is None else (dot(value, g), dot(g, g))
             self.flows[producer] = self.flows.get(producer, 0.0) + flow
+            self.squares[producer] = self.squares.get(producer, 0.0) + square
 
         alias.register_hook(note)
         return alias
@@ -370,7 +374,7 @@ def _row(site: Site, name: str, row: _Row, starts: set[str]) -> LedgerRow:
     node = f"{name}/{site.node}" if name else site.node
     return LedgerRow(
         node, site.op, site.module, site.source, row.out, flows[False], flows[True], row.constant, residual,
-        tuple(row.flows.items()),
+        tuple(Flow(k, flow, math.sqrt(row.squares[k])) for k, flow in row.flows.items()),
     )  # fmt: skip
 
 

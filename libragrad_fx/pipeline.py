@@ -70,6 +70,7 @@ def remember(made: Decision) -> dict[str, Any]:
         "plain_sites": sites(made.trace, made.analysis, balanced=False),
         "original": spell(made.trace.graph),
         "facts": dict(made.analysis.facts),
+        "roles": dict(made.analysis.roles),
         "starts": frozenset(s.node for s in listed if s.starts),
         "zeros": made.analysis.zeros,
         "gate_outputs": frozenset(made.analysis.gate_outputs),

@@ -11,7 +11,7 @@ import enum
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -290,6 +290,18 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return [cells[0].rstrip(), line, *(c.rstrip() for c in cells[1:])]
 
 
+class Flow(NamedTuple):
+    """What comes back from a node to one of its producers (or inputs of the model).
+
+    mass: ⟨a, r(g)⟩ over all operands that it produced
+    norm: ‖r(g)‖ of their gradients together
+    """
+
+    producer: str
+    mass: float
+    norm: float
+
+
 @dataclasses.dataclass(frozen=True)
 class LedgerRow:
     """The law at one node: ``out = streams + sources + bias + residual``, all ⟨·, g⟩ sums.
@@ -299,7 +311,7 @@ class LedgerRow:
     sources:   the same over operands that are the model's input itself, where the account ends
     bias:      ⟨the op's own constant, g⟩, computed on its own, never as what is left over
     residual:  out - streams - sources - bias; 0 for a balanced node
-    flows:     what ``streams`` and ``sources`` are sums of: (producer or input, ⟨a, r(g)⟩)
+    flows:     what ``streams`` and ``sources`` are sums of
 
     The last row, ``output``, is the target: what it reads of the model's outputs.
     """
@@ -313,7 +325,7 @@ class LedgerRow:
     sources: float
     bias: float
     residual: float
-    flows: tuple[tuple[str, float], ...] = ()
+    flows: tuple[Flow, ...] = ()
 
     def moved(self, output: float) -> tuple[float, float]:
         """(lost, created): mass of the output's sign that came in and left by no operand, or left

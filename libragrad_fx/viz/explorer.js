@@ -25,17 +25,24 @@ const depth = (amount) => Math.log1p(100 * amount) / Math.log1p(100 * worst);
 // --- what is visible: an op, or the outermost closed group that it is in
 
 const visible = (node) => node.groups.find((g) => !state.open.has(g)) ?? node.id;
-const plus = (a, b) => (a === null ? b : b === null ? a : a + b);
+const SIDES = ["plain", "balanced"];
+const NAMES = { plain: "autograd", balanced: "balanced" };
+const plus = (a, b) => a + b;
+const both = (of, a, b) => (a === null ? b : b === null ? a : of(a, b));
 
 function quotient() {
   const items = new Set(data.nodes.map(visible));
   const edges = new Map();
-  for (const [a, b, plain, balanced] of data.edges) {
-    const [from, to] = [visible(nodes.get(a)), visible(nodes.get(b))];
+  for (const e of data.edges) {
+    const [from, to] = [visible(nodes.get(e.from)), visible(nodes.get(e.to))];
     if (from === to) continue;
     const key = JSON.stringify([from, to]);
-    const edge = edges.get(key) ?? { from, to, plain: null, balanced: null };
-    edges.set(key, { ...edge, plain: plus(edge.plain, plain), balanced: plus(edge.balanced, balanced) });
+    const sum = edges.get(key) ?? { from, to, plain: null, balanced: null, plain_norm: null, balanced_norm: null };
+    for (const side of SIDES) {
+      sum[side] = both(plus, sum[side], e[side]);
+      sum[`${side}_norm`] = both(Math.hypot, sum[`${side}_norm`], e[`${side}_norm`]);
+    }
+    edges.set(key, sum);
   }
   return { items, edges: [...edges.values()] };
 }
@@ -59,7 +66,7 @@ function lines(it) {
   const above = it.parent && !it.parent.includes("…") ? `${it.parent}.` : "";
   const title = groups.has(it.id) ? it.id.replace(above, "") : it.title;
   const about = groups.has(it.id) ? `${it.ops} ops` : it.shape;
-  const [a, b] = ["plain", "balanced"].map((side) => said(it, side));
+  const [a, b] = SIDES.map((side) => said(it, side));
   return { head: [title, about].filter(Boolean), room: a.length > b.length ? a : b }; // room for either
 }
 
@@ -237,21 +244,23 @@ function rows(head, body) {
   return element("table", {}, element("thead", {}, row("th", head)), element("tbody", {}, ...body.map((r) => row("td", r))));
 }
 
-const both = (it, key, of) => ["plain", "balanced"].map((s) => (it[s] ? percent(of(it[s][key], s)) : "–"));
+const account = (it, key, of) => SIDES.map((s) => (it[s] ? percent(of(it[s][key], s)) : "–"));
+
+const mass = (edge, side) => (edge[side] !== null ? percent(share(edge[side], side)) : side === "balanced" ? "pruned" : "–");
 
 function about(it) {
   const group = groups.has(it.id);
   const counted = (found, word) => Object.entries(found).map(([k, n]) => `${word(k)} × ${n}`).join(", ");
   const facts = group
     ? list([["ops", String(it.ops)], ["of them", counted(it.kinds, (k) => k.split(".")[1] ?? k)], ["edits", counted(it.actions, (k) => k.replaceAll("_", " ")) || "none"]])
-    : list([["op", it.op], ["node", it.id], ["module", it.module], ["shape", it.shape], ["dtype", it.dtype], ["source", it.source],
-            ["action", it.action.replaceAll("_", " ") || "none"], ["operands", it.operands], ["rule", it.rule], ["reason", it.reason]]);
+    : list([["op", it.op], ["node", it.id], ["module", it.module], ["role", it.role], ["kind", it.kind.replaceAll("_", " ")], ["shape", it.shape], ["dtype", it.dtype], ["source", it.source],
+            ["action", it.action.replaceAll("_", " ") || "none"], ["operands", it.operands], ["scale", it.scale === 1 ? "" : String(it.scale)], ["rule", it.rule], ["reason", it.reason]]);
   const toggle = group
     ? [element("p", {}, element("button", { onclick: () => flip(it.id) }, state.open.has(it.id) ? "close" : "open"))] : [];
   const near = (title, end, other) => {
     const found = drawn.edges.map(([, e]) => e).filter((e) => e[end] === it.id);
     if (!found.length) return [];
-    const body = found.map((e) => [link(e[other]), ...["plain", "balanced"].map((s) => (e[s] === null ? (s === "balanced" ? "pruned" : "–") : percent(share(e[s], s))))]);
+    const body = found.map((e) => [link(e[other]), ...SIDES.map((s) => mass(e, s))]);
     return [element("h3", {}, title), rows(["", "autograd", "balanced"], body)];
   };
   const outer = parent(it.id);
@@ -261,7 +270,7 @@ function about(it) {
     facts,
     ...toggle,
     element("h3", {}, "Account, % of the output"),
-    rows(["", "autograd", "balanced"], [["lost", ...both(it, "lost", part)], ["created", ...both(it, "created", part)], ["to biases", ...both(it, "bias", share)]]),
+    rows(["", "autograd", "balanced"], [["lost", ...account(it, "lost", part)], ["created", ...account(it, "created", part)], ["to biases", ...account(it, "bias", share)]]),
     ...near("Mass back to", "to", "from"),
     ...near("Mass back from", "from", "to"),
   ];
@@ -449,8 +458,10 @@ const hint = (it) => [
   said(it, "plain") && `autograd ${said(it, "plain")}`,
   said(it, "balanced") && `balanced: ${said(it, "balanced")}`, it.reason,
 ].filter(Boolean).join("\n");
-const flowHint = (e) => `${lines(item(e.from)).head[0]} ← ${lines(item(e.to)).head[0]}\n` +
-  ["plain", "balanced"].map((s) => `${s === "plain" ? "autograd" : s}: ${e[s] === null ? (s === "balanced" ? "pruned" : "nothing") : percent(share(e[s], s))}`).join("\n");
+const norm = (e, s) => (e[s] === null ? "" : `, gradient norm ${Number(e[`${s}_norm`].toPrecision(3))}`);
+const flowHint = (e) => [
+  `${lines(item(e.from)).head[0]} ← ${lines(item(e.to)).head[0]}`, ...SIDES.map((s) => `${NAMES[s]}: ${mass(e, s)}${norm(e, s)}`),
+].join("\n");
 
 // --- keys
 

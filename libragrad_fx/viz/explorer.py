@@ -45,7 +45,7 @@ def to_data(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> dict[str, Any
         "output": graph.graph["output"],
         "nodes": [{"id": n, **d, "groups": found[n]} for n, d in graph.nodes(data=True)],
         "groups": [{"id": g, **d} for g, d in groups(graph).items()],
-        "edges": [[a, b, *(d[side] for side in SIDES)] for a, b, d in graph.edges(data=True)],
+        "edges": [{"from": a, "to": b, **d} for a, b, d in graph.edges(data=True)],
         "open": sorted(opened(graph, depth, focus)),
     }
 

@@ -7,10 +7,12 @@ are in one graph, so that a picture can show either, and every number is the led
 
 from __future__ import annotations
 
+import math
+import operator
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import networkx as nx
@@ -24,6 +26,8 @@ from libragrad_fx.rewrite import unedited
 from libragrad_fx.types import Edit, LedgerRow
 
 SIDES = ("plain", "balanced")
+NORMS = {"plain": "plain_norm", "balanced": "balanced_norm"}
+_CARRIED = (*SIDES, *NORMS.values())
 NAMES = {"plain": "autograd", "balanced": "balanced"}  # what a reader calls them
 _SUMS = ("residual", "lost", "created", "bias")
 _SYMBOL = re.compile(r"\b[su]\d+\b")
@@ -39,11 +43,13 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
 
     Returns:
         A graph with ``output`` (plain and balanced) in its attributes, in units of the output.
-        Nodes: ``title``, ``op``, ``module``, ``source``, ``shape``, ``dtype``, ``action`` (and
-        ``actions``, as of a group: which, how often), the ``operands`` that it stops, ``rule``,
-        ``reason``, and for each side ``residual`` and ``bias`` as the ledger has them, and what is
-        ``lost`` and ``created`` (None where no gradient passes).
-        Edges: ``plain`` and ``balanced``, the mass that comes back over them (None: pruned).
+        Nodes: ``title``, ``op``, ``module``, ``source``, ``role``, ``kind``, ``shape``, ``dtype``,
+        ``action`` (and ``actions``, as of a group: which, how often), the ``operands`` that it stops,
+        the ``scale`` of what it sends back, ``rule``, ``reason``, and for each side ``residual`` and
+        ``bias`` as the ledger has them, and what is ``lost`` and ``created`` (None where no gradient
+        passes).
+        Edges: ``plain`` and ``balanced``, the mass ⟨a, r(g)⟩ that comes back over them (None: pruned);
+        ``plain_norm`` and ``balanced_norm``, ‖r(g)‖; the producer's ``role``; the consumer's ``scale``.
 
     Raises:
         InputError: ``gm`` is not the result of a transform, or is in several graphs.
@@ -58,45 +64,59 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
         "balanced": ledger(gm, inputs, target),
     }
     graph = nx.DiGraph(output={side: account.output for side, account in accounts.items()})
-    known = {n.name: n for n in gm.graph.nodes}
-    edits = {e.node: e for e in gm.plan.edits}
+    describe = _describer(gm)
     for side, account in accounts.items():
         for row in account.rows:
             if row.node not in graph:
-                graph.add_node(row.node, **_about(row, known.get(row.node), edits.get(row.node)))
+                graph.add_node(row.node, **describe(row.node, row))
             lost, created = row.moved(account.output)
             sums = {"residual": row.residual, "lost": lost, "created": created, "bias": row.bias}
             graph.nodes[row.node][side] = sums
-            for producer, flow in row.flows:
+            for producer, mass, norm in row.flows:
                 if producer not in graph:
-                    graph.add_node(producer, **_source(known[producer]))
+                    graph.add_node(producer, **describe(producer, None))
                 if not graph.has_edge(producer, row.node):
-                    graph.add_edge(producer, row.node, **dict.fromkeys(SIDES))
-                graph.edges[producer, row.node][side] = flow
+                    scale = {"scale": graph.nodes[row.node]["scale"]}
+                    graph.add_edge(producer, row.node, **dict.fromkeys(_CARRIED), **scale)
+                graph.edges[producer, row.node].update({side: mass, NORMS[side]: norm})
     for node, chain in chains(graph).items():
         data = graph.nodes[node]
         data |= {"title": _title(data, chain), "actions": _count([data["action"]])}
+    for producer, _, data in graph.edges(data=True):
+        data["role"] = graph.nodes[producer]["role"]
     return graph
 
 
-def _about(row: LedgerRow, node: Any, edit: Edit | None) -> dict[str, Any]:
-    where = {"op": row.op, "module": row.module, "source": row.source}
-    return {**where, **_shape(node), **_because(edit), **dict.fromkeys(SIDES)}
+def _describer(gm: CapturedModule) -> Callable[[str, LedgerRow | None], dict[str, Any]]:
+    """What is known of a node; without a row it is where the signal starts: an input of the model,
+    or an embedding that it indexes."""
+    nodes = {n.name: n for n in gm.graph.nodes}
+    edits = {e.node: e for e in gm.plan.edits} if gm.plan else {}
+    roles, facts = gm.record.info["roles"], gm.record.info["facts"]
+
+    def describe(name: str, row: LedgerRow | None) -> dict[str, Any]:
+        node = nodes.get(name)
+        label = str(node.args[1]) if node is not None and node.target is insert.guard else name
+        return {
+            "op": row.op if row else f"input {label}",
+            "module": row.module if row else "",
+            "source": row.source if row else "",
+            "role": roles[name].name.lower() if name in roles else "value",
+            "kind": str(facts[name].kind) if name in facts else "",
+            **_shape(node),
+            **_because(edits.get(name)),
+            **dict.fromkeys(SIDES),
+        }
+
+    return describe
 
 
-def _because(edit: Edit | None) -> dict[str, str]:
+def _because(edit: Edit | None) -> dict[str, Any]:
     if edit is None:
-        return dict.fromkeys(("action", "operands", "rule", "reason"), "")
+        return {**dict.fromkeys(("action", "operands", "rule", "reason"), ""), "scale": 1.0}
     operands = ", ".join(edit.operands)
-    action = {"action": str(edit.action), "operands": operands}
+    action = {"action": str(edit.action), "operands": operands, "scale": edit.factor or 1.0}
     return {**action, "rule": edit.rule, "reason": edit.reason}
-
-
-def _source(node: torch.fx.Node) -> dict[str, Any]:
-    """An input of the model, or an embedding that it indexes: where the signal starts."""
-    name = str(node.args[1]) if node.target is insert.guard else node.name
-    where = {"op": f"input {name}", "module": "", "source": ""}
-    return {**where, **_shape(node), **_because(None), **dict.fromkeys(SIDES)}
 
 
 def _shape(node: torch.fx.Node | None) -> dict[str, str]:
@@ -253,17 +273,18 @@ def _merged(graph: nx.DiGraph, key: Mapping[str, str]) -> nx.DiGraph:
     for a, b, data in graph.edges(data=True):
         if key[a] != key[b]:
             if not merged.has_edge(key[a], key[b]):
-                merged.add_edge(key[a], key[b], **dict.fromkeys(SIDES))
+                merged.add_edge(key[a], key[b], **dict.fromkeys(_CARRIED))
             edge = merged.edges[key[a], key[b]]
             for side in SIDES:
-                edge[side] = _plus(edge[side], data[side])
+                edge[side] = _both(operator.add, edge[side], data[side])
+                edge[NORMS[side]] = _both(math.hypot, edge[NORMS[side]], data[NORMS[side]])
     return merged
 
 
 def _summed(graph: nx.DiGraph, group: str, nodes: Iterable[str]) -> dict[str, Any]:
     data = [graph.nodes[n] for n in nodes]
     return {
-        **dict.fromkeys(("source", "shape", "dtype"), ""),
+        **dict.fromkeys(("source", "role", "kind", "shape", "dtype"), ""),
         **_because(None),
         **{side: _total([d[side] for d in data]) for side in SIDES},
         "title": group,
@@ -284,5 +305,5 @@ def _total(parts: Iterable[Mapping[str, float] | None]) -> dict[str, float] | No
     return {k: sum(p[k] for p in found) for k in _SUMS} if found else None
 
 
-def _plus(a: float | None, b: float | None) -> float | None:
-    return b if a is None else a if b is None else a + b
+def _both(of: Callable[[float, float], float], a: float | None, b: float | None) -> float | None:
+    return b if a is None else a if b is None else of(a, b)

@@ -61,8 +61,11 @@ def test_every_number_is_the_ledgers(drawn: tuple[nn.Module, torch.Tensor, nx.Di
         for node, row in rows.items():
             assert graph.nodes[node][side]["residual"] == row.residual
             flows = {a: d[side] for a, _, d in graph.in_edges(node, data=True)}
-            assert {k: v for k, v in flows.items() if v is not None} == dict(row.flows)
-            assert sum(dict(row.flows).values()) == pytest.approx(row.streams + row.sources)
+            masses = {f.producer: f.mass for f in row.flows}
+            assert {k: v for k, v in flows.items() if v is not None} == masses
+            assert sum(masses.values()) == pytest.approx(row.streams + row.sources)
+            for flow in row.flows:
+                assert graph.edges[flow.producer, node][f"{side}_norm"] == flow.norm
 
 
 def test_only_the_plain_side_is_out_of_balance(
@@ -224,3 +227,23 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 
 def only() -> nn.Module:
     return network()[0].float()
+
+
+def test_what_is_known_of_nodes_and_edges() -> None:
+    """y = a * b of two signals, gated: roles, kinds, the half that each factor gets, and ‖g‖."""
+
+    class Product(nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return a * b * torch.sigmoid(a + 1)
+
+    a, b = torch.randn(2, 1, 4, dtype=F64).unbind()
+    graph = lg.gradient_graph(Product(), (a, b), lambda y: y.sum())
+    (both,) = [n for n, d in graph.nodes(data=True) if d["action"] == "scale"]
+    assert graph.nodes[both]["kind"] == "product"
+    assert graph.nodes["sigmoid"]["role"] == "gate"
+    gate = torch.sigmoid(a + 1)
+    norms = {d["balanced_norm"] for *_, d in graph.in_edges(both, data=True)}
+    halves = {float((0.5 * factor * gate).norm()) for factor in (a, b)}
+    assert sorted(norms) == pytest.approx(sorted(halves))
+    assert {d["scale"] for *_, d in graph.in_edges(both, data=True)} == {0.5}
+    assert {d["role"] for *_, d in graph.in_edges(both, data=True)} == {"value"}
