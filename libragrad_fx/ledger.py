@@ -26,8 +26,9 @@ from libragrad_fx.module import CapturedModule, blocks, leaf
 from libragrad_fx.normalize import module_path, source_line
 from libragrad_fx.ops import bias as biases
 from libragrad_fx.ops import insert
+from libragrad_fx.ops.function import same
 from libragrad_fx.ops.insert import is_end, is_scale
-from libragrad_fx.ops.twin import bind, same
+from libragrad_fx.ops.twin import bind
 from libragrad_fx.rulebook import op_name
 from libragrad_fx.target import (
     Target,

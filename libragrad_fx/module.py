@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import InputError, ModeError
 from libragrad_fx.ops import TWINS, insert
+from libragrad_fx.ops.binding import bound
 
 _TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _META = ("nn_module_stack", "stack_trace", "libragrad")
@@ -132,7 +133,8 @@ class CapturedModule(torch.fx.GraphModule):
         """Run ``lean``, unless somebody listens to a submodule or the module is exported again."""
         if lean is None:
             return
-        full, short = type(self).forward, type(torch.fx.GraphModule(self, lean)).forward
+        quick = bound(lean, self.record.info["facts"])
+        full, short = type(self).forward, type(torch.fx.GraphModule(self, quick)).forward
         heard = [
             h
             for m in self.modules()

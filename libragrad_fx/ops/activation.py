@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from libragrad_fx.ops.binding import binding
 from libragrad_fx.ops.twin import Grads, times_, twin
 
 aten = torch.ops.aten
@@ -38,10 +39,10 @@ def _secant(
     The slope is taken while input and output are at hand, and is all that is kept.
     """
     names = [a.name for a in op._schema.arguments]
-    stream = names[0]
+    stream, call = names[0], binding(op) or op
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        y = op(x, *args, **kwargs)
+        y = call(x, *args, **kwargs)
         given = dict(zip(names[1:], args, strict=False)) | kwargs
         zero = at_zero(**given) if callable(at_zero) else at_zero
         return y, secant_slope(x, y, zero, slope)

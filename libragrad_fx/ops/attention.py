@@ -22,6 +22,7 @@ aten = torch.ops.aten
 _CHUNK = 64  # query rows at a time, of all heads
 _ROWS = 256  # query rows at a time, of so many heads that their block of P has
 _CACHED = 2**18  # elements a thread: 1 MiB of float32
+_SMALL = 2**16  # elements of P, below which one kernel for all three gradients costs less
 
 
 def _probabilities(
@@ -178,10 +179,16 @@ def scaled_dot_product_attention(
             return _balanced_math(*args, **extra)
         return _same_kernel(query, key, value, attn_mask.detach(), dropout_p, is_causal, **extra)
     # what is dropped cannot be recomputed; a compiler fuses it better; elsewhere one fused kernel
-    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if dropout_p > 0 or compiled or query.device.type != "cpu":
+    if dropout_p > 0 or query.device.type != "cpu" or _is_cheap(query, key):
         return _sdpa(*args, **extra)
     return (_balanced_flash if _runs_flash(*args, **extra) else _balanced)(*args, **extra)
+
+
+def _is_cheap(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether PyTorch's own backward is cheaper, though it computes what nobody reads as well."""
+    if torch.compiler.is_exporting():
+        return False
+    return torch.compiler.is_compiling() or math.prod(query.shape[:-1]) * key.shape[-2] < _SMALL
 
 
 def _runs_flash(query: torch.Tensor, *args: Any, **kwargs: Any) -> bool:

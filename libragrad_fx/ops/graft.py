@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import grad
 
-from libragrad_fx.ops.twin import linked, note_tensors, same, signed, wanted
+from libragrad_fx.ops.function import linked, note_tensors, quick, same, wanted
 
 _CONV_INPUT = {1: grad.conv1d_input, 2: grad.conv2d_input}
 _CONV_WEIGHT = {1: grad.conv1d_weight, 2: grad.conv2d_weight}
@@ -26,7 +26,6 @@ def _like_product(g: torch.Tensor, order: Sequence[Sequence[int]]) -> torch.Tens
     return g.permute([a for axes in order for a in axes]).reshape(sizes)
 
 
-@signed
 class _Graft(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -66,6 +65,9 @@ class _Graft(torch.autograd.Function):
         return None, dx, dweight, dbias, None, None, None
 
 
+_grafted = quick(_Graft)
+
+
 def _input_gradient(
     g: torch.Tensor, weight: torch.Tensor, shape: Any, conv: tuple[Any, ...]
 ) -> torch.Tensor:
@@ -94,7 +96,7 @@ def graft(
         order: for each axis of the product, the axes of ``part`` that make it up.
         rows: the product's features that are in ``part``, in its order.
     """
-    return _Graft.apply(part, linked(x), linked(weight), linked(bias), conv, order, rows)  # type: ignore[no-any-return]
+    return _grafted(part, linked(x), linked(weight), linked(bias), conv, order, rows)  # type: ignore[no-any-return]
 
 
 def whole(

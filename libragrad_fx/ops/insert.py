@@ -9,7 +9,8 @@ from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import InputError, ModeError
-from libragrad_fx.ops.twin import LIBRARY, NAMESPACE, same, signed
+from libragrad_fx.ops.function import quick, same
+from libragrad_fx.ops.twin import LIBRARY, NAMESPACE
 
 stop = torch.ops.aten.detach.default
 """Prune the backward of one operand. ``detach`` is ATen: it survives every transformation."""
@@ -19,7 +20,6 @@ MARK = "libragrad"
 """Key of ``node.meta``: (rule, host) of a twin or of an inserted node."""
 
 
-@signed
 class _Scale(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -35,6 +35,9 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor | None) -> Any:
         return _times(g, ctx.factor), None, *[None] * ctx.sources
+
+
+_scaled = quick(_Scale)
 
 
 def _times(g: torch.Tensor | None, factor: float) -> torch.Tensor | None:
@@ -65,7 +68,7 @@ def scale(x: torch.Tensor, factor: float, *sources: torch.Tensor) -> torch.Tenso
     """
     if torch.compiler.is_exporting():
         return torch.ops.libragrad_fx.scale(x, factor, sources)
-    return _Scale.apply(x, factor, *sources)  # type: ignore[no-any-return]
+    return _scaled(x, factor, *sources)  # type: ignore[no-any-return]
 
 
 def is_scale(node: torch.fx.Node) -> bool:

@@ -57,7 +57,7 @@ def _native_layer_norm(
     bias: torch.Tensor | None = None, eps: float = 1e-5, cudnn_enable: bool = True,
 ) -> Any:  # fmt: skip
     """What ``layer_norm`` calls: the output, the mean, 1/sigma."""
-    return aten.native_layer_norm.default(input, normalized_shape, weight, bias, eps)
+    return torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
 
 
 def _layer_norm(
@@ -81,7 +81,7 @@ def _rms_norm_kept(
     norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
     floor = torch.finfo(x.dtype).eps if eps is None else eps
     rstd = torch.rsqrt(norm * norm / math.prod(normalized_shape) + floor)
-    return aten.rms_norm.default(input, normalized_shape, weight, eps), rstd
+    return torch.rms_norm(input, normalized_shape, weight, eps), rstd
 
 
 def _rms_norm(
@@ -137,9 +137,9 @@ def _native_group_norm(
         suggest_memory_format(input) if input.device.type == "cpu" else torch.contiguous_format
     )
     x, (batch, channels) = input.contiguous(memory_format=format_), input.shape[:2]
-    affine = [t if t is None else t.contiguous() for t in (weight, bias)]
+    w, b = (t if t is None else t.contiguous() for t in (weight, bias))
     positions = math.prod(input.shape[2:])
-    return aten.native_group_norm.default(x, *affine, batch, channels, positions, num_groups, eps)
+    return torch.native_group_norm(x, w, b, batch, channels, positions, num_groups, eps)
 
 
 def _group_norm(

@@ -9,17 +9,17 @@ forward-mode rule: both refuse.
 
 from __future__ import annotations
 
-import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from libragrad_fx.ops.binding import binding
+from libragrad_fx.ops.function import linked, note_tensors, quick, wanted
+
 NAMESPACE = "libragrad_fx"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-
-same = torch.ops.aten.alias.default
-"""A view of a tensor; unlike ``view_as`` it keeps the strides of axes of size 1 as well."""
 
 Grads = Mapping[str, "torch.Tensor | Sequence[torch.Tensor] | None"]
 Vjp = Callable[..., Grads]
@@ -56,10 +56,10 @@ def twin(
     save = _saver(tuple(saves), tuple(extras), tuple(for_others), tuple(compact), plain)
     pull = _puller(vjp, tuple(saves), len(extras))
     custom = _custom_op(op, label, forward or op, save, pull, len(extras))
-    function = _function(op, label, forward or op, save, pull)
+    function = _function(op, label, forward or binding(op) or op, save, pull)
     # plain tuples: Dynamo traces this function and does not know what a schema is
-    names, keyword, defaults = _signature(op)
-    count, several = len(names) - len(keyword), bool(extras)
+    names, _, defaults = _signature(op)
+    several = bool(extras)
     lists = "Tensor[]" in str(op._schema)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -67,12 +67,11 @@ def twin(
             return custom(*args, **kwargs)[0] if several else custom(*args, **kwargs)
         if not torch.is_grad_enabled():
             return op(*args, **kwargs)
-        values = [*args, *defaults[len(args) : count]]
-        values.extend(defaults[count:])
+        values = [*args, *defaults[len(args) :]]
         if kwargs:
             values = [kwargs.get(n, v) for n, v in zip(names, values, strict=True)]
         sizes, flat = _flatten(values) if lists else (None, map(linked, values))
-        out = function.apply(sizes, *flat)
+        out = function(sizes, *flat)
         return out[0] if several else out
 
     call.__name__ = call.__qualname__ = label
@@ -131,12 +130,12 @@ def _puller(vjp: Vjp, saves: Sequence[str], extras: int) -> Pull:
         if extras and g[0] is None:
             return {}
         upstream = g[0] if len(g) == 1 else tuple(g)
+        if not torch._C._is_any_autocast_enabled():
+            return vjp(needs, upstream, **saved)
+        # a backward runs in the dtypes that its forward chose, whatever surrounds .backward()
         device = next((t.device.type for t in g if t is not None), "cpu")
-        if torch.is_autocast_enabled(device):
-            # a backward runs in the dtypes that its forward chose, whatever surrounds .backward()
-            with torch.autocast(device, enabled=False):
-                return vjp(needs, upstream, **saved)
-        return vjp(needs, upstream, **saved)
+        with torch.autocast(device, enabled=False):
+            return vjp(needs, upstream, **saved)
 
     return pull
 
@@ -160,50 +159,6 @@ def bind(
     names, _, defaults = _signature(op)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return {n: given.get(n, d) for n, d in zip(names, defaults, strict=True)}
-
-
-def linked(x: Any) -> Any:
-    """``x`` behind a node of its own, so that ``wanted`` can ask whether its gradient is."""
-    ask = (
-        isinstance(x, torch.Tensor)
-        and x.is_leaf
-        and x.requires_grad
-        and not torch.compiler.is_compiling()
-    )
-    return same(x) if ask else x
-
-
-def signed(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """With its signature written down: PyTorch asks for it at every call, and would work it out."""
-    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
-    return function
-
-
-def note_tensors(ctx: Any, inputs: Sequence[Any]) -> None:
-    """For ``wanted``: PyTorch keeps an edge for each input that is a tensor."""
-    ctx.tensors = tuple(isinstance(x, torch.Tensor) for x in inputs)
-
-
-def wanted(ctx: Any) -> Sequence[bool]:
-    """Which inputs of a backward node this pass needs a gradient of.
-
-    ``needs_input_grad`` says which could have one: every parameter, even where only the gradient of
-    the model's input is asked for.
-    """
-    needs: Sequence[bool] = ctx.needs_input_grad
-    edges = None if torch.compiler.is_compiling() else getattr(ctx, "next_functions", None)
-    if edges is None or len(edges) != sum(ctx.tensors):
-        return needs
-    nodes = iter(edges)
-    asked = [_runs(next(nodes)[0]) if is_tensor else False for is_tensor in ctx.tensors]
-    return tuple(n and a for n, a in zip(needs, asked, strict=True))
-
-
-def _runs(node: Any) -> bool:
-    try:
-        return node is None or torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf, of which PyTorch does not say
-        return True
 
 
 def times_(x: torch.Tensor, y: Any) -> torch.Tensor:
@@ -254,8 +209,10 @@ def _function(
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(sizes: tuple[int, ...], *flat: Any) -> Any:
-            values = list(unflatten(sizes, flat).values())
+        def forward(sizes: tuple[int, ...] | None, *flat: Any) -> Any:
+            values = flat if sizes is None else list(unflatten(sizes, flat).values())
+            if not keyword:
+                return run(*values)
             return run(*values[:count], **dict(zip(keyword, values[count:], strict=True)))
 
         @staticmethod
@@ -266,11 +223,13 @@ def _function(
 
         @staticmethod
         def backward(ctx: Any, *g: Any) -> Any:
-            asked = unflatten(ctx.sizes, wanted(ctx)[1:])
+            asked = wanted(ctx)[1:]
+            if ctx.sizes is None:
+                grads = pull(ctx, g, frozenset(itertools.compress(names, asked)))
+                return None, *map(grads.get, names)
+            asked = unflatten(ctx.sizes, asked)
             needs = frozenset(k for k, w in asked.items() if (any(w) if isinstance(w, list) else w))
             grads = pull(ctx, g, needs)
-            if ctx.sizes is None:
-                return None, *map(grads.get, names)
             out: list[Any] = [None]
             for name, size in zip(names, ctx.sizes, strict=True):
                 got = grads.get(name)
@@ -281,7 +240,7 @@ def _function(
             return tuple(out)
 
     Balanced.__name__ = Balanced.__qualname__ = f"Balanced_{label}"
-    return signed(Balanced)
+    return quick(Balanced)
 
 
 def _custom_op(

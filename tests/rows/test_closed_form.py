@@ -215,15 +215,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, causal: bool, scale: f
     return torch.einsum("bhqk,bhkd->bhqd", torch.softmax(scores, -1).detach(), v)
 
 
-@pytest.mark.parametrize("cached", [1, 150, 2**18])
+@pytest.mark.parametrize("cached", [1, 150, 2**18, None])
 @pytest.mark.parametrize("learned_mask", [False, True])
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(
-    name: str, learned_mask: bool, cached: int, monkeypatch: pytest.MonkeyPatch
+    name: str, learned_mask: bool, cached: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By blocks of one head of one sample, of some heads, and of everything at once."""
-    monkeypatch.setattr("libragrad_fx.ops.attention._CACHED", cached)
-    monkeypatch.setattr("libragrad_fx.ops.attention._ROWS", 256 if cached > 150 else 4)
+    """By blocks of one head of one sample, of some heads, of everything at once; by PyTorch's own
+    kernel, as what is small."""
+    constants = {"_SMALL": 2**16}
+    if cached is not None:
+        constants = {"_SMALL": 0, "_CACHED": cached, "_ROWS": 256 if cached > 150 else 4}
+    for constant, value in constants.items():
+        monkeypatch.setattr(f"libragrad_fx.ops.attention.{constant}", value)
     queries, heads, given = ATTENTION[name]
     arguments = dict(given)
     keys = queries if arguments.get("is_causal") else 9

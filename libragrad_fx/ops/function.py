@@ -1,0 +1,71 @@
+"""What every ``torch.autograd.Function`` here needs: a cheap call, and a backward that asks first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+same = torch.ops.aten.alias.default
+"""A view of a tensor; unlike ``view_as`` it keeps the strides of axes of size 1 as well."""
+
+
+def quick(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply``, by a shorter way where only autograd looks on.
+
+    ``torch.func`` needs the form with ``setup_context``. For that form PyTorch binds the arguments
+    to a signature, in Python and at every call, which costs more than a small layer norm.
+    """
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = function.forward(*inputs)
+        function.setup_context(ctx, inputs, output)
+        return output
+
+    body = {"forward": forward, "setup_context": torch.autograd.Function.setup_context}
+    body = {name: staticmethod(method) for name, method in body.items()}
+    plain: Any = type(function.__name__, (function,), body)
+
+    def apply(*inputs: Any) -> Any:
+        watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        return (function if watched else plain).apply(*inputs)
+
+    return apply
+
+
+def linked(x: Any) -> Any:
+    """``x`` behind a node of its own, so that ``wanted`` can ask whether its gradient is."""
+    if not isinstance(x, torch.Tensor) or not x.requires_grad or not x.is_leaf:
+        return x
+    return x if torch.compiler.is_compiling() else same(x)
+
+
+def note_tensors(ctx: Any, inputs: Sequence[Any]) -> None:
+    """For ``wanted``: PyTorch keeps an edge for each input that is a tensor."""
+    if sum(ctx.needs_input_grad) > 1:
+        ctx.tensors = [isinstance(x, torch.Tensor) for x in inputs]
+
+
+def wanted(ctx: Any) -> Sequence[bool]:
+    """Which inputs of a backward node this pass needs a gradient of.
+
+    ``needs_input_grad`` says which could have one: every parameter, even where only the gradient of
+    the model's input is asked for.
+    """
+    needs: Sequence[bool] = ctx.needs_input_grad
+    if sum(needs) == 1:  # it is why this backward runs
+        return needs
+    edges = None if torch.compiler.is_compiling() else getattr(ctx, "next_functions", None)
+    if edges is None or len(edges) != sum(ctx.tensors):
+        return needs
+    nodes = iter(edges)
+    asked = [_runs(next(nodes)[0]) if is_tensor else False for is_tensor in ctx.tensors]
+    return tuple(n and a for n, a in zip(needs, asked, strict=True))
+
+
+def _runs(node: Any) -> bool:
+    try:
+        return node is None or torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf, of which PyTorch does not say
+        return True

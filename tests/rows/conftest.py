@@ -1,0 +1,10 @@
+"""Samples are small, and small attention is left to PyTorch's kernel: here it is ours that is tested."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _no_attention_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("libragrad_fx.ops.attention._SMALL", 0)
