@@ -15,6 +15,7 @@ from libragrad_fx.ledger import ledger, share_as_run, sites
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.pipeline import balance, decide
 from libragrad_fx.rewrite import rewrite
+from libragrad_fx.target import as_call, largest
 from libragrad_fx.types import Certificate, Ledger, Plan
 from libragrad_fx.verify import certify
 from libragrad_fx.viz import graph as pictures
@@ -172,16 +173,19 @@ def visualize(
         model: any model, or the result of ``transform``.
         path: its ending decides: .html (an explorer in one file), .svg, .png, .pdf (by Graphviz),
             .dot, .json (every op, for networkx).
-        inputs, target: as for ``audit``; inferred from the model if None.
+        inputs: as for ``audit``; a guess at what the model takes, of random numbers, if None.
+        target: as for ``audit``; the largest entry of each sample's output if None.
         view: the graph; ``streams``, what comes back over the residual stream and over each branch
             (.svg, .png, .pdf); ``model-explorer``, .json for Google's Model Explorer, and an overlay
             of each side beside it.
-        depth: how many names of a module's path are told apart; what is deeper is one node.
-        focus: path of a module that is drawn op by op.
+        depth: how many names of a path are told apart, an op's own being the last; what is deeper is
+            one node, and so are equal modules in a row, but for the first and the last.
+        focus: path of a module that is drawn op by op; a static picture shows what is next to it, and
+            not the rest.
 
     Raises:
-        InputError: an ending that is not known, a ``focus`` without nodes, no inputs to be inferred,
-            nothing that joins.
+        InputError: an ending that is not known, a place that cannot be written, a ``focus`` without
+            nodes, no inputs to be inferred, nothing that joins, a number that is not finite.
         LibraGradError: ``pip install 'libragrad-fx[graph]'`` is missing.
     """
     check_path(path, view)
@@ -197,6 +201,10 @@ def visualize(
 def gradient_graph(model: torch.nn.Module, inputs: Any = None, target: Any = None) -> Any:
     """The graph that ``visualize`` draws, as a ``networkx.DiGraph``: see ``viz.graph``."""
     gm, inputs = _balanced_with_inputs(model, inputs)
+    if target is None:
+        args, kwargs = as_call(inputs)
+        with torch.no_grad():
+            target = largest(gm(*args, **kwargs))
     graph = pictures.gradient_graph(gm, inputs, target)
     graph.graph["title"] = "transformed model" if gm is model else type(model).__name__
     return graph

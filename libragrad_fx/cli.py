@@ -39,10 +39,10 @@ from libragrad_fx.errors import (
     LibraGradError,
 )
 from libragrad_fx.extras import need
-from libragrad_fx.target import first_tensor, middle, select
+from libragrad_fx.target import first_tensor, largest, middle, select
 from libragrad_fx.viz.draw import tree
 from libragrad_fx.viz.flow import streams
-from libragrad_fx.viz.strip import streams_table
+from libragrad_fx.viz.strip import joined, streams_table
 
 _CAPTIONS = {"fullgrad_plus": "FullGrad+", "input_x_gradient": "Input×Gradient"}
 
@@ -186,7 +186,7 @@ def explain(
         logits = first_tensor(_run(sides["plain"], x))
         if bool(logits.isnan().any()):
             raise InputError(f"{model} answers nan on this picture: there is nothing to draw")
-        chosen = target if target is not None else _answer(logits)
+        chosen = target if target is not None else largest(logits)
         say("explaining")
         found = {k: _attribute(gm, x, chosen, method) for k, gm in sides.items()}
     maps = {k: a.values[0] for k, a in found.items()}
@@ -307,13 +307,17 @@ def graph(
     seed: Seed = 0,
 ) -> None:
     """Print what each module loses and creates under autograd, and what balancing does; or draw it."""
+    if out is None and (focus or view == "model-explorer"):
+        raise InputError("--focus and --view model-explorer are for a file: add -o FILE")
     module = _load(model, pretrained, checkpoint, seed).module
     with _working("capturing the model, two backwards"):
         inputs = _inputs(module, seed)
         chosen = _target(module, inputs, target)
         if out is None:
             found = lg.gradient_graph(module, inputs, chosen)
-            text = streams_table(streams(found)) if view == "streams" else tree(found, depth)
+            text = (
+                streams_table(joined(streams(found))) if view == "streams" else tree(found, depth)
+            )
         else:
             text = str(
                 lg.visualize(module, out, inputs, chosen, view=view, depth=depth, focus=focus)
@@ -493,17 +497,7 @@ def _run(module: torch.nn.Module, inputs: Any) -> Any:
 
 
 def _target(module: torch.nn.Module, inputs: Any, index: int | None) -> Any:
-    return index if index is not None else _answer(first_tensor(_run(module, inputs)))
-
-
-def _answer(y: torch.Tensor) -> Any:
-    """The largest entry of each sample, as a target; None where there is one number a sample."""
-    if y.is_meta:
-        raise InputError("the model is on meta: it has no weights to explain")
-    if y.ndim == 0 or y.numel() == y.shape[0]:
-        return None
-    places = y.flatten(1).argmax(1)
-    return [tuple(int(i[0]) for i in torch.unravel_index(p[None], y.shape[1:])) for p in places]
+    return index if index is not None else largest(_run(module, inputs))
 
 
 def _attribute(gm: Any, x: torch.Tensor, target: Any, method: str) -> lg.Attribution:

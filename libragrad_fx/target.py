@@ -114,6 +114,21 @@ def first_tensor(output: Any) -> torch.Tensor:
     )
 
 
+def largest(output: Any) -> Target:
+    """The largest entry of each sample's output, as a target; None where there is one number a sample.
+
+    Raises:
+        InputError: the output is on meta.
+    """
+    y = first_tensor(output)
+    if y.is_meta:
+        raise InputError("the model is on meta: it has no weights to explain")
+    if y.ndim == 0 or y.numel() == y.shape[0] or not y.is_floating_point():
+        return None
+    places = y.flatten(1).argmax(1)
+    return [tuple(int(i[0]) for i in torch.unravel_index(p[None], y.shape[1:])) for p in places]
+
+
 def middle(output: Any) -> torch.Tensor:
     """(B,): the entry in the middle of each sample's output, whatever its shape."""
     y = first_tensor(output)

@@ -130,8 +130,9 @@ def draw(subject: Subject) -> str:
 
 def section(subject: Subject, graph: Any, joined: bool) -> str:
     share, path = strongest_paths(graph, 1)[0]
+    passed = [d for _, d in graph.nodes(data=True) if d["plain"] or d["balanced"]]
     facts = (
-        f"{len(graph)} ops that a gradient passes,"
+        f"{sum(d['op'] != 'target' for d in passed)} ops that a gradient passes,"
         f" {sum(bool(d['action']) for _, d in graph.nodes(data=True))} edits;"
         f" {100 * imbalance(graph, 'plain'):.3g} % of the output is lost and created under autograd,"
         f" {100 * imbalance(graph, 'balanced'):.1g} % when balanced (float32);"

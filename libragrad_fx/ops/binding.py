@@ -29,8 +29,8 @@ _OTHERWISE = {"tensor_split", "narrow", "std", "var", "std_mean", "var_mean"}
 def binding(op: Any) -> Callable[..., Any] | None:
     """The Python function that PyTorch generated for ``op``, where there is one."""
     name = op._schema.name.removeprefix("aten::")
-    if op.namespace != "aten" or name in _OTHERWISE:
-        return None
+    if op.namespace != "aten" or name in _OTHERWISE or "Tensor?[]" in str(op._schema):
+        return None  # of the last, Python takes lists without a gap only
     found = [getattr(place, name, None) for place in _PLACES]
     for prefix, place in _PREFIXES.items():
         if name.startswith(prefix):

@@ -1,1 +1,1 @@
-"""What a person looks at: heat maps and the demo page. Arrays and text in, pictures and text out."""
+"""What a person looks at: heat maps, the demo page, gradient graphs. Pictures and text out."""

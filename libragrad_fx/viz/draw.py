@@ -9,7 +9,7 @@ import networkx as nx
 
 from libragrad_fx.extras import need
 from libragrad_fx.types import table
-from libragrad_fx.viz.graph import SIDES
+from libragrad_fx.viz.graph import SIDES, op_title
 from libragrad_fx.viz.paint import SEEN, moved, paint
 
 _LEGEND = (
@@ -19,25 +19,33 @@ _LEGEND = (
 _INK, _FAINT = "#222222", "#b0b0b0"
 
 
-def to_dot(graph: nx.DiGraph) -> Any:
+def to_dot(graph: nx.DiGraph, focus: str = "") -> Any:
     """Painted by what autograd loses (violet) or creates (orange); dashed edges are pruned.
 
-    Widths are the mass that comes back when balanced. The gradient flows from bottom to top.
+    Widths are the mass that comes back when balanced. The gradient flows from bottom to top. Modules
+    are called by their paths, within ``focus`` by what is below it.
     """
     graphviz = need("graphviz", "graph")
     unit = _unit(graph)
     worst = max((moved(d["plain"]) for _, d in graph.nodes(data=True)), default=0.0) / unit
     widest = max((abs(d["balanced"] or 0) for *_, d in graph.edges(data=True)), default=0.0)
     font = {"fontname": "Helvetica,Arial,sans-serif", "fontsize": "10"}
-    box = {"shape": "box", "style": "filled,rounded", "color": _FAINT, "fontcolor": _INK}
+    box = {
+        "shape": "box",
+        "style": "filled,rounded",
+        "color": _FAINT,
+        "fontcolor": _INK,
+        "height": "0.2",
+        "margin": "0.1,0.05",
+    }
     dot = graphviz.Digraph(
-        graph_attr={"rankdir": "TB", "nodesep": "0.25", "ranksep": "0.3", "label": _LEGEND,
+        graph_attr={"rankdir": "TB", "nodesep": "0.15", "ranksep": "0.2", "label": _LEGEND,
                     "labelloc": "t", "labeljust": "l", **font},
-        node_attr={**box, **font}, edge_attr={"color": _INK, "arrowsize": "0.6", **font},
+        node_attr={**box, **font}, edge_attr={"color": _INK, "arrowsize": "0.5", **font},
     )  # fmt: skip
     names = {n: f"n{i}" for i, n in enumerate(graph)}  # dot reads "a:b" as a port
     for node, data in graph.nodes(data=True):
-        label = "\n".join(_lines(node, data, unit))
+        label = "\n".join(_lines(node, data, unit, focus))
         dot.node(
             names[node],
             graphviz.escape(label).replace("\n", "\\n"),
@@ -49,15 +57,17 @@ def to_dot(graph: nx.DiGraph) -> Any:
             dot.edge(names[a], names[b], style="dashed", color=_FAINT)
         else:
             share = abs(data["balanced"]) / widest if widest else 0.0
-            dot.edge(names[a], names[b], penwidth=f"{0.6 + 3.4 * share:.2f}")
+            width = f"{0.6 + 2.4 * share:.2f}"
+            dot.edge(names[a], names[b], penwidth=width)
     return dot
 
 
-def _lines(node: str, data: dict[str, Any], unit: float) -> Iterator[str]:
-    yield data["title"]
+def _lines(node: str, data: dict[str, Any], unit: float, focus: str) -> Iterator[str]:
     silent = data["op"] in ("module", "target") or data["op"].startswith("input")
-    named = not silent and not data["title"].endswith(node)
-    yield from filter(None, ["  ".join(filter(None, [node if named else "", data["shape"]]))])
+    title = data["title"] if data["op"] == "module" else op_title(data, focus)
+    named = not silent and not title.endswith(node)
+    about = [title, node if named else "", data["shape"]]
+    yield "  ".join(filter(None, about))
     sums = data["plain"] or {"lost": 0.0, "created": 0.0}
     words = {"lost": "loses", "created": "creates"}
     seen = [f"{w} {_percent(sums[k], unit)}" for k, w in words.items() if sums[k] / unit >= SEEN]

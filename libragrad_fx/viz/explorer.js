@@ -177,6 +177,7 @@ const mix = (colour, amount) => `color-mix(in srgb, var(--${colour}) ${Math.roun
 
 /** Colours, widths and words of one side and view, on the layout that is there. */
 function paint() {
+  if (!drawn) return; // the first layout paints
   const { side, view } = state;
   for (const [id, el] of drawn.elements) {
     const it = item(id);
@@ -207,15 +208,20 @@ function paint() {
 function legend(widest) {
   const { side, view } = state;
   const key = view === "imbalance"
-    ? [element("div", {}, "gradient mass, % of the output"),
+    ? [element("div", {}, "gradient mass, % of the output (logarithmic)"),
        Object.assign(element("div", { id: "scale" }), { style: `background: linear-gradient(90deg, ${mix("lost", 1)}, var(--node), ${mix("created", 1)})` }),
-       element("div", { id: "ticks" }, element("span", {}, `lost ${percent(worst)}`), element("span", {}, "0"), element("span", {}, `created ${percent(worst)}`))]
+       element("div", { id: "ticks" }, ...[-1, 1].flatMap((sign) => TICKS.map((t) => tick(t, sign * depth(t)))), tick(0, 0)),
+       element("div", {}, "lost + created: violet where more is lost, orange where more is created")]
     : [element("div", {}, `width: the mass ⟨a, g⟩ that comes back, at most ${percent(widest)} of the output; `,
        coloured("positive", "red: for it"), ", ", coloured("negative", "blue: against it"))];
   const edits = side === "balanced"
     ? [element("div", {}, "dashed: pruned; ", coloured("edit", "green border: edited"))] : [];
   by("legend").replaceChildren(...key, ...edits);
 }
+
+const TICKS = [0.01, 0.1, 1, 10, 100, 1000].filter((t) => t < worst && t > worst / 500); // of the output
+/** A number below the scale; `at` from -1 to 1, as far from the middle as its colour is deep. */
+const tick = (amount, at) => Object.assign(element("span", {}, String(100 * amount)), { style: `left: ${50 + 50 * at}%` });
 
 const coloured = (name, text) => Object.assign(element("span", {}, text), { style: `color: var(--${name})` });
 
@@ -276,13 +282,15 @@ function about(it) {
   ];
 }
 
+const counts = (n) => n.plain || n.balanced ? n.op !== "target" : false; // not where it starts, nor where it ends
+
 function overview() {
   const total = (side) => percent(part(data.nodes.reduce((sum, n) => sum + moved(n[side]), 0), side));
   const worstNodes = [...nodes.values()].filter((n) => part(moved(n.plain), "plain") >= SEEN).sort((a, b) => moved(b.plain) - moved(a.plain)).slice(0, 12);
   const key = (k, what) => [element("dt", {}, element("kbd", {}, k)), element("dd", {}, what)];
   return [
     element("h2", {}, "Gradient graph"),
-    element("p", {}, `${nodes.size} ops that a gradient passes, ${data.edges.length} edges, ${data.nodes.filter((n) => n.action).length} edits. The output explained is ${Number(data.output.balanced.toPrecision(5))}.`),
+    element("p", {}, `${data.nodes.filter(counts).length} ops that a gradient passes, ${data.edges.length} edges, ${data.nodes.filter((n) => n.action).length} edits. The output explained is ${Number(data.output.balanced.toPrecision(5))}.`),
     element("p", {}, `Mass lost and created on the way back: ${total("plain")} of the output under autograd, ${total("balanced")} when balanced.`),
     element("h3", {}, "Most imbalanced under autograd"),
     rows(["", "lost", "created"], worstNodes.map((n) => [link(n.id, `${n.title} (${n.id})`), percent(part(n.plain.lost, "plain")), percent(part(n.plain.created, "plain"))])),
@@ -325,7 +333,8 @@ const WORDS = ["id", "title", "op", "module", "source", "action", "rule"];
 function search() {
   const query = by("query").value.trim().toLowerCase();
   const all = query ? [...groups.values(), ...nodes.values()] : [];
-  const hits = all.filter((it) => WORDS.some((k) => it[k].toLowerCase().includes(query)));
+  const words = (it) => WORDS.map((k) => it[k].toLowerCase()).flatMap((w) => [w, w.replaceAll("_", " ")]); // as drawn
+  const hits = all.filter((it) => words(it).some((w) => w.includes(query)));
   const exact = (it) => (it.id.toLowerCase() === query ? 0 : 1);
   const best = hits.sort((a, b) => exact(a) - exact(b)).slice(0, 50);
   const entry = (it) => element("li", {}, element("button", { onclick: () => { leave(); reveal(it.id); } },
@@ -342,6 +351,14 @@ by("query").addEventListener("keydown", (event) => {
   if (event.key === "Enter") by("found").querySelector("button")?.click();
   if (event.key === "Escape") leave();
   if (event.key === "ArrowDown") { by("found").querySelector("button")?.focus(); event.preventDefault(); }
+  event.stopPropagation();
+});
+
+by("found").addEventListener("keydown", (event) => {
+  const step = { ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling" }[event.key];
+  if (!step) return;
+  (event.target.closest("li")[step]?.querySelector("button") ?? (event.key === "ArrowUp" ? by("query") : null))?.focus();
+  event.preventDefault();
   event.stopPropagation();
 });
 
@@ -366,6 +383,7 @@ const look = (x, y, scale) => {
 
 const READABLE = 0.9, LARGEST = 1.4; // CSS pixels a point
 function fit() {
+  if (!drawn) return;
   const { size } = drawn;
   const { clientWidth: width, clientHeight: height } = by("stage");
   const whole = Math.min((width - 40) / size.width, (height - 40) / size.height, LARGEST);
@@ -433,6 +451,7 @@ let pressed = null;
 stage.addEventListener("pointerdown", (event) => { pressed = [event.clientX, event.clientY]; });
 stage.addEventListener("click", (event) => {
   const dragged = pressed && Math.hypot(event.clientX - pressed[0], event.clientY - pressed[1]) > 4;
+  if (by("query").value) leave();
   if (drawn && !dragged) choose(under(event));
 });
 stage.addEventListener("dblclick", (event) => { if (groups.has(under(event))) flip(under(event)); });
@@ -480,6 +499,7 @@ const KEYS = {
   "+": () => magnify(1.25), "=": () => magnify(1.25), "-": () => magnify(0.8), 0: () => fit(),
   Escape: () => choose(null),
   Enter: () => groups.has(state.chosen) && flip(state.chosen),
+  " ": () => groups.has(state.chosen) && flip(state.chosen),
   Backspace: () => { const g = item(state.chosen) && parent(state.chosen); if (g) flip(g); },
 };
 const ARROWS = { ArrowUp: [0, 60, "to", "from", "TB"], ArrowDown: [0, -60, "from", "to", "TB"], ArrowLeft: [60, 0, "to", "from", "LR"], ArrowRight: [-60, 0, "from", "to", "LR"] };

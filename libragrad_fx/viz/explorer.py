@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import importlib.resources
 import importlib.util
-import math
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
 
-from libragrad_fx.errors import InputError, LibraGradError
+from libragrad_fx.errors import LibraGradError
 from libragrad_fx.extras import need
-from libragrad_fx.viz.graph import SIDES, chains, groups, opened
+from libragrad_fx.viz.graph import chains, groups, opened
 
 
 def to_html(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> str:
     """The explorer of ``graph``; ``depth`` and ``focus`` say which modules are open at first.
 
     Raises:
-        InputError: a number of the account is not finite.
         LibraGradError: the packages that the page is made with are not installed.
     """
     jinja2 = need("jinja2", "graph")
@@ -35,11 +33,6 @@ def to_html(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> str:
 
 def to_data(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> dict[str, Any]:
     """What the page knows: nodes and groups with their accounts, edges with both masses."""
-    for node, data in graph.nodes(data=True):
-        if not all(math.isfinite(v) for s in SIDES for v in (data[s] or {}).values()):
-            raise InputError(
-                f"{node} ({data['op']}): its account is not finite, which no page can show"
-            )
     found = chains(graph)
     return {
         "output": graph.graph["output"],

@@ -49,7 +49,8 @@ def strongest_paths(
 
     What reaches a node goes on in proportion to the size of the mass on its edges; a path's share is
     the product of its edges'. All shares of all paths sum up to 1. Of thousands of nodes, ask a
-    ``collapse``: paths are found one by one.
+    ``collapse``: paths are found one by one. (Of a module that is called twice, a collapse is one node
+    that paths come back to; they are counted once.)
     """
     back = live(graph, side).reverse()
     sources = [n for n in back if back.out_degree(n) == 0]
@@ -72,7 +73,8 @@ def strongest_paths(
 
 @dataclasses.dataclass(frozen=True)
 class Join:
-    """Where branches come together that all of the gradient passes: a residual sum.
+    """Where branches come together that all of the gradient passes: a residual sum, mostly; it may be
+    a product or a concatenation.
 
     masses: side -> branch -> the mass that goes back into it, in shares of the output. A branch is
             called by the module that most of its ops are in, ``residual`` where it has none.

@@ -12,22 +12,26 @@ import operator
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import networkx as nx
 import torch
 
+from libragrad_fx.analyze import operands
 from libragrad_fx.errors import InputError
 from libragrad_fx.ledger import ledger
 from libragrad_fx.module import CapturedModule
+from libragrad_fx.normalize import module_path, source_line
 from libragrad_fx.ops import insert
 from libragrad_fx.rewrite import unedited
+from libragrad_fx.rulebook import op_name
 from libragrad_fx.types import Edit, LedgerRow
 
 SIDES = ("plain", "balanced")
 NORMS = {"plain": "plain_norm", "balanced": "balanced_norm"}
 _CARRIED = (*SIDES, *NORMS.values())
+_PLACE = ("op", "module", "source")
 NAMES = {"plain": "autograd", "balanced": "balanced"}  # what a reader calls them
 _SUMS = ("residual", "lost", "created", "bias")
 _SYMBOL = re.compile(r"\b[su]\d+\b")
@@ -44,12 +48,13 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
     Returns:
         A graph with ``output`` (plain and balanced) in its attributes, in units of the output.
         Nodes: ``title``, ``op``, ``module``, ``source``, ``role``, ``kind``, ``shape``, ``dtype``,
-        ``action`` (and ``actions``, as of a group: which, how often), the ``operands`` that it stops,
-        the ``scale`` of what it sends back, ``rule``, ``reason``, and for each side ``residual`` and
-        ``bias`` as the ledger has them, and what is ``lost`` and ``created`` (None where no gradient
-        passes).
+        ``action`` (and ``actions``, as of a group: which, how often), the ``operands`` that it acts
+        on (none named: all), the ``scale`` of what these send back, ``rule``, ``reason``, and for each
+        side ``residual`` and ``bias`` as the ledger has them, and what is ``lost`` and ``created``
+        (None where no gradient passes).
         Edges: ``plain`` and ``balanced``, the mass ⟨a, r(g)⟩ that comes back over them (None: pruned);
-        ``plain_norm`` and ``balanced_norm``, ‖r(g)‖; the producer's ``role``; the consumer's ``scale``.
+        ``plain_norm`` and ``balanced_norm``, ‖r(g)‖; the producer's ``role``; ``scale``, by what the
+        consumer's edit multiplies what it sends back over this edge.
 
     Raises:
         InputError: ``gm`` is not the result of a transform, or is in several graphs.
@@ -59,10 +64,8 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
             f"a gradient graph is drawn of what transform returned, in one graph; got"
             f" {type(gm).__name__}"
         )
-    accounts = {
-        "plain": ledger(unedited(gm), inputs, target),
-        "balanced": ledger(gm, inputs, target),
-    }
+    plain = unedited(gm)
+    accounts = {"plain": ledger(plain, inputs, target), "balanced": ledger(gm, inputs, target)}
     graph = nx.DiGraph(output={side: account.output for side, account in accounts.items()})
     describe = _describer(gm)
     for side, account in accounts.items():
@@ -76,12 +79,17 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
                 if producer not in graph:
                     graph.add_node(producer, **describe(producer, None))
                 if not graph.has_edge(producer, row.node):
-                    scale = {"scale": graph.nodes[row.node]["scale"]}
-                    graph.add_edge(producer, row.node, **dict.fromkeys(_CARRIED), **scale)
+                    graph.add_edge(producer, row.node, **dict.fromkeys(_CARRIED), scale=1.0)
                 graph.edges[producer, row.node].update({side: mass, NORMS[side]: norm})
+    graph.remove_nodes_from(set(graph) - nx.ancestors(graph, "output") - {"output"})
+    for producer, node in _scaled(graph, plain.graph, gm.plan.edits):
+        graph.edges[producer, node]["scale"] = graph.nodes[node]["scale"]
     for node, chain in chains(graph).items():
         data = graph.nodes[node]
-        data |= {"title": _title(data, chain), "actions": _count([data["action"]])}
+        data |= {
+            "title": op_title(data, chain[-1] if chain else ""),
+            "actions": _count([data["action"]]),
+        }
     for producer, _, data in graph.edges(data=True):
         data["role"] = graph.nodes[producer]["role"]
     return graph
@@ -96,11 +104,8 @@ def _describer(gm: CapturedModule) -> Callable[[str, LedgerRow | None], dict[str
 
     def describe(name: str, row: LedgerRow | None) -> dict[str, Any]:
         node = nodes.get(name)
-        label = str(node.args[1]) if node is not None and node.target is insert.guard else name
         return {
-            "op": row.op if row else f"input {label}",
-            "module": row.module if row else "",
-            "source": row.source if row else "",
+            **(_start(name, node) if row is None else {k: getattr(row, k) for k in _PLACE}),
             "role": roles[name].name.lower() if name in roles else "value",
             "kind": str(facts[name].kind) if name in facts else "",
             **_shape(node),
@@ -109,6 +114,31 @@ def _describer(gm: CapturedModule) -> Callable[[str, LedgerRow | None], dict[str
         }
 
     return describe
+
+
+def _start(name: str, node: torch.fx.Node | None) -> dict[str, str]:
+    if node is None or node.op != "call_function":
+        return {"op": f"input {name}", "module": "", "source": ""}
+    if node.target is insert.guard:
+        return {"op": f"input {node.args[1]}", "module": "", "source": ""}
+    return {"op": op_name(node.target), "module": module_path(node), "source": source_line(node)}
+
+
+def _scaled(
+    graph: nx.DiGraph, trace: torch.fx.Graph, edits: Iterable[Edit]
+) -> Iterator[tuple[str, str]]:
+    """The edges over which an edit scales what comes back: into its operands, or into all."""
+    nodes = {n.name: n for n in trace.nodes}
+    for edit in edits:
+        if edit.factor is None or edit.node not in graph:
+            continue
+        named = [n for _, n in operands(nodes[edit.node], edit.operands)]
+        for n in named:
+            while n.name not in graph and n.all_input_nodes:  # a part of what an op returned
+                n = n.all_input_nodes[0]
+            if graph.has_edge(n.name, edit.node):
+                yield n.name, edit.node
+        yield from () if named else graph.in_edges(edit.node)
 
 
 def _because(edit: Edit | None) -> dict[str, Any]:
@@ -130,10 +160,9 @@ def _shape(node: torch.fx.Node | None) -> dict[str, str]:
     return {"shape": shape, "dtype": str(value.dtype).removeprefix("torch.")}
 
 
-def _title(data: Mapping[str, Any], chain: Sequence[str]) -> str:
-    """An op's short name, behind that of its module where no group says it."""
+def op_title(data: Mapping[str, Any], outer: str = "") -> str:
+    """An op's short name, behind what is below ``outer`` of its module's path."""
     op = data["op"].split(".")[1] if "." in data["op"] else data["op"]
-    outer = chain[-1] if chain else ""
     below = data["module"].removeprefix(outer).removeprefix(".")
     return f"{below} · {op}" if below else op
 
@@ -220,8 +249,9 @@ def _end(row: Sequence[str], start: int, period: int, kinds: Mapping[str, Any]) 
 
 
 def opened(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> set[str]:
-    """The groups whose insides are drawn: ``depth`` names of a path are told apart, and ``focus``
-    is open, as is all inside of it and whatever it is in."""
+    """The groups whose insides are drawn: ``depth`` names of a path are told apart, of which an op's
+    own is the last; and ``focus`` is open, as is all inside of it and whatever it is in. Equal modules
+    in a row stay one."""
     found = chains(graph)
     inner = {a for chain in found.values() for a in chain[:-1]}
     inside = {n for n, d in graph.nodes(data=True) if focus and _within(d["module"], focus)}
@@ -229,7 +259,7 @@ def opened(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> set[str]:
         group
         for group, nodes in _members(found).items()
         if not inside.isdisjoint(nodes)
-        or (group in inner and "…" not in group and group.count(".") + 1 < depth)
+        or ("…" not in group and group.count(".") + 1 + (group not in inner) < depth)
     }
 
 
@@ -247,6 +277,14 @@ def collapse(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> nx.DiGraph:
         graph,
         {n: next((g for g in chain if g not in open_), n) for n, chain in chains(graph).items()},
     )
+
+
+def around(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> nx.DiGraph:
+    """``collapse``; with a ``focus``, only what is in it and what that reads or is read by."""
+    far = collapse(graph, depth, focus)
+    inside = {n for n, d in far.nodes(data=True) if focus and _within(d["module"], focus)}
+    near = {n for edge in far.edges if not inside.isdisjoint(edge) for n in edge}
+    return far.subgraph(inside | near) if inside else far
 
 
 def groups(graph: nx.DiGraph) -> dict[str, dict[str, Any]]:

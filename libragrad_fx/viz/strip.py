@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from libragrad_fx.viz.graph import NAMES, SIDES
 _STREAM, _GONE = "#c9ccd1", "#ffffff"
 # Okabe and Ito's, which colour-blind readers tell apart
 _BRANCHES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442")
+_OTHERS = "others"
 
 
 def save(joins: Sequence[Join], path: Path, title: str = "") -> None:
@@ -24,18 +25,28 @@ def save(joins: Sequence[Join], path: Path, title: str = "") -> None:
     Raises:
         InputError: a graph in which nothing joins.
     """
+    _draw(joined(joins), title).savefig(path, dpi=200)
+
+
+def joined(joins: Sequence[Join]) -> Sequence[Join]:
+    """The joins, if there are any.
+
+    Raises:
+        InputError: a graph in which nothing joins.
+    """
     if not joins:
         raise InputError("no branches come together in this model where all of the gradient passes")
-    _draw(joins, title).savefig(path, dpi=200)
+    return joins
 
 
 def _draw(joins: Sequence[Join], title: str) -> Any:
     need("matplotlib", "graph")
     from matplotlib.figure import Figure
 
+    joins = _gathered(joins)
     kinds = branches(joins)
     names = [k for k in kinds if k != RESIDUAL]
-    colours = {RESIDUAL: _STREAM, **dict(zip(names, itertools.cycle(_BRANCHES), strict=False))}
+    colours = {RESIDUAL: _STREAM, **dict(zip(names, _BRANCHES, strict=False))}
     width = min(max(6.0, 1.6 + 0.24 * len(joins)), 14)
     figure = Figure(figsize=(width, 4.6), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True)
@@ -45,7 +56,7 @@ def _draw(joins: Sequence[Join], title: str) -> Any:
     panels[-1].set_xticks(range(len(joins)), _ticks(joins), rotation=90, fontsize=6)
     handles = panels[0].get_legend_handles_labels()
     figure.legend(
-        *handles, loc="outside upper right", ncols=len(kinds) + 1, frameon=False, fontsize=8
+        *handles, loc="outside upper right", ncols=min(len(kinds) + 1, 4), frameon=False, fontsize=8
     )
     figure.supxlabel("from the input to the output", fontsize=8)
     figure.supylabel("gradient mass, % of the output", fontsize=8)
@@ -76,10 +87,28 @@ def _bars(panel: Any, joins: Sequence[Join], side: str, kinds: Sequence[str], co
         panel.spines[edge].set_visible(False)
 
 
+def _gathered(joins: Sequence[Join]) -> list[Join]:
+    """With the lightest branches as one, where there are more than colours."""
+    names = [k for k in branches(joins) if k != RESIDUAL]
+    if len(names) <= len(_BRANCHES):
+        return [*joins]
+    heavy = lambda k: sum(abs(m.get(k, 0.0)) for j in joins for m in j.masses.values())  # noqa: E731
+    kept = {RESIDUAL, *sorted(names, key=heavy)[-len(_BRANCHES) + 1 :]}
+    return [
+        dataclasses.replace(j, masses={side: _sum(m, kept) for side, m in j.masses.items()})
+        for j in joins
+    ]
+
+
+def _sum(masses: Mapping[str, float], kept: Collection[str]) -> dict[str, float]:
+    rest = [m for k, m in masses.items() if k not in kept]
+    return {k: m for k, m in masses.items() if k in kept} | ({_OTHERS: sum(rest)} if rest else {})
+
+
 def branches(joins: Sequence[Join]) -> list[str]:
     """All names of branches, the residual stream first, then as they come."""
     names = dict.fromkeys(k for j in joins for k in j.masses["balanced"])
-    return sorted(names, key=lambda k: (k != RESIDUAL, k == BRANCH))
+    return sorted(names, key=lambda k: (k != RESIDUAL, k in (BRANCH, _OTHERS)))
 
 
 def _ticks(joins: Sequence[Join]) -> list[str]:

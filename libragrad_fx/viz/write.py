@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 
@@ -13,7 +16,7 @@ from libragrad_fx.extras import need
 from libragrad_fx.viz.draw import to_dot
 from libragrad_fx.viz.explorer import to_html
 from libragrad_fx.viz.flow import streams
-from libragrad_fx.viz.graph import NAMES, SIDES, collapse
+from libragrad_fx.viz.graph import NAMES, NORMS, SIDES, around
 from libragrad_fx.viz.model_explorer import overlay, to_model_explorer
 from libragrad_fx.viz.strip import save
 
@@ -34,6 +37,8 @@ def check_path(path: str | Path, view: str = "graph") -> Path:
         raise InputError(f"{path.name!r}: view {view!r} is written as {', '.join(ENDINGS[view])}")
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"{str(path)!r} cannot be written")
     return path
 
 
@@ -42,16 +47,19 @@ def write(
 ) -> Path:
     """Write a view of ``graph`` as its file's ending says.
 
-    graph: .svg, .png, .pdf, .dot show it from as far away as ``collapse`` does with ``depth`` and
-        ``focus``; .html begins there; .json holds every op, as networkx's ``node_link_graph`` reads it.
+    graph: .svg, .png, .pdf, .dot show it from as far away as ``collapse`` does with ``depth``, or
+        ``focus`` and what is next to it; .html begins there; .json holds every op, as networkx's
+        ``node_link_graph`` reads it.
     streams: what comes back over the residual stream and over each branch, see ``streams``.
     model-explorer: .json for Google's Model Explorer, and beside it the account of each side for
         ``model-explorer g.json --node_data_paths g.autograd.json,g.balanced.json``.
 
     Raises:
-        InputError: another ending, or Graphviz is not installed (.html, .dot and .json need none).
+        InputError: another ending, a place that cannot be written, a number that is not finite, or
+            Graphviz is not installed (.html, .dot and .json need none).
     """
     path = check_path(path, view)
+    _require_finite(graph)
     if view == "streams":
         save(streams(graph), path, graph.graph.get("title", ""))
     elif view == "model-explorer":
@@ -63,20 +71,31 @@ def write(
     elif path.suffix == ".html":
         path.write_text(to_html(graph, depth, focus), "utf-8")
     elif path.suffix == ".dot":
-        path.write_text(to_dot(collapse(graph, depth, focus)).source, "utf-8")
+        path.write_text(to_dot(around(graph, depth, focus), focus).source, "utf-8")
     else:
-        path.write_bytes(_picture(collapse(graph, depth, focus), path.suffix[1:]))
+        path.write_bytes(_picture(to_dot(around(graph, depth, focus), focus), path.suffix[1:]))
     return path
+
+
+def _require_finite(graph: nx.DiGraph) -> None:
+    for node, data in graph.nodes(data=True):
+        if not all(math.isfinite(v) for side in SIDES for v in (data[side] or {}).values()):
+            raise InputError(
+                f"{node} ({data['op']}): its account is not finite: no picture shows it"
+            )
+    for a, b, data in graph.edges(data=True):
+        if not all(math.isfinite(data[k] or 0.0) for k in (*SIDES, *NORMS.values())):
+            raise InputError(f"what comes back from {b} to {a} is not finite: no picture shows it")
 
 
 def _save_json(value: object, path: Path) -> None:
     path.write_text(json.dumps(value, indent=1), "utf-8")
 
 
-def _picture(graph: nx.DiGraph, ending: str) -> bytes:
+def _picture(dot: Any, ending: str) -> bytes:
     graphviz = need("graphviz", "graph")
     try:
-        return to_dot(graph).pipe(format=ending)
+        return dot.pipe(format=ending)  # type: ignore[no-any-return]
     except graphviz.ExecutableNotFound as e:
         raise InputError(
             f".{ending} is drawn by Graphviz, whose program 'dot' is not installed here"

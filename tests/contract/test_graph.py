@@ -19,7 +19,7 @@ from libragrad_fx.cli import app
 from libragrad_fx.errors import InputError
 from libragrad_fx.viz.draw import to_dot, tree
 from libragrad_fx.viz.flow import bottlenecks, imbalance
-from libragrad_fx.viz.graph import SIDES, _runs, collapse
+from libragrad_fx.viz.graph import SIDES, _runs, around, collapse
 from libragrad_fx.viz.write import write
 
 F64 = torch.float64
@@ -159,6 +159,77 @@ def test_a_copy_draws_the_same(again) -> None:  # type: ignore[no-untyped-def]
     assert [*a.edges(data=True)] == [*b.edges(data=True)]
 
 
+def test_depth_tells_names_apart(drawn: tuple[nn.Module, torch.Tensor, nx.DiGraph]) -> None:
+    """1, 1.0, then the ops of 1.0. What lies between equal modules in a row stays one node."""
+    _, _, graph = drawn
+    assert "1" in collapse(graph, 1)
+    assert {"1.0", "1.5"} <= set(collapse(graph, 2))
+    assert set(collapse(graph, 3)) == set(collapse(graph, 2))
+    assert set(collapse(graph, 4)) == set(collapse(graph, 9))
+    assert {"layer_norm", "silu", "1.1 … 4 (× 4)"} <= set(collapse(graph, 4))
+    assert "silu_2" not in collapse(graph, 9)
+
+
+def test_a_focus_is_drawn_with_what_is_next_to_it(
+    drawn: tuple[nn.Module, torch.Tensor, nx.DiGraph], tmp_path: Path
+) -> None:
+    _, _, graph = drawn
+    near = around(graph, focus="1.3")
+    inside = {n for n, d in graph.nodes(data=True) if d["module"].startswith("1.3")}
+    assert inside < set(near)
+    assert {near.nodes[n]["title"] for n in set(near) - inside} == {"1.2", "1.4"}
+    assert write(graph, tmp_path / "g.dot", focus="1.3").read_text() == to_dot(near, "1.3").source
+    assert set(around(graph)) == set(collapse(graph))
+
+
+def test_an_edit_scales_the_edges_of_its_operands_alone() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.baddbmm(self.q(x), self.k(x), x.transpose(1, 2) @ x).mean((1, 2))
+
+    graph = lg.gradient_graph(Sum().to(F64), torch.randn(2, 4, 4, dtype=F64))
+    assert graph.nodes["baddbmm"]["operands"] == "batch1, batch2"
+    scales = {
+        graph.nodes[a]["title"]: d["scale"] for a, _, d in graph.in_edges("baddbmm", data=True)
+    }
+    assert scales == {"q · linear": 1.0, "k · linear": 0.5, "matmul": 0.5}
+    for a, b, d in graph.in_edges("baddbmm", data=True):
+        assert d["balanced_norm"] == pytest.approx(d["scale"] * d["plain_norm"]), (a, b)
+
+
+def test_what_no_gradient_reaches_is_not_drawn() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.logits, self.other = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            y = self.body(x)
+            return {"logits": self.logits(y), "other": self.other(y)}
+
+    graph = lg.gradient_graph(Two().to(F64), torch.randn(2, 4, dtype=F64), 0)
+    assert {d["module"] for _, d in graph.nodes(data=True)} == {"", "body", "logits"}
+
+
+def test_an_embedding_is_drawn_where_it_is() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wte, self.head = nn.Embedding(9, 4), nn.Linear(4, 1)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.wte(ids)).mean((1, 2))
+
+    graph = lg.gradient_graph(Words().to(F64), torch.randint(9, (2, 3)))
+    (data,) = (d for _, d in graph.nodes(data=True) if d["module"] == "wte")
+    assert data["op"] == "aten.embedding.default"
+    assert "test_graph.py" in data["source"]
+
+
 def test_json_and_dot_hold_every_node(
     drawn: tuple[nn.Module, torch.Tensor, nx.DiGraph], tmp_path: Path
 ) -> None:
@@ -169,6 +240,30 @@ def test_json_and_dot_hold_every_node(
     far = collapse(graph, 9)
     assert write(graph, tmp_path / "g.dot", depth=9).read_text() == to_dot(far).source
     assert to_dot(far).source.count("->") == far.number_of_edges()
+
+
+@pytest.mark.parametrize("name", ["g.html", "g.svg", "g.dot", "g.json", "me.json", "s.svg"])
+def test_what_is_not_finite_is_said(name: str, tmp_path: Path) -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sqrt(self.a(x) * 0).sum(1) + self.a(x).sum(1)
+
+    view = {"m": "model-explorer", "s": "streams"}.get(name[0], "graph")
+    graph = lg.gradient_graph(Root().to(F64), torch.randn(2, 4, dtype=F64))
+    with pytest.raises(InputError, match="not finite"):
+        write(graph, tmp_path / name, view)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_where_nothing_can_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "g.html").mkdir()
+    model, x = network()
+    with pytest.raises(InputError, match="cannot be written"):
+        lg.visualize(model, tmp_path / "g.html", x, 0)
 
 
 @NEEDS_DOT

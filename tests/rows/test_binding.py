@@ -11,6 +11,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+import libragrad_fx as lg
 from libragrad_fx import rulebook
 from libragrad_fx.ops import binding as module
 from libragrad_fx.ops.binding import binding
@@ -66,3 +67,16 @@ def test_it_would_not_for_those_left_out(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_most_ops_have_one() -> None:
     have = [any(binding(call.op) for call in calls(row)) for row in ROWS]
     assert sum(have) > 0.8 * len(have)
+
+
+def test_a_list_with_gaps_is_not_left_to_python() -> None:
+    """``z[:, i] = x`` is ``index_put(z, [None, i], x)``, which ``torch.index_put`` does not take."""
+
+    class Reversed(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            z = torch.zeros_like(x)
+            z[:, torch.arange(3).flip(0)] = x
+            return z[:, 0]
+
+    x = torch.randn(2, 3)
+    assert torch.equal(lg.transform(Reversed(), x)(x), x[:, 2])
