@@ -122,7 +122,7 @@ def verify(
         inputs: what to run both on, as for ``transform``.
         target: what to explain, as in Captum (int, tuple, tensor, list) or a callable.
         tolerance: largest residual and completeness error that still counts as balanced, in units
-            of the output; by default a thousand ulp of the largest flow through a node.
+            of the output; by default a thousand ulp of the largest number of the account.
     """
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"expected the original nn.Module, got {type(model).__name__}")

@@ -404,7 +404,7 @@ def coverage(
         file = results / f"{suite}{'-static' if static else ''}.jsonl"
         if not resume:
             file.unlink(missing_ok=True)
-        done = {r.name for r in cover.read(file)}
+        done = {r.name for r in cover.read(file) if r.verdict not in cover.STOPPED}
         everything = cover.SUITES[suite].names()
         names = {n: f for n, f in everything.items() if fnmatch.fnmatch(n, only) and n not in done}
         if not any(fnmatch.fnmatch(n, only) for n in everything):

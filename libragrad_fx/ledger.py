@@ -403,10 +403,14 @@ def _boundaries(recorder: Recorder, total: float) -> Iterator[Boundary]:
 def flat_arguments(module: CapturedModule, args: Any, kwargs: Any) -> list[Any]:
     """The call's arguments in the order of the graph's placeholders, defaults filled in."""
     names = [n for n in module.graph.nodes if n.op == "placeholder"]
+    args, rest = tuple(args), ()
+    if names and str(names[-1].target).startswith("*"):  # what is left goes there
+        names.pop()
+        args, rest = args[: len(names)], args[len(names) :]
     given = dict(zip((n.name for n in names), args, strict=False)) | dict(kwargs)
     if unknown := set(given) - {n.name for n in names}:
         raise InputError(f"forward takes no {', '.join(sorted(unknown))}")
     missing = [n.name for n in names if n.name not in given and not n.args]
     if missing or len(args) > len(names):
         raise InputError(f"the inputs do not fit forward({', '.join(n.name for n in names)})")
-    return [given[n.name] if n.name in given else n.args[0] for n in names]
+    return [*(given[n.name] if n.name in given else n.args[0] for n in names), *rest]

@@ -119,26 +119,31 @@ class _Normaliser:
                     )
 
     def _placeholders(self, used: Mapping[str, Any]) -> dict[str, Node]:
-        """One placeholder a parameter of ``forward``, with its default; unused ones are guarded."""
+        """One placeholder a parameter of ``forward``, in its order, with its default; unused ones are
+        guarded. None stands in where Python wants a default and there is none, or none that generated
+        code can spell: the guard of what is used refuses it."""
         found: dict[str, Node] = {}
-        unused: list[inspect.Parameter] = []
+        unused: list[tuple[str, Any]] = []
+        optional = False
         parameters = inspect.signature(self.model.forward).parameters
         order = [*parameters.values()]
         for extra in (n for n in used if n not in parameters):
             order.append(inspect.Parameter(extra, inspect.Parameter.KEYWORD_ONLY))
         fixed = [p.replace(default=False) if p.name in self.captured.forced else p for p in order]
-        for p in sorted(fixed, key=_has_default):  # Python wants those without a default first
+        for p in fixed:
             if p.kind is p.VAR_POSITIONAL and p.name in used:
                 found[p.name] = self.graph.create_node("placeholder", f"*{p.name}", name=p.name)
             if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
                 continue
-            default: tuple[Any, ...] = (p.default,) if _has_default(p) else ()
+            given = p.default is not p.empty
+            default = (p.default if _has_default(p) else None,) if given or optional else ()
+            optional = optional or bool(default)
             if default or p.name in used:
                 found[p.name] = self.graph.create_node("placeholder", p.name, default, name=p.name)
             if default and p.name not in used:
-                unused.append(p)
-        for p in unused:
-            self.graph.call_function(insert.constant, (found[p.name], p.name, p.default))
+                unused.append((p.name, *default))
+        for name, value in unused:
+            self.graph.call_function(insert.constant, (found[name], name, value))
         return found
 
     def _look_up(self, value: Node, key: Any) -> Node:
@@ -311,7 +316,7 @@ def _root_shell(model: torch.nn.Module) -> torch.nn.Module:
 
 def _has_default(p: inspect.Parameter) -> bool:
     """Whether a parameter has a default that generated code can spell."""
-    return p.default is not p.empty and isinstance(p.default, _CONSTANT_TYPES)
+    return p.default in ((), []) or isinstance(p.default, _CONSTANT_TYPES)
 
 
 def _parameter(

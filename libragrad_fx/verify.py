@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from libragrad_fx.errors import InputError
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.proof import prove
 from libragrad_fx.rewrite import erase, first_difference
@@ -70,9 +71,10 @@ def certify(
         output=account.output,
         input_share=account.input,
         bias_share=account.bias,
-        share_as_run=account.input if share is None else share,
+        share_as_run=share,
         completeness_error=account.completeness_error,
         boundaries=account.boundaries,
+        rows=account.rows,
         cuts=tuple(cuts),
         tolerance=_tolerance(dtype, pieces.values(), account) if tolerance is None else tolerance,
         edits=sum(len(p.edits) for p in plans),
@@ -107,7 +109,7 @@ def _tolerance(
     eps = max(torch.finfo(d).eps for d in used)
     ulp = 1e3 if eps < 1e-5 else 8  # half precision is summed in float32, and has few ulp to give
     largest = max((abs(r.out) for r in account.rows), default=0.0)
-    return ulp * eps * max(1.0, abs(account.output), largest)
+    return ulp * eps * max(abs(account.output), abs(account.input), abs(account.bias), largest)
 
 
 def forward_equal(
@@ -144,12 +146,22 @@ def _as_real(x: Any) -> Any:
 def _same_bits(a: Any, b: Any) -> bool:
     """Bit for bit: -0.0 is not 0.0, and a nan is the nan at its place, whatever its payload."""
     if not isinstance(a, torch.Tensor):
-        return bool(a == b or a is b)
+        return a is b or _same(a, b)
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(_bits(a), _bits(b))
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except RuntimeError as e:
+        raise InputError(
+            f"the output holds a {type(a).__name__}, whose tensors cannot be reached: register it with"
+            " torch.utils._pytree (register_dataclass)"
+        ) from e
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from libragrad_fx.coverage.check import Result, check
 from libragrad_fx.coverage.report import render
-from libragrad_fx.coverage.runner import Limits, read, run
+from libragrad_fx.coverage.runner import STOPPED, Limits, read, run
 from libragrad_fx.coverage.suites import SUITES, Subject, Suite
 
-__all__ = ["SUITES", "Limits", "Result", "Subject", "Suite", "check", "read", "render", "run"]
+__all__ = [
+    "STOPPED",
+    "SUITES",
+    "Limits",
+    "Result",
+    "Subject",
+    "Suite",
+    "check",
+    "read",
+    "render",
+    "run",
+]

@@ -111,17 +111,24 @@ def _numeric(blank: Result, subject: Subject) -> Result:
     found = lg.verify(model, gm, inputs, subject.target)
     scale = max(abs(found.output), abs(found.input_share), abs(found.bias_share))
     scale = scale or math.nan
-    errors = found.completeness_error / scale, found.worst_residual / scale
+    behind = max((b.error for b in found.boundaries), default=0.0)
+    run = found.input_share if found.share_as_run is None else found.share_as_run
+    errors = [
+        e / scale
+        for e in (found.completeness_error, found.worst_residual, behind, run - found.input_share)
+    ]
     coarse = casts(gm) if isinstance(gm, CapturedModule) else {}
     coarse.pop(torch.float64, None)
     tolerance = max([TOLERANCE, *(100 * torch.finfo(d).eps for d in coarse)])
-    within = [e <= tolerance for e in errors]  # a nan is not
+    within = [abs(e) <= tolerance for e in errors]  # a nan is not
     reasons = [
         *([] if found.forward_equal else [f"forward differs by {found.max_abs_difference:.2g}"]),
         *([] if found.erased_equal else ["the erased graph is not the original"]),
         *(f"unbalanced: {n}" for n in found.unbalanced),
         *([] if within[0] else [f"completeness error {errors[0]:.2g}"]),
         *([] if within[1] else [f"residual {errors[1]:.2g} at {found.worst_node}"]),
+        *([] if within[2] else [f"completeness error behind a block {errors[2]:.2g}"]),
+        *([] if within[3] else [f"the graph that runs gives the input {errors[3]:.2g} more"]),
     ]
     notes = [f"casts to {d} inside: {at}" for d, at in coarse.items()]
     notes += [f"in several graphs, cut at {c}" for c in found.cuts]

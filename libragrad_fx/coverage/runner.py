@@ -23,6 +23,8 @@ from libragrad_fx.extras import need
 
 _PRELOAD = ("libragrad_fx.coverage.warm", "timm")
 _START = "forkserver"  # it imports everything once: a start costs milliseconds, not seconds
+STOPPED = ("timeout", "memory", "crashed")
+"""Verdicts that say something of the machine as well: a run that goes on tries these again."""
 _POLL = 0.2  # seconds between two looks at a process
 
 
@@ -74,7 +76,10 @@ def read(file: Path) -> Iterator[Result]:
     if not file.exists():
         return
     found: dict[str, Result] = {}
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+    lines = file.read_text("utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):  # half a result: the run was stopped while it wrote
+        file.write_text("".join(lines := lines[:-1]), "utf-8")
+    for number, line in enumerate(lines, 1):
         try:
             result = Result(**json.loads(line))
         except (TypeError, ValueError) as e:

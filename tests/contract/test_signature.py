@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import inspect
 from typing import Any, NamedTuple
 
@@ -135,3 +136,53 @@ def test_training_statistics_are_the_models() -> None:
     assert torch.equal(model(x), out)
     assert all(torch.equal(after[k], v) for k, v in model.state_dict().items())
     assert not torch.equal(after["1.running_mean"], mine["1.running_mean"])
+
+
+class _Sentinel(enum.Enum):
+    NONE = 0
+
+
+class OddDefaults(nn.Module):
+    """A default that code cannot spell between those that it can, and one that is required behind."""
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        a: Any = None,
+        b: Any = _Sentinel.NONE,
+        c: Any = (),
+        *,
+        d: torch.Tensor,
+    ) -> torch.Tensor:
+        return (x * a - b + d).sum(-1)
+
+
+def test_arguments_keep_their_places() -> None:
+    x, a, b, d = (torch.randn(2, 4) for _ in range(4))
+    model = OddDefaults()
+    gm = lg.transform(model, {"x": x, "a": a, "b": b, "d": d})
+    assert torch.equal(gm(x, a, b, d=d), model(x, a, b, d=d))
+    assert torch.equal(gm(x, a, b, (), d=d), model(x, a, b, d=d))
+    with pytest.raises(InputError, match="b must be a tensor"):
+        gm(x, a, d=d)
+    with pytest.raises(InputError, match=r"c was \(\) at capture"):
+        gm(x, a, b, 3, d=d)
+
+
+class Product(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 1)
+
+    def forward(self, *xs: torch.Tensor) -> torch.Tensor:
+        return self.linear(xs[0] * xs[1])
+
+
+def test_any_number_of_arguments_is_accounted_for() -> None:
+    inputs = torch.randn(2, 4), torch.randn(2, 4)
+    model = Product()
+    gm = lg.transform(model, inputs)
+    assert lg.verify(model, gm, inputs).ok
+    assert lg.audit(gm, inputs).input == pytest.approx(
+        float((model(*inputs) - model.linear.bias).sum())
+    )

@@ -139,6 +139,9 @@ def test_results_are_read_back_or_refused(tmp_path: Path) -> None:
     rows = [cover.Result("timm", "a", "f", "static", v) for v in ("failed", "balanced")]
     file.write_text("".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in rows))
     assert [r.verdict for r in cover.read(file)] == ["balanced"]  # the last of a name counts
+    file.write_text(file.read_text() + '{"suite": "ti')  # stopped while it wrote
+    assert len(list(cover.read(file))) == 1
+    assert file.read_text().endswith("}\n")
     for bad in ("{", "[]", '{"name": "a"}'):
         file.write_text(bad + "\n")
         with pytest.raises(InputError, match=r"r\.jsonl:1 is no coverage result"):

@@ -17,6 +17,7 @@ from libragrad_fx.pipeline import Decision, decide, remember
 from libragrad_fx.proof import prove
 from libragrad_fx.rewrite import rewrite
 from libragrad_fx.types import Certificate, Edit, Ledger, LedgerRow
+from libragrad_fx.verify import _tolerance
 from tests.models.zoo import ZOO, build
 
 timm = pytest.importorskip("timm")
@@ -169,3 +170,9 @@ def test_sites_of_a_plain_trace_hold_all_that_sees_the_input() -> None:
     made = decided("fused_attention")
     balanced = {s.node for s in sites(made.trace, made.analysis, balanced=True)}
     assert balanced < {s.node for s in sites(made.trace, made.analysis, balanced=False)}
+
+
+def test_an_error_is_measured_by_the_account_however_small() -> None:
+    """A millionth that is lost of a millionth is not rounding: nothing is held against 1."""
+    leak = Ledger(rows=(), output=1e-6, input=4e-7, bias=0.0)
+    assert _tolerance(torch.float32, (), leak) < leak.completeness_error
