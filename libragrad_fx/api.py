@@ -53,8 +53,12 @@ def transform(
     try:
         made = decide(model, example_inputs, policy, on_unknown, rules)
     except ExportError as refusal:
-        inputs = infer_inputs(model) if example_inputs is None else example_inputs
-        return transform_in_pieces(model, inputs, refusal, on_unknown, policy=policy, rules=rules)
+        if example_inputs is None:
+            args, kwargs = infer_inputs(model)
+            example_inputs = kwargs or args
+        return transform_in_pieces(
+            model, example_inputs, refusal, on_unknown, policy=policy, rules=rules
+        )
     for name in made.analysis.gate_heads:
         text = next(n for n in made.plan.notes if name in n)
         warnings.warn(text, GateOutputWarning, stacklevel=2)

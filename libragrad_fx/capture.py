@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from libragrad_fx.errors import CaptureError, CustomBackwardWarning, ExportError, InputError
-from libragrad_fx.inplace import is_composite, rename
+from libragrad_fx.inplace import functional, is_composite, rename
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.ops.insert import observe
 from libragrad_fx.ops.twin import bind
@@ -252,7 +252,7 @@ class _Calls(TorchDispatchMode):
         given = any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves((args, kwargs)))
         made = (t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor))
         if given and any(map(inexact, made)):
-            self.ops.add(func)
+            self.ops.add(functional(func) or func)  # export leaves none in place
         return result
 
 

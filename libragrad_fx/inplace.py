@@ -23,7 +23,7 @@ def rename(graph: Graph) -> None:
     """Replace every in-place op of ``graph`` for which it is safe; the others stay."""
     place = {n: i for i, n in enumerate(graph.nodes)}
     for node in list(graph.nodes):
-        plain = _plain(node)
+        plain = functional(node.target) if node.args and isinstance(node.args[0], Node) else None
         if plain is None or not _is_safe(node, place):
             continue
         target = node.args[0]
@@ -34,16 +34,11 @@ def rename(graph: Graph) -> None:
                 user.replace_input_with(target, node)
 
 
-def _plain(node: Node) -> torch._ops.OpOverload | None:
-    """The op that computes what an in-place op writes; None if ``node`` is none such."""
-    op = node.target
+def functional(op: Any) -> torch._ops.OpOverload | None:
+    """The op that computes what an in-place op writes; None if ``op`` is none such."""
     if not (isinstance(op, torch._ops.OpOverload) and op.namespace == "aten"):
         return None
-    if (
-        not op._schema.is_mutable
-        or not op._opname.endswith("_")
-        or not isinstance(node.args[0], Node)
-    ):
+    if not op._schema.is_mutable or not op._opname.endswith("_"):
         return None
     packet = getattr(aten, op._opname[:-1], None)
     plain = getattr(packet, op._overloadname, None)

@@ -71,6 +71,8 @@ def _parts(graph: Graph, alive: set[Node], facts: Facts) -> Iterator[_Part]:
     for node in graph.nodes:
         if node.target not in _FEATURES or node not in alive or not _has_features(node):
             continue
+        if not _is_sized(node):
+            continue
         parts = _cover(node, node, alive, facts) or []
         features = _sizes(node)[_FEATURES[node.target]]
         if 0 < sum(_count(p.rows) for p in parts) < features:
@@ -122,7 +124,14 @@ def _sizes(node: Node) -> tuple[int, ...]:
     return tuple(_number(d) for d in node.meta["val"].shape)
 
 
+def _is_sized(node: Node) -> bool:
+    """Whether no size of a value is decided by data."""
+    return all(not isinstance(d, torch.SymInt) or d.node.has_hint() for d in node.meta["val"].shape)
+
+
 def _number(value: Any) -> int:
+    if isinstance(value, torch.SymInt) and not value.node.has_hint():
+        raise RuntimeError("data decides this number")
     return int(value.node.hint if isinstance(value, torch.SymInt) else value)  # type: ignore[arg-type]
 
 
@@ -189,7 +198,7 @@ def _replay(end: Node, product: Node, whole: torch.Tensor) -> Any:
 
     try:
         return value(end)
-    except RuntimeError:  # on a contiguous tensor it is no view
+    except RuntimeError:  # on a contiguous tensor it is no view; or data decides its sizes
         return None
 
 

@@ -206,6 +206,8 @@ class _Normaliser:
             self.env[node.name] = args[0] if args[1] == 0 else None
         elif name in ("view", "_unsafe_view") and node.target is not aten.view.dtype:
             self.env[node.name] = self._emit(aten.reshape.default, args, kwargs, node)
+        elif name == "div" and kwargs.get("rounding_mode", "") is None:
+            self.env[node.name] = self._emit(aten.div.Tensor, args, {}, node)
         elif name == "copy":
             self.env[node.name] = self._copy(node, *args[:2])
         else:

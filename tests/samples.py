@@ -356,6 +356,9 @@ BY_HAND: dict[str, list[Builder]] = {
     ],
     "aten.batch_norm": _norm_of(4, 3, 5) + _norm_of(6, 3),
     "aten.mul": one(r(2, 3), r(3)) + one(r(2, 3), 1.5) + one(c(2, 3), c(3)) + one(c(2, 3), r(3)),
+    "aten.unsafe_split": one(r(4, 3), 3),
+    "aten.unsafe_split_with_sizes": one(r(4, 3), [1, 3]),
+    "aten.unsafe_chunk": one(r(4, 3), 2),
     "aten.div": one(r(2, 3), lambda: positive(3)) + one(r(2, 3), 1.5) + one(c(2, 3), c(3)),
     "aten.einsum": one("ij,jk->ik", [r(2, 3), r(3, 4)])
     + one("bi,bj,bk->bijk", [r(2, 3), r(2, 2), r(2, 4)]),

@@ -81,6 +81,15 @@ def branching() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model, high, low
 
 
+def test_inputs_are_inferred_for_a_cut_model_too() -> None:
+    model = Branching().eval()
+    model.example_input_array = torch.randn(2, 4)
+    with pytest.warns(CutWarning):
+        gm = lg.transform(model)
+    x = torch.randn(3, 4)
+    assert torch.equal(gm(x), model(x))
+
+
 def test_both_branches_are_balanced() -> None:
     model, x, _ = branching()
     before = {k: v.clone() for k, v in model.state_dict().items()}

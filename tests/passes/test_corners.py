@@ -22,7 +22,11 @@ class Steps(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.up(x)
         steps = torch.floor_divide(h, 0.5) + torch.heaviside(h, h.new_zeros(())) + h.round()
-        return self.head(h * h.sigmoid() + 0.1 * steps)
+        steps = steps + torch.div(h, 0.3, rounding_mode="trunc")
+        slope = torch.div(h, 2, rounding_mode=None)  # a plain division
+        first = h.argsort(-1)[:, :2]
+        counted = torch.scatter(h, 1, first, h, reduce="multiply")  # no derivative, says PyTorch
+        return self.head(slope * h.sigmoid() + 0.1 * steps + 0.1 * counted)
 
 
 class Bag(nn.Module):
@@ -82,12 +86,43 @@ class AsksWhetherExported(nn.Module):
         return torch.special.expit(x) * (x[..., :1] + x[..., 1:2] + x[..., 2:3] + x[..., 3:])
 
 
+class Chosen(nn.Module):
+    """Data decides how many rows a fused projection sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.where(x[:, 0] > -99)[0]
+        q, k, v = self.qkv(x[rows]).chunk(3, -1)
+        mixed = F.softmax(q @ k.mT, -1) @ v
+        return self.head(torch.zeros_like(x).index_add(0, rows, mixed))
+
+
+class Cells(nn.Module):
+    """Recurrent cells are written out, in place and by parts that PyTorch calls unsafe."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru, self.rnn = nn.LSTMCell(4, 6), nn.GRUCell(6, 6), nn.RNNCell(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, c = self.lstm(x)
+        h = self.lstm(x, (h, c))[0]
+        near = F.cosine_similarity(h, h.flip(0))
+        return self.head(self.rnn(self.gru(h, h), h) * near[:, None])
+
+
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 CASES: list[tuple[type[nn.Module], Any]] = [
     (Steps, ((2, 4),)),
     (Bag, (IDS, (2, 4))),
     (Padded, ((2, 2, 9),)),
     (Shaped, ((2, 4),)),
+    (Chosen, ((3, 4),)),
+    (Cells, ((2, 4),)),
     (TwoTowers, ((2, 4), IDS)),
     (AsksWhetherExported, ((2, 4),)),
 ]
