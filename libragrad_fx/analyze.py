@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch.fx import Node
@@ -32,12 +32,15 @@ _SIZES = {  # they read a shape, not a value
 _ZEROS = {"aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default"}
 
 
-def analyze(trace: Trace, book: RuleBook, all_carry: bool = False) -> Analysis:
+def analyze(
+    trace: Trace, book: RuleBook, all_carry: bool = False, static: Container[str] = ()
+) -> Analysis:
     """Roles, live nodes and gaps of a captured graph. Touches nothing.
 
     all_carry: every output is read by what comes after, so none may be left alone as a gate.
+    static:    arguments that no signal comes in by.
     """
-    return _Analyzer(trace, book, all_carry).run()
+    return _Analyzer(trace, book, all_carry, static).run()
 
 
 def operands(node: Node, names: tuple[str, ...]) -> list[tuple[str, Node]]:
@@ -74,6 +77,7 @@ class _Analyzer:
     trace: Trace
     book: RuleBook
     all_carry: bool
+    static: Container[str]
 
     def __post_init__(self) -> None:
         self.nodes = list(self.trace.graph.nodes)
@@ -120,6 +124,8 @@ class _Analyzer:
         if node.op in ("placeholder", "get_attr", "output") or node.target in _SIZES:
             return Role.STATIC
         if node.target is insert.guard:
+            if str(node.args[1]) in self.static:
+                return Role.STATIC
             return Role.VALUE if is_inexact(node) else Role.CUT
         inputs = [self.roles[n.name] for n in self._read(node)]
         joined = max(inputs, default=Role.STATIC)

@@ -20,9 +20,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from libragrad_fx import rulebook
 from libragrad_fx.errors import CaptureError, CutWarning, NoPathError, UnknownOpError
 from libragrad_fx.ledger import Recorder, settle
-from libragrad_fx.module import CapturedModule, unshare
+from libragrad_fx.module import TREE, CapturedModule, unshare
 from libragrad_fx.normalize import short_place
 from libragrad_fx.pipeline import balance, decide
 from libragrad_fx.target import Target, as_call, differentiable, inexact, undisturbed
@@ -32,26 +33,33 @@ _STATIC = "_libragrad_static"  # set on tensors that a graph returns and that no
 _LIMIT = {"recompile_limit": 256, "fail_on_recompile_limit_hit": True}
 
 
+_MOVES, _STILL, _HELD = "moves", "still", "held"
+
+
 class _Piece(nn.Module):
-    """One of Dynamo's graphs as a model of its own: what moves is an argument, the rest is held."""
+    """One of Dynamo's graphs as a model of its own: what is computed is an argument, whether it moves
+    with the input or not; what the model has, and what is no tensor, is held."""
 
     def __init__(
-        self, body: torch.fx.GraphModule, args: tuple[Any, ...], moving: list[bool]
+        self, body: torch.fx.GraphModule, args: tuple[Any, ...], kinds: tuple[str, ...]
     ) -> None:
         super().__init__()
-        self.body, self.moving = body, moving
-        for i, (a, m) in enumerate(zip(args, moving, strict=True)):
+        self.body, self.kinds = body, kinds
+        for i, (a, kind) in enumerate(zip(args, kinds, strict=True)):
             if isinstance(a, nn.Parameter):  # it stays one: PyTorch picks kernels by requires_grad
                 self.register_parameter(f"held_{i}", a)
-            elif isinstance(a, torch.Tensor) and not m:
+            elif isinstance(a, torch.Tensor) and kind == _HELD:
                 self.register_buffer(f"held_{i}", a)
-            elif not m:
+            elif kind == _HELD:
                 setattr(self, f"held_{i}", a)
 
-    def forward(self, *moving: torch.Tensor) -> Any:
-        given = iter(moving)
+    def forward(self, *given: torch.Tensor) -> Any:
+        one = iter(given)
         return self.body(
-            *(next(given) if m else getattr(self, f"held_{i}") for i, m in enumerate(self.moving))
+            *(
+                getattr(self, f"held_{i}") if k == _HELD else next(one)
+                for i, k in enumerate(self.kinds)
+            )
         )
 
 
@@ -101,12 +109,18 @@ class CutModule(nn.Module):
     other graphs than the last. Made by ``transform`` where one graph cannot be had.
     """
 
+    model: nn.Module
+    _compiled: Callable[..., Any]
+
     def __init__(
         self, model: nn.Module, refusal: str, options: Mapping[str, Any], on_unknown: str
     ) -> None:
         super().__init__()
         shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        self.model = copy.deepcopy(model, shared)  # its own modules, the same tensors
+        own = copy.deepcopy(model, shared)  # its own modules, the same tensors
+        self.__dict__.update(
+            model=own, **{k: vars(own)[k] for k in TREE}
+        )  # its tree is the model's
         self.training = model.training
         self.refusal, self.options, self.on_unknown = refusal, dict(options), on_unknown
         self._reset()
@@ -115,7 +129,8 @@ class CutModule(nn.Module):
         self.pieces: dict[str, CapturedModule] = {}
         self.cuts: tuple[str, ...] = ()
         self._local = threading.local()
-        self._compiled = torch.compile(self.model, backend=self._backend, dynamic=False)
+        compiled = torch.compile(self.model, backend=self._backend, dynamic=False)
+        self.__dict__["_compiled"] = compiled  # no part of the tree
 
     def __getstate__(self) -> dict[str, Any]:
         dropped = ("pieces", "cuts", "_local", "_compiled")
@@ -124,6 +139,10 @@ class CutModule(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
+
+    def train(self, mode: bool = True) -> CutModule:
+        self.model.training = mode
+        return super().train(mode)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         unshare(self)
@@ -142,15 +161,18 @@ class CutModule(nn.Module):
 
         notes = (self.refusal, *(f"cut at {c}" for c in self.cuts))
         why = {f"{name}/{k}": v for name, p in plans for k, v in p.why.items()}
-        first = plans[0][1]
+        book = rulebook.load(self.options["policy"], self.options["rules"])
         return Plan(
-            first.policy, first.digest, joined("edits"), joined("unknown"), joined("unbalanced"), notes, why
+            book.policy, book.digest, joined("edits"), joined("unknown"), joined("unbalanced"), notes, why
         )  # fmt: skip
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.model(*args, **kwargs)
-        return self._forward(args, kwargs)[0]
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        wanted = any(t.requires_grad for t in (*tensors, *self.parameters()))
+        output = self._forward(args, kwargs)[0]
+        return output if wanted else pytree.tree_map_only(torch.Tensor, torch.detach, output)
 
     def _forward(self, args: Any, kwargs: Any, record: bool = False) -> tuple[Any, _Run]:
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
@@ -191,49 +213,56 @@ class CutModule(nn.Module):
             self.cuts = tuple(
                 dict.fromkeys([*self.cuts, f"{place} ({reason.reason.splitlines()[0]})"])
             )
-        made: dict[Any, tuple[str, CapturedModule | None, list[bool], list[bool]]] = {}
+        made: dict[Any, tuple[str, CapturedModule | None, list[bool]]] = {}
 
         def call(*args: Any) -> Any:
             run: _Run = self._local.run
-            moving = [isinstance(a, torch.Tensor) and run.depends(a) for a in args]
-            moving = [m and not _held_by(self.model, a) for m, a in zip(moving, args, strict=True)]
-            key = tuple("moves" if m else _identity(a) for m, a in zip(moving, args, strict=True))
+            kinds = tuple(self._kind(run, a) for a in args)
+            key = kinds, tuple(_identity(a) for a, k in zip(args, kinds, strict=True) if k == _HELD)
             if key not in made:
-                made[key] = self._piece(body, args, moving)
-            return self._run_piece(run, body, args, *made[key])
+                made[key] = self._piece(body, args, kinds)
+            name, piece, depends = made[key]
+            given = [a for a, k in zip(args, kinds, strict=True) if piece is None or k != _HELD]
+            return self._run_piece(run, body, given, name, piece, depends)
 
         return call
 
+    def _kind(self, run: _Run, x: Any) -> str:
+        if not isinstance(x, torch.Tensor) or _held_by(self.model, x):
+            return _HELD
+        return _MOVES if run.depends(x) else _STILL
+
     def _piece(
-        self, body: torch.fx.GraphModule, args: tuple[Any, ...], moving: list[bool]
-    ) -> tuple[str, CapturedModule | None, list[bool], list[bool]]:
-        """A graph balanced, and which of its outputs depend on the input; None if none does."""
-        if not any(moving):
-            return "", None, moving, []
-        piece = _Piece(body, args, moving)
-        given = tuple(a.detach() for a, m in zip(args, moving, strict=True) if m)
+        self, body: torch.fx.GraphModule, args: tuple[Any, ...], kinds: tuple[str, ...]
+    ) -> tuple[str, CapturedModule | None, list[bool]]:
+        """A graph balanced, and which of its outputs carry what the input sends; None if none does."""
+        if _MOVES not in kinds:
+            return "", None, []
+        piece = _Piece(body, args, kinds)
+        given = [(a.detach(), k) for a, k in zip(args, kinds, strict=True) if k != _HELD]
+        static = {f"given[{i}]" for i, (_, kind) in enumerate(given) if kind == _STILL}
         try:
             decision = decide(
-                piece, given, on_unknown=self.on_unknown, module_calls=False, piece=True, **self.options
+                piece, tuple(a for a, _ in given), on_unknown=self.on_unknown, module_calls=False,
+                piece=True, static=static, **self.options,
             )  # fmt: skip
         except NoPathError:
-            return "", None, moving, []
+            return "", None, []
         final = next(n for n in decision.trace.graph.nodes if n.op == "output")
         known = decision.analysis.roles
         outputs = pytree.tree_leaves(final.args[0])
         roles = [known.get(getattr(n, "name", ""), Role.STATIC) for n in outputs]
         name = f"graph{len(self.pieces)}"
         self.pieces[name] = balance(decision)
-        return name, self.pieces[name], moving, [r >= Role.CUT for r in roles]
+        return name, self.pieces[name], [r > Role.CUT for r in roles]
 
     def _run_piece(
-        self, run: _Run, body: Any, args: Any, name: str, piece: CapturedModule | None,
-        moving: list[bool], depends: list[bool],
+        self, run: _Run, body: Any, given: list[Any], name: str, piece: CapturedModule | None,
+        depends: list[bool],
     ) -> Any:  # fmt: skip
         if piece is None:
-            outputs = body(*args)
+            outputs = body(*given)
         else:
-            given = [a for a, m in zip(args, moving, strict=True) if m]
             run.pieces[name] = piece
             if run.recorders is None:
                 outputs = piece(*given)
@@ -248,7 +277,7 @@ class CutModule(nn.Module):
         for y, moves in zip(leaves, depends or [False] * len(leaves), strict=True):
             if isinstance(y, torch.Tensor) and y.grad_fn is not None:
                 run.moves[y.grad_fn] = moves
-            elif isinstance(y, torch.Tensor) and not moves and not any(y is a for a in args):
+            elif isinstance(y, torch.Tensor) and not moves and not any(y is a for a in given):
                 setattr(y, _STATIC, True)
         return outputs
 

@@ -26,7 +26,7 @@ from libragrad_fx.errors import InputError, ModeError
 from libragrad_fx.ops import TWINS, insert
 from libragrad_fx.ops.binding import bound
 
-_TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _META = ("nn_module_stack", "stack_trace", "libragrad")
 _INSERTS = {
     insert.guard: "guard", insert.constant: "constant", insert.scale: "scale",
@@ -114,7 +114,7 @@ class CapturedModule(torch.fx.GraphModule):
         super().__init__(torch.nn.Module(), torch.fx.Graph())
         own = set(vars(self))
         for key, value in vars(root).items():
-            if key in _TREE:
+            if key in TREE:
                 self.__dict__[key] = copy.copy(value)
             elif key not in own:
                 self.__dict__[key] = value
@@ -266,7 +266,7 @@ class _Constant:
 
 
 def _state(module: CapturedModule) -> dict[str, Any]:
-    root = {k: vars(module)[k] for k in (*_TREE, *module._attributes)}
+    root = {k: vars(module)[k] for k in (*TREE, *module._attributes)}
     return {"root": root, "graphs": [*map(_nodes, module.graphs())], "record": module.record}
 
 

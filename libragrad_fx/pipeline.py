@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,12 @@ def decide(
     *,
     module_calls: bool = True,
     piece: bool = False,
+    static: Container[str] = (),
 ) -> Decision:
     """Every stage before the rewrite.
 
     piece: the model is a part of a larger one: its shapes are fixed, and every output carries.
+    static: arguments that no signal comes in by.
     """
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"expected an nn.Module, got {type(model).__name__}")
@@ -57,7 +60,7 @@ def decide(
     with _ONE_AT_A_TIME:
         captured = capture(model, inputs, known=known, module_calls=module_calls, fixed=piece)
     trace = normalize(model, captured)
-    analysis = analyze(trace, book, all_carry=piece)
+    analysis = analyze(trace, book, all_carry=piece, static=static)
     return Decision(trace, analysis, make_plan(trace, analysis, book, on_unknown))
 
 

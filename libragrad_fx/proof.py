@@ -19,7 +19,7 @@ from libragrad_fx.analyze import finding, is_inexact, kind_of, operands, tensor_
 from libragrad_fx.module import CapturedModule, leaf
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.insert import is_scale
-from libragrad_fx.types import Finding, Kind, OpFacts, Proof
+from libragrad_fx.types import Finding, Kind, OpFacts, Proof, Role
 
 _BY_KIND = {
     Kind.LINEAR: "linear in what carries",
@@ -69,7 +69,8 @@ def _moving(module: CapturedModule, facts: Mapping[str, OpFacts]) -> set[Node]:
     for node in module.graph.nodes:
         fact = facts.get(node.name)
         if node.target is insert.guard:
-            starts = is_inexact(node)
+            still = module.record.info["roles"].get(node.name) is Role.STATIC
+            starts = is_inexact(node) and not still
         elif fact is not None and fact.kind is Kind.EMBEDDING:
             starts = node.name in module.record.info["starts"]
         else:

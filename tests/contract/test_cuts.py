@@ -81,6 +81,66 @@ def branching() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model, high, low
 
 
+class Rotating(nn.Module):
+    """What graphs compute without the input, and steps of it, is used behind a cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.frequencies, self.weight = nn.Buffer(torch.rand(4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        table, weight = torch.cos(torch.arange(4) * self.frequencies), self.weight * 2
+        h = self.up(x)
+        steps = h.round()
+        if h.sum() > -1e9:
+            h = h * table + weight * h
+        h = nn.functional.silu(h) * h
+        if h.sum() > -1e9:
+            h = h + 0.1 * steps + 2 * table
+        return self.head(h)
+
+
+def test_graphs_are_made_once() -> None:
+    model = Rotating().double().eval()
+    x = torch.randn(2, 4, dtype=torch.float64)
+    with pytest.warns(CutWarning):
+        gm = lg.transform(model, x)
+    made = len(gm.pieces)
+    for _ in range(5):
+        y = torch.randn(2, 4, dtype=torch.float64)
+        assert torch.equal(gm(y), model(y))
+    with torch.no_grad():
+        model.weight.mul_(3)
+        model.frequencies.mul_(2)
+    assert torch.equal(gm(x), model(x))
+    assert len(gm.pieces) == made
+    assert lg.verify(model, gm, x, 1).ok
+    plain, balanced = ([*torch.autograd.grad(m(x).sum(), m.parameters())] for m in (model, gm))
+    assert len(plain) == len(balanced)
+    assert all(g.abs().sum() > 0 for g in balanced)
+
+
+def test_it_has_the_face_of_the_model() -> None:
+    model = Branching().eval()
+    x = torch.randn(2, 4)
+    with pytest.warns(CutWarning):
+        gm = lg.transform(model, x)
+    assert gm.state_dict().keys() == model.state_dict().keys()
+    model.load_state_dict(gm.state_dict())
+    assert dict(gm.named_modules()).keys() == dict(model.named_modules()).keys()
+    assert gm.get_submodule("norm").weight is model.norm.weight
+    for other in (copy.deepcopy(gm), pickle.loads(pickle.dumps(gm)), copy.deepcopy(gm).double()):
+        assert other.plan.digest == gm.plan.digest
+        assert lg.transform(other) is other
+    assert gm.train().model.training
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    with pytest.warns(CutWarning):
+        gm = lg.transform(frozen, x)
+    assert not gm(x).requires_grad
+    assert gm(x.clone().requires_grad_()).requires_grad
+
+
 def test_inputs_are_inferred_for_a_cut_model_too() -> None:
     model = Branching().eval()
     model.example_input_array = torch.randn(2, 4)
