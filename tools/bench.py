@@ -1,14 +1,14 @@
 """What a balanced gradient costs beside every other way of having one: ``docs/performance.md``.
 
     python tools/bench.py [--only 'vit_*'] [--rounds 10] [--threads 1] [--device cuda]
-                          [--mode eager|compiled|transform]
+                          [--mode eager|compiled|transform|sample]
 
 Every side of a case runs in turns in one process: plain autograd, ours, the authors' stop-gradient
 arithmetic on our graph, Captum's InputXGradient, and on torchvision's ViT the CP-LRP patches of LXT
 where it is installed (``pip install lxt``). Parameters are frozen and random, the input is random.
 ``compiled`` compares both under ``torch.compile``; ``transform`` times the transform itself against
-``torch.export`` alone. Results are kept in ``docs/performance.jsonl``; a case that is run again
-replaces its old one.
+``torch.export`` alone; ``sample`` takes the small models of the coverage sample. Results are kept in
+``docs/performance.jsonl``; a case that is run again replaces its old one.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ from typing import Any
 import torch
 from captum.attr import InputXGradient
 from torch import nn
+from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 import libragrad_fx as lg
 from libragrad_fx.bench import HEAD, Cost, Side, compare, gradient, race
+from libragrad_fx.coverage.check import generic
+from libragrad_fx.coverage.suites import SAMPLE, build
 from libragrad_fx.ops import insert
-from libragrad_fx.target import middle, select
+from libragrad_fx.target import as_call, inexact, middle, select
 
 RESULTS = Path("docs/performance.jsonl")
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -215,8 +218,31 @@ def _transforms(model: nn.Module) -> dict[str, Side]:
     }
 
 
+def _of_sample(suite: str, name: str) -> tuple[torch.Tensor, dict[str, Side]]:
+    """A model of the coverage sample: the gradient of its target by its first float input."""
+    subject = build(suite, name)
+    model = subject.model.eval().requires_grad_(False)
+    generic(model, subject.inputs)
+    leaves, spec = pytree.tree_flatten(as_call(subject.inputs))
+    at = next(i for i, v in enumerate(leaves) if inexact(v))
+
+    def answer(m: nn.Module) -> Forward:
+        def f(x: torch.Tensor) -> torch.Tensor:
+            args, kwargs = pytree.tree_unflatten([*leaves[:at], x, *leaves[at + 1 :]], spec)
+            return select(m(*args, **kwargs), subject.target)
+
+        return f
+
+    gm = lg.transform(model, subject.inputs)
+    return leaves[at], {"plain": gradient(answer(model)), "balanced": gradient(answer(gm))}
+
+
 def run(case: Case, options: argparse.Namespace) -> list[Cost]:
     torch.manual_seed(0)
+    if options.mode == "sample":
+        x, sides = _of_sample(*case.name.split("/"))
+        race(sides, x, 3)
+        return compare(sides, x, options.rounds)
     dtype = getattr(torch, options.dtype)
     model = case.make().eval().requires_grad_(False).to(options.device, dtype)
     x = torch.randn(case.shape, device=options.device, dtype=dtype)
@@ -267,7 +293,7 @@ def report() -> str:
             if (r["machine"], r["mode"]) == (machine, mode):
                 costs = [Cost(**c) for c in r["costs"]]
                 shape = " x ".join(map(str, r["shape"]))
-                text += ["", f"### {r['case']} ({shape})", "", HEAD]
+                text += ["", f"### {r['case']}{f' ({shape})' * bool(shape)}", "", HEAD]
                 text += [c.against(costs[0]) for c in costs]
     return "\n".join(text) + "\n"
 
@@ -281,10 +307,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--mode", choices=("eager", "compiled", "transform"), default="eager")
+    parser.add_argument(
+        "--mode", choices=("eager", "compiled", "transform", "sample"), default="eager"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    cases = [c for c in _cases() if fnmatch.fnmatch(c.name, options.only)]
+    small = [Case("/".join(key), nn.Identity, ()) for key in SAMPLE]
+    every = small if options.mode == "sample" else _cases()
+    cases = [c for c in every if fnmatch.fnmatch(c.name, options.only)]
     for case in tqdm(cases, unit="case"):
         costs = run(case, options)
         tqdm.write("\n".join([f"\n{case.name}", HEAD, *(c.against(costs[0]) for c in costs)]))

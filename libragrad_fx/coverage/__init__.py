@@ -9,9 +9,10 @@ from __future__ import annotations
 from libragrad_fx.coverage.check import Result, check
 from libragrad_fx.coverage.report import render
 from libragrad_fx.coverage.runner import STOPPED, Limits, read, run
-from libragrad_fx.coverage.suites import SUITES, Subject, Suite
+from libragrad_fx.coverage.suites import SAMPLE, SUITES, Subject, Suite
 
 __all__ = [
+    "SAMPLE",
     "STOPPED",
     "SUITES",
     "Limits",

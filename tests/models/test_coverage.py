@@ -17,24 +17,9 @@ from libragrad_fx import coverage as cover
 from libragrad_fx.cli import app
 from libragrad_fx.coverage import runner
 from libragrad_fx.coverage.check import generic
-from libragrad_fx.coverage.suites import build
+from libragrad_fx.coverage.suites import SAMPLE, build
 from libragrad_fx.coverage.unfilled import unfilled
 from libragrad_fx.errors import InputError
-
-SAMPLE = {
-    ("hf", "bert"): "post-norm encoder, from embeddings",
-    ("hf", "deberta-v2"): "disentangled attention",
-    ("hf", "llama"): "SwiGLU, rotary positions, RMSNorm in float32",
-    ("hf", "gpt-oss"): "attention sinks, clamped gates, experts",
-    ("hf", "t5"): "encoder and decoder, cross-attention, relative bias",
-    ("hf", "mamba"): "selective scan",
-    ("hf", "rwkv"): "recurrence with exponential gates",
-    ("hf", "swin"): "shifted windows",
-    ("hf", "wav2vec2"): "convolutions over sound, group norm",
-    ("timm-all", "test_efficientnet"): "squeeze-excite, batch norm",
-    ("timm-all", "test_nfnet"): "standardised weights, no norm",
-    ("torchvision", "shufflenet_v2_x0_5"): "channel shuffle",
-}
 
 SLOW = {  # the slowest
     "mamba", "rwkv", "deberta-v2", "test_nfnet", "shufflenet_v2_x0_5", "gpt-oss", "swin",
