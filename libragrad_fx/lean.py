@@ -22,6 +22,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from libragrad_fx.ops import insert
+from libragrad_fx.ops.binding import mark
 from libragrad_fx.ops.graft import graft, whole
 from libragrad_fx.ops.insert import MARK, is_scale
 from libragrad_fx.ops.product import halved_mul
@@ -231,6 +232,7 @@ def lean(graph: Graph, facts: Facts) -> Graph:
         elif node.target is aten.slice.Tensor and _takes_all(node):
             node.target = whole
             node.meta[MARK] = (_LEAN, node.name)
+    mark(graph)
     graph.lint()
     return graph
 

@@ -24,10 +24,10 @@ from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import InputError, ModeError
 from libragrad_fx.ops import TWINS, insert
-from libragrad_fx.ops.binding import bound
+from libragrad_fx.ops.binding import BOUND, bound
 
 TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_META = ("nn_module_stack", "stack_trace", "libragrad")
+_META = ("nn_module_stack", "stack_trace", "libragrad", BOUND)
 _INSERTS = {
     insert.guard: "guard", insert.constant: "constant", insert.scale: "scale",
     insert.probe: "probe",
@@ -133,7 +133,7 @@ class CapturedModule(torch.fx.GraphModule):
         """Run ``lean``, unless somebody listens to a submodule or the module is exported again."""
         if lean is None:
             return
-        quick = bound(lean, self.record.info["facts"])
+        quick = bound(lean)
         full, short = type(self).forward, type(torch.fx.GraphModule(self, quick)).forward
         heard = [
             h

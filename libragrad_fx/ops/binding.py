@@ -2,35 +2,40 @@
 
 A captured graph names ops (``aten.add.Tensor``); called by that name, the arguments of each call are
 held against the op's schema in a general way. ``torch.add`` parses them by code that was generated
-from the same schema, and dispatches to the same op: some microseconds less a call, of which a small
-network makes hundreds.
+from the same schema: some microseconds less a call, of which a small network makes hundreds. That it
+takes these arguments, and does the same with them, is tried out for each kind of call.
 """
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from libragrad_fx.ops.graft import whole
+
+BOUND = "libragrad_bound"
+"""Key of ``node.meta``: that a binding was found to do what the op does with such arguments."""
 
 _PLACES = (torch, torch._C._nn, torch.Tensor)  # type: ignore[attr-defined]
 _PREFIXES = {"special_": torch.special, "linalg_": torch.linalg, "fft_": torch.fft}
 _NATIVE = (types.BuiltinFunctionType, types.MethodDescriptorType)
-_OTHERWISE = {"tensor_split", "narrow", "std", "var", "std_mean", "var_mean"}
-"""Ops of which Python calls another overload than the one that is meant."""
+_tried: dict[Any, bool] = {}
 
 
 @functools.cache
 def binding(op: Any) -> Callable[..., Any] | None:
     """The Python function that PyTorch generated for ``op``, where there is one."""
     name = op._schema.name.removeprefix("aten::")
-    if op.namespace != "aten" or name in _OTHERWISE or "Tensor?[]" in str(op._schema):
-        return None  # of the last, Python takes lists without a gap only
+    if op.namespace != "aten":
+        return None
     found = [getattr(place, name, None) for place in _PLACES]
     for prefix, place in _PREFIXES.items():
         if name.startswith(prefix):
@@ -38,26 +43,79 @@ def binding(op: Any) -> Callable[..., Any] | None:
     return next((f for f in found if isinstance(f, _NATIVE)), None)
 
 
-def bound(graph: Graph, tested: Container[str]) -> Graph:
-    """A copy of ``graph`` that calls bindings, and nothing at all for ``x[:]``.
+class _Log(TorchDispatchMode):
+    """What is called in the end, with tensors by what they look like."""
 
-    tested: names of the nodes whose ops have a row in ``rules/ops.yaml``; every row's tests hold its
-    binding against it.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append((func, pytree.tree_map_only(torch.Tensor, _look, (args, kwargs))))
+        return func(*args, **(kwargs or {}))
+
+
+def _look(x: torch.Tensor) -> Any:
+    return tuple(x.shape), x.stride(), x.dtype
+
+
+def same_calls(op: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    """Whether a call of ``function`` ends in the calls that one of ``op`` ends in, on meta tensors."""
+    calls = []
+    for f in (op, function):
+        try:
+            with torch.no_grad(), _Log() as log:
+                f(*args, **kwargs)
+        except Exception:  # the binding takes no such arguments, or data would decide the result
+            return False
+        calls.append(log.calls)
+    return bool(calls[0] == calls[1])
+
+
+def mark(graph: Graph) -> None:
+    """Mark the nodes of ``graph``, which have their traced values, that a binding can stand for."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and binding(node.target) is not None:
+            node.meta[BOUND] = _is_bound(node)
+
+
+def _is_bound(node: Node) -> bool:
+    function = binding(node.target)
+    assert function is not None
+    try:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: _example(n.meta["val"]))
+    except (KeyError, TypeError):  # no traced value, or data decides a size of it
+        return False
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    key = node.target, spec, tuple(map(_kind, leaves))
+    if key not in _tried:
+        _tried[key] = same_calls(node.target, function, args, kwargs)
+    return _tried[key]
+
+
+def _example(value: Any) -> Any:
+    """A traced value without the tracing: a meta tensor, a number."""
+    if isinstance(value, torch.Tensor):
+        sizes, strides = ([_example(n) for n in part] for part in (value.shape, value.stride()))
+        return torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
+    if isinstance(value, (list, tuple)):
+        return [_example(v) for v in value]
+    return int(value.node.hint) if isinstance(value, torch.SymInt) else value  # type: ignore[arg-type]
+
+
+def _kind(x: Any) -> Any:
+    """All that decides how an argument is parsed."""
+    return (x.ndim, x.dtype) if isinstance(x, torch.Tensor) else type(x)
+
+
+def bound(graph: Graph) -> Graph:
+    """A copy of ``graph`` that calls bindings where it is marked, and nothing at all for ``x[:]``."""
     new = Graph()
     new.output(new.graph_copy(graph, {}))
     for node in list(new.nodes):
-        op = node.target
-        if op is whole and not any(user.op == "output" for user in node.users):
+        if node.target is whole and not any(user.op == "output" for user in node.users):
             node.replace_all_uses_with(node.args[0])
             new.erase_node(node)
-        elif isinstance(op, torch._ops.OpOverload) and node.name in tested and _is_plain(node):
-            node.target = binding(op) or op
+        elif node.meta.get(BOUND):
+            node.target = binding(node.target)
     return new
-
-
-def _is_plain(node: Node) -> bool:
-    """Whether those arguments alone are given by name that cannot be given otherwise: Python has
-    other names for the rest (``input``, not ``self``)."""
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
-    return set(node.kwargs) <= {a.name for a in arguments if a.kwarg_only}
