@@ -11,10 +11,9 @@ import torch
 from libragrad_fx.capture import infer_inputs
 from libragrad_fx.cuts import CutModule, foreign, ledger_of_pieces, transform_in_pieces
 from libragrad_fx.errors import ExportError, GateOutputWarning, InputError
-from libragrad_fx.ledger import ledger, share_as_run, sites
+from libragrad_fx.ledger import ledger, share_as_run
 from libragrad_fx.module import CapturedModule
-from libragrad_fx.pipeline import balance, decide
-from libragrad_fx.rewrite import rewrite
+from libragrad_fx.pipeline import balance, decide, plain
 from libragrad_fx.target import as_call, largest
 from libragrad_fx.types import Certificate, Ledger, Plan
 from libragrad_fx.verify import certify
@@ -94,8 +93,7 @@ def trace(
         raise ExportError(
             f"{e}\n  transform() may balance it in several graphs; a trace is one graph."
         ) from e
-    listed = sites(made.trace, made.analysis, balanced=False)
-    return rewrite(made.trace, None, {"sites": listed})
+    return plain(made)
 
 
 def plan(
@@ -155,7 +153,13 @@ def audit(model: torch.nn.Module, inputs: Any, target: Any = None, *, rules: Any
     """Which nodes create or destroy gradient mass, for any model, balanced or not."""
     if isinstance(model, CutModule):
         return ledger_of_pieces(model, inputs, target)[0]
-    module = model if isinstance(model, CapturedModule) else trace(model, inputs, rules=rules)
+    try:
+        module = model if isinstance(model, CapturedModule) else trace(model, inputs, rules=rules)
+    except ExportError as refusal:
+        cut = transform_in_pieces(
+            model, inputs, refusal, "keep", balanced=False, policy="libra", rules=rules
+        )
+        return ledger_of_pieces(cut, inputs, target)[0]
     return ledger(module, inputs, target)
 
 

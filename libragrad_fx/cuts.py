@@ -25,7 +25,7 @@ from libragrad_fx.errors import CaptureError, CutWarning, NoPathError, UnknownOp
 from libragrad_fx.ledger import Recorder, settle
 from libragrad_fx.module import TREE, CapturedModule, unshare
 from libragrad_fx.normalize import short_place
-from libragrad_fx.pipeline import balance, decide
+from libragrad_fx.pipeline import balance, decide, plain
 from libragrad_fx.target import Target, as_call, differentiable, inexact, undisturbed
 from libragrad_fx.types import Finding, Ledger, Plan, Role
 
@@ -113,9 +113,11 @@ class CutModule(nn.Module):
     _compiled: Callable[..., Any]
 
     def __init__(
-        self, model: nn.Module, refusal: str, options: Mapping[str, Any], on_unknown: str
-    ) -> None:
+        self, model: nn.Module, refusal: str, options: Mapping[str, Any], on_unknown: str,
+        balanced: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.balanced = balanced  # or autograd's own backward, for an account of it
         shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
         own = copy.deepcopy(model, shared)  # its own modules, the same tensors
         self.__dict__.update(
@@ -253,7 +255,7 @@ class CutModule(nn.Module):
         outputs = pytree.tree_leaves(final.args[0])
         roles = [known.get(getattr(n, "name", ""), Role.STATIC) for n in outputs]
         name = f"graph{len(self.pieces)}"
-        self.pieces[name] = balance(decision)
+        self.pieces[name] = balance(decision) if self.balanced else plain(decision)
         return name, self.pieces[name], [r > Role.CUT for r in roles]
 
     def _run_piece(
@@ -291,15 +293,16 @@ def _held_by(model: nn.Module, x: torch.Tensor) -> bool:
 
 
 def transform_in_pieces(
-    model: nn.Module, inputs: Any, refusal: CaptureError, on_unknown: str, **options: Any
-) -> CutModule:
+    model: nn.Module, inputs: Any, refusal: CaptureError, on_unknown: str, balanced: bool = True,
+    **options: Any,
+) -> CutModule:  # fmt: skip
     """Balance ``model`` graph by graph, and run it once to see that every graph can be.
 
     Raises:
         CaptureError: Dynamo cannot run it either; says what both said.
         UnknownOpError: as ``transform``; or ops run between the graphs, where no rule reaches.
     """
-    module = CutModule(model, str(refusal).splitlines()[0], options, on_unknown)
+    module = CutModule(model, str(refusal).splitlines()[0], options, on_unknown, balanced)
     args, kwargs = as_call(inputs)
     try:
         with undisturbed(module), differentiable():

@@ -80,6 +80,12 @@ def remember(made: Decision) -> dict[str, Any]:
     }
 
 
+def plain(made: Decision) -> CapturedModule:
+    """The captured model with autograd's own backward."""
+    listed = sites(made.trace, made.analysis, balanced=False)
+    return rewrite(made.trace, None, {"sites": listed})
+
+
 def balance(made: Decision) -> CapturedModule:
     """The rewrite of a decision, proved to leave the forward graph as it was."""
     module = rewrite(made.trace, made.plan, remember(made))

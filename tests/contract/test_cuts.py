@@ -121,6 +121,17 @@ def test_graphs_are_made_once() -> None:
     assert all(g.abs().sum() > 0 for g in balanced)
 
 
+def test_autograd_is_accounted_for_in_a_cut_model_too() -> None:
+    model, x = Branching().double().eval(), torch.randn(2, 4, dtype=torch.float64)
+    with pytest.warns(CutWarning):
+        account = lg.audit(model, x, 1)
+    (g,) = torch.autograd.grad(model(x.requires_grad_())[:, 1].sum(), x)
+    assert account.input == pytest.approx(float((x.detach() * g).sum()))
+    residuals = sum(r.residual for r in account.rows)
+    assert account.output - account.input - account.bias == pytest.approx(residuals)
+    assert {"aten.layer_norm.default", "aten.gelu.default"} <= {r.op for r in account.worst(4)}
+
+
 def test_it_has_the_face_of_the_model() -> None:
     model = Branching().eval()
     x = torch.randn(2, 4)
