@@ -109,7 +109,7 @@ class CutModule(nn.Module):
     other graphs than the last. Made by ``transform`` where one graph cannot be had.
     """
 
-    model: nn.Module
+    _model: nn.Module
     _compiled: Callable[..., Any]
 
     def __init__(
@@ -120,9 +120,8 @@ class CutModule(nn.Module):
         self.balanced = balanced  # or autograd's own backward, for an account of it
         shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
         own = copy.deepcopy(model, shared)  # its own modules, the same tensors
-        self.__dict__.update(
-            model=own, **{k: vars(own)[k] for k in TREE}
-        )  # its tree is the model's
+        # the tree is the model's own, so that names and state are
+        self.__dict__.update(_model=own, **{k: vars(own)[k] for k in TREE})
         self.training = model.training
         self.refusal, self.options, self.on_unknown = refusal, dict(options), on_unknown
         self._reset()
@@ -131,7 +130,7 @@ class CutModule(nn.Module):
         self.pieces: dict[str, CapturedModule] = {}
         self.cuts: tuple[str, ...] = ()
         self._local = threading.local()
-        compiled = torch.compile(self.model, backend=self._backend, dynamic=False)
+        compiled = torch.compile(self._model, backend=self._backend, dynamic=False)
         self.__dict__["_compiled"] = compiled  # no part of the tree
 
     def __getstate__(self) -> dict[str, Any]:
@@ -143,7 +142,7 @@ class CutModule(nn.Module):
         self._reset()
 
     def train(self, mode: bool = True) -> CutModule:
-        self.model.training = mode
+        self._model.training = mode
         return super().train(mode)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -170,7 +169,7 @@ class CutModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return self.model(*args, **kwargs)
+            return self._model(*args, **kwargs)
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         wanted = any(t.requires_grad for t in (*tensors, *self.parameters()))
         output = self._forward(args, kwargs)[0]
@@ -230,7 +229,7 @@ class CutModule(nn.Module):
         return call
 
     def _kind(self, run: _Run, x: Any) -> str:
-        if not isinstance(x, torch.Tensor) or _held_by(self.model, x):
+        if not isinstance(x, torch.Tensor) or _held_by(self._model, x):
             return _HELD
         return _MOVES if run.depends(x) else _STILL
 

@@ -144,7 +144,7 @@ def test_it_has_the_face_of_the_model() -> None:
     for other in (copy.deepcopy(gm), pickle.loads(pickle.dumps(gm)), copy.deepcopy(gm).double()):
         assert other.plan.digest == gm.plan.digest
         assert lg.transform(other) is other
-    assert gm.train().model.training
+    assert gm.train()._model.training
     frozen = copy.deepcopy(model).requires_grad_(False)
     with pytest.warns(CutWarning):
         gm = lg.transform(frozen, x)

@@ -19,7 +19,7 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.viz.flow import BRANCH, RESIDUAL, streams, strongest_paths
 from libragrad_fx.viz.graph import SIDES
 from libragrad_fx.viz.model_explorer import overlay, to_model_explorer
-from libragrad_fx.viz.strip import streams_table
+from libragrad_fx.viz.strip import _BRANCHES, _gathered, streams_table
 from tests.contract.test_explorer import CHROMIUM, needs_browser, playwright
 from tests.contract.test_graph import network
 
@@ -169,3 +169,24 @@ def test_the_real_model_explorer_opens_it(tmp_path: Path) -> None:
         server.wait()
     assert f"\n{len(lg.gradient_graph(model, x, 1))} nodes\n" in text
     assert "autograd: created (+) or lost (-)" in text
+
+
+def test_more_branches_than_colours_are_gathered() -> None:
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(4, 4)
+            for i in range(10):
+                self.add_module(f"branch{i}", nn.Sequential(nn.Linear(4, 4), nn.GELU()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.up(x)
+            parts = [m(h) for name, m in self.named_children() if name != "up"]
+            return torch.cat(parts, 1).mean(1, keepdim=True)
+
+    joins = streams(graph_of(Many(), torch.randn(2, 4)))
+    (before,), (after,) = joins, _gathered(joins)
+    assert len(before.masses["balanced"]) == 10
+    assert len(after.masses["balanced"]) == len(_BRANCHES)
+    for side in SIDES:
+        assert sum(after.masses[side].values()) == pytest.approx(sum(before.masses[side].values()))
