@@ -131,6 +131,19 @@ def test_bounds_at_infinity_are_no_bias() -> None:
     assert account.completeness_error == 0.0
 
 
+def test_what_stands_for_infinity_is_a_bias() -> None:
+    class Bounded(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("far", torch.tensor([0.0, math.inf, -math.inf, math.nan]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nan_to_num(x + self.far, nan=4.0, posinf=2.0, neginf=-1.0)
+
+    account = lg.audit(Bounded(), torch.tensor([[3.0, 3.0, -3.0, 1.0]]), lambda y: y.sum())
+    assert (account.output, account.input, account.bias) == (8.0, 3.0, 5.0)
+
+
 def test_of_a_negative_output_negative_mass_is_lost() -> None:
     row = LedgerRow("n", "op", "", "", out=-3.0, streams=-1.0, sources=0.0, bias=0.0, residual=-2.0)
     assert row.moved(-5.0) == (2.0, 0.0)
