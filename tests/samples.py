@@ -276,6 +276,8 @@ BY_HAND: dict[str, list[Builder]] = {
     "aten.roll": one(r(2, 6), [2], [1]),
     "aten.col2im": one(r(2, 12, 9), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]),
     "aten.index": one(r(4, 3), [ids(4, 5)]) + one(r(4, 3), [None, ids(3, 2)]),
+    "aten.index_put": one(r(4, 3), [torch.tensor([2, 0])], r(2, 3))
+    + one(r(4, 3), [torch.tensor([2, 2])], r(2, 3), True),
     "aten.im2col": one(r(2, 3, 4, 4), [2, 2], [1, 1], [0, 0], [1, 1]),
     "aten._adaptive_avg_pool2d": one(r(2, 3, 5, 5), _ADAPTIVE[2]),
     "aten._adaptive_avg_pool3d": one(r(2, 3, 5, 5, 4), _ADAPTIVE[3]),
