@@ -169,6 +169,13 @@ def positive(*shape: int) -> torch.Tensor:
     return torch.rand(shape, dtype=torch.float64) + 0.5
 
 
+def _with_zeros(rows: int, columns: int) -> torch.Tensor:
+    """No zero in the last row, one in the row before it, then two."""
+    x = randn(rows, columns)
+    x[:-1, 1] = x[: max(rows - 2, 0), 0] = 0.0
+    return x
+
+
 def one(*args: Any, **kwargs: Any) -> list[Builder]:
     """A single sample whose tensors are given as functions, drawn after seeding."""
     return [lambda: (_drawn(args), _drawn(kwargs))]
@@ -353,6 +360,10 @@ BY_HAND: dict[str, list[Builder]] = {
     + one(r(4, 5), 2),
     "aten.pow.Tensor_Tensor": one(lambda: positive(4, 5), r(5))
     + one(lambda: positive(5), lambda: torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)),
+    "aten.pow.Scalar": one(2, r(4, 5)) + one(0.3, r(4, 5)) + one(2.0, lambda: torch.zeros(2).double()),
+    "aten.prod.default": one(r(2, 3)) + one(r(1)) + one(r()) + one(lambda: _with_zeros(2, 3)),
+    "aten.prod.dim_int": one(r(4, 3), 1) + one(r(4, 3), 0, True) + one(lambda: _with_zeros(4, 3), -1),
+    "aten.cumprod": one(r(4, 3), 1) + one(r(4, 3), 0) + one(lambda: _with_zeros(4, 3), -1),
     "aten.softmax": one(r(4, 5), -1) + one(r(4, 5), 0) + one(r(2, 3, 4), 1),
     "aten.log_softmax": one(r(4, 5), -1) + one(r(2, 3, 4), 1),
     "aten.logsumexp": one(r(4, 5), [1]) + one(r(4, 5), [0], True) + one(r(2, 3, 4), [0, 2]),
