@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.analyze import finding, is_inexact, kind_of, operands, tensor_arguments
+from libragrad_fx.analyze import finding, is_affine, is_inexact, kind_of, operands, tensor_arguments
 from libragrad_fx.module import CapturedModule, leaf
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.insert import is_scale
@@ -34,6 +34,9 @@ _BY_TWIN = {
     Kind.ATTENTION: "attention, its weights held by a twin",
     Kind.RECURRENT: "recurrent layer, its gates held by a twin",
 }
+
+
+_ONCE = ", if no two of its indices coincide"  # of two, autograd answers both and one is kept
 
 
 def prove(module: CapturedModule) -> Proof:
@@ -172,7 +175,8 @@ def _judge(
     if kind is Kind.PRODUCT:
         return "product with one factor that carries", ""
     if kind in _BY_KIND:
-        return _BY_KIND[kind], ""
+        unsure = sends & set(fact.once) and not is_affine(node, fact)
+        return _BY_KIND[kind] + (_ONCE if unsure else ""), ""
     return "", f"a {kind} op is not balanced under autograd"
 
 

@@ -19,7 +19,7 @@ from libragrad_fx.ops.bias import BIASES
 from libragrad_fx.types import Action, Kind, Location, OpFacts, PolicyRow
 
 SITES = ("value", "values", "gate", "denominator")
-_LISTS = ("stream", "factors", "gate", "denominator", "like", "gate_outputs")
+_LISTS = ("stream", "factors", "gate", "denominator", "like", "once", "gate_outputs")
 _NUMBER = (int, float)
 _HUGE = 1e6  # no degree, rank or value at zero comes near it; nan is not below it
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -253,7 +253,7 @@ def _check_schema(row: OpFacts) -> None:
         kind = arguments.get(name, "Tensor")
         if not any(tensor in kind for tensor in ("Tensor", "Scalar", "number", "float")):
             raise RuleError(f"{row.where}: {name!r} of {row.op} is no tensor but {kind}")
-    for name in (*row.operands, *row.like, *row.affine_if):
+    for name in (*row.operands, *row.like, *row.once, *row.affine_if):
         if name not in arguments:
             raise RuleError(
                 f"{row.where}: {row.op} has no argument {name!r}; it has {', '.join(sorted(arguments))}"

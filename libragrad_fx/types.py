@@ -85,6 +85,7 @@ class OpFacts:
     gate: tuple[str, ...] = ()
     denominator: tuple[str, ...] = ()
     like: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()
     vjp: str | None = None
     at_zero: float | None = None
     bias: str = "at_zero"

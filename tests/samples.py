@@ -59,7 +59,20 @@ def _calls(op: str) -> tuple[Call, ...]:
         return tuple(found)
     made = (call_of(packet, *a) for a in _opinfo_arguments(packet))
     fitting = (c for c in made if overload in ("", c.op._overloadname))
-    return (*found, *itertools.islice(fitting, 1 if found else _OPINFO_LIMIT))
+    return (
+        *found,
+        *itertools.islice(fitting, 1 if found else _OPINFO_LIMIT),
+        *_by_overload(op),
+    )
+
+
+def _by_overload(op: str) -> Iterator[Call]:
+    """Samples of overloads that PyTorch would not pick by itself, of the packet ``op``."""
+    for name, builders in BY_OVERLOAD.items():
+        packet, overload = name.removeprefix("aten.").rsplit(".", 1)
+        for build in builders if name.startswith(f"{op}.") else ():
+            torch.manual_seed(0)
+            yield Call(getattr(getattr(aten, packet), overload), *build())
 
 
 def call_of(
@@ -154,6 +167,13 @@ def randn(*shape: int) -> torch.Tensor:
 
 def positive(*shape: int) -> torch.Tensor:
     return torch.rand(shape, dtype=torch.float64) + 0.5
+
+
+def _with_zeros(rows: int, columns: int) -> torch.Tensor:
+    """No zero in the last row, one in the row before it, then two."""
+    x = randn(rows, columns)
+    x[:-1, 1] = x[: max(rows - 2, 0), 0] = 0.0
+    return x
 
 
 def one(*args: Any, **kwargs: Any) -> list[Builder]:
@@ -263,6 +283,8 @@ BY_HAND: dict[str, list[Builder]] = {
     "aten.roll": one(r(2, 6), [2], [1]),
     "aten.col2im": one(r(2, 12, 9), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]),
     "aten.index": one(r(4, 3), [ids(4, 5)]) + one(r(4, 3), [None, ids(3, 2)]),
+    "aten.index_put": one(r(4, 3), [torch.tensor([2, 0])], r(2, 3))
+    + one(r(4, 3), [torch.tensor([2, 2])], r(2, 3), True),
     "aten.im2col": one(r(2, 3, 4, 4), [2, 2], [1, 1], [0, 0], [1, 1]),
     "aten._adaptive_avg_pool2d": one(r(2, 3, 5, 5), _ADAPTIVE[2]),
     "aten._adaptive_avg_pool3d": one(r(2, 3, 5, 5, 4), _ADAPTIVE[3]),
@@ -338,6 +360,10 @@ BY_HAND: dict[str, list[Builder]] = {
     + one(r(4, 5), 2),
     "aten.pow.Tensor_Tensor": one(lambda: positive(4, 5), r(5))
     + one(lambda: positive(5), lambda: torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)),
+    "aten.pow.Scalar": one(2, r(4, 5)) + one(0.3, r(4, 5)) + one(2.0, lambda: torch.zeros(2).double()),
+    "aten.prod.default": one(r(2, 3)) + one(r(1)) + one(r()) + one(lambda: _with_zeros(2, 3)),
+    "aten.prod.dim_int": one(r(4, 3), 1) + one(r(4, 3), 0, True) + one(lambda: _with_zeros(4, 3), -1),
+    "aten.cumprod": one(r(4, 3), 1) + one(r(4, 3), 0) + one(lambda: _with_zeros(4, 3), -1),
     "aten.softmax": one(r(4, 5), -1) + one(r(4, 5), 0) + one(r(2, 3, 4), 1),
     "aten.log_softmax": one(r(4, 5), -1) + one(r(2, 3, 4), 1),
     "aten.logsumexp": one(r(4, 5), [1]) + one(r(4, 5), [0], True) + one(r(2, 3, 4), [0, 2]),
@@ -380,6 +406,50 @@ BY_HAND: dict[str, list[Builder]] = {
     "aten.gru.input": _recurrent(3),
     "aten.rnn_tanh.input": _recurrent(1),
     "aten.rnn_relu.input": _recurrent(1),
+}  # fmt: skip
+
+
+# --- overloads that the samples above do not call; each is true of its packet's row
+
+BY_OVERLOAD: dict[str, list[Builder]] = {
+    "aten.squeeze.dim": one(r(2, 1, 3), 1),
+    "aten.squeeze.dims": one(r(2, 1, 3, 1), [1, 3]),
+    "aten.split.sizes": one(r(4, 3), [1, 3]),
+    "aten.tensor_split.tensor_indices_or_sections": one(r(4, 3), torch.tensor([1, 2])),
+    "aten.narrow.Tensor": one(r(4, 3), 0, torch.tensor(1), 2),
+    "aten.movedim.int": one(r(2, 3, 4), 0, 2),
+    "aten.moveaxis.int": one(r(2, 3, 4), 0, 2),
+    "aten.to.dtype": one(r(2, 3), torch.float64),
+    "aten.to.dtype_layout": one(r(2, 3), dtype=torch.float64),
+    "aten.to.other": one(r(2, 3), r(4)),
+    "aten.repeat_interleave.self_Tensor": one(r(3, 2), torch.tensor([1, 0, 2]), 0),
+    **{f"aten.{n}.Scalar": one(r(2, 3), 1.5) for n in ("add", "sub", "mul", "div", "true_divide")},
+    **{
+        f"aten.{n}{d}d.vec": one(r(2, 3, *[4] * d), [7] * d, None)
+        for n in ("upsample_nearest", "_upsample_nearest_exact")
+        for d in (1, 2, 3)
+    },
+    **{
+        f"aten.{n}.vec": one(r(2, 3, *[4] * d), [7] * d, False, None)
+        for n, d in (
+            ("upsample_linear1d", 1), ("upsample_bilinear2d", 2), ("upsample_bicubic2d", 2),
+            ("upsample_trilinear3d", 3), ("_upsample_bilinear2d_aa", 2), ("_upsample_bicubic2d_aa", 2),
+        )
+    },
+    "aten._upsample_bilinear2d_aa.default": one(r(2, 3, 4, 4), [7, 7], False),
+    "aten.where.ScalarSelf": one(lambda: torch.rand(2, 3) > 0.5, 0.7, r(2, 3)),
+    "aten.scatter.value": one(r(3, 4), 1, lambda: torch.tensor([[0, 1], [1, 3]]), 0.7),
+    "aten.embedding_bag.padding_idx": [
+        b
+        for mode in (0, 1, 2)
+        for b in one(r(7, 3), ids(7, 8), torch.tensor([0, 3, 5]), False, mode, False, None, False, 1)
+    ],
+    "aten.sort.stable": one(r(4, 5), stable=True, dim=0),
+    "aten.norm.ScalarOpt_dtype": one(r(4, 5), 2, dtype=torch.float64),
+    "aten.norm.ScalarOpt_dim_dtype": one(r(4, 5), 3, [1], True, dtype=torch.float64),
+    **{f"aten.{n}.correction": one(r(4, 5), [1], correction=0) for n in ("std", "var")},
+    **{f"aten.{n}_mean.correction": one(r(4, 5), [1], correction=1) for n in ("std", "var")},
+    "aten.conv2d.padding": one(r(2, 4, 5, 5), r(4, 2, 3, 3), r(4), [1, 1], "same", [1, 1], 2),
 }  # fmt: skip
 
 

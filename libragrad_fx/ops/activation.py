@@ -132,6 +132,47 @@ pow_tensor = twin(
 )
 
 
+def _exponential(
+    needs: frozenset[str], g: torch.Tensor, *, self: float, exponent: torch.Tensor,
+    result: torch.Tensor,
+) -> Grads:  # fmt: skip
+    limit = math.log(self) if self > 0 else 0.0  # of another base there is none
+    return {"exponent": secant_slope(exponent, result, 1.0, limit) * g}
+
+
+pow_scalar = twin(aten.pow.Scalar, _exponential, saves=("exponent", "result"), name="pow_scalar")
+
+
+def _cumprod(
+    needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, result: torch.Tensor, dim: int,
+    **_: Any,
+) -> Grads:  # fmt: skip
+    """Element k is a product of k + 1 factors: 1 / (k + 1) of its gradient to each."""
+    share = g / torch.ones_like(g).cumsum(dim)
+    return {
+        "self": aten.cumprod_backward.default(share, self.to(g.dtype), dim, result).to(self.dtype)
+    }
+
+
+def _prod(
+    needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, dim: int | None = None,
+    keepdim: bool = False, **_: Any,
+) -> Grads:  # fmt: skip
+    """The last element of the cumulative product, whose backward knows what to do with zeros."""
+    if dim is None:
+        flat: Any = _prod(needs, g, self=self.flatten(), dim=0)["self"]
+        return {"self": flat.reshape(self.shape)}
+    partial = self.cumprod(dim, dtype=g.dtype)
+    is_last = torch.ones_like(partial).cumsum(dim) == self.numel() // max(g.numel(), 1)
+    g = torch.where(is_last, g if keepdim or not self.ndim else g.unsqueeze(dim), 0.0)
+    return _cumprod(needs, g, self=self, result=partial, dim=dim)
+
+
+cumprod = twin(aten.cumprod.default, _cumprod, saves=("self", "result"))
+prod = twin(aten.prod.default, _prod, saves=("self",))
+prod_dim = twin(aten.prod.dim_int, _prod, saves=("self",), name="prod_dim")
+
+
 LOG_SLOPES = {
     aten.log.default: 1.0,
     aten.log2.default: 1 / math.log(2),

@@ -145,6 +145,26 @@ def test_balanced(make: type[nn.Module], shapes: Any) -> None:
         assert float(att.completeness_error.max()) < 1e-12
 
 
+def test_bits_read_as_another_type_are_a_cut() -> None:
+    class Bits(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + x.view(torch.complex128).view(torch.float64)
+
+    x = torch.randn(2, 4, dtype=torch.float64)
+    certificate = lg.verify(Bits().eval(), lg.transform(Bits().eval(), x), x, target=1)
+    assert certificate.ok, str(certificate)
+    assert certificate.input_share == pytest.approx(certificate.output / 2)
+
+
+def test_an_operand_that_tells_the_dtype_is_no_signal() -> None:
+    class Cast(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.aten.to.other(x, x.sigmoid())
+
+    x = torch.randn(2, 5, dtype=torch.float64)
+    assert lg.verify(Cast().eval(), lg.transform(Cast().eval(), x), x, target=1).ok
+
+
 def test_composite_ops_without_a_row_are_written_out() -> None:
     """``trapezoid`` and ``hstack`` have no rows: their parts have."""
 

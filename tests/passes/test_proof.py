@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +130,53 @@ def test_bounds_at_infinity_are_no_bias() -> None:
     account = lg.audit(Clamp(), x, lambda y: y.sum())
     assert account.bias == 1.0
     assert account.completeness_error == 0.0
+
+
+def test_what_stands_for_infinity_is_a_bias() -> None:
+    class Bounded(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("far", torch.tensor([0.0, math.inf, -math.inf, math.nan]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nan_to_num(x + self.far, nan=4.0, posinf=2.0, neginf=-1.0)
+
+    account = lg.audit(Bounded(), torch.tensor([[3.0, 3.0, -3.0, 1.0]]), lambda y: y.sum())
+    assert (account.output, account.input, account.bias) == (8.0, 3.0, 5.0)
+
+
+class Writes(torch.nn.Module):
+    """Columns of the input, or of a constant, written to the places of an index."""
+
+    def __init__(self, write: Any, at: list[int]) -> None:
+        super().__init__()
+        self.write = write
+        self.register_buffer("at", torch.tensor(at))
+        self.register_buffer("fixed", torch.ones(2, 3, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.write(x, self.at, x[:, :3], self.fixed)
+
+
+WRITES = {
+    "index_copy": (lambda x, at, y, _: x.index_copy(1, at, y), True),
+    "index_put": (lambda x, at, y, _: x.T.index_put([at], y.T), True),
+    "scatter": (lambda x, at, y, _: x.scatter(1, at.expand(2, -1), y), True),
+    "index_put adds": (lambda x, at, y, _: x.T.index_put([at], y.T, accumulate=True), False),
+    "index_copy of a constant": (lambda x, at, _, c: x.index_copy(1, at, c), False),
+    "scatter of a number": (lambda x, at, *_: x.scatter(1, at.expand(2, -1), 2.0), False),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_the_proof_says_that_no_two_indices_may_coincide(name: str) -> None:
+    """Of two values for one place the last stays and autograd answers both: the ledger sees it."""
+    (write, conditional), x = WRITES[name], torch.randn(2, 4, dtype=torch.float64)
+    for at in ([3, 0, 1], [3, 0, 3]):
+        model = Writes(write, at)
+        certificate = lg.verify(model, lg.transform(model, x), x, lambda y: y.sum())
+        assert any("indices coincide" in r for r in certificate.proof) is conditional
+        assert certificate.ok is not (conditional and at[0] == at[2]), str(certificate)
 
 
 def test_of_a_negative_output_negative_mass_is_lost() -> None:

@@ -111,6 +111,27 @@ def test_pow_tensor() -> None:
     assert_same_gradients(lambda x: TWINS["pow_tensor"](x, e), form, [x])
 
 
+@pytest.mark.parametrize("base", [2, 0.3])
+def test_pow_scalar(base: float) -> None:
+    form = lambda x: 1 + x * ((base**x - 1) / x).detach()  # noqa: E731
+    assert_same_gradients(lambda x: TWINS["pow_scalar"](base, x), form, [randn(4, 5)])
+
+
+@pytest.mark.parametrize("zeros", [0, 1])
+def test_products_of_all(zeros: int) -> None:
+    """1/n of autograd's gradient to each of n factors, also where some are zero."""
+    x, count = randn(4, 3), torch.arange(1, 4)
+    x[0, :zeros] = 0.0
+    fewer = lambda y, n: y.detach() + (y - y.detach()) / n  # noqa: E731
+    for twin, plain, n in (
+        (TWINS["prod"], torch.prod, 12),
+        (lambda x: TWINS["prod_dim"](x, 1), lambda x: x.prod(1), 3),
+        (lambda x: TWINS["prod_dim"](x, 0, True), lambda x: x.prod(0, True), 4),
+        (lambda x: TWINS["cumprod"](x, -1), lambda x: x.cumprod(-1), count),
+    ):
+        assert_same_gradients(twin, lambda x, f=plain, n=n: fewer(f(x), n), [x])
+
+
 @pytest.mark.parametrize(("name", "base"), [("log", math.e), ("log2", 2), ("log10", 10)])
 def test_logarithms(name: str, base: float) -> None:
     form = lambda x: (x - 1) * (torch.log(x) / math.log(base) / (x - 1)).detach()  # noqa: E731
@@ -342,8 +363,8 @@ def test_recurrent(name: str, shape: tuple[int, bool, bool, bool, int]) -> None:
 # --- the table itself
 
 TESTED = {
-    *GATES, *SECANTS, *GATE_COUNT, "pow_tensor", "log", "log2", "log10", "softmax",
-    "log_softmax", "glu",
+    *GATES, *SECANTS, *GATE_COUNT, "pow_tensor", "pow_scalar", "prod", "prod_dim", "cumprod",
+    "log", "log2", "log10", "softmax", "log_softmax", "glu",
     "layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm",
     "scaled_dot_product_attention",
 }  # fmt: skip
