@@ -33,10 +33,11 @@ def _weighted(g: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     return u.clone() if weight is None else u * weight
 
 
-def _pull(u: torch.Tensor, rstd: torch.Tensor, axes: Axes, centred: bool = True) -> torch.Tensor:
-    """rstd * (u - mean(u)), in the memory of u."""
-    u = minus_(u, u.mean(axes, keepdim=True)) if centred else u
-    return times_(u, rstd)
+def _pull(u: torch.Tensor, rstd: torch.Tensor, axes: Axes) -> torch.Tensor:
+    """rstd * (u - mean(u)), in the memory of u. A sum is a third of the cost of a mean where u is
+    small, and its division is part of the difference."""
+    total = u.sum(axes, keepdim=True)
+    return times_(minus_(u, total, total.numel() / max(u.numel(), 1)), rstd)
 
 
 def _affine(

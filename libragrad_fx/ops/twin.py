@@ -167,9 +167,10 @@ def times_(x: torch.Tensor, y: Any) -> torch.Tensor:
     return x * y if torch._C._are_functorch_transforms_active() else x.mul_(y)
 
 
-def minus_(x: torch.Tensor, y: Any) -> torch.Tensor:
-    """``x - y`` in the memory of ``x``, as ``times_``."""
-    return x - y if torch._C._are_functorch_transforms_active() else x.sub_(y)
+def minus_(x: torch.Tensor, y: Any, alpha: float = 1.0) -> torch.Tensor:
+    """``x - alpha * y`` in the memory of ``x``, as ``times_``."""
+    watched = torch._C._are_functorch_transforms_active()
+    return torch.sub(x, y, alpha=alpha) if watched else x.sub_(y, alpha=alpha)
 
 
 def _flatten(values: Sequence[Any]) -> tuple[tuple[int, ...], list[Any]]:
