@@ -12,6 +12,7 @@ Probes, which are for listeners, are left out as well.
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 import sys
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from libragrad_fx.ops import insert
-from libragrad_fx.ops.binding import mark
+from libragrad_fx.ops.binding import PRODUCTS, mark
 from libragrad_fx.ops.graft import graft, whole
 from libragrad_fx.ops.insert import MARK, is_scale
 from libragrad_fx.ops.product import halved_mul
@@ -33,13 +34,13 @@ from libragrad_fx.types import OpFacts
 aten = torch.ops.aten
 Facts = Mapping[str, OpFacts]
 _LEAN = "lean"
+_SMALL = 2**16  # elements
 _VIEWS = {
     "reshape", "view", "_unsafe_view", "permute", "transpose", "t", "mT", "unbind", "chunk", "split",
     "split_with_sizes", "tensor_split", "slice", "select", "narrow", "unsqueeze", "squeeze", "flatten",
     "unflatten", "movedim", "moveaxis", "swapaxes", "swapdims",
 }  # fmt: skip
 _COPIES = {aten.contiguous.default, aten.clone.default}
-_FEATURES = {aten.linear.default: -1, aten.conv1d.default: 1, aten.conv2d.default: 1}  # their axis
 
 
 def _alive(graph: Graph, facts: Facts) -> set[Node]:
@@ -70,12 +71,12 @@ class _Part:
 def _parts(graph: Graph, alive: set[Node], facts: Facts) -> Iterator[_Part]:
     """The live parts of every product of which not all features get a gradient."""
     for node in graph.nodes:
-        if node.target not in _FEATURES or node not in alive or not _has_features(node):
+        if node.target not in PRODUCTS or node not in alive or not _has_features(node):
             continue
         if not _is_sized(node):
             continue
         parts = _cover(node, node, alive, facts) or []
-        features = _sizes(node)[_FEATURES[node.target]]
+        features = _sizes(node)[PRODUCTS[node.target]]
         if 0 < sum(_count(p.rows) for p in parts) < features:
             yield from parts
 
@@ -144,7 +145,7 @@ def _part(product: Node, end: Node) -> _Part | None:
     view = _replay(end, product, whole)
     if not torch.is_tensor(view) or view._base is not whole or view.numel() == 0:
         return None  # a list of parts, a copy, nothing
-    feature = _FEATURES[product.target] % whole.ndim  # type: ignore[index]
+    feature = PRODUCTS[product.target] % whole.ndim  # type: ignore[index]
     axes = [_axis(whole, n, s) for n, s in zip(view.shape, view.stride(), strict=True)]
     first, rest = divmod(int(view.storage_offset()), int(whole.stride(feature)))
     if None in axes or rest or first >= whole.shape[feature]:
@@ -250,11 +251,13 @@ def _takes_all(node: Node) -> bool:
 
 
 def _halve(graph: Graph, scale: Node) -> None:
-    """``mul`` and a scale by 1/2 on its result become one twin."""
+    """``mul`` and a scale by 1/2 on its result become one twin, where a pass over memory costs more
+    than a call from Python."""
     host, factor, *_ = scale.args
     assert isinstance(host, Node)
     whole = host.target is aten.mul.Tensor and factor == 0.5 and len(host.users) == 1
-    if whole and not host.meta["val"].is_complex():
+    large = not _is_sized(host) or math.prod(_sizes(host)) > _SMALL
+    if whole and large and not host.meta["val"].is_complex():
         host.target = halved_mul
         host.meta[MARK] = (_LEAN, host.name)
         scale.replace_all_uses_with(host)

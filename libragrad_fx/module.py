@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import InputError, ModeError
 from libragrad_fx.ops import TWINS, insert
-from libragrad_fx.ops.binding import BOUND, bound
+from libragrad_fx.ops.binding import BOUND, bound, flattened
 
 TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _META = ("nn_module_stack", "stack_trace", "libragrad", BOUND)
@@ -134,7 +134,9 @@ class CapturedModule(torch.fx.GraphModule):
         if lean is None:
             return
         quick = bound(lean)
-        full, short = type(self).forward, type(torch.fx.GraphModule(self, quick)).forward
+        full, traced = type(self).forward, type(torch.fx.GraphModule(self, quick)).forward
+        attributes = flattened(quick)
+        short = type(torch.fx.GraphModule(vars(attributes(self)), quick)).forward
         heard = [
             h
             for m in self.modules()
@@ -149,8 +151,11 @@ class CapturedModule(torch.fx.GraphModule):
 
         @functools.wraps(full)
         def forward(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
-            run = full if torch.compiler.is_exporting() or is_heard() else short
-            return run(self, *args, **kwargs)
+            if torch.compiler.is_exporting() or is_heard():
+                return full(self, *args, **kwargs)
+            if torch.compiler.is_compiling():
+                return traced(self, *args, **kwargs)
+            return short(attributes(self), *args, **kwargs)
 
         type(self).forward = forward  # type: ignore[method-assign]
         self.__dict__["lean"] = lean

@@ -49,9 +49,9 @@ def checkpointed(gm: CapturedModule, segments: int | None = None) -> GraphModule
     graph.output(graph.graph_copy(gm.lean or gm.graph, {}))
     inside = [n for n in graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
     count = math.isqrt(max(1, len(inside) // 10)) if segments is None else segments
-    if not 1 <= count <= len(inside):
+    if not isinstance(count, int) or not 1 <= count <= len(inside):
         raise InputError(
-            f"segments must be from 1 to {len(inside)}, the nodes of the graph: {count}"
+            f"segments must be from 1 to {len(inside)}, the nodes of the graph: {count!r}"
         )
     cuts = _cuts(graph, inside, count)
     part = {n: sum(i >= c for c in cuts) for i, n in enumerate(inside)}
@@ -73,6 +73,6 @@ def _cuts(graph: Graph, inside: list[Node], count: int) -> list[int]:
     step = len(inside) / count
     cuts = []
     for k in range(1, count):
-        near = range(math.ceil((k - 0.5) * step), math.floor((k + 0.5) * step))
+        near = range(*(math.ceil((k + side) * step) for side in (-0.5, 0.5)))
         cuts.append(min(near, key=lambda i, at=k * step: (crossing[i], abs(i - at))))
     return cuts

@@ -15,17 +15,21 @@ from typing import Any
 import torch
 
 from libragrad_fx.ops.binding import binding
-from libragrad_fx.ops.twin import Grads, times_, twin
+from libragrad_fx.ops.twin import Grads, spent, times_, twin
 
 aten = torch.ops.aten
 
 
 def secant_slope(
-    x: torch.Tensor, y: torch.Tensor, at_zero: torch.Tensor | float, slope: float
-) -> torch.Tensor:
-    """``(y - f(0)) / x`` with its limit ``slope`` where |x| is too small to divide by."""
+    x: torch.Tensor, y: torch.Tensor, at_zero: torch.Tensor | float, slope: float,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """``(y - f(0)) / x`` with its limit ``slope`` where |x| is too small to divide by.
+
+    out: what may be written over, which may be ``x``.
+    """
     if not isinstance(at_zero, torch.Tensor) and at_zero == 0:
-        return (y / x).nan_to_num_(slope, math.inf, -math.inf)
+        return torch.div(y, x, out=out).nan_to_num_(slope, math.inf, -math.inf)
     # below sqrt(eps) the difference y - f(0) is rounding; the limit is right to eps there
     tiny = x.abs() < math.sqrt(torch.finfo(x.dtype).eps)
     return torch.where(tiny, slope, (y - at_zero) / torch.where(tiny, 1.0, x))
@@ -41,16 +45,22 @@ def _secant(
     names = [a.name for a in op._schema.arguments]
     stream, call = names[0], binding(op) or op
 
-    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        x: torch.Tensor, *args: Any, out: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         y = call(x, *args, **kwargs)
         given = dict(zip(names[1:], args, strict=False)) | kwargs
         zero = at_zero(**given) if callable(at_zero) else at_zero
-        return y, secant_slope(x, y, zero, slope)
+        return y, secant_slope(x, y, zero, slope, out)
+
+    def over(x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return forward(x, *args, out=x, **kwargs)
 
     def vjp(needs: frozenset[str], g: torch.Tensor, *, slope: torch.Tensor, **_: Any) -> Grads:
-        return {stream: slope * g}
+        return {stream: times_(slope, g) if spent() else slope * g}
 
-    return twin(op, vjp, forward=forward, extras=("slope",), saves=("slope",))
+    reuses = over if at_zero == 0 else None  # the others read x once more
+    return twin(op, vjp, forward=forward, over=reuses, extras=("slope",), saves=("slope",))
 
 
 def _silu(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor) -> Grads:

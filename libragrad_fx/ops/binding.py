@@ -9,6 +9,7 @@ takes these arguments, and does the same with them, is tried out for each kind o
 from __future__ import annotations
 
 import functools
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -21,12 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from libragrad_fx.ops.graft import whole
 
+aten = torch.ops.aten
 BOUND = "libragrad_bound"
 """Key of ``node.meta``: that a binding was found to do what the op does with such arguments."""
 
 _PLACES = (torch, torch._C._nn, torch.Tensor)  # type: ignore[attr-defined]
 _PREFIXES = {"special_": torch.special, "linalg_": torch.linalg, "fft_": torch.fft}
 _NATIVE = (types.BuiltinFunctionType, types.MethodDescriptorType)
+PRODUCTS = {
+    aten.linear.default: -1, aten.conv1d.default: 1, aten.conv2d.default: 1,
+}  # fmt: skip
+"""Products of a weight, with the axis of the result that its rows make."""
 _tried: dict[Any, bool] = {}
 
 
@@ -109,9 +115,12 @@ def _kind(x: Any) -> Any:
 
 
 def bound(graph: Graph) -> Graph:
-    """A copy of ``graph`` that calls bindings where it is marked, and nothing at all for ``x[:]``."""
+    """A copy of ``graph`` that calls bindings where it is marked, nothing at all for ``x[:]``, and
+    twins that write over what nobody else reads."""
     new = Graph()
     new.output(new.graph_copy(graph, {}))
+    for node in [n for n in new.nodes if hasattr(n.target, "over") and _reads_last(n)]:
+        node.target = node.target.over
     for node in list(new.nodes):
         if node.target is whole and not any(user.op == "output" for user in node.users):
             node.replace_all_uses_with(node.args[0])
@@ -119,3 +128,42 @@ def bound(graph: Graph) -> Graph:
         elif node.meta.get(BOUND):
             node.target = binding(node.target)
     return new
+
+
+def flattened(graph: Graph) -> Callable[[torch.nn.Module], Any]:
+    """Let ``graph`` name attributes by one name each; returns what looks them up in a module.
+
+    ``nn.Module`` looks for each part of ``layers.3.fc1.weight`` in Python, at every call: of a small
+    network that is a tenth of the time. Here each submodule is looked up once a call, and where
+    modules keep theirs, so that what a user replaces is seen.
+    """
+    named = [n for n in graph.nodes if n.op in ("get_attr", "call_module")]
+    names = {str(n.target): f"a{i}" for i, n in enumerate(named)}
+    for node in named:
+        node.target = names[str(node.target)]
+    parents = [itertools.accumulate(p.split(".")[:-1], "{}.{}".format) for p in names]
+    modules = [(p, *_split(p)) for p in sorted(set(itertools.chain(*parents)))]
+    leaves = [(name, *_split(p)) for p, name in names.items()]
+
+    def attributes(root: torch.nn.Module) -> Any:
+        found: dict[str, Any] = {"": root}
+        for path, parent, name in modules:
+            found[path] = found[parent]._modules[name]
+        values = {}
+        for short, parent, name in leaves:
+            own = found[parent]._parameters.get(name)
+            values[short] = getattr(found[parent], name) if own is None else own
+        return types.SimpleNamespace(**values)
+
+    return attributes
+
+
+def _split(path: str) -> tuple[str, str]:
+    parent, _, name = path.rpartition(".")
+    return parent, name
+
+
+def _reads_last(node: Node) -> bool:
+    """Whether ``node`` alone reads its first operand, a product: new memory that no backward keeps."""
+    x = node.args[0]
+    return isinstance(x, Node) and x.target in PRODUCTS and len(x.users) == 1

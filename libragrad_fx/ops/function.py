@@ -11,6 +11,11 @@ same = torch.ops.aten.alias.default
 """A view of a tensor; unlike ``view_as`` it keeps the strides of axes of size 1 as well."""
 
 
+def watched() -> bool:
+    """Whether a compiler or ``torch.func`` looks on, beside autograd."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def quick(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply``, by a shorter way where only autograd looks on.
 
@@ -28,8 +33,7 @@ def quick(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     plain: Any = type(function.__name__, (function,), body)
 
     def apply(*inputs: Any) -> Any:
-        watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        return (function if watched else plain).apply(*inputs)
+        return (function if watched() else plain).apply(*inputs)
 
     return apply
 

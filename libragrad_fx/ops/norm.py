@@ -44,10 +44,12 @@ def _affine(
     needs: frozenset[str], g: torch.Tensor, hat: Callable[[], torch.Tensor], shape: Axes
 ) -> dict[str, Any]:
     """Gradients of weight and bias; ``shape`` is theirs, aligned to broadcast with ``g``."""
-    return {
-        "weight": (_wide(g) * hat()).sum_to_size(shape) if "weight" in needs else None,
-        "bias": _wide(g).sum_to_size(shape) if "bias" in needs else None,
-    }
+    grads: dict[str, Any] = {}
+    if "weight" in needs:
+        grads["weight"] = (_wide(g) * hat()).sum_to_size(shape)
+    if "bias" in needs:
+        grads["bias"] = _wide(g).sum_to_size(shape)
+    return grads
 
 
 # --- over the last axes
@@ -111,10 +113,8 @@ def _whitened(
 ) -> Grads:  # fmt: skip
     """Group, instance and batch norm: ``x`` viewed as ``view`` is whitened, affine per channel."""
     hat = lambda: ((_wide(x.reshape(view)) - mean) * rstd).reshape(g.shape)  # type: ignore  # noqa: E731
-    grads = {
-        k: None if v is None else v.reshape(-1)
-        for k, v in _affine(needs, g, hat, _per_channel(g)).items()
-    }
+    affine = _affine(needs, g, hat, _per_channel(g))
+    grads = {name: grad.reshape(-1) for name, grad in affine.items()}
     if "input" in needs:
         u = _weighted(g, None if weight is None else _per_channel(g, weight))
         grads["input"] = _pull(u.reshape(view), rstd, axes).reshape(g.shape)

@@ -14,16 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from libragrad_fx.ops.binding import binding
-from libragrad_fx.ops.function import linked, note_tensors, quick, wanted
+from libragrad_fx.ops.function import linked, note_tensors, quick, wanted, watched
 
 NAMESPACE = "libragrad_fx"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 Grads = Mapping[str, "torch.Tensor | Sequence[torch.Tensor] | None"]
 Vjp = Callable[..., Grads]
-Save = Callable[[Any, Mapping[str, Any], Any, bool], None]
+Save = Callable[[Any, dict[str, Any], Any, bool], None]
 Pull = Callable[[Any, Sequence[Any], frozenset[str]], Grads]
 
 
@@ -37,6 +38,7 @@ def twin(
     compact: Sequence[str] = (),
     name: str | None = None,
     forward: Callable[..., Any] | None = None,
+    over: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """The balanced twin of ``op``: same schema, same forward kernel, backward ``vjp``.
 
@@ -50,16 +52,33 @@ def twin(
                 ``saves`` names may be None.
     for_others: what is saved only where an argument beside the first needs a gradient.
     compact:    what is saved as a copy where it is part of something larger, which is then let go.
+    over:       as ``forward``, and may write over its first argument. The twin has a second form then,
+                ``twin.over``, for where nobody else reads that.
     """
     label = name or op._schema.name.split("::")[1]
     plain = [a.name for a in op._schema.arguments if "Tensor" not in str(a.type)]
-    save = _saver(tuple(saves), tuple(extras), tuple(for_others), tuple(compact), plain)
-    pull = _puller(vjp, tuple(saves), len(extras))
+    lists = "Tensor[]" in str(op._schema)
+    save = _saver(tuple(saves), tuple(extras), tuple(for_others), tuple(compact), plain, lists)
+    pull = _puller(vjp, len(extras), lists)
     custom = _custom_op(op, label, forward or op, save, pull, len(extras))
-    function = _function(op, label, forward or binding(op) or op, save, pull)
+    run = forward or binding(op) or op
+
+    def caller(run: Callable[..., Any]) -> Any:
+        function = _function(op, label, run, save, pull)
+        return _caller(op, label, function, custom, bool(extras))
+
+    call = caller(run)
+    if over is not None:
+        call.over = caller(lambda *a, **k: (run if watched() else over)(*a, **k))
+    return call  # type: ignore[no-any-return]
+
+
+def _caller(
+    op: torch._ops.OpOverload, label: str, function: Any, custom: Any, several: bool
+) -> Callable[..., Any]:
+    """What stands in a graph: the Function, or the custom op while exporting, or ``op`` itself."""
     # plain tuples: Dynamo traces this function and does not know what a schema is
     names, _, defaults = _signature(op)
-    several = bool(extras)
     lists = "Tensor[]" in str(op._schema)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -70,8 +89,8 @@ def twin(
         values = [*args, *defaults[len(args) :]]
         if kwargs:
             values = [kwargs.get(n, v) for n, v in zip(names, values, strict=True)]
-        sizes, flat = _flatten(values) if lists else (None, map(linked, values))
-        out = function(sizes, *flat)
+        flat, spec = pytree.tree_flatten(values) if lists else (values, None)
+        out = function(spec, *map(linked, flat))
         return out[0] if several else out
 
     call.__name__ = call.__qualname__ = label
@@ -82,30 +101,24 @@ def twin(
 
 def _saver(
     saves: Sequence[str], extras: Sequence[str], for_others: Sequence[str], compact: Sequence[str],
-    plain: Sequence[str],
+    plain: Sequence[str], lists: bool,
 ) -> Save:  # fmt: skip
     """Keeps what the backward reads; tensors through ``save_for_backward``, so views and vmap work."""
+    absent = dict.fromkeys(saves)
 
-    def save(ctx: Any, values: Mapping[str, Any], output: Any, others: bool) -> None:
+    def save(ctx: Any, values: dict[str, Any], output: Any, others: bool) -> None:
         if extras:
             output, *more = output
             ctx.mark_non_differentiable(*more)
             ctx.set_materialize_grads(False)  # or each gets a gradient of zeros, filled in
-            values = {**values, **dict(zip(extras, more, strict=True))}
-        kept: list[torch.Tensor] = []
-        layout = []
-        for name in saves:
-            value = output if name == "result" else values[name]
-            if value is None or (name in for_others and not others):
-                continue
-            if isinstance(value, torch.Tensor):
-                kept.append(_alone(value) if name in compact else value)
-                layout.append((name, -1))
-            else:
-                kept.extend(value)
-                layout.append((name, len(value)))
-        ctx.layout = layout
-        ctx.plain = {k: values[k] for k in plain}
+            values.update(zip(extras, more, strict=True))
+        values["result"] = output
+        names = [n for n in saves if values[n] is not None and (others or n not in for_others)]
+        kept: Any = [_alone(values[n]) if n in compact else values[n] for n in names]
+        if lists:
+            kept, ctx.layout = pytree.tree_flatten(kept)
+        ctx.names = names
+        ctx.given = {**absent, **{k: values[k] for k in plain}}
         ctx.save_for_backward(*kept)
 
     return save
@@ -118,18 +131,17 @@ def _alone(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _puller(vjp: Vjp, saves: Sequence[str], extras: int) -> Pull:
+def _puller(vjp: Vjp, extras: int, lists: bool) -> Pull:
     """Calls ``vjp`` on what was saved."""
 
     def pull(ctx: Any, g: Sequence[Any], needs: frozenset[str]) -> Grads:
-        saved: dict[str, Any] = {**dict.fromkeys(saves), **ctx.plain}
-        flat = iter(ctx.saved_tensors)
-        for name, size in ctx.layout:
-            saved[name] = next(flat) if size < 0 else [next(flat) for _ in range(size)]
-        g = g[: len(g) - extras]
+        kept = ctx.saved_tensors
+        if lists:
+            kept = pytree.tree_unflatten(kept, ctx.layout)
+        saved = {**ctx.given, **dict(zip(ctx.names, kept, strict=True))}
         if extras and g[0] is None:
             return {}
-        upstream = g[0] if len(g) == 1 else tuple(g)
+        upstream = g[0] if len(g) == extras + 1 else tuple(g[: len(g) - extras])
         if not torch._C._is_any_autocast_enabled():
             return vjp(needs, upstream, **saved)
         # a backward runs in the dtypes that its forward chose, whatever surrounds .backward()
@@ -169,25 +181,16 @@ def times_(x: torch.Tensor, y: Any) -> torch.Tensor:
 
 def minus_(x: torch.Tensor, y: Any, alpha: float = 1.0) -> torch.Tensor:
     """``x - alpha * y`` in the memory of ``x``, as ``times_``."""
-    watched = torch._C._are_functorch_transforms_active()
-    return torch.sub(x, y, alpha=alpha) if watched else x.sub_(y, alpha=alpha)
+    if torch._C._are_functorch_transforms_active():
+        return torch.sub(x, y, alpha=alpha)
+    return x.sub_(y, alpha=alpha)
 
 
-def _flatten(values: Sequence[Any]) -> tuple[tuple[int, ...], list[Any]]:
-    """Lists of tensors one by one; sizes: how many, -1 for what is no list."""
-    sizes = tuple(len(v) if _is_tensors(v) else -1 for v in values)
-    flat: list[Any] = []
-    for v in values:
-        flat.extend(map(linked, v)) if _is_tensors(v) else flat.append(linked(v))
-    return sizes, flat
-
-
-def _is_tensors(value: Any) -> bool:
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) > 0
-        and all(isinstance(v, torch.Tensor) for v in value)
-    )
+def spent() -> bool:
+    """Whether what a node saved is let go behind its backward, so that it may be written over."""
+    if torch.is_grad_enabled() or watched():
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined,no-any-return]
 
 
 def _function(
@@ -196,49 +199,41 @@ def _function(
     names, keyword, _ = _signature(op)
     count = len(names) - len(keyword)
 
-    def unflatten(sizes: Sequence[int] | None, flat: Sequence[Any]) -> dict[str, Any]:
-        if sizes is None:
-            return dict(zip(names, flat, strict=True))
-        values: dict[str, Any] = {}
-        at = 0
-        for name, size in zip(names, sizes, strict=True):
-            values[name] = flat[at] if size < 0 else list(flat[at : at + size])
-            at += max(size, 1) if size != 0 else 0
-        return values
+    def values_of(spec: pytree.TreeSpec | None, flat: Sequence[Any]) -> Sequence[Any]:
+        return flat if spec is None else pytree.tree_unflatten(flat, spec)
 
     class Balanced(torch.autograd.Function):
+        """Its first argument: how the others, flat, make up those of ``op``, where some are lists."""
+
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(sizes: tuple[int, ...] | None, *flat: Any) -> Any:
-            values = flat if sizes is None else list(unflatten(sizes, flat).values())
+        def forward(spec: pytree.TreeSpec | None, *flat: Any) -> Any:
+            values = values_of(spec, flat)
             if not keyword:
                 return run(*values)
             return run(*values[:count], **dict(zip(keyword, values[count:], strict=True)))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.sizes = inputs[0]
+            ctx.spec = inputs[0]
             note_tensors(ctx, inputs)
-            save(ctx, unflatten(inputs[0], inputs[1:]), output, any(ctx.needs_input_grad[2:]))
+            values = dict(zip(names, values_of(ctx.spec, inputs[1:]), strict=True))
+            save(ctx, values, output, any(ctx.needs_input_grad[2:]))
 
         @staticmethod
         def backward(ctx: Any, *g: Any) -> Any:
-            asked = wanted(ctx)[1:]
-            if ctx.sizes is None:
+            asked = values_of(ctx.spec, wanted(ctx)[1:])
+            if ctx.spec is None:
                 grads = pull(ctx, g, frozenset(itertools.compress(names, asked)))
                 return None, *map(grads.get, names)
-            asked = unflatten(ctx.sizes, asked)
-            needs = frozenset(k for k, w in asked.items() if (any(w) if isinstance(w, list) else w))
-            grads = pull(ctx, g, needs)
-            out: list[Any] = [None]
-            for name, size in zip(names, ctx.sizes, strict=True):
-                got = grads.get(name)
-                if size < 0:
-                    out.append(got)
-                else:
-                    out.extend([None] * size if got is None else got)
-            return tuple(out)
+            needs = {n for n, a in zip(names, asked, strict=True) if any(pytree.tree_leaves(a))}
+            grads = pull(ctx, g, frozenset(needs))
+            leaves = [None]
+            for name, a in zip(names, asked, strict=True):
+                blank = [None] * len(pytree.tree_leaves(a))
+                leaves += pytree.tree_leaves(grads[name]) if name in needs else blank
+            return tuple(leaves)
 
     Balanced.__name__ = Balanced.__qualname__ = f"Balanced_{label}"
     return quick(Balanced)

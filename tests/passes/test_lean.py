@@ -16,7 +16,9 @@ import libragrad_fx as lg
 from libragrad_fx.bench import Operations
 from libragrad_fx.errors import GateOutputWarning
 from libragrad_fx.module import CapturedModule
+from libragrad_fx.ops import TWINS
 from libragrad_fx.ops.attention import scaled_dot_product_attention
+from libragrad_fx.ops.binding import bound
 from libragrad_fx.ops.graft import graft, whole
 from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.rewrite import erase, spell
@@ -134,6 +136,103 @@ def test_a_halved_product_is_half_of_autograds(shapes: Any) -> None:
     pairs = zip(*(torch.autograd.grad(t, (a, b), g) for t in (y, z)), strict=True)
     for got, plain in pairs:
         torch.testing.assert_close(got, plain / 2)
+
+
+@pytest.mark.parametrize(("width", "fused"), [(8, False), (256, True)])
+def test_a_large_product_halves_its_gradient_itself(width: int, fused: bool) -> None:
+    """Of a small one a scale does it: the twin saves a pass over memory and costs a call."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, width), nn.Linear(4, width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.a(x) * self.b(x)).mean((1, 2))
+
+    x = torch.randn(2, 200, 4, dtype=F64)
+    gm = lg.transform(Gated().to(F64), x)
+    assert any(n.target is halved_mul for n in gm.lean.nodes) is fused
+    assert_same(gm, x)
+
+
+class Mlp(nn.Module):
+    def __init__(
+        self, act: Callable[[torch.Tensor], torch.Tensor], conv: bool, twice: bool
+    ) -> None:
+        super().__init__()
+        self.act, self.twice = act, twice
+        self.stem, self.fc2 = nn.Linear(C, C), nn.Linear(2 * C, 2)
+        self.fc1 = nn.Conv1d(C, 2 * C, 1) if conv else nn.Linear(C, 2 * C)
+        with torch.no_grad():  # between 0 and 1, where every activation is defined
+            self.fc1.weight.mul_(0.1)
+            self.fc1.bias.fill_(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.stem(x)
+        y = self.fc1(y.mT) if isinstance(self.fc1, nn.Conv1d) else self.fc1(y)
+        z = self.act(y) + y if self.twice else self.act(y)
+        return self.fc2(z.mT if isinstance(self.fc1, nn.Conv1d) else z).sum(1)
+
+
+OVER = {name: twin.over for name, twin in TWINS.items() if hasattr(twin, "over")}
+
+
+@pytest.mark.parametrize(("name", "conv"), [*((name, False) for name in OVER), ("gelu", True)])
+def test_an_activation_writes_over_a_product_that_nobody_else_reads(name: str, conv: bool) -> None:
+    x = torch.randn(B, N, C, dtype=F64)
+    gm = lg.transform(Mlp(TWINS[name].aten_op, conv, False).to(F64), x, on_unknown="keep")
+    assert any(n.target is OVER[name] for n in bound(gm.lean).nodes)
+    assert_same(gm, x)
+
+
+def test_a_product_with_another_reader_is_not_written_over() -> None:
+    model, x = Mlp(nn.functional.gelu, False, True).to(F64), torch.randn(B, N, C, dtype=F64)
+    gm = lg.transform(model, x)
+    assert not any(n.target in OVER.values() for n in bound(gm.lean).nodes)
+    assert_same(gm, x)
+
+
+def test_what_is_written_over_is_read_by_no_second_backward() -> None:
+    """Slopes are written over where the graph goes with the backward, and nowhere else."""
+    model = Mlp(nn.functional.gelu, False, False).to(F64)
+    x = torch.randn(B, N, C, dtype=F64, requires_grad=True)
+    gm = lg.transform(model, x)
+    y = gm(x)[:, 0].sum()
+    kept = [torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(2)]
+    (batched,) = torch.autograd.grad(
+        y, x, torch.ones(3, dtype=F64), retain_graph=True, is_grads_batched=True
+    )
+    (with_graph,) = torch.autograd.grad(y, x, create_graph=True)
+    (last,) = torch.autograd.grad(y, x)
+    for again in (*kept, with_graph):
+        assert torch.equal(again, last)
+    for segments in range(1, 7):  # what enters a part is kept for its second run
+        (again,) = torch.autograd.grad(lg.checkpointed(gm, segments)(x)[:, 0].sum(), x)
+        assert torch.equal(again, last)
+    by_func = torch.func.vmap(torch.func.grad(lambda t: gm(t[None])[0, 0]))(x.detach())
+    for again in (*batched, by_func):
+        torch.testing.assert_close(again, last)
+
+
+def test_what_a_user_replaces_is_what_runs() -> None:
+    model = Mlp(nn.functional.gelu, False, False).to(F64)
+    x = torch.randn(B, N, C, dtype=F64)
+    gm = lg.transform(model, x)
+    other = {k: torch.randn_like(v) for k, v in model.state_dict().items()}
+    assert torch.equal(
+        torch.func.functional_call(gm, other, (x,)), torch.func.functional_call(model, other, (x,))
+    )
+    model.fc1, gm.fc1 = (copy.deepcopy(m) for m in [nn.Linear(C, 2 * C).to(F64)] * 2)
+    assert torch.equal(gm(x), model(x))
+    gm.fc2.weight = model.fc2.weight = nn.Parameter(torch.randn(2, 2 * C, dtype=F64))
+    assert torch.equal(gm(x), model(x))
+    nn.utils.parametrizations.weight_norm(gm.stem)
+    with torch.no_grad():
+        gm.stem.parametrizations.weight.original0.mul_(2)
+    with torch.no_grad():
+        model.stem.weight.mul_(2)
+    torch.testing.assert_close(gm(x), model(x))
 
 
 def test_the_backward_costs_what_the_live_rows_cost() -> None:

@@ -49,6 +49,6 @@ def test_what_cannot_be_cut_is_refused() -> None:
     with pytest.raises(InputError, match="transform or trace"):
         lg.checkpointed(model)  # type: ignore[arg-type]
     gm = lg.transform(model, x)
-    for segments in (0, -1, 10**6):
+    for segments in (0, -1, 10**6, "a"):
         with pytest.raises(InputError, match="segments must be from 1 to"):
-            lg.checkpointed(gm, segments)
+            lg.checkpointed(gm, segments)  # type: ignore[arg-type]
