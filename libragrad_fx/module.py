@@ -134,8 +134,8 @@ class CapturedModule(torch.fx.GraphModule):
         if lean is None:
             return
         quick = bound(lean)
-        full, traced = type(self).forward, type(torch.fx.GraphModule(self, quick)).forward
         attributes = flattened(quick)
+        full = type(self).forward
         short = type(torch.fx.GraphModule(vars(attributes(self)), quick)).forward
         heard = [
             h
@@ -153,8 +153,6 @@ class CapturedModule(torch.fx.GraphModule):
         def forward(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_exporting() or is_heard():
                 return full(self, *args, **kwargs)
-            if torch.compiler.is_compiling():
-                return traced(self, *args, **kwargs)
             return short(attributes(self), *args, **kwargs)
 
         type(self).forward = forward  # type: ignore[method-assign]

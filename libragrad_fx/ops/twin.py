@@ -231,8 +231,8 @@ def _function(
             grads = pull(ctx, g, frozenset(needs))
             leaves = [None]
             for name, a in zip(names, asked, strict=True):
-                blank = [None] * len(pytree.tree_leaves(a))
-                leaves += pytree.tree_leaves(grads[name]) if name in needs else blank
+                got, blank = grads.get(name), [None] * len(pytree.tree_leaves(a))
+                leaves += blank if got is None else pytree.tree_leaves(got)
             return tuple(leaves)
 
     Balanced.__name__ = Balanced.__qualname__ = f"Balanced_{label}"
