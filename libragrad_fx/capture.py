@@ -23,12 +23,13 @@ from unittest import mock
 import torch
 from torch.export import Dim, ExportedProgram
 from torch.fx.node import map_arg
+from torch.nn.modules import module as _modules
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from libragrad_fx.errors import CaptureError, CustomBackwardWarning, ExportError, InputError
-from libragrad_fx.inplace import functional, is_composite, rename
+from libragrad_fx.inplace import drop_idle, functional, is_composite, rename
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.ops.insert import observe
 from libragrad_fx.ops.twin import bind
@@ -97,7 +98,7 @@ def capture(
         calls: list[Call] = []
         custom: list[str] = []
         observed = _observed(model, calls) if module_calls else contextlib.nullcontext()
-        with _export_state(), observed, _custom_functions(custom):
+        with _export_state(), _global_hooks_kept(), observed, _custom_functions(custom):
             try:
                 with _as_if_eager():
                     program = _export(model, args, kwargs, known, fixed)
@@ -199,8 +200,10 @@ def _functional(program: ExportedProgram, known: Callable[[Any], bool]) -> Expor
     Where it has none of them it is left as it is: the pass costs as much as the export.
     """
     rename(program.graph)
-    is_done = not any(_writes_or_hides(n, known) for n in program.graph.nodes)
-    return program if is_done else program.run_decompositions({})
+    if not any(_writes_or_hides(n, known) for n in program.graph.nodes):
+        return program
+    drop_idle(program.graph)
+    return program.run_decompositions({})
 
 
 def _writes_or_hides(node: torch.fx.Node, known: Callable[[Any], bool]) -> bool:
@@ -407,13 +410,24 @@ def _observed(model: torch.nn.Module, calls: list[Call]) -> Iterator[None]:
         kept = [([None if isinstance(x, torch.Tensor) else x for x in s[0]], s[1]) for s in sides]
         calls.append(Call(paths[id(module)], kept[0], kept[1]))
 
-    handle = torch.nn.modules.module.register_module_forward_hook(hook, with_kwargs=True)
+    handle = _modules.register_module_forward_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
-        # PyTorch keeps the flag of a removed hook
-        torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
+
+
+@contextlib.contextmanager
+def _global_hooks_kept() -> Iterator[None]:
+    """PyTorch keeps the flag of a removed hook, and (2.11) hooks of an export that failed."""
+    found = [v for k, v in vars(_modules).items() if k.startswith("_global_")]
+    tables = [(t, dict(t)) for t in found if isinstance(t, dict)]
+    try:
+        yield
+    finally:
+        for table, before in tables:
+            table.clear()
+            table.update(before)
 
 
 @contextlib.contextmanager

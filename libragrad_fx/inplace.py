@@ -17,6 +17,7 @@ _FRESH = {  # composite ops whose result is always a tensor of its own
     aten.conv1d, aten.conv2d, aten.conv3d, aten.conv_transpose1d, aten.conv_transpose2d, aten.linear,
     aten.batch_norm, aten.layer_norm, aten.group_norm, aten.instance_norm, aten.rms_norm, aten.matmul,
 }  # fmt: skip
+_DROPOUTS = {aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout}
 
 
 def rename(graph: Graph) -> None:
@@ -32,6 +33,16 @@ def rename(graph: Graph) -> None:
         for user in list(target.users):
             if place[user] > place[node]:
                 user.replace_input_with(target, node)
+
+
+def drop_idle(graph: Graph) -> None:
+    """Take out every dropout that drops nothing. It returns its argument itself, and its schema does
+    not say: PyTorch (2.11) would lose what is written to that by its other name."""
+    for node in list(graph.nodes):
+        packet = getattr(node.target, "_overloadpacket", None)
+        if packet in _DROPOUTS and (not node.args[2] or node.args[1] == 0):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
 
 
 def functional(op: Any) -> torch._ops.OpOverload | None:

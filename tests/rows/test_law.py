@@ -129,7 +129,9 @@ LEFT_OUT = {
 def overloads(row: OpFacts) -> set[str]:
     """The overloads that a packet row speaks for and a functional graph may hold."""
     packet = getattr(aten, row.op.removeprefix("aten.").split(".")[0])
-    found = (getattr(packet, name) for name in packet.overloads())
+    # older PyTorch has some for named dimensions, which torch.export does not know
+    unnamed = (name for name in packet.overloads() if "name" not in name.lower())
+    found = (getattr(packet, name) for name in unnamed)
     return {str(op) for op in found if BOOK.fact(op) is row and _of_tensors(op._schema)}
 
 
