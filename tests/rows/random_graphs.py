@@ -274,7 +274,7 @@ class _Builder:
             {k: place(k, v) for k, v in bind(call.op, call.args, call.kwargs).items()},
         )
         rank = len(_shape(used[0])) if used else 0
-        placed = {k: _literal(k, v, step.literal, rank) for k, v in placed.items()}
+        placed = {k: _literal(op, k, v, step.literal, rank) for k, v in placed.items()}
         if _random(op, placed):
             raise ValueError("left out")
         keyword = {a.name for a in op._schema.arguments if a.kwarg_only}
@@ -337,12 +337,14 @@ def _partner(first: Shape, choice: int) -> Shape:
     return (first, ones, first[-1:], swapped, swapped[-2:], first[-2:])[choice % 6]
 
 
-def _literal(name: str, value: Any, choice: int, rank: int) -> Any:
+def _literal(op: torch._ops.OpOverload, name: str, value: Any, choice: int, rank: int) -> Any:
     """Another axis, or the other way to keep it, where a sample says one."""
     if name == "keepdim" and choice:
         return bool(choice % 2)
     if name == "dim" and choice and rank and isinstance(value, (int, list)):
         axis = choice % (2 * rank) - rank
+        if op.__name__.startswith("_fft"):  # reads beside the tensor for an axis below 0
+            axis %= rank
         return [axis] if isinstance(value, list) else axis
     return value
 
