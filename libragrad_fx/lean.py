@@ -22,6 +22,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from libragrad_fx.execute import GATE
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.binding import PRODUCTS, mark
 from libragrad_fx.ops.graft import graft, whole
@@ -40,6 +41,7 @@ _VIEWS = {
     "split_with_sizes", "tensor_split", "slice", "select", "narrow", "unsqueeze", "squeeze", "flatten",
     "unflatten", "movedim", "moveaxis", "swapaxes", "swapdims",
 }  # fmt: skip
+_CUTS = {"chunk", "split", "split_with_sizes", "tensor_split", "slice", "narrow"}
 _COPIES = {aten.contiguous.default, aten.clone.default}
 
 
@@ -219,7 +221,7 @@ def lean(graph: Graph, facts: Facts) -> Graph:
         operands, conv = _operands(part.product)
         with graph.inserting_after(part.end):
             new = graph.call_function(graft, (part.end, *operands, conv, part.order, part.rows))
-        new.meta[MARK] = (_LEAN, part.product.name)
+        new.meta.update({MARK: (_LEAN, part.product.name), "val": part.end.meta["val"]})
         for user in users:
             user.replace_input_with(part.end, new)
     for product in dict.fromkeys(p.product for p in found):
@@ -227,10 +229,13 @@ def lean(graph: Graph, facts: Facts) -> Graph:
             cut = graph.call_function(insert.stop, (product,))
         cut.meta[MARK] = (_LEAN, product.name)
         product.replace_all_uses_with(cut, delete_user_cb=lambda u, cut=cut: u is not cut)
-    for node in list(graph.nodes):
-        if is_scale(node):
-            _halve(graph, node)
-        elif node.target is aten.slice.Tensor and _takes_all(node):
+    for node in list(filter(is_scale, graph.nodes)):
+        _halve(graph, node)
+    for node in graph.nodes:
+        if (gate := _gate(node)) is not None:
+            node.meta[GATE] = gate
+    for node in graph.nodes:
+        if node.target is aten.slice.Tensor and _takes_all(node):
             node.target = whole
             node.meta[MARK] = (_LEAN, node.name)
     mark(graph)
@@ -253,12 +258,76 @@ def _takes_all(node: Node) -> bool:
 def _halve(graph: Graph, scale: Node) -> None:
     """``mul`` and a scale by 1/2 on its result become one twin, where a pass over memory costs more
     than a call from Python."""
-    host, factor, *_ = scale.args
-    assert isinstance(host, Node)
-    whole = host.target is aten.mul.Tensor and factor == 0.5 and len(host.users) == 1
-    large = not _is_sized(host) or math.prod(_sizes(host)) > _SMALL
-    if whole and large and not host.meta["val"].is_complex():
+    host = _halved(scale)
+    if host is not None and (not _is_sized(host) or math.prod(_sizes(host)) > _SMALL):
         host.target = halved_mul
         host.meta[MARK] = (_LEAN, host.name)
         scale.replace_all_uses_with(host)
         graph.erase_node(scale)
+
+
+def _halved(node: Node) -> Node | None:
+    """The product of two real values whose result, of half the gradient, ``node`` is."""
+    if node.target is halved_mul:
+        return node
+    if not is_scale(node):
+        return None
+    host, factor, *_ = node.args
+    assert isinstance(host, Node)
+    alone = host.target is aten.mul.Tensor and factor == 0.5 and len(host.users) == 1
+    return host if alone and not host.meta["val"].is_complex() else None
+
+
+# --- gated activations
+
+
+def _gate(node: Node) -> tuple[int, bool, tuple[int, bool] | None] | None:
+    """How ``node`` is ``act(x) * y`` of half the gradient, in the words of ``gated``; None if not."""
+    product = _halved(node)
+    if product is None or not all(isinstance(a, Node) for a in product.args):
+        return None
+    for at in (0, 1):
+        act: Any = product.args[at]
+        value: Any = product.args[1 - at]
+        if hasattr(act.target, "slopes") and len(act.users) == 1 and _alike(act, value):
+            x, y = (value, act.args[0]) if at else (act.args[0], value)
+            over = x is not y and all(n.target in PRODUCTS and len(n.users) == 1 for n in (x, y))
+            halves = _halves(x, y, {act, product})
+            return at, over or halves is not None, halves
+    return None
+
+
+def _alike(a: Node, b: Node) -> bool:
+    """Whether two values have one shape, whatever the sizes of the inputs, and one dtype."""
+    x, y = a.meta["val"], b.meta["val"]
+    return a is not b and str(x.shape) == str(y.shape) and x.dtype == y.dtype
+
+
+def _halves(x: Any, y: Any, readers: set[Node]) -> tuple[int, bool] | None:
+    """The axis of a product's result of which ``x`` and ``y`` are the halves, that only ``readers``
+    read, and whether ``x`` is the second of them."""
+    product = x
+    while product.target not in PRODUCTS:
+        if not _only_cuts(product):
+            return None
+        product = product.args[0]
+    if x is y or not _is_sized(product) or _readers(product) != readers:
+        return None
+    parts = [_part(product, n) for n in (x, y)]
+    axis = PRODUCTS[product.target] % len(_sizes(product))
+    half = _sizes(product)[axis] // 2
+    first, second = slice(0, half), slice(half, 2 * half)
+    rows = [p and p.rows for p in parts]
+    return (axis, rows[0] == second) if rows in ([first, second], [second, first]) else None
+
+
+def _only_cuts(node: Node) -> bool:
+    """Whether a node's value is its operand between two places of one axis, or a list of such."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._opname in _CUTS
+    return node.target is operator.getitem
+
+
+def _readers(node: Node) -> set[Node]:
+    """What reads a value, or what is cut out of it."""
+    return {r for u in node.users for r in (_readers(u) if _only_cuts(u) else {u})}

@@ -42,8 +42,28 @@ def _secant(
 
     The slope is taken while input and output are at hand, and is all that is kept.
     """
+    forward = _with_slope(op, slope, at_zero)
+    stream = op._schema.arguments[0].name
+
+    def over(x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return forward(x, *args, out=x, **kwargs)
+
+    def vjp(needs: frozenset[str], g: torch.Tensor, *, slope: torch.Tensor, **_: Any) -> Grads:
+        return {stream: times_(slope, g) if spent() else slope * g}
+
+    if at_zero != 0:  # it reads x once more
+        return twin(op, vjp, forward=forward, extras=("slope",), saves=("slope",))
+    made = twin(op, vjp, forward=forward, over=over, extras=("slope",), saves=("slope",))
+    made.slopes = forward  # type: ignore[attr-defined]
+    return made
+
+
+def _with_slope(
+    op: torch._ops.OpOverload, slope: float, at_zero: Callable[..., Any] | float = 0.0
+) -> Callable[..., Any]:
+    """``op``, and the slope of its secant beside the result."""
     names = [a.name for a in op._schema.arguments]
-    stream, call = names[0], binding(op) or op
+    call = binding(op) or op
 
     def forward(
         x: torch.Tensor, *args: Any, out: torch.Tensor | None = None, **kwargs: Any
@@ -53,14 +73,7 @@ def _secant(
         zero = at_zero(**given) if callable(at_zero) else at_zero
         return y, secant_slope(x, y, zero, slope, out)
 
-    def over(x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return forward(x, *args, out=x, **kwargs)
-
-    def vjp(needs: frozenset[str], g: torch.Tensor, *, slope: torch.Tensor, **_: Any) -> Grads:
-        return {stream: times_(slope, g) if spent() else slope * g}
-
-    reuses = over if at_zero == 0 else None  # the others read x once more
-    return twin(op, vjp, forward=forward, over=reuses, extras=("slope",), saves=("slope",))
+    return forward
 
 
 def _silu(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor) -> Grads:
@@ -72,6 +85,7 @@ _LINEAR_FROM = 40.0  # beyond, sigmoid(x) is 1 in every dtype
 
 gelu = _secant(aten.gelu.default, 0.5)
 silu = twin(aten.silu.default, _silu, saves=("self",))
+silu.slopes = _with_slope(aten.silu.default, 0.5)  # type: ignore[attr-defined]
 mish = _secant(aten.mish.default, 0.6)
 hardswish = _secant(aten.hardswish.default, 0.5)
 elu = _secant(aten.elu.default, 1.0)

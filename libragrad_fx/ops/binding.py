@@ -9,7 +9,6 @@ takes these arguments, and does the same with them, is tried out for each kind o
 from __future__ import annotations
 
 import functools
-import itertools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +18,6 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from libragrad_fx.ops.graft import whole
 
 aten = torch.ops.aten
 BOUND = "libragrad_bound"
@@ -112,58 +109,3 @@ def _example(value: Any) -> Any:
 def _kind(x: Any) -> Any:
     """All that decides how an argument is parsed."""
     return (x.ndim, x.dtype) if isinstance(x, torch.Tensor) else type(x)
-
-
-def bound(graph: Graph) -> Graph:
-    """A copy of ``graph`` that calls bindings where it is marked, nothing at all for ``x[:]``, and
-    twins that write over what nobody else reads."""
-    new = Graph()
-    new.output(new.graph_copy(graph, {}))
-    for node in [n for n in new.nodes if hasattr(n.target, "over") and _reads_last(n)]:
-        node.target = node.target.over
-    for node in list(new.nodes):
-        if node.target is whole and not any(user.op == "output" for user in node.users):
-            node.replace_all_uses_with(node.args[0])
-            new.erase_node(node)
-        elif node.meta.get(BOUND):
-            node.target = binding(node.target)
-    return new
-
-
-def flattened(graph: Graph) -> Callable[[torch.nn.Module], Any]:
-    """Let ``graph`` name attributes by one name each; returns what looks them up in a module.
-
-    ``nn.Module`` looks for each part of ``layers.3.fc1.weight`` in Python, at every call: of a small
-    network that is a tenth of the time. Here each submodule is looked up once a call, and where
-    modules keep theirs, so that what a user replaces is seen.
-    """
-    named = [n for n in graph.nodes if n.op in ("get_attr", "call_module")]
-    names = {str(n.target): f"a{i}" for i, n in enumerate(named)}
-    for node in named:
-        node.target = names[str(node.target)]
-    parents = [itertools.accumulate(p.split(".")[:-1], "{}.{}".format) for p in names]
-    modules = [(p, *_split(p)) for p in sorted(set(itertools.chain(*parents)))]
-    leaves = [(name, *_split(p)) for p, name in names.items()]
-
-    def attributes(root: torch.nn.Module) -> Any:
-        found: dict[str, Any] = {"": root}
-        for path, parent, name in modules:
-            found[path] = found[parent]._modules[name]
-        values = {}
-        for short, parent, name in leaves:
-            own = found[parent]._parameters.get(name)
-            values[short] = getattr(found[parent], name) if own is None else own
-        return types.SimpleNamespace(**values)
-
-    return attributes
-
-
-def _split(path: str) -> tuple[str, str]:
-    parent, _, name = path.rpartition(".")
-    return parent, name
-
-
-def _reads_last(node: Node) -> bool:
-    """Whether ``node`` alone reads its first operand, a product: new memory that no backward keeps."""
-    x = node.args[0]
-    return isinstance(x, Node) and x.target in PRODUCTS and len(x.users) == 1

@@ -15,10 +15,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import libragrad_fx as lg
 from libragrad_fx.bench import Operations
 from libragrad_fx.errors import GateOutputWarning
+from libragrad_fx.execute import bound
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.ops import TWINS
 from libragrad_fx.ops.attention import scaled_dot_product_attention
-from libragrad_fx.ops.binding import bound
 from libragrad_fx.ops.graft import graft, whole
 from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.rewrite import erase, spell
@@ -278,8 +278,8 @@ def test_a_graph_changed_by_hand_runs_as_it_is() -> None:
 
 
 def test_attention_lets_the_fused_projection_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("libragrad_fx.ops.attention._SMALL", 0)
     """It keeps q and k, not the v that lies between them."""
+    monkeypatch.setattr("libragrad_fx.ops.attention._SMALL", 0)
     x = torch.randn(B, H, N, 3 * D, requires_grad=True)
     fused = x * 2
     held = StorageWeakRef(fused.untyped_storage())

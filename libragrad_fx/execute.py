@@ -1,0 +1,106 @@
+"""The graph as it is called: with shorter ways to say the same, and with memory written over that
+nobody reads again. It is made anew from the lean graph, which is what is kept and pickled."""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from libragrad_fx.ops.binding import BOUND, PRODUCTS, binding
+from libragrad_fx.ops.gate import gated
+from libragrad_fx.ops.graft import whole
+from libragrad_fx.ops.product import halved_mul
+
+GATE = "libragrad_gate"
+"""Key of ``node.meta``: that it is the halved product of a gated activation, and how (``gated``)."""
+
+
+def bound(graph: Graph) -> Graph:
+    """A copy of ``graph`` that calls bindings where it is marked, nothing at all for ``x[:]``, and
+    twins that write over what nobody else reads."""
+    new = Graph()
+    new.output(new.graph_copy(graph, {}))
+    for node in [n for n in new.nodes if GATE in n.meta]:
+        _gate(new, node)
+    for node in [n for n in new.nodes if hasattr(n.target, "over") and _reads_last(n)]:
+        node.target = node.target.over
+    for node in list(new.nodes):
+        if node.target is whole and not any(user.op == "output" for user in node.users):
+            node.replace_all_uses_with(node.args[0])
+            new.erase_node(node)
+        elif node.meta.get(BOUND):
+            node.target = binding(node.target)
+    return new
+
+
+def _gate(graph: Graph, node: Node) -> None:
+    """One node for an activation, its product with a value, and the halving of the gradient."""
+    at, over, halves = node.meta[GATE]
+    product: Any = node if node.target is halved_mul else node.args[0]
+    act = product.args[at]
+    given = [*product.args]
+    given[at] = act.args[0]
+    if halves is not None:
+        given = [_source(given[0])]
+    call = gated(act.target, at, over, halves)
+    with graph.inserting_before(node):
+        new = graph.call_function(call, (*given, *act.args[1:]), act.kwargs)
+    node.replace_all_uses_with(new)
+    _erase(graph, node)
+
+
+def _source(node: Any) -> Node:
+    return node if node.target in PRODUCTS else _source(node.args[0])
+
+
+def _erase(graph: Graph, node: Node) -> None:
+    """A node that nobody reads, and what was there for it alone."""
+    read = node.all_input_nodes
+    graph.erase_node(node)
+    for n in read:
+        if n.op == "call_function" and not n.users:
+            _erase(graph, n)
+
+
+def flattened(graph: Graph) -> Callable[[torch.nn.Module], Any]:
+    """Let ``graph`` name attributes by one name each; returns what looks them up in a module.
+
+    ``nn.Module`` looks for each part of ``layers.3.fc1.weight`` in Python, at every call: of a small
+    network that is a tenth of the time. Here each submodule is looked up once a call, and where
+    modules keep theirs, so that what a user replaces is seen.
+    """
+    named = [n for n in graph.nodes if n.op in ("get_attr", "call_module")]
+    names = {str(n.target): f"a{i}" for i, n in enumerate(named)}
+    for node in named:
+        node.target = names[str(node.target)]
+    parents = [itertools.accumulate(p.split(".")[:-1], "{}.{}".format) for p in names]
+    modules = [(p, *_split(p)) for p in sorted(set(itertools.chain(*parents)))]
+    leaves = [(name, *_split(p)) for p, name in names.items()]
+
+    def attributes(root: torch.nn.Module) -> Any:
+        found: dict[str, Any] = {"": root}
+        for path, parent, name in modules:
+            found[path] = found[parent]._modules[name]
+        values = {}
+        for short, parent, name in leaves:
+            own = found[parent]._parameters.get(name)
+            values[short] = getattr(found[parent], name) if own is None else own
+        return types.SimpleNamespace(**values)
+
+    return attributes
+
+
+def _split(path: str) -> tuple[str, str]:
+    parent, _, name = path.rpartition(".")
+    return parent, name
+
+
+def _reads_last(node: Node) -> bool:
+    """Whether ``node`` alone reads its first operand, a product: new memory that no backward keeps."""
+    x = node.args[0]
+    return isinstance(x, Node) and x.target in PRODUCTS and len(x.users) == 1
