@@ -33,7 +33,6 @@ CUTS: dict[str, tuple[Cut, bool]] = {
     "one for both": (lambda y, d: (y.narrow(d, 0, C),) * 2, False),
     "three": (lambda y, d: y.split([8, 8, 8], d)[:2], False),
     "of the tokens": (lambda y, d: y.narrow(d, 0, 2 * C).chunk(2, 1), False),
-    "read again": (lambda y, d: ((y * 2).chunk(2, d)[0], y.chunk(2, d)[1]), False),
 }
 
 
@@ -103,6 +102,31 @@ def test_what_nobody_else_reads_is_written_over(cut: str, conv: bool) -> None:
     for module in (gm, copy.deepcopy(gm)):
         assert torch.equal(module(x), model(x))
         assert_same(module, x)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda y, a, b: a,
+        lambda y, a, b: b * 2,
+        lambda y, a, b: y.narrow(-1, 3, C).tanh(),
+        lambda y, a, b: y.mT.mT.narrow(-1, 0, C).abs(),
+    ],
+)
+def test_what_is_read_again_is_not_written_over(other: Callable[..., torch.Tensor]) -> None:
+    class Again(Gated):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.up(self.stem(x))
+            a, b = y.chunk(2, -1)
+            return self.head((self.act(a) * b + other(y, a, b)).flatten(1))
+
+    torch.manual_seed(0)
+    model, x = Again(nn.functional.silu, CUTS["chunk"][0]).to(F64), torch.randn(B, 6, C, dtype=F64)
+    model(x)
+    gm = lg.transform(model, x)
+    assert [g[1] for g in gates(gm)] == [False]
+    assert torch.equal(gm(x), model(x))
+    assert_same(gm, x)
 
 
 def test_the_graph_has_one_node_for_it() -> None:
