@@ -41,6 +41,7 @@ _VIEWS = {
     "split_with_sizes", "tensor_split", "slice", "select", "narrow", "unsqueeze", "squeeze", "flatten",
     "unflatten", "movedim", "moveaxis", "swapaxes", "swapdims",
 }  # fmt: skip
+_JOINS = {aten.stack.default, aten.cat.default}
 _CUTS = {"chunk", "split", "split_with_sizes", "tensor_split", "slice", "narrow"}
 _COPIES = {aten.contiguous.default, aten.clone.default}
 
@@ -231,6 +232,8 @@ def lean(graph: Graph, facts: Facts) -> Graph:
         product.replace_all_uses_with(cut, delete_user_cb=lambda u, cut=cut: u is not cut)
     for node in list(filter(is_scale, graph.nodes)):
         _halve(graph, node)
+    for node in [n for n in graph.nodes if n.target in _JOINS]:
+        _merge(graph, node)
     for node in graph.nodes:
         if (gate := _gate(node)) is not None:
             node.meta[GATE] = gate
@@ -264,6 +267,29 @@ def _halve(graph: Graph, scale: Node) -> None:
         host.meta[MARK] = (_LEAN, host.name)
         scale.replace_all_uses_with(host)
         graph.erase_node(scale)
+
+
+def _merge(graph: Graph, join: Node) -> None:
+    """One scale behind ``join`` for equal ones on all that it joins: the steps of a scan have many."""
+    joined: Any = join.args[0]
+    found = [_scale_above(x) for x in joined] if isinstance(joined, list | tuple) else []
+    scales = [s for s in found if s is not None]
+    if len(scales) < max(2, len(found)) or len({s.args[1:] for s in scales}) > 1:
+        return
+    with graph.inserting_after(join):
+        behind = graph.call_function(insert.scale, (join, *scales[0].args[1:]))
+    behind.meta.update({MARK: (_LEAN, join.name), "val": join.meta["val"]})
+    join.replace_all_uses_with(behind, delete_user_cb=lambda user: user is not behind)
+    for scale in dict.fromkeys(scales):
+        scale.replace_all_uses_with(scale.args[0])  # type: ignore[arg-type]
+        graph.erase_node(scale)
+
+
+def _scale_above(node: Any) -> Node | None:
+    """The gradient scale that a value is read through, views and copies apart, and by nobody else."""
+    while len(node.users) == 1 and not is_scale(node) and _only_moves(node):
+        node = node.args[0]
+    return node if is_scale(node) and len(node.users) == 1 and node.args[1] else None
 
 
 def _halved(node: Node) -> Node | None:

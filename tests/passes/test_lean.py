@@ -20,6 +20,7 @@ from libragrad_fx.module import CapturedModule
 from libragrad_fx.ops import TWINS
 from libragrad_fx.ops.attention import scaled_dot_product_attention
 from libragrad_fx.ops.graft import graft, whole
+from libragrad_fx.ops.insert import is_scale
 from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.rewrite import erase, spell
 from tests.models.zoo import ZOO, build
@@ -154,6 +155,40 @@ def test_a_large_product_halves_its_gradient_itself(width: int, fused: bool) -> 
     gm = lg.transform(Gated().to(F64), x)
     assert any(n.target is halved_mul for n in gm.lean.nodes) is fused
     assert_same(gm, x)
+
+
+class Scan(nn.Module):
+    """A product of two values at each step; the steps are joined in the end."""
+
+    def __init__(self, join: Callable[[list[torch.Tensor]], torch.Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.join = nn.Linear(C, C), nn.Linear(C, C), join
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.a(x), self.b(x)
+        steps = [(a[:, i, None] @ b[:, i, :, None]).squeeze(-1) for i in range(N)]
+        return self.join(steps).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("join", "left"),
+    [
+        (lambda steps: torch.stack(steps, 1), 1),
+        (lambda steps: torch.cat([s.mT for s in steps], -1), 1),
+        (lambda steps: torch.cat([torch.stack(steps[:2], 1), torch.stack(steps[2:], 1)], 1), 1),
+        (lambda steps: torch.stack([*steps[:-1], steps[0]], 1), 1),
+        (lambda steps: torch.stack(steps, 1) + steps[0][:, None], N),  # which is read again
+        (lambda steps: torch.stack([*steps[:-1], steps[-1].detach()], 1), N - 1),
+        (lambda steps: torch.stack([steps[0] * 2, *steps[1:]], 1), N),
+    ],
+)
+def test_equal_scales_of_what_is_joined_become_one(join: Any, left: int) -> None:
+    x = torch.randn(B, N, C, dtype=F64)
+    gm = lg.transform(Scan(join).to(F64), x)
+    assert sum(map(is_scale, gm.lean.nodes)) == left
+    assert spell(erase(gm.lean)) == gm.record.info["original"]
+    assert_same(gm, x)
+    assert_same(copy.deepcopy(gm), x)
 
 
 class Mlp(nn.Module):
