@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 
 from libragrad_fx.ops.binding import BOUND, PRODUCTS, binding
 from libragrad_fx.ops.gate import gated
-from libragrad_fx.ops.graft import whole
+from libragrad_fx.ops.graft import idle, whole
 from libragrad_fx.ops.product import halved_mul
 
 GATE = "libragrad_gate"
@@ -21,8 +21,8 @@ GATE = "libragrad_gate"
 
 
 def bound(graph: Graph) -> Graph:
-    """A copy of ``graph`` that calls bindings where it is marked, nothing at all for ``x[:]``, and
-    twins that write over what nobody else reads."""
+    """A copy of ``graph`` that calls bindings where it is marked, nothing at all for ``x[:]`` and for
+    idle dropouts, and twins that write over what nobody else reads."""
     new = Graph()
     new.output(new.graph_copy(graph, {}))
     for node in [n for n in new.nodes if GATE in n.meta]:
@@ -30,7 +30,8 @@ def bound(graph: Graph) -> Graph:
     for node in [n for n in new.nodes if hasattr(n.target, "over") and _reads_last(n)]:
         node.target = node.target.over
     for node in list(new.nodes):
-        if node.target is whole and not any(user.op == "output" for user in node.users):
+        read_out = any(user.op == "output" for user in node.users)
+        if node.target is idle or (node.target is whole and not read_out):
             node.replace_all_uses_with(node.args[0])
             new.erase_node(node)
         elif node.meta.get(BOUND):

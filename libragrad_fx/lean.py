@@ -15,42 +15,27 @@ import dataclasses
 import math
 import operator
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from libragrad_fx.execute import GATE
+from libragrad_fx.narrow import narrow
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.binding import PRODUCTS, mark
-from libragrad_fx.ops.graft import graft, whole
+from libragrad_fx.ops.graft import graft, idle, whole
 from libragrad_fx.ops.insert import MARK, is_scale
 from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.ops.twin import bind
-from libragrad_fx.proof import passes, reach
-from libragrad_fx.types import OpFacts
+from libragrad_fx.views import Facts, is_sized, live, only_moves, replay, sizes, takes_gradient
 
 aten = torch.ops.aten
-Facts = Mapping[str, OpFacts]
 _LEAN = "lean"
 _SMALL = 2**16  # elements
-_VIEWS = {
-    "reshape", "view", "_unsafe_view", "permute", "transpose", "t", "mT", "unbind", "chunk", "split",
-    "split_with_sizes", "tensor_split", "slice", "select", "narrow", "unsqueeze", "squeeze", "flatten",
-    "unflatten", "movedim", "moveaxis", "swapaxes", "swapdims",
-}  # fmt: skip
 _JOINS = {aten.stack.default, aten.cat.default}
 _CUTS = {"chunk", "split", "split_with_sizes", "tensor_split", "slice", "narrow"}
-_COPIES = {aten.contiguous.default, aten.clone.default}
-
-
-def _alive(graph: Graph, facts: Facts) -> set[Node]:
-    """Nodes at which a gradient arrives, whether it leads to an input or to a parameter."""
-    final = next(n for n in graph.nodes if n.op == "output")
-    open_ = {n for n in graph.nodes if not insert.is_end(n)}
-    return {final} | reach(set(final.all_input_nodes) & open_, facts, open_)
 
 
 # --- what can be grafted, found where shapes are known
@@ -76,10 +61,10 @@ def _parts(graph: Graph, alive: set[Node], facts: Facts) -> Iterator[_Part]:
     for node in graph.nodes:
         if node.target not in PRODUCTS or node not in alive or not _has_features(node):
             continue
-        if not _is_sized(node):
+        if not is_sized(node):
             continue
         parts = _cover(node, node, alive, facts) or []
-        features = _sizes(node)[PRODUCTS[node.target]]
+        features = sizes(node)[PRODUCTS[node.target]]
         if 0 < sum(_count(p.rows) for p in parts) < features:
             yield from parts
 
@@ -87,7 +72,7 @@ def _parts(graph: Graph, alive: set[Node], facts: Facts) -> Iterator[_Part]:
 def _has_features(product: Node) -> bool:
     """Whether a row of the weight makes a feature: it is a matrix, of one group."""
     (_, weight, _), conv = _operands(product)
-    return len(_sizes(weight)) > 1 and conv[-1:] in ((), (1,))
+    return len(sizes(weight)) > 1 and conv[-1:] in ((), (1,))
 
 
 def _operands(product: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -100,9 +85,9 @@ def _cover(product: Node, node: Node, alive: set[Node], facts: Facts) -> list[_P
     """Parts that hold all of ``node`` that gets a gradient, as small as views can make them."""
     parts: list[_Part] = []
     for user in node.users:
-        if not _takes_gradient(user, node, alive, facts):
+        if not takes_gradient(user, node, alive, facts):
             continue
-        inner = _cover(product, user, alive, facts) if _only_moves(user) else None
+        inner = _cover(product, user, alive, facts) if only_moves(user) else None
         if inner is None:
             whole = _part(product, node)
             return None if whole is None else [whole]
@@ -110,42 +95,12 @@ def _cover(product: Node, node: Node, alive: set[Node], facts: Facts) -> list[_P
     return parts
 
 
-def _takes_gradient(user: Node, node: Node, alive: set[Node], facts: Facts) -> bool:
-    if user not in alive or user.op == "output":
-        return user in alive
-    return any(n is node for _, n in passes(user, facts.get(user.name), {node}))
-
-
-def _only_moves(node: Node) -> bool:
-    """Whether a node's elements are those of its operand in another order, or some of them."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target in _COPIES or (
-            node.target._opname in _VIEWS and node.target is not aten.view.dtype
-        )
-    return node.target is operator.getitem
-
-
-def _sizes(node: Node) -> tuple[int, ...]:
-    return tuple(_number(d) for d in node.meta["val"].shape)
-
-
-def _is_sized(node: Node) -> bool:
-    """Whether no size of a value is decided by data."""
-    return all(not isinstance(d, torch.SymInt) or d.node.has_hint() for d in node.meta["val"].shape)
-
-
-def _number(value: Any) -> int:
-    if isinstance(value, torch.SymInt) and not value.node.has_hint():
-        raise RuntimeError("data decides this number")
-    return int(value.node.hint if isinstance(value, torch.SymInt) else value)  # type: ignore[arg-type]
-
-
 def _part(product: Node, end: Node) -> _Part | None:
     """Where the elements of ``end`` lie in ``product``'s result; None if they are no plain part of it:
     every other axis whole, in order, and the features along axes of their own.
     """
-    whole = torch.empty(_sizes(product), device="meta")
-    view = _replay(end, product, whole)
+    whole = torch.empty(sizes(product), device="meta")
+    view = replay(end, product, whole)
     if not torch.is_tensor(view) or view._base is not whole or view.numel() == 0:
         return None  # a list of parts, a copy, nothing
     feature = PRODUCTS[product.target] % whole.ndim  # type: ignore[index]
@@ -188,25 +143,6 @@ def _axis(whole: torch.Tensor, size: int, stride: int) -> int | None:
     return None
 
 
-def _replay(end: Node, product: Node, whole: torch.Tensor) -> Any:
-    """The views that lead from a product to ``end``, on another tensor."""
-
-    def value(n: Node) -> Any:
-        if n is product:
-            return whole
-        if isinstance(n.meta["val"], (int, torch.SymInt)):
-            return _number(n.meta["val"])
-        if n.target in _COPIES:
-            return value(n.args[0])  # type: ignore[arg-type]
-        args, kwargs = map_arg((n.args, dict(n.kwargs)), value)
-        return n.target(*args, **kwargs)  # type: ignore[operator]
-
-    try:
-        return value(end)
-    except RuntimeError:  # on a contiguous tensor it is no view; or data decides its sizes
-        return None
-
-
 # --- the graph that runs
 
 
@@ -215,9 +151,14 @@ def lean(graph: Graph, facts: Facts) -> Graph:
 
     graph: balanced, without probes, with the traced values in ``meta["val"]``; it is changed.
     """
-    alive = _alive(graph, facts)
+    for node in graph.nodes:
+        if node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2]):
+            node.target = idle
+            node.meta[MARK] = (_LEAN, node.name)
+    facts = narrow(graph, facts)
+    alive = live(graph, facts)
     found = list(_parts(graph, alive, facts))
-    taken = [[u for u in p.end.users if _takes_gradient(u, p.end, alive, facts)] for p in found]
+    taken = [[u for u in p.end.users if takes_gradient(u, p.end, alive, facts)] for p in found]
     for part, users in zip(found, taken, strict=True):
         operands, conv = _operands(part.product)
         with graph.inserting_after(part.end):
@@ -262,7 +203,7 @@ def _halve(graph: Graph, scale: Node) -> None:
     """``mul`` and a scale by 1/2 on its result become one twin, where a pass over memory costs more
     than a call from Python."""
     host = _halved(scale)
-    if host is not None and (not _is_sized(host) or math.prod(_sizes(host)) > _SMALL):
+    if host is not None and (not is_sized(host) or math.prod(sizes(host)) > _SMALL):
         host.target = halved_mul
         host.meta[MARK] = (_LEAN, host.name)
         scale.replace_all_uses_with(host)
@@ -287,7 +228,7 @@ def _merge(graph: Graph, join: Node) -> None:
 
 def _scale_above(node: Any) -> Node | None:
     """The gradient scale that a value is read through, views and copies apart, and by nobody else."""
-    while len(node.users) == 1 and not is_scale(node) and _only_moves(node):
+    while len(node.users) == 1 and not is_scale(node) and only_moves(node):
         node = node.args[0]
     return node if is_scale(node) and len(node.users) == 1 and node.args[1] else None
 
@@ -337,11 +278,11 @@ def _halves(x: Any, y: Any, readers: set[Node]) -> tuple[int, bool] | None:
         if not _only_cuts(product):
             return None
         product = product.args[0]
-    if x is y or not _is_sized(product) or _readers(product) != readers:
+    if x is y or not is_sized(product) or _readers(product) != readers:
         return None
     parts = [_part(product, n) for n in (x, y)]
-    axis = PRODUCTS[product.target] % len(_sizes(product))
-    half = _sizes(product)[axis] // 2
+    axis = PRODUCTS[product.target] % len(sizes(product))
+    half = sizes(product)[axis] // 2
     first, second = slice(0, half), slice(half, 2 * half)
     rows = [p and p.rows for p in parts]
     return (axis, rows[0] == second) if rows in ([first, second], [second, first]) else None

@@ -19,8 +19,9 @@ from libragrad_fx.analyze import operands
 from libragrad_fx.errors import VerificationError
 from libragrad_fx.lean import lean
 from libragrad_fx.module import CapturedModule, leaf
+from libragrad_fx.narrow import ROW
 from libragrad_fx.ops import TWINS, insert
-from libragrad_fx.ops.graft import graft
+from libragrad_fx.ops.graft import carried, graft
 from libragrad_fx.ops.insert import MARK, is_scale
 from libragrad_fx.types import Action, Edit, ModuleCall, Plan, Trace
 
@@ -174,20 +175,25 @@ def _leaves(structure: Any) -> list[Any]:
 
 # --- the proof
 
+_HANDS_ON = (insert.stop, insert.scale, graft, carried)
+
 
 def erase(edited: Graph) -> Graph:
-    """A graph without probes and inserted nodes, twins mapped back to their ATen ops."""
+    """A graph without probes and inserted nodes, twins mapped back to their ATen ops. What a row is
+    computed again by is dropped: if anything else read it, that would read None."""
     graph = Graph()
     env: dict[Node, Any] = {}
     for node in edited.nodes:
         mark = node.meta.get(MARK)
         args = map_arg(node.args, lambda n: env[n])
         kwargs = map_arg(node.kwargs, lambda n: env[n])
-        if node.op == "call_module" and mark is not None:
+        if ROW in node.meta:
+            env[node] = None
+        elif node.op == "call_module" and mark is not None:
             env[node] = kwargs["_output"]
         elif node.target is leaf:
             env[node] = _leaves(args[0])[args[1]]
-        elif mark is not None and node.target in (insert.stop, insert.scale, graft):
+        elif mark is not None and node.target in _HANDS_ON:
             env[node] = args[0]
         else:
             target = getattr(node.target, "aten_op", node.target)

@@ -22,7 +22,7 @@ aten = torch.ops.aten
 _CHUNK = 64  # query rows at a time, of all heads
 _ROWS = 256  # query rows at a time, of so many heads that their block of P has
 _CACHED = 2**18  # elements a thread: 1 MiB of float32
-_SMALL = 2**16  # elements of P, below which one kernel for all three gradients costs less
+_SMALL = 2**16  # elements of P and of k, below which one kernel for all three gradients costs less
 
 
 def _probabilities(
@@ -188,7 +188,8 @@ def _is_cheap(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether PyTorch's own backward is cheaper, though it computes what nobody reads as well."""
     if torch.compiler.is_exporting():
         return False
-    return torch.compiler.is_compiling() or math.prod(query.shape[:-1]) * key.shape[-2] < _SMALL
+    pairs = math.prod(query.shape[:-1]) * key.shape[-2]
+    return torch.compiler.is_compiling() or max(pairs, key.numel()) < _SMALL
 
 
 def _runs_flash(query: torch.Tensor, *args: Any, **kwargs: Any) -> bool:

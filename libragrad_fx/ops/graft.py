@@ -99,6 +99,30 @@ def graft(
     return _grafted(part, linked(x), linked(weight), linked(bias), conv, order, rows)  # type: ignore[no-any-return]
 
 
+class _Carried(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
+        return same(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        return None, g
+
+
+_carried = quick(_Carried)
+
+
+def carried(value: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
+    """``value`` itself; its gradient goes to ``path``, of the same shape and dtype."""
+    return _carried(value, path)  # type: ignore[no-any-return]
+
+
 def whole(
     x: torch.Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> torch.Tensor:
@@ -107,3 +131,11 @@ def whole(
 
 
 whole.aten_op = torch.ops.aten.slice.Tensor  # type: ignore[attr-defined]
+
+
+def idle(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    """``x``: a dropout that drops nothing returns what it is given."""
+    return x
+
+
+idle.aten_op = torch.ops.aten.dropout.default  # type: ignore[attr-defined]

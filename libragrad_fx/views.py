@@ -1,0 +1,89 @@
+"""What a graph's nodes pass on: where gradients arrive, and what views make of a value."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from libragrad_fx.ops import insert
+from libragrad_fx.proof import passes, reach
+from libragrad_fx.types import OpFacts
+
+aten = torch.ops.aten
+Facts = Mapping[str, OpFacts]
+VIEWS = {
+    "reshape", "view", "_unsafe_view", "permute", "transpose", "t", "mT", "unbind", "chunk", "split",
+    "split_with_sizes", "tensor_split", "slice", "select", "narrow", "unsqueeze", "squeeze", "flatten",
+    "unflatten", "movedim", "moveaxis", "swapaxes", "swapdims",
+}  # fmt: skip
+COPIES = {aten.contiguous.default, aten.clone.default}
+
+
+def live(graph: Graph, facts: Facts) -> set[Node]:
+    """Nodes at which a gradient arrives, whether it leads to an input or to a parameter."""
+    final = next(n for n in graph.nodes if n.op == "output")
+    open_ = {n for n in graph.nodes if not insert.is_end(n)}
+    return {final} | reach(set(final.all_input_nodes) & open_, facts, open_)
+
+
+def takes_gradient(user: Node, node: Node, alive: set[Node], facts: Facts) -> bool:
+    if user not in alive or user.op == "output":
+        return user in alive
+    return any(n is node for _, n in passes(user, facts.get(user.name), {node}))
+
+
+def only_moves(node: Node) -> bool:
+    """Whether a node's elements are those of its operand in another order, or some of them."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target in COPIES or (
+            node.target._opname in VIEWS and node.target is not aten.view.dtype
+        )
+    return node.target is operator.getitem
+
+
+def first(node: Node) -> Any:
+    """What a node computes, or the first of it."""
+    value = node.meta["val"]
+    return value[0] if isinstance(value, list | tuple) else value
+
+
+def sizes(node: Node) -> tuple[int, ...]:
+    return tuple(_number(d) for d in first(node).shape)
+
+
+def is_sized(node: Node) -> bool:
+    """Whether no size of a value is decided by data."""
+    return all(not isinstance(d, torch.SymInt) or d.node.has_hint() for d in first(node).shape)
+
+
+def _number(value: Any) -> int:
+    if isinstance(value, torch.SymInt) and not value.node.has_hint():
+        raise RuntimeError("data decides this number")
+    return int(value.node.hint if isinstance(value, torch.SymInt) else value)  # type: ignore[arg-type]
+
+
+def replay(end: Node, product: Node, whole: torch.Tensor, args: Any = None) -> Any:
+    """The views that lead from a product to ``end``, on another tensor; ``args``: other ones of ``end``."""
+
+    def value(n: Node) -> Any:
+        if n is product:
+            return whole
+        if isinstance(n.meta["val"], (int, torch.SymInt)):
+            return _number(n.meta["val"])
+        if n.op != "call_function":
+            raise RuntimeError("data decides this view")
+        if n.target in COPIES:
+            return value(n.args[0])  # type: ignore[arg-type]
+        own = n.args if args is None or n is not end else args
+        own, kwargs = map_arg((own, dict(n.kwargs)), value)
+        return n.target(*own, **kwargs)  # type: ignore[operator]
+
+    try:
+        return value(end)
+    except RuntimeError:  # on a contiguous tensor it is no view; or data decides its sizes
+        return None
