@@ -66,10 +66,11 @@ def narrow(graph: Graph, facts: Facts) -> Facts:
         made[node, rows[node]] = new = _again(graph, node, rows[node], made)
         if node.name in facts:
             named[new.name] = facts[node.name]
+    read = [(mouth, made[x, rows[x]]) for mouth, x in mouths]
     for node in entries:
         _cut(graph, node, set(made.values()))
-    for mouth in mouths:
-        _join(graph, mouth, made[mouth.args[0], rows[mouth.args[0]]])  # type: ignore[index]
+    for mouth, row in read:
+        _join(graph, mouth, row)
     for node in rows.keys() - entries:
         _plain(graph, node)
     return named
@@ -78,8 +79,8 @@ def narrow(graph: Graph, facts: Facts) -> Facts:
 # --- where one row is enough
 
 
-def _rows(graph: Graph, alive: set[Node], facts: Facts) -> tuple[dict[Node, Row], list[Node]]:
-    """The nodes of which one row gets a gradient, with that row; and those that read it out of one.
+def _rows(graph: Graph, alive: set[Node], facts: Facts) -> tuple[dict[Node, Row], list[Any]]:
+    """The nodes of which one row gets a gradient, with that row; and who reads it, out of which of them.
 
     Each is made of one row of its operands, and of what has no rows or is there as a whole.
     """
@@ -100,7 +101,7 @@ def _rows(graph: Graph, alive: set[Node], facts: Facts) -> tuple[dict[Node, Row]
         for operand in node.all_input_nodes:
             if takes_gradient(node, operand, alive, facts):
                 asked[operand].add((made_of or {}).get(operand))
-    return rows, [n for n in readers if n.args[0] in rows]
+    return rows, [(n, n.args[0]) for n in readers if n.args[0] in rows]
 
 
 def _read_row(node: Node) -> Row | None:
@@ -132,9 +133,10 @@ def _is_entry(node: Node, rows: dict[Node, Row], alive: set[Node], facts: Facts)
 
 def _made_of(node: Node, row: Row) -> dict[Any, Row] | None:
     """The operands of which one row makes ``row`` of a node, and that row; None if that is not known."""
-    op, source = _op(node), node.args[0]
+    op = _op(node)
+    source: Any = node.args[0] if node.args else None
     if is_scale(node) or node.target in (operator.getitem, idle):
-        return {source: row}  # type: ignore[dict-item]
+        return {source: row}
     if not isinstance(op, torch._ops.OpOverload) or op._schema.is_mutable:
         return None
     if not all(is_sized(n) for n in (node, *node.all_input_nodes) if hasattr(first(n), "shape")):
@@ -144,7 +146,7 @@ def _made_of(node: Node, row: Row) -> dict[Any, Row] | None:
     axis, place = row
     if only_moves(node):
         before = _axis_before(node, axis)
-        return None if before is None else {source: (before, place)}  # type: ignore[dict-item]
+        return None if before is None else {source: (before, place)}
     if torch.Tag.pointwise in op.tags or op._opname in _KEEPS:
         return _broadcast(node, row)
     given = bind(op, node.args, node.kwargs)

@@ -206,6 +206,24 @@ def test_causal(read: str, written: bool) -> None:
     assert bool(freely) == (not written and read in ("last token", "kept as an axis"))
 
 
+class Bare(Block):
+    """What is read is where two branches meet, one of which may be a parameter."""
+
+    def __init__(self, attends: bool) -> None:
+        super().__init__()
+        self.attends, self.head = attends, nn.Linear(C, 3)
+        self.position = nn.Parameter(torch.randn(N, C))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x + self.attend(x) if self.attends else self.mlp(x) + self.position
+        return self.head(y.select(1, 0))
+
+
+@pytest.mark.parametrize("attends", [True, False])
+def test_it_is_read_where_the_narrow_part_begins(attends: bool) -> None:
+    assert has_rows(transformed(Bare(attends), tokens()))
+
+
 MANY = {
     "two tokens": lambda x: x[:, 0] + x[:, 1],
     "all tokens": lambda x: x[:, 0] + x.mean(1),
