@@ -240,7 +240,7 @@ def _again(graph: Graph, node: Node, row: Row, made: dict[Any, Node]) -> Node:
     operands = _made_of(node, row)
     assert operands is not None
     if node.target is operator.getitem and (node.args[0], row) not in made:
-        return _taken(graph, node, row, None)
+        return _taken(graph, node, row, node.next)
 
     def part(n: Node) -> Node:
         if n not in operands:
@@ -249,13 +249,16 @@ def _again(graph: Graph, node: Node, row: Row, made: dict[Any, Node]) -> Node:
             made[n, operands[n]] = _taken(graph, n, operands[n], node)
         return made[n, operands[n]]
 
+    target = node.target
     args, kwargs = map_arg((_resized(node, row[0]), dict(node.kwargs)), part)
     if _op(node) is _sdpa:
         given = bind(_sdpa, args, kwargs)
         *args, scale, gqa = {**given, "is_causal": False}.values()  # the last row sees all keys
         kwargs = {"scale": scale, "enable_gqa": gqa}
+    if target in (aten.view.default, aten._unsafe_view.default):
+        target = aten.reshape.default  # a row may lie in memory otherwise
     with graph.inserting_after(node):
-        new = graph.call_function(node.target, tuple(args), kwargs)  # type: ignore[arg-type]
+        new = graph.call_function(target, tuple(args), kwargs)  # type: ignore[arg-type]
     new.meta.update(node.meta | {ROW: True})
     value = node.meta["val"]
     many = isinstance(value, list | tuple)
@@ -263,13 +266,12 @@ def _again(graph: Graph, node: Node, row: Row, made: dict[Any, Node]) -> Node:
     return new
 
 
-def _taken(graph: Graph, node: Node, row: Row, before: Node | None) -> Node:
+def _taken(graph: Graph, node: Node, row: Row, before: Node) -> Node:
     """``row`` of a node's value, in memory of its own: the whole is let go."""
     axis, place = row
     end = sys.maxsize if place == -1 else place + 1
-    with graph.inserting_before(before) if before else graph.inserting_after(node):
+    with graph.inserting_before(before):
         part = graph.call_function(aten.slice.Tensor, (node, axis, place, end))
-    with graph.inserting_after(part):
         new = graph.call_function(aten.clone.default, (part,))
     for n in (part, new):
         n.meta.update({ROW: True, "val": _like(node.meta["val"], axis)})
@@ -294,14 +296,12 @@ def _cut(graph: Graph, node: Node, made: set[Node]) -> None:
 
 def _join(graph: Graph, mouth: Node, row: Node) -> None:
     """The value of a row of the whole, with the gradient of the row that was computed again."""
-    with graph.inserting_after(mouth):
+    path = row
+    with graph.inserting_before(mouth.next):
         value = graph.call_function(insert.stop, (mouth,))
-    path, last = row, value
-    if mouth.target is aten.select.int:
-        with graph.inserting_after(value):
-            path = last = graph.call_function(aten.select.int, (row, mouth.args[1], 0))
-        path.meta.update({ROW: True, "val": mouth.meta["val"]})
-    with graph.inserting_after(last):
+        if mouth.target is aten.select.int:
+            path = graph.call_function(aten.select.int, (row, mouth.args[1], 0))
+            path.meta.update({ROW: True, "val": mouth.meta["val"]})
         new = graph.call_function(carried, (value, path))
     for n in (value, new):
         n.meta.update({MARK: (_NARROW, mouth.name), "val": mouth.meta["val"]})
