@@ -4,7 +4,7 @@ nobody reads again. It is made anew from the lean graph, which is what is kept a
 from __future__ import annotations
 
 import itertools
-import types
+from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -81,17 +81,18 @@ def flattened(graph: Graph) -> Callable[[torch.nn.Module], Any]:
         node.target = names[str(node.target)]
     parents = [itertools.accumulate(p.split(".")[:-1], "{}.{}".format) for p in names]
     modules = [(p, *_split(p)) for p in sorted(set(itertools.chain(*parents)))]
-    leaves = [(name, *_split(p)) for p, name in names.items()]
+    leaves = [_split(p) for p in names]
+    Attributes = namedtuple("Attributes", names.values())  # of plain objects, Dynamo knows not all
 
     def attributes(root: torch.nn.Module) -> Any:
         found: dict[str, Any] = {"": root}
         for path, parent, name in modules:
             found[path] = found[parent]._modules[name]
-        values = {}
-        for short, parent, name in leaves:
+        values = []
+        for parent, name in leaves:
             own = found[parent]._parameters.get(name)
-            values[short] = getattr(found[parent], name) if own is None else own
-        return types.SimpleNamespace(**values)
+            values.append(getattr(found[parent], name) if own is None else own)
+        return Attributes(*values)
 
     return attributes
 

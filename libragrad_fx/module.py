@@ -137,7 +137,7 @@ class CapturedModule(torch.fx.GraphModule):
         quick = bound(lean)
         attributes = flattened(quick)
         full = type(self).forward
-        short = type(torch.fx.GraphModule(vars(attributes(self)), quick)).forward
+        short = type(torch.fx.GraphModule(attributes(self)._asdict(), quick)).forward
         heard = [
             h
             for m in self.modules()
