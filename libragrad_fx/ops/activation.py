@@ -69,8 +69,9 @@ def _with_slope(
         x: torch.Tensor, *args: Any, out: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         y = call(x, *args, **kwargs)
-        given = dict(zip(names[1:], args, strict=False)) | kwargs
-        zero = at_zero(**given) if callable(at_zero) else at_zero
+        zero = at_zero
+        if callable(zero):
+            zero = zero(**dict(zip(names[1:], args, strict=False)), **kwargs)
         return y, secant_slope(x, y, zero, slope, out)
 
     return forward

@@ -19,6 +19,7 @@ from libragrad_fx.ops.twin import Grads, minus_, times_, twin
 
 aten = torch.ops.aten
 Axes = tuple[int, ...]
+_ALONE = frozenset({"input"})
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -69,7 +70,7 @@ def _layer_norm(
 ) -> Grads:  # fmt: skip
     axes = tuple(range(-len(normalized_shape), 0))
     hat = lambda: (_wide(input) - mean) * rstd  # type: ignore  # noqa: E731
-    grads = _affine(needs, g, hat, tuple(normalized_shape))
+    grads = {} if needs == _ALONE else _affine(needs, g, hat, tuple(normalized_shape))
     if "input" in needs:
         grads["input"] = _pull(_weighted(g, weight), rstd, axes)
     return grads
@@ -92,7 +93,7 @@ def _rms_norm(
     rstd: torch.Tensor, normalized_shape: list[int], **_: Any,
 ) -> Grads:  # fmt: skip
     hat = lambda: _wide(input) * rstd  # type: ignore  # noqa: E731
-    grads = _affine(needs, g, hat, tuple(normalized_shape))
+    grads = {} if needs == _ALONE else _affine(needs, g, hat, tuple(normalized_shape))
     if "input" in needs:
         grads["input"] = times_(_weighted(g, weight), rstd)
     return grads

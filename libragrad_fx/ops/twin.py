@@ -9,6 +9,7 @@ forward-mode rule: both refuse.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,14 +18,15 @@ import torch
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.ops.binding import binding
-from libragrad_fx.ops.function import linked, note_tensors, quick, wanted, watched
+from libragrad_fx.ops.function import linked, note_tensors, wanted, watched
 
 NAMESPACE = "libragrad_fx"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 Grads = Mapping[str, "torch.Tensor | Sequence[torch.Tensor] | None"]
 Vjp = Callable[..., Grads]
-Save = Callable[[Any, dict[str, Any], Any, bool], None]
+Run = Callable[[Sequence[Any]], tuple[Any, Sequence[Any]]]
+Save = Callable[[Any, Sequence[Any], bool], None]
 Pull = Callable[[Any, Sequence[Any], frozenset[str]], Grads]
 
 
@@ -55,31 +57,43 @@ def twin(
     over:       as ``forward``, and may write over its first argument. The twin has a second form then,
                 ``twin.over``, for where nobody else reads that.
     """
-    label = name or op._schema.name.split("::")[1]
-    plain = [a.name for a in op._schema.arguments if "Tensor" not in str(a.type)]
-    lists = "Tensor[]" in str(op._schema)
-    save = _saver(tuple(saves), tuple(extras), tuple(for_others), tuple(compact), plain, lists)
-    pull = _puller(vjp, len(extras), lists)
-    custom = _custom_op(op, label, forward or op, save, pull, len(extras))
+    made = _Form(op, name or op._schema.name.split("::")[1], vjp, tuple(saves), tuple(extras),
+                 tuple(for_others), tuple(compact))  # fmt: skip
     run = forward or binding(op) or op
-
-    def caller(run: Callable[..., Any]) -> Any:
-        function = _function(op, label, run, save, pull)
-        return _caller(op, label, function, custom, bool(extras))
-
-    call = caller(run)
+    watched_by = _function(made, run), _custom_op(made, forward or op)
+    call = _caller(made, _eager(made, run), *watched_by)
     if over is not None:
-        call.over = caller(lambda *a, **k: (run if watched() else over)(*a, **k))
-    return call  # type: ignore[no-any-return]
+        call.over = _caller(made, _eager(made, over), *watched_by)  # type: ignore[attr-defined]
+    return call
 
 
-def _caller(
-    op: torch._ops.OpOverload, label: str, function: Any, custom: Any, several: bool
-) -> Callable[..., Any]:
-    """What stands in a graph: the Function, or the custom op while exporting, or ``op`` itself."""
-    # plain tuples: Dynamo traces this function and does not know what a schema is
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What ``twin`` was given, and the schema of its op in plain tuples: Dynamo knows no schema."""
+
+    op: torch._ops.OpOverload
+    label: str
+    vjp: Vjp
+    saves: tuple[str, ...]
+    extras: tuple[str, ...]
+    for_others: tuple[str, ...]
+    compact: tuple[str, ...]
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """Names of the arguments that are no tensors."""
+        return tuple(a.name for a in self.op._schema.arguments if "Tensor" not in str(a.type))
+
+    @property
+    def lists(self) -> bool:
+        """Whether an argument is a list of tensors."""
+        return "Tensor[]" in str(self.op._schema)
+
+
+def _caller(form: _Form, eager: Any, function: Any, custom: Any) -> Callable[..., Any]:
+    """What stands in a graph: a Function, or the custom op while exporting, or ``op`` itself."""
+    op, lists, several = form.op, form.lists, bool(form.extras)
     names, _, defaults = _signature(op)
-    lists = "Tensor[]" in str(op._schema)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_exporting():
@@ -89,36 +103,38 @@ def _caller(
         values = [*args, *defaults[len(args) :]]
         if kwargs:
             values = [kwargs.get(n, v) for n, v in zip(names, values, strict=True)]
+        if not lists and not watched():
+            return eager(*map(linked, values))
         flat, spec = pytree.tree_flatten(values) if lists else (values, None)
         out = function(spec, *map(linked, flat))
         return out[0] if several else out
 
-    call.__name__ = call.__qualname__ = label
+    call.__name__ = call.__qualname__ = form.label
     call.__doc__ = f"Balanced twin of ``{op}`` (arguments {', '.join(names)})."
     call.aten_op = op  # type: ignore[attr-defined]
     return call
 
 
-def _saver(
-    saves: Sequence[str], extras: Sequence[str], for_others: Sequence[str], compact: Sequence[str],
-    plain: Sequence[str], lists: bool,
-) -> Save:  # fmt: skip
-    """Keeps what the backward reads; tensors through ``save_for_backward``, so views and vmap work."""
-    absent = dict.fromkeys(saves)
+def _saver(form: _Form) -> Save:
+    """Keeps what the backward reads of a call's values: its arguments, its result, the extras, None.
 
-    def save(ctx: Any, values: dict[str, Any], output: Any, others: bool) -> None:
-        if extras:
-            output, *more = output
-            ctx.mark_non_differentiable(*more)
-            ctx.set_materialize_grads(False)  # or each gets a gradient of zeros, filled in
-            values.update(zip(extras, more, strict=True))
-        values["result"] = output
-        names = [n for n in saves if values[n] is not None and (others or n not in for_others)]
-        kept: Any = [_alone(values[n]) if n in compact else values[n] for n in names]
+    Tensors go through ``save_for_backward``, so views and vmap work.
+    """
+    names, _, _ = _signature(form.op)
+    place = {n: i for i, n in enumerate((*names, "result", *form.extras))}
+    every = [place[n] for n in form.saves]
+    few = [-1 if n in form.for_others else place[n] for n in form.saves]  # the last is None
+    alone = [i for i, n in enumerate(form.saves) if n in form.compact]
+    plain = [place[n] for n in form.plain]
+    lists = form.lists
+
+    def save(ctx: Any, values: Sequence[Any], others: bool) -> None:
+        kept: Any = [values[i] for i in (every if others else few)]
+        for i in alone:
+            kept[i] = _alone(kept[i])
         if lists:
             kept, ctx.layout = pytree.tree_flatten(kept)
-        ctx.names = names
-        ctx.given = {**absent, **{k: values[k] for k in plain}}
+        ctx.plain = [values[i] for i in plain]
         ctx.save_for_backward(*kept)
 
     return save
@@ -131,17 +147,16 @@ def _alone(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _puller(vjp: Vjp, extras: int, lists: bool) -> Pull:
+def _puller(form: _Form) -> Pull:
     """Calls ``vjp`` on what was saved."""
+    vjp, keys, lists = form.vjp, (*form.saves, *form.plain), form.lists
 
     def pull(ctx: Any, g: Sequence[Any], needs: frozenset[str]) -> Grads:
         kept = ctx.saved_tensors
         if lists:
             kept = pytree.tree_unflatten(kept, ctx.layout)
-        saved = {**ctx.given, **dict(zip(ctx.names, kept, strict=True))}
-        if extras and g[0] is None:
-            return {}
-        upstream = g[0] if len(g) == extras + 1 else tuple(g[: len(g) - extras])
+        saved = dict(zip(keys, (*kept, *ctx.plain), strict=True))
+        upstream = g[0] if len(g) == 1 else tuple(g)
         if not torch._C._is_any_autocast_enabled():
             return vjp(needs, upstream, **saved)
         # a backward runs in the dtypes that its forward chose, whatever surrounds .backward()
@@ -193,11 +208,46 @@ def spent() -> bool:
     return not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined,no-any-return]
 
 
-def _function(
-    op: torch._ops.OpOverload, label: str, run: Callable[..., Any], save: Save, pull: Pull
-) -> Any:
-    names, keyword, _ = _signature(op)
-    count = len(names) - len(keyword)
+def _parts(form: _Form, run: Callable[..., Any]) -> tuple[tuple[str, ...], Run, Save, Pull]:
+    """The names of an op's arguments; what calls ``run`` on them, in that order, and returns the op's
+    result and the extras; what saves; and what pulls back."""
+    names, keyword, _ = _signature(form.op)
+    count, several = len(names) - len(keyword), bool(form.extras)
+
+    def both(values: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+        named = dict(zip(keyword, values[count:], strict=True)) if keyword else {}
+        out = run(*values[:count], **named)
+        return (out[0], out[1:]) if several else (out, ())
+
+    return names, both, _saver(form), _puller(form)
+
+
+def _eager(form: _Form, run: Callable[..., Any]) -> Any:
+    """The Function for where only autograd looks on, of an op without lists of tensors. Extras are no
+    outputs of it, and its form is the old one: for that of ``_function``, PyTorch binds the arguments
+    to a signature, in Python and at every call, which costs more than a small layer norm."""
+    names, both, save, pull = _parts(form, run)
+
+    class Balanced(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *values: Any) -> Any:
+            result, more = both(values)
+            note_tensors(ctx, values)
+            save(ctx, (*values, result, *more, None), True in ctx.needs_input_grad[1:])
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, *g: Any) -> Any:
+            grads = pull(ctx, g, frozenset(itertools.compress(names, wanted(ctx))))
+            return tuple(map(grads.get, names))
+
+    Balanced.__name__ = Balanced.__qualname__ = f"Balanced_{form.label}"
+    return Balanced.apply
+
+
+def _function(form: _Form, run: Callable[..., Any]) -> Any:
+    names, both, save, pull = _parts(form, run)
+    extras = len(form.extras)
 
     def values_of(spec: pytree.TreeSpec | None, flat: Sequence[Any]) -> Sequence[Any]:
         return flat if spec is None else pytree.tree_unflatten(flat, spec)
@@ -209,62 +259,66 @@ def _function(
 
         @staticmethod
         def forward(spec: pytree.TreeSpec | None, *flat: Any) -> Any:
-            values = values_of(spec, flat)
-            if not keyword:
-                return run(*values)
-            return run(*values[:count], **dict(zip(keyword, values[count:], strict=True)))
+            result, more = both(values_of(spec, flat))
+            return (result, *more) if extras else result
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.spec = inputs[0]
             note_tensors(ctx, inputs)
-            values = dict(zip(names, values_of(ctx.spec, inputs[1:]), strict=True))
-            save(ctx, values, output, any(ctx.needs_input_grad[2:]))
+            values, others = values_of(ctx.spec, inputs[1:]), any(ctx.needs_input_grad[2:])
+            save(ctx, (*values, *_outputs(ctx, output, extras), None), others)
 
         @staticmethod
         def backward(ctx: Any, *g: Any) -> Any:
+            if g[0] is None and extras:
+                return None, *[None] * (len(ctx.needs_input_grad) - 1)
             asked = values_of(ctx.spec, wanted(ctx)[1:])
-            if ctx.spec is None:
-                grads = pull(ctx, g, frozenset(itertools.compress(names, asked)))
-                return None, *map(grads.get, names)
             needs = {n for n, a in zip(names, asked, strict=True) if any(pytree.tree_leaves(a))}
-            grads = pull(ctx, g, frozenset(needs))
+            grads = pull(ctx, g[: len(g) - extras], frozenset(needs))
             leaves = [None]
             for name, a in zip(names, asked, strict=True):
                 got, blank = grads.get(name), [None] * len(pytree.tree_leaves(a))
                 leaves += blank if got is None else pytree.tree_leaves(got)
             return tuple(leaves)
 
-    Balanced.__name__ = Balanced.__qualname__ = f"Balanced_{label}"
-    return quick(Balanced)
+    Balanced.__name__ = Balanced.__qualname__ = f"Balanced_{form.label}"
+    return Balanced.apply
 
 
-def _custom_op(
-    op: torch._ops.OpOverload, label: str, run: Callable[..., Any], save: Save, pull: Pull, extras: int
-) -> Any:  # fmt: skip
-    schema = str(op._schema)
+def _outputs(ctx: Any, output: Any, extras: int) -> tuple[Any, ...]:
+    """The result and the extras, which have no gradient."""
+    if not extras:
+        return (output,)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or each gets a gradient of zeros, filled in
+    return tuple(output)
+
+
+def _custom_op(form: _Form, run: Callable[..., Any]) -> Any:
+    save, pull, extras = _saver(form), _puller(form), len(form.extras)
+    schema = str(form.op._schema)
     arguments, returns = schema[schema.index("(") :].split(" -> ")
     if extras:
         returns = f"({', '.join([returns, *['Tensor'] * extras])})"
-    LIBRARY.define(f"{label}{arguments} -> {returns}")
-    qualified = f"{NAMESPACE}::{label}"
+    LIBRARY.define(f"{form.label}{arguments} -> {returns}")
+    qualified = f"{NAMESPACE}::{form.label}"
     torch.library.impl(qualified, "CompositeExplicitAutograd", lib=LIBRARY)(run)
     torch.library.register_fake(qualified, run, lib=LIBRARY)
-    names, keyword, _ = _signature(op)
+    names, keyword, _ = _signature(form.op)
     positional = names[: len(names) - len(keyword)]
 
     def setup(
         ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Any = None
     ) -> None:
-        values = dict(zip(positional, inputs, strict=True))
-        values |= {k: (keyword_only_inputs or {}).get(k) for k in keyword}
-        save(ctx, values, output, True)
+        values = (*inputs, *((keyword_only_inputs or {}).get(k) for k in keyword))
+        save(ctx, (*values, *_outputs(ctx, output, extras), None), True)
 
     def backward(ctx: Any, *g: Any) -> Any:
         wanted = dict(zip(positional, ctx.needs_input_grad, strict=False))
         needs = frozenset(k for k, w in wanted.items() if (any(w) if isinstance(w, list) else w))
-        grads = pull(ctx, g, needs)
+        grads = {} if g[0] is None else pull(ctx, g[: len(g) - extras], needs)
         return tuple(grads.get(n) for n in positional)
 
     torch.library.register_autograd(qualified, backward, setup_context=setup, lib=LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), label).default
+    return getattr(getattr(torch.ops, NAMESPACE), form.label).default
