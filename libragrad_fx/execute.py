@@ -4,7 +4,8 @@ nobody reads again. It is made anew from the lean graph, which is what is kept a
 from __future__ import annotations
 
 import itertools
-from collections import namedtuple
+import operator
+from collections import defaultdict, namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,9 @@ from libragrad_fx.ops.product import halved_mul
 
 GATE = "libragrad_gate"
 """Key of ``node.meta``: that it is the halved product of a gated activation, and how (``gated``)."""
+PLACE = "libragrad_place"
+"""Key of ``node.meta``, of a ``select`` that a gradient comes back through: along which axis it takes
+which place, and how many there are."""
 
 
 def bound(graph: Graph) -> Graph:
@@ -36,6 +40,7 @@ def bound(graph: Graph) -> Graph:
             new.erase_node(node)
         elif node.meta.get(BOUND):
             node.target = binding(node.target)
+    _unbind(new)
     return new
 
 
@@ -53,6 +58,27 @@ def _gate(graph: Graph, node: Node) -> None:
         new = graph.call_function(call, (*given, *act.args[1:]), act.kwargs)
     node.replace_all_uses_with(new)
     _erase(graph, node)
+
+
+def _unbind(graph: Graph) -> None:
+    """One ``unbind`` for the places of an axis that are taken one by one, as the steps of a scan are: the
+    gradient of a ``select`` is as large as what it is taken from, and filled with zeros. Of an axis with
+    one place, ``squeeze`` takes it."""
+    groups: dict[Any, list[Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if PLACE in node.meta:
+            axis, _, count = node.meta[PLACE]
+            groups[node.args[0], axis, count].append(node)
+    for (x, axis, count), selects in groups.items():
+        if count == 1:
+            for node in selects:
+                node.target, node.args = torch.squeeze, (x, axis)
+        if not 2 <= len({n.meta[PLACE] for n in selects}) >= count / 2:
+            continue
+        with graph.inserting_before(selects[0]):
+            all_places = graph.call_function(torch.unbind, (x, axis))
+        for node in selects:
+            node.target, node.args = operator.getitem, (all_places, node.meta[PLACE][1])
 
 
 def _source(node: Any) -> Node:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from libragrad_fx.execute import GATE
+from libragrad_fx.execute import GATE, PLACE
 from libragrad_fx.narrow import narrow
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.binding import PRODUCTS, mark
@@ -182,6 +182,8 @@ def lean(graph: Graph, facts: Facts) -> Graph:
         if node.target is aten.slice.Tensor and _takes_all(node):
             node.target = whole
             node.meta[MARK] = (_LEAN, node.name)
+        elif node.target is aten.select.int and node in alive and (place := _place(node)):
+            node.meta[PLACE] = place
     mark(graph)
     graph.lint()
     return graph
@@ -197,6 +199,16 @@ def _takes_all(node: Node) -> bool:
         and step == 1
         and (end is None or (isinstance(end, int) and end >= known))
     )
+
+
+def _place(node: Node) -> tuple[int, int, int] | None:
+    """Along which axis a ``select`` takes which place of how many, where these numbers are fixed."""
+    x, axis, place = node.args
+    shape = x.meta["val"].shape  # type: ignore[union-attr]
+    count = shape[axis]
+    if not (isinstance(place, int) and isinstance(count, int)):
+        return None
+    return axis % len(shape), place % count, count  # type: ignore[operator]
 
 
 def _halve(graph: Graph, scale: Node) -> None:

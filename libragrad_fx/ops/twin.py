@@ -228,21 +228,19 @@ def _eager(form: _Form, run: Callable[..., Any]) -> Any:
     to a signature, in Python and at every call, which costs more than a small layer norm."""
     names, both, save, pull = _parts(form, run)
 
-    class Balanced(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *values: Any) -> Any:
-            result, more = both(values)
-            note_tensors(ctx, values)
-            save(ctx, (*values, result, *more, None), True in ctx.needs_input_grad[1:])
-            return result
+    def forward(ctx: Any, *values: Any) -> Any:
+        result, more = both(values)
+        note_tensors(ctx, values)
+        save(ctx, (*values, result, *more, None), True in ctx.needs_input_grad[1:])
+        return result
 
-        @staticmethod
-        def backward(ctx: Any, *g: Any) -> Any:
-            grads = pull(ctx, g, frozenset(itertools.compress(names, wanted(ctx))))
-            return tuple(map(grads.get, names))
+    def backward(ctx: Any, *g: Any) -> Any:
+        grads = pull(ctx, g, frozenset(itertools.compress(names, wanted(ctx))))
+        return tuple(map(grads.get, names))
 
-    Balanced.__name__ = Balanced.__qualname__ = f"Balanced_{form.label}"
-    return Balanced.apply
+    body = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(f"Balanced_{form.label}", (torch.autograd.Function,), body)
+    return function.apply
 
 
 def _function(form: _Form, run: Callable[..., Any]) -> Any:

@@ -364,3 +364,68 @@ def test_a_slice_that_takes_all_copies_no_gradient() -> None:
     assert_same(gm, x)
     assert_same(copy.deepcopy(gm), x)
     assert spell(erase(gm.lean)) == spell(erase(gm.graph))
+
+
+def nodes_of(y: torch.Tensor) -> list[str]:
+    """Names of the autograd nodes that lead to ``y``."""
+    seen, todo = set(), [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [n for n, _ in node.next_functions]
+    return [n.name() for n in seen]
+
+
+class Steps(nn.Module):
+    """A scan over the axis of its steps, of which it reads ``places``."""
+
+    def __init__(self, places: list[int], axis: int, keep: bool) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+        self.places, self.axis, self.keep = places, axis, keep
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, state = self.inner(x), 0.0
+        for i in self.places:
+            step = y.select(self.axis, i)
+            state = state * step.sigmoid() + step
+        return (state, y.sum()) if self.keep else state
+
+
+STEPS = {
+    "all": ([0, 1, 2, 3], 1, ["UnbindBackward0"]),
+    "from behind, and twice": ([-1, 2, 1, 3], -2, ["UnbindBackward0"]),
+    "half": ([3, 1], 1, ["UnbindBackward0"]),
+    "few": ([2, 2], 1, ["SelectBackward0"] * 2),
+    "the batch, whose size is free": ([0, 1], 0, ["SelectBackward0"] * 2),
+}
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["alone", "read as a whole too"])
+@pytest.mark.parametrize(("places", "axis", "want"), STEPS.values(), ids=STEPS)
+def test_steps_of_a_scan_have_one_gradient(
+    places: list[int], axis: int, want: list[str], keep: bool
+) -> None:
+    model, x = Steps(places, axis, keep).double(), torch.randn(2, 4, 6, dtype=F64)
+    gm = lg.transform(model, x)
+    for runs in (gm, copy.deepcopy(gm)):
+        assert_same(runs, x)
+        out = runs(x.clone().requires_grad_())
+        y = out[0] if keep else out
+        assert torch.equal(y, model(x)[0] if keep else model(x))
+        assert sorted(n for n in nodes_of(y) if n[:6] in ("Unbind", "Select")) == want
+
+
+def test_the_only_place_of_an_axis_is_a_view_backwards_too() -> None:
+    class Column(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ x.mT.softmax(1).sum(2, keepdim=True))[:, :, 0].relu()
+
+    x = torch.randn(2, 4, 6, dtype=F64)
+    gm = lg.transform(Column(), x)
+    y = gm(x.requires_grad_())
+    assert torch.equal(y, Column()(x))
+    names = nodes_of(y)
+    assert "SelectBackward0" not in names
+    assert any(n.startswith("SqueezeBackward") for n in names)
