@@ -19,6 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 Side = Callable[[torch.Tensor], object]
+aten = torch.ops.aten
+_COUNTED_AS = {  # not all versions of PyTorch have a formula for attention on a CPU
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        aten._scaled_dot_product_flash_attention_backward,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +167,8 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
+        packet = func._overloadpacket
+        count = flop_registry.get(_COUNTED_AS.get(packet, packet))
         self.total += count(*args, **(kwargs or {}), out_val=out) if count else 0
         return out
 

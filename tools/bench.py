@@ -219,7 +219,9 @@ def _transforms(model: nn.Module) -> dict[str, Side]:
 
 
 def _of_sample(suite: str, name: str) -> tuple[torch.Tensor, dict[str, Side]]:
-    """A model of the coverage sample: the gradient of its target by its first float input."""
+    """A model of the coverage sample: the gradient of its target by its first float input. Numbers too
+    small for a normal float are 0: random weights make some, and arithmetic with them is slow."""
+    torch.set_flush_denormal(True)
     subject = build(suite, name)
     model = subject.model.eval().requires_grad_(False)
     generic(model, subject.inputs)

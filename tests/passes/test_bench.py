@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from libragrad_fx.bench import HEAD, compare, gradient
+from libragrad_fx.bench import HEAD, Operations, compare, gradient
 from libragrad_fx.target import middle, select
 
 
@@ -28,3 +28,15 @@ def test_operations_and_memory_of_a_chain() -> None:
     tensor = x.numel() * 4 / 2**20
     assert tensor <= whole.peak <= 6 * tensor
     assert part.against(whole).count("|") == HEAD.splitlines()[0].count("|")
+
+
+def test_operations_of_attention_are_those_of_its_products() -> None:
+    """Two products forward; five backward, as the kernel computes the probabilities again."""
+    tokens, width = 48, 16
+    q, k, v = torch.randn(3, 1, 2, tokens, width, requires_grad=True).unbind(0)
+    one = 2 * 2 * tokens * tokens * width
+    with Operations() as forward:
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+    with Operations() as backward:
+        y.sum().backward()
+    assert (forward.total, backward.total) == (2 * one, 5 * one)
