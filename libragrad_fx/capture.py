@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib
 import inspect
 import io
 import logging
@@ -384,7 +385,9 @@ def _as_if_eager() -> Iterator[None]:
     """Models that ask whether they are exported may choose other ops, and with them other bits.
 
     ``is_compiling`` is left as it is: libraries ask it to keep traced tensors out of their caches.
+    Dynamo notes which functions it knows when it is first imported, and must not note the stand-in.
     """
+    importlib.import_module("torch._dynamo")
     with mock.patch.object(torch.compiler, "is_exporting", return_value=False):
         yield
 

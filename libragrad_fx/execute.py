@@ -6,13 +6,14 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import defaultdict, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from libragrad_fx.ops.binding import BOUND, PRODUCTS, binding
+from libragrad_fx.ops.function import watched
 from libragrad_fx.ops.gate import gated
 from libragrad_fx.ops.graft import idle, whole
 from libragrad_fx.ops.product import halved_mul
@@ -22,6 +23,8 @@ GATE = "libragrad_gate"
 PLACE = "libragrad_place"
 """Key of ``node.meta``, of a ``select`` that a gradient comes back through: along which axis it takes
 which place, and how many there are."""
+FIXED = "libragrad_fixed"
+"""Key of ``node.meta``: that it depends on no input and no parameter, so that once is enough."""
 
 
 def bound(graph: Graph) -> Graph:
@@ -94,12 +97,15 @@ def _erase(graph: Graph, node: Node) -> None:
             _erase(graph, n)
 
 
-def flattened(graph: Graph) -> Callable[[torch.nn.Module], Any]:
-    """Let ``graph`` name attributes by one name each; returns what looks them up in a module.
+def flattened(graph: Graph) -> tuple[Callable[[torch.nn.Module], Any], dict[str, Any]]:
+    """Let ``graph`` name attributes by one name each, and take what is marked as fixed for such.
 
     ``nn.Module`` looks for each part of ``layers.3.fc1.weight`` in Python, at every call: of a small
     network that is a tenth of the time. Here each submodule is looked up once a call, and where
     modules keep theirs, so that what a user replaces is seen.
+
+    Returns:
+        What looks the attributes up in a module, and a stand-in for each of them.
     """
     named = [n for n in graph.nodes if n.op in ("get_attr", "call_module")]
     names = {str(n.target): f"a{i}" for i, n in enumerate(named)}
@@ -108,7 +114,9 @@ def flattened(graph: Graph) -> Callable[[torch.nn.Module], Any]:
     parents = [itertools.accumulate(p.split(".")[:-1], "{}.{}".format) for p in names]
     modules = [(p, *_split(p)) for p in sorted(set(itertools.chain(*parents)))]
     leaves = [_split(p) for p in names]
-    Attributes = namedtuple("Attributes", names.values())  # of plain objects, Dynamo knows not all
+    fixed, compute = _folded(graph)
+    every = [*names.values(), *fixed]
+    Attributes = namedtuple("Attributes", every)  # of plain objects, Dynamo knows not all
 
     def attributes(root: torch.nn.Module) -> Any:
         found: dict[str, Any] = {"": root}
@@ -118,9 +126,38 @@ def flattened(graph: Graph) -> Callable[[torch.nn.Module], Any]:
         for parent, name in leaves:
             own = found[parent]._parameters.get(name)
             values.append(getattr(found[parent], name) if own is None else own)
-        return Attributes(*values)
+        return Attributes(*values, *compute())
 
-    return attributes
+    return attributes, dict.fromkeys(every)
+
+
+def _folded(graph: Graph) -> tuple[list[str], Callable[[], Sequence[Any]]]:
+    """Move what is fixed out of ``graph``: names that it reads it by, and what computes it at first."""
+    inner, env = Graph(), dict[Node, Node]()
+    read = [n for n in graph.nodes if FIXED in n.meta and any(FIXED not in u.meta for u in n.users)]
+    for node in [n for n in graph.nodes if FIXED in n.meta]:
+        env[node] = inner.node_copy(node, env.__getitem__)
+    inner.output(tuple(env[n] for n in read))
+    names = [f"c{i}" for i in range(len(read))]
+    for node, name in zip(read, names, strict=True):
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.create_node("get_attr", name))
+    for node in reversed([*env]):
+        graph.erase_node(node)
+    make = torch.fx.GraphModule({}, inner).forward
+    held: list[Any] = []
+
+    def compute() -> Sequence[Any]:
+        if not read:
+            return ()
+        if watched() or torch._C._len_torch_dispatch_stack():
+            return make()
+        if not held:
+            with torch.inference_mode(False), torch.no_grad():
+                held.append(make())
+        return held[0]
+
+    return names, compute
 
 
 def _split(path: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from libragrad_fx.execute import GATE, PLACE
+from libragrad_fx.execute import FIXED, GATE, PLACE
 from libragrad_fx.narrow import narrow
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.binding import PRODUCTS, mark
@@ -184,9 +184,42 @@ def lean(graph: Graph, facts: Facts) -> Graph:
             node.meta[MARK] = (_LEAN, node.name)
         elif node.target is aten.select.int and node in alive and (place := _place(node)):
             node.meta[PLACE] = place
+    _fix(graph)
     mark(graph)
     graph.lint()
     return graph
+
+
+def _fix(graph: Graph) -> None:
+    """Mark what need not be computed at every call: small values that depend on no input and no
+    parameter (masks, tables of positions), unless the model hands them to the user."""
+    shown = set[Node]()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or (node in shown and _hands_on(node)):
+            shown.update(node.all_input_nodes)
+    for node in graph.nodes:
+        if node not in shown and _is_fixed(node):
+            node.meta[FIXED] = True
+
+
+def _hands_on(node: Node) -> bool:
+    """Whether what a node computes may lie in the memory of what it was given."""
+    op = node.target
+    return not isinstance(op, torch._ops.OpOverload) or any(
+        r.alias_info is not None for r in op._schema.returns
+    )
+
+
+def _is_fixed(node: Node) -> bool:
+    op, value = node.target, node.meta.get("val")
+    if isinstance(op, torch._ops.OpOverload):
+        if op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags:
+            return False
+    elif op is not operator.getitem:
+        return False
+    if not isinstance(value, torch.Tensor) or any(not isinstance(n, int) for n in value.shape):
+        return False
+    return value.numel() <= _SMALL and all(FIXED in n.meta for n in node.all_input_nodes)
 
 
 def _takes_all(node: Node) -> bool:

@@ -23,12 +23,12 @@ from torch.nn.modules import module as _modules
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import InputError, ModeError
-from libragrad_fx.execute import GATE, PLACE, bound, flattened
+from libragrad_fx.execute import FIXED, GATE, PLACE, bound, flattened
 from libragrad_fx.ops import TWINS, insert
 from libragrad_fx.ops.binding import BOUND
 
 TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_META = ("nn_module_stack", "stack_trace", "libragrad", BOUND, GATE, PLACE)
+_META = ("nn_module_stack", "stack_trace", "libragrad", BOUND, GATE, PLACE, FIXED)
 _INSERTS = {
     insert.guard: "guard", insert.constant: "constant", insert.scale: "scale",
     insert.probe: "probe",
@@ -135,9 +135,9 @@ class CapturedModule(torch.fx.GraphModule):
         if lean is None:
             return
         quick = bound(lean)
-        attributes = flattened(quick)
+        attributes, stand_ins = flattened(quick)
         full = type(self).forward
-        short = type(torch.fx.GraphModule(attributes(self)._asdict(), quick)).forward
+        short = type(torch.fx.GraphModule(stand_ins, quick)).forward
         heard = [
             h
             for m in self.modules()

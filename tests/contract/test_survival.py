@@ -70,6 +70,20 @@ def test_compile(case: Case, backend: str) -> None:
     assert close(gradient(compiled, case.x), case.gradient)
 
 
+def test_compile_in_a_fresh_process() -> None:
+    """Where nothing has imported Dynamo before capture did."""
+    code = (
+        "import torch, libragrad_fx as lg\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())\n"
+        "x = torch.randn(2, 4)\n"
+        "gm = lg.transform(model, x)\n"
+        "compiled = torch.compile(gm, fullgraph=True, backend='aot_eager')\n"
+        "assert torch.equal(compiled(x), gm(x))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_func_grad_and_vmap_are_the_loop(case: Case) -> None:
     def logit(x: torch.Tensor) -> torch.Tensor:
         return case.gm(x[None])[0, 3]
