@@ -65,9 +65,13 @@ class _Piece(nn.Module):
 
 @dataclasses.dataclass
 class _Run:
-    """One forward of a cut module: which autograd nodes lead to the input, and what was run."""
+    """One forward of a cut module: which autograd nodes lead to the input, and what was run.
+
+    own: by ``id``, the model's parameters and buffers
+    """
 
     inputs: list[torch.Tensor]
+    own: frozenset[int]
     moves: dict[Any, bool] = dataclasses.field(default_factory=dict)
     recorders: list[tuple[str, Recorder]] | None = None
     pieces: dict[str, CapturedModule] = dataclasses.field(default_factory=dict)
@@ -184,9 +188,9 @@ class CutModule(nn.Module):
             for x in leaves
         ]  # fmt: skip
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        run = _Run(
-            [x for x in leaves if isinstance(x, torch.Tensor)], recorders=[] if record else None
-        )
+        own = frozenset(map(id, (*self._model.parameters(), *self._model.buffers())))
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        run = _Run(tensors, own, recorders=[] if record else None)
         self._local.run = run
         try:
             with torch._dynamo.config.patch(_LIMIT):  # type: ignore[attr-defined]
@@ -229,7 +233,7 @@ class CutModule(nn.Module):
         return call
 
     def _kind(self, run: _Run, x: Any) -> str:
-        if not isinstance(x, torch.Tensor) or _held_by(self._model, x):
+        if not isinstance(x, torch.Tensor) or id(x) in run.own:
             return _HELD
         return _MOVES if run.depends(x) else _STILL
 
@@ -285,10 +289,6 @@ class CutModule(nn.Module):
 
 def _identity(value: Any) -> Any:
     return id(value) if isinstance(value, torch.Tensor) else value
-
-
-def _held_by(model: nn.Module, x: torch.Tensor) -> bool:
-    return any(x is t for t in (*model.parameters(), *model.buffers()))
 
 
 def transform_in_pieces(

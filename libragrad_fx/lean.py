@@ -65,7 +65,9 @@ def _parts(graph: Graph, alive: set[Node], facts: Facts) -> Iterator[_Part]:
             continue
         parts = _cover(node, node, alive, facts) or []
         features = sizes(node)[PRODUCTS[node.target]]
-        if 0 < sum(_count(p.rows) for p in parts) < features:
+        dead = features - sum(_count(p.rows) for p in parts)
+        # each part is a product of its own backwards, and one more sum over what went in
+        if parts and dead > 0 and dead >= features * (len(parts) - 1) / 4:
             yield from parts
 
 

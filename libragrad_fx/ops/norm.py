@@ -114,7 +114,7 @@ def _whitened(
 ) -> Grads:  # fmt: skip
     """Group, instance and batch norm: ``x`` viewed as ``view`` is whitened, affine per channel."""
     hat = lambda: ((_wide(x.reshape(view)) - mean) * rstd).reshape(g.shape)  # type: ignore  # noqa: E731
-    affine = _affine(needs, g, hat, _per_channel(g))
+    affine = {} if needs == _ALONE else _affine(needs, g, hat, _per_channel(g))
     grads = {name: grad.reshape(-1) for name, grad in affine.items()}
     if "input" in needs:
         u = _weighted(g, None if weight is None else _per_channel(g, weight))
@@ -135,13 +135,16 @@ def _native_group_norm(
     bias: torch.Tensor | None = None, eps: float = 1e-5, cudnn_enabled: bool = True,
 ) -> Any:  # fmt: skip
     """What ``group_norm`` calls: the output, the mean, 1/sigma; both (N, groups)."""
-    format_ = (
-        suggest_memory_format(input) if input.device.type == "cpu" else torch.contiguous_format
+    on_cpu = input.device.type == "cpu"
+    x = input.contiguous(
+        memory_format=suggest_memory_format(input)
+        if on_cpu and not input.is_contiguous()
+        else torch.contiguous_format
     )
-    x, (batch, channels) = input.contiguous(memory_format=format_), input.shape[:2]
-    w, b = (t if t is None else t.contiguous() for t in (weight, bias))
-    positions = math.prod(input.shape[2:])
-    return torch.native_group_norm(x, w, b, batch, channels, positions, num_groups, eps)
+    w = None if weight is None else weight.contiguous()
+    b = None if bias is None else bias.contiguous()
+    batch, channels, *positions = input.shape
+    return torch.native_group_norm(x, w, b, batch, channels, math.prod(positions), num_groups, eps)
 
 
 def _group_norm(

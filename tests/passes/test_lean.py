@@ -429,3 +429,27 @@ def test_the_only_place_of_an_axis_is_a_view_backwards_too() -> None:
     names = nodes_of(y)
     assert "SelectBackward0" not in names
     assert any(n.startswith("SqueezeBackward") for n in names)
+
+
+@pytest.mark.parametrize(("dead", "grafts"), [(1, 0), (C, 2)], ids=["few rows", "a third"])
+def test_live_parts_are_grafted_where_enough_rows_are_dead(dead: int, grafts: int) -> None:
+    """Two parts are two products backwards, in place of one."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(C, dead + 2 * C)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.inner(x).split([dead, C, C], -1)
+            gate = q.mean(-1, keepdim=True).softmax(1)
+            return v.relu() * (gate * k.abs()).sum(1, keepdim=True)
+
+    x = torch.randn(2, N, C, dtype=F64)
+    gm = lg.transform(Two().double(), x)
+    assert gm.lean is not None
+    assert sum(n.target is graft for n in gm.lean.nodes) == grafts
+    x = x.requires_grad_()
+    short = torch.autograd.grad(gm(x).sum(), x)[0]
+    gm.recompile()
+    torch.testing.assert_close(short, torch.autograd.grad(gm(x).sum(), x)[0], rtol=1e-12, atol=1e-12)
