@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.nn import functional as F
 
 from libragrad_fx.ops.binding import BOUND, PRODUCTS, binding
 from libragrad_fx.ops.function import watched
@@ -25,11 +26,30 @@ PLACE = "libragrad_place"
 which place, and how many there are."""
 FIXED = "libragrad_fixed"
 """Key of ``node.meta``: that it depends on no input and no parameter, so that once is enough."""
+OVER = "libragrad_over"
+"""Key of ``node.meta``: that it may be computed in the memory of its first operand."""
+
+
+def _in_place(plain: Callable[..., Any], over: Callable[..., Any]) -> Callable[..., Any]:
+    def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return (plain if watched() else over)(x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    call.__name__ = over.__name__
+    return call
+
+
+IN_PLACE = {
+    torch.ops.aten.relu.default: _in_place(torch.relu, torch.relu_),
+    torch.ops.aten.hardtanh.default: _in_place(F.hardtanh, F.hardtanh_),
+    torch.ops.aten.leaky_relu.default: _in_place(F.leaky_relu, F.leaky_relu_),
+    torch.ops.aten.add.Tensor: _in_place(torch.add, torch.Tensor.add_),
+}
+"""Ops whose gradient needs nothing that they write over. Most networks call them so themselves."""
 
 
 def bound(graph: Graph) -> Graph:
     """A copy of ``graph`` that calls bindings where it is marked, nothing at all for ``x[:]`` and for
-    idle dropouts, and twins that write over what nobody else reads."""
+    idle dropouts, and writes over what nobody else reads."""
     new = Graph()
     new.output(new.graph_copy(graph, {}))
     for node in [n for n in new.nodes if GATE in n.meta]:
@@ -41,6 +61,8 @@ def bound(graph: Graph) -> Graph:
         if node.target is idle or (node.target is whole and not read_out):
             node.replace_all_uses_with(node.args[0])
             new.erase_node(node)
+        elif OVER in node.meta:
+            node.target = IN_PLACE[node.target]
         elif node.meta.get(BOUND):
             node.target = binding(node.target)
     _unbind(new)

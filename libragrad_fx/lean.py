@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from libragrad_fx.execute import FIXED, GATE, PLACE
+from libragrad_fx.execute import FIXED, GATE, IN_PLACE, OVER, PLACE
 from libragrad_fx.narrow import narrow
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.binding import PRODUCTS, mark
@@ -34,6 +34,11 @@ from libragrad_fx.views import Facts, is_sized, live, only_moves, replay, sizes,
 aten = torch.ops.aten
 _LEAN = "lean"
 _SMALL = 2**16  # elements
+_UNREAD = {
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.batch_norm.default,
+    aten.add.Tensor,
+}  # fmt: skip
+"""Ops that make new memory, which their backward does not read."""
 _JOINS = {aten.stack.default, aten.cat.default}
 _CUTS = {"chunk", "split", "split_with_sizes", "tensor_split", "slice", "narrow"}
 
@@ -180,13 +185,15 @@ def lean(graph: Graph, facts: Facts) -> Graph:
     for node in graph.nodes:
         if (gate := _gate(node)) is not None:
             node.meta[GATE] = gate
+    _fix(graph)
     for node in graph.nodes:
         if node.target is aten.slice.Tensor and _takes_all(node):
             node.target = whole
             node.meta[MARK] = (_LEAN, node.name)
         elif node.target is aten.select.int and node in alive and (place := _place(node)):
             node.meta[PLACE] = place
-    _fix(graph)
+        elif node.target in IN_PLACE and _writes_over(node):
+            node.meta[OVER] = True
     mark(graph)
     graph.lint()
     return graph
@@ -244,6 +251,18 @@ def _place(node: Node) -> tuple[int, int, int] | None:
     if not (isinstance(place, int) and isinstance(count, int)):
         return None
     return axis % len(shape), place % count, count  # type: ignore[operator]
+
+
+def _writes_over(node: Node) -> bool:
+    """Whether ``node`` alone reads its first operand, which is as large, and new memory of an op whose
+    backward does not read it."""
+    x: Any = node.args[0]
+    if x.target not in _UNREAD or len(x.users) > 1 or x in node.args[1:] or FIXED in x.meta:
+        return False
+    if node.target is aten.leaky_relu.default and not (len(node.args) < 2 or node.args[1] > 0):  # type: ignore[operator]
+        return False
+    a, b = x.meta["val"], node.meta["val"]
+    return str(a.shape) == str(b.shape) and a.dtype == b.dtype
 
 
 def _halve(graph: Graph, scale: Node) -> None:

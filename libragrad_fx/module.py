@@ -23,12 +23,12 @@ from torch.nn.modules import module as _modules
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import InputError, ModeError
-from libragrad_fx.execute import FIXED, GATE, PLACE, bound, flattened
+from libragrad_fx.execute import FIXED, GATE, OVER, PLACE, bound, flattened
 from libragrad_fx.ops import TWINS, insert
 from libragrad_fx.ops.binding import BOUND
 
 TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_META = ("nn_module_stack", "stack_trace", "libragrad", BOUND, GATE, PLACE, FIXED)
+_META = ("nn_module_stack", "stack_trace", "libragrad", BOUND, GATE, PLACE, FIXED, OVER)
 _INSERTS = {
     insert.guard: "guard", insert.constant: "constant", insert.scale: "scale",
     insert.probe: "probe",

@@ -5,7 +5,8 @@
 
 Every side of a case runs in turns in one process: plain autograd, ours, the authors' stop-gradient
 arithmetic on our graph, Captum's InputXGradient, and on torchvision's ViT the CP-LRP patches of LXT
-where it is installed (``pip install lxt``). Parameters are frozen and random, the input is random.
+where it is installed (``pip install lxt``). Parameters are frozen, unless a case says otherwise, and
+random; the input is random. Long inputs are also run in segments (``checkpointed``).
 ``compiled`` compares both under ``torch.compile``; ``transform`` times the transform itself against
 ``torch.export`` alone; ``sample`` takes the small models of the coverage sample. Results are kept in
 ``docs/performance.jsonl``; a case that is run again replaces its old one.
@@ -53,6 +54,8 @@ class Case:
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     rounds: int = 99
+    frozen: bool = True
+    long: bool = False
 
 
 def _timm(name: str, **kwargs: Any) -> nn.Module:
@@ -91,7 +94,9 @@ def _cases() -> Iterator[Case]:
     ):  # fmt: skip
         yield Case(name, functools.partial(_timm, name), image(4))
     yield Case("vit_large_patch16_224", lambda: _timm("vit_large_patch16_224"), image(4), rounds=4)
-    yield Case("torchvision/vit_b_16", lambda: _torchvision("vit_b_16"), image(4))
+    tv = functools.partial(Case, make=lambda: _torchvision("vit_b_16"), shape=image(4))
+    yield tv("torchvision/vit_b_16")
+    yield tv("torchvision/vit_b_16, parameters that require grad", frozen=False)
     yield Case("llama 8x512, 256 tokens", _Decoder, (2, 256, 512))
     for size in (256, 512, 1024, 1440):
         tokens = (size // 16) ** 2
@@ -99,7 +104,7 @@ def _cases() -> Iterator[Case]:
             _timm, "vit_small_patch16_224", img_size=size, class_token=False, global_pool="avg"
         )
         rounds = 99 if tokens < 4000 else 4
-        yield Case(f"vit_small, {tokens} tokens", make, image(1, size), rounds)
+        yield Case(f"vit_small, {tokens} tokens", make, image(1, size), rounds, long=True)
     for batch in (1, 2, 8, 16):
         yield Case(
             f"vit_small, batch {batch}", lambda: _timm("vit_small_patch16_224"), image(batch)
@@ -197,6 +202,8 @@ def _sides(case: Case, model: nn.Module, gm: Any, classes: int) -> dict[str, Sid
         "stop-gradient arithmetic": gradient(logit(stop_gradient_arithmetic(gm))),
         "Captum InputXGradient": lambda x: captum.attribute(x, target=classes // 2),
     }
+    if case.long:
+        sides["balanced, checkpointed"] = gradient(logit(lg.checkpointed(gm)))
     if case.name.startswith("torchvision/vit") and importlib.util.find_spec("lxt"):
         sides["LXT, CP-LRP"] = _under_lxt(gradient(plain))
     return sides
@@ -246,7 +253,7 @@ def run(case: Case, options: argparse.Namespace) -> list[Cost]:
         race(sides, x, 3)
         return compare(sides, x, options.rounds)
     dtype = getattr(torch, options.dtype)
-    model = case.make().eval().requires_grad_(False).to(options.device, dtype)
+    model = case.make().eval().requires_grad_(not case.frozen).to(options.device, dtype)
     x = torch.randn(case.shape, device=options.device, dtype=dtype)
     rounds = min(options.rounds, case.rounds)
     if options.mode == "transform":

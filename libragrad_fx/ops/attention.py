@@ -20,7 +20,7 @@ from libragrad_fx.ops.twin import Grads, twin
 
 aten = torch.ops.aten
 _CHUNK = 64  # query rows at a time, of all heads
-_ROWS = 256  # query rows at a time, of so many heads that their block of P has
+_ROWS = 256  # query rows at a time at least, of so many heads that their block of P has
 _CACHED = 2**18  # elements a thread: 1 MiB of float32
 _SMALL = 2**16  # elements of P and of k, below which one kernel for all three gradients costs less
 
@@ -118,14 +118,15 @@ def _blocks(shape: torch.Size, keys: int) -> Iterator[tuple[tuple[slice, slice],
     The heads are whole samples' or of a single one, so that the part of a dense tensor is dense.
     """
     samples, heads, queries = shape[:3]
-    block = max(min(queries, _ROWS) * keys, 1)
-    fit = max(torch.get_num_threads() * _CACHED // block, 1)
+    room = torch.get_num_threads() * _CACHED // max(keys, 1)  # rows
+    few = min(max(_ROWS, room // max(heads, 1)), queries)
+    fit = max(room // max(few, 1), 1)
     some, of = max(fit // max(heads, 1), 1), min(fit, max(heads, 1))
     for sample, head, row in itertools.product(
-        range(0, samples, some), range(0, heads, of), range(0, queries, _ROWS)
+        range(0, samples, some), range(0, heads, of), range(0, queries, max(few, 1))
     ):
         part = slice(sample, sample + some), slice(head, head + of)
-        yield part, slice(row, min(row + _ROWS, queries))
+        yield part, slice(row, min(row + few, queries))
 
 
 def _mask_of(mask: torch.Tensor, part: tuple[slice, slice], rows: slice) -> torch.Tensor:

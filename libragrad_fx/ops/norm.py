@@ -108,26 +108,42 @@ def _per_channel(x: torch.Tensor, weight: torch.Tensor | None = None) -> Any:
     return shape if weight is None else weight.reshape(shape)
 
 
+def _split(x: torch.Tensor, groups: int | None) -> torch.Tensor:
+    """(N, groups, C / groups, *): a view in any memory format, so that a gradient keeps its own."""
+    return x if groups is None else x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+
+
+def _axes(ndim: int, groups: int | None) -> Axes:
+    """What is whitened together, of ``_split`` of a (N, C, *) input; without groups, a channel."""
+    return (0, *range(2, ndim)) if groups is None else tuple(range(2, ndim + 1))
+
+
 def _whitened(
     needs: frozenset[str], g: torch.Tensor, x: torch.Tensor | None, weight: torch.Tensor | None,
-    view: Axes, axes: Axes, mean: torch.Tensor | None, rstd: torch.Tensor,
+    groups: int | None, mean: torch.Tensor | None, rstd: torch.Tensor,
 ) -> Grads:  # fmt: skip
-    """Group, instance and batch norm: ``x`` viewed as ``view`` is whitened, affine per channel."""
-    hat = lambda: ((_wide(x.reshape(view)) - mean) * rstd).reshape(g.shape)  # type: ignore  # noqa: E731
+    """Group, instance and batch norm; ``mean`` and ``rstd`` broadcast with ``_split`` of the input."""
+    hat = lambda: ((_wide(_split(x, groups)) - mean) * rstd).reshape(g.shape)  # type: ignore  # noqa: E731
     affine = {} if needs == _ALONE else _affine(needs, g, hat, _per_channel(g))
     grads = {name: grad.reshape(-1) for name, grad in affine.items()}
     if "input" in needs:
-        u = _weighted(g, None if weight is None else _per_channel(g, weight))
-        grads["input"] = _pull(u.reshape(view), rstd, axes).reshape(g.shape)
+        u = _wide(g)
+        if weight is not None:
+            u = u * _per_channel(g, weight)
+        elif u is g:
+            u = u.clone()
+        pulled = _pull(_split(u, groups), rstd, _axes(g.ndim, groups))
+        grads["input"] = pulled.reshape(g.shape)
     return grads
 
 
 def _over_positions(
     needs: frozenset[str], g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None,
-    view: Axes, axes: Axes, eps: float,
+    groups: int | None, eps: float,
 ) -> Grads:  # fmt: skip
-    var, mean = torch.var_mean(_wide(x.reshape(view)), axes, correction=0, keepdim=True)
-    return _whitened(needs, g, x, weight, view, axes, mean, torch.rsqrt(var + eps))
+    axes = _axes(x.ndim, groups)
+    var, mean = torch.var_mean(_wide(_split(x, groups)), axes, correction=0, keepdim=True)
+    return _whitened(needs, g, x, weight, groups, mean, torch.rsqrt(var + eps))
 
 
 def _native_group_norm(
@@ -151,25 +167,23 @@ def _group_norm(
     needs: frozenset[str], g: torch.Tensor, *, input: torch.Tensor | None, weight: torch.Tensor | None,
     mean: torch.Tensor | None, rstd: torch.Tensor, num_groups: int, **_: Any,
 ) -> Grads:  # fmt: skip
-    view, by_group = (g.shape[0], num_groups, -1), (g.shape[0], num_groups, 1)
+    by_group = (g.shape[0], num_groups, *[1] * (g.ndim - 1))
     means = None if mean is None else mean.reshape(by_group)
-    return _whitened(needs, g, input, weight, view, (2,), means, rstd.reshape(by_group))
+    return _whitened(needs, g, input, weight, num_groups, means, rstd.reshape(by_group))
 
 
 def _instance_norm(
     needs: frozenset[str], g: torch.Tensor, *, input: torch.Tensor, weight: torch.Tensor | None,
     eps: float, **_: Any,
 ) -> Grads:  # fmt: skip
-    view = (*input.shape[:2], -1)  # also where there is one position only
-    return _over_positions(needs, g, input, weight, view, (2,), eps)
+    return _over_positions(needs, g, input, weight, input.shape[1], eps)
 
 
 def _batch_norm(
     needs: frozenset[str], g: torch.Tensor, *, input: torch.Tensor, weight: torch.Tensor | None,
     eps: float, **_: Any,
 ) -> Grads:  # fmt: skip
-    axes = (0, *range(2, input.ndim))
-    return _over_positions(needs, g, input, weight, tuple(input.shape), axes, eps)
+    return _over_positions(needs, g, input, weight, None, eps)
 
 
 layer_norm = twin(

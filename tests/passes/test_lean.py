@@ -453,3 +453,67 @@ def test_live_parts_are_grafted_where_enough_rows_are_dead(dead: int, grafts: in
     short = torch.autograd.grad(gm(x).sum(), x)[0]
     gm.recompile()
     torch.testing.assert_close(short, torch.autograd.grad(gm(x).sum(), x)[0], rtol=1e-12, atol=1e-12)
+
+
+class Residual(nn.Module):
+    """A residual block; ``again`` reads a convolution's result a second time."""
+
+    def __init__(self, act: nn.Module, again: bool = False) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.norm1, self.norm2 = (nn.BatchNorm2d(3) for _ in range(2))
+        self.act, self.again = act, again
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
+        z = self.act(y + x)
+        return z * y if self.again else z
+
+
+ACTS = {
+    "relu": (nn.ReLU(), "relu_"),
+    "hardtanh": (nn.Hardtanh(-0.3, 0.5), "hardtanh_"),
+    "leaky": (nn.LeakyReLU(0.1), "leaky_relu_"),
+    "leaky, the other way": (nn.LeakyReLU(-0.1), None),
+}
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(("act", "name"), ACTS.values(), ids=ACTS)
+def test_what_no_backward_reads_is_written_over(act: Any, name: str | None, again: bool) -> None:
+    model, x = Residual(act, again).double().eval(), torch.randn(2, 3, 5, 5, dtype=F64)
+    gm = lg.transform(model, x)
+    names = [getattr(n.target, "__name__", "") for n in bound(gm.lean).nodes]
+    assert names.count(name) == (2 if name else 0)
+    assert names.count("add_") == (not again)  # the norm's result is read once more
+    for runs in (gm, copy.deepcopy(gm)):
+        kept = x.clone()
+        assert_same(runs, x)
+        assert torch.equal(runs(x), model(x))
+        assert torch.equal(x, kept)
+    batched = torch.func.vmap(lambda z: gm(z[None])[0])(x)
+    torch.testing.assert_close(batched, model(x))
+
+
+def test_what_is_computed_once_is_not_written_over() -> None:
+    class Ramp(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            ramp = torch.arange(4.0, dtype=F64) + torch.ones(4, dtype=F64)
+            return (ramp + x.sum(0)).tanh()
+
+    x = torch.randn(2, 4, dtype=F64)
+    gm = lg.transform(Ramp(), x)
+    for _ in range(3):
+        assert torch.equal(gm(x), Ramp()(x))
+
+
+def test_a_group_norms_gradient_keeps_its_memory_format() -> None:
+    x = torch.randn(2, 6, 5, 4, dtype=F64).to(memory_format=torch.channels_last).requires_grad_()
+    y = TWINS["group_norm"](x, 2, None, None, 1e-5)
+    g = torch.randn_like(y)
+    dx = torch.autograd.grad(y, x, g)[0]
+    assert dx.is_contiguous(memory_format=torch.channels_last)
+    flat = torch.autograd.grad(
+        TWINS["group_norm"](z := x.detach().contiguous().requires_grad_(), 2, None, None, 1e-5), z, g
+    )[0]
+    torch.testing.assert_close(dx, flat, rtol=1e-12, atol=1e-12)
