@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
-from libragrad_fx.ops.twin import Grads, twin
+from libragrad_fx.ops.twin import Grads, times_, twin
 
 aten = torch.ops.aten
 _CHUNK = 64  # query rows at a time, of all heads
 _ROWS = 256  # query rows at a time at least, of so many heads that their block of P has
 _CACHED = 2**18  # elements a thread: 1 MiB of float32
-_SMALL = 2**16  # elements of P and of k, below which one kernel for all three gradients costs less
+_CHEAP = 2**21  # multiplications of a product, and
+_SMALL = 2**16  # elements of k, below which one kernel for all three gradients costs less
 
 
 def _probabilities(
@@ -34,14 +35,16 @@ def _probabilities(
     scale: float,
 ) -> torch.Tensor:
     """softmax(scale q kᵀ + mask) for the query rows that start at ``first``; masked-out rows are 0."""
-    scores = (q @ k.transpose(-2, -1)) * scale
+    scores = times_(q @ k.transpose(-2, -1), scale)
     if causal:
         rows = torch.arange(first, first + q.shape[-2], device=q.device)[:, None]
         scores = scores.masked_fill(rows < torch.arange(k.shape[-2], device=q.device), -math.inf)
-    if mask is not None:
-        mask = _rows(mask, slice(first, first + q.shape[-2]))
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    return aten._safe_softmax.default(scores, -1)
+    if mask is None:
+        return torch.softmax(scores, -1)
+    mask = _rows(mask, slice(first, first + q.shape[-2]))
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    nothing = scores.amax(-1, keepdim=True) == -math.inf
+    return torch.softmax(scores, -1).masked_fill(nothing, 0.0)
 
 
 def _rows(mask: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -189,8 +192,9 @@ def _is_cheap(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether PyTorch's own backward is cheaper, though it computes what nobody reads as well."""
     if torch.compiler.is_exporting():
         return False
-    pairs = math.prod(query.shape[:-1]) * key.shape[-2]
-    return torch.compiler.is_compiling() or max(pairs, key.numel()) < _SMALL
+    if torch.compiler.is_compiling():
+        return True
+    return query.numel() * key.shape[-2] < _CHEAP and key.numel() < _SMALL
 
 
 def _runs_flash(query: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
