@@ -7,6 +7,7 @@ its initial state and its biases together; the backward is that linear map's tra
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,17 +16,32 @@ from torch.nn.functional import linear
 
 from libragrad_fx.errors import ModeError
 from libragrad_fx.ops.activation import secant_slope
+from libragrad_fx.ops.function import watched
 from libragrad_fx.ops.twin import Grads, twin
 
 aten = torch.ops.aten
 Tensors = Sequence[torch.Tensor]
 
 
-class Held:
-    """The non-linearities of a cell: recorded on the first pass, held constant on the second."""
+@dataclasses.dataclass(frozen=True)
+class Recurrence:
+    """cell:  one step of a layer
+    squash: its non-linearity that carries
+    parts: of how many parts what enters its non-linearities is made, all but one of them gates
+    value: which of them carries
+    """
 
-    def __init__(self, squash: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self._squash = squash
+    cell: Callable[[Held, torch.Tensor, Tensors, Tensors], Tensors]
+    squash: Callable[[torch.Tensor], torch.Tensor]
+    parts: int
+    value: int
+
+
+class Held:
+    """The non-linearities of a layer: recorded on the first pass, held constant on the second."""
+
+    def __init__(self, kind: Recurrence) -> None:
+        self._kind = kind
         self._factors: list[torch.Tensor] = []
         self._next: int | None = None
 
@@ -33,11 +49,24 @@ class Held:
         self._next = 0
         return self
 
-    def gate(self, z: torch.Tensor) -> torch.Tensor:
-        return self._factor(lambda: torch.sigmoid(z))
+    def rows(self, p: Tensors) -> Tensors:
+        """A cell's parameters; once gates are held, no more rows of them than make the value."""
+        if self._next is None:
+            return p
+        stacked = 4 if len(p) >= 4 else 2  # the rest is a projection
+        return [*(w.chunk(self._kind.parts)[self._kind.value] for w in p[:stacked]), *p[stacked:]]
+
+    def parts(self, z: torch.Tensor) -> Sequence[Any]:
+        """What those rows make, part by part."""
+        if self._next is None:
+            return z.chunk(self._kind.parts, -1)
+        return [z if i == self._kind.value else None for i in range(self._kind.parts)]
+
+    def gate(self, z: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return self._factor(lambda: torch.sigmoid(z()))
 
     def squash(self, z: torch.Tensor) -> torch.Tensor:
-        return self._factor(lambda: secant_slope(z, self._squash(z), 0.0, 1.0)) * z
+        return self._factor(lambda: secant_slope(z, self._kind.squash(z), 0.0, 1.0)) * z
 
     def _factor(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         if self._next is None:
@@ -47,47 +76,46 @@ class Held:
         return self._factors[self._next - 1]
 
 
-Cell = Callable[[Held, torch.Tensor, Tensors, Tensors], Tensors]
-
-
 def _lstm(held: Held, x: torch.Tensor, state: Tensors, p: Tensors) -> Tensors:
     h, c = state
-    project = p[-1] if len(p) in (3, 5) else None  # proj_size > 0
-    b_ih, b_hh = p[2:4] if len(p) >= 4 else (None, None)
-    i, f, n, o = (linear(x, p[0], b_ih) + linear(h, p[1], b_hh)).chunk(4, -1)
-    c = held.gate(f) * c + held.gate(i) * held.squash(n)
-    h = held.gate(o) * held.squash(c)
-    return (h if project is None else linear(h, project)), c
+    i, f, n, o = held.parts(x + linear(h, p[1], _bias(p, 3)))
+    c = held.gate(lambda: f) * c + held.gate(lambda: i) * held.squash(n)
+    h = held.gate(lambda: o) * held.squash(c)
+    return (linear(h, p[-1]) if len(p) in (3, 5) else h), c  # proj_size > 0
 
 
 def _gru(held: Held, x: torch.Tensor, state: Tensors, p: Tensors) -> Tensors:
     (h,) = state
-    b_ih, b_hh = p[2:] if len(p) == 4 else (None, None)
-    rx, zx, nx = linear(x, p[0], b_ih).chunk(3, -1)
-    rh, zh, nh = linear(h, p[1], b_hh).chunk(3, -1)
-    z = held.gate(zx + zh)
-    n = held.squash(nx + held.gate(rx + rh) * nh)
+    rx, zx, nx = held.parts(x)
+    rh, zh, nh = held.parts(linear(h, p[1], _bias(p, 3)))
+    z = held.gate(lambda: zx + zh)
+    n = held.squash(nx + held.gate(lambda: rx + rh) * nh)
     return ((1 - z) * n + z * h,)
 
 
 def _elman(held: Held, x: torch.Tensor, state: Tensors, p: Tensors) -> Tensors:
-    b_ih, b_hh = p[2:] if len(p) == 4 else (None, None)
-    return (held.squash(linear(x, p[0], b_ih) + linear(state[0], p[1], b_hh)),)
+    return (held.squash(x + linear(state[0], p[1], _bias(p, 3))),)
+
+
+def _bias(p: Tensors, place: int) -> torch.Tensor | None:
+    return p[place] if len(p) >= 4 else None
 
 
 def _layer(
-    cell: Cell, held: Held, x: torch.Tensor, state: Tensors, p: Tensors, reverse: bool
+    kind: Recurrence, held: Held, x: torch.Tensor, state: Tensors, p: Tensors, reverse: bool
 ) -> tuple[torch.Tensor, Tensors]:
     """(T, B, I) -> (T, B, H) and the last state: one direction of one layer."""
-    outputs = []
-    for step in reversed(x.unbind(0)) if reverse else x.unbind(0):
-        state = cell(held, step, state, p)
+    outputs, p = [], held.rows(p)
+    # steps side by side are one product, and not one each
+    steps = linear(x.contiguous(), p[0], _bias(p, 2)).unbind(0)
+    for step in reversed(steps) if reverse else steps:
+        state = kind.cell(held, step, state, p)
         outputs.append(state[0])
     return torch.stack(outputs[::-1] if reverse else outputs), state
 
 
 def _form(
-    cell: Cell, held: Held, x: torch.Tensor, hx: Tensors, params: Tensors, num_layers: int,
+    kind: Recurrence, held: Held, x: torch.Tensor, hx: Tensors, params: Tensors, num_layers: int,
     bidirectional: bool, batch_first: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """The functional form: output and final states, as the fused op returns them."""
@@ -103,7 +131,7 @@ def _form(
         for reverse in (False, True)[: 1 + bidirectional]:
             at = len(finals)
             weights = params[at * per_cell : (at + 1) * per_cell]
-            y, state = _layer(cell, held, x, [h[at] for h in hx], weights, reverse)
+            y, state = _layer(kind, held, x, [h[at] for h in hx], weights, reverse)
             directions.append(y)
             finals.append(state)
         x = torch.cat(directions, -1)
@@ -118,15 +146,15 @@ def _linearised(
     bidirectional: bool, batch_first: bool, **_: Any,
 ) -> tuple[Callable[..., Any], Tensors]:  # fmt: skip
     """The layer with its gates held, as a linear function of (input, *states, *params)."""
-    cell, squash = _CELLS[op]
+    kind = _KINDS[op]
     states = list(hx) if op is aten.lstm.input else [hx]
-    held, shape = Held(squash), (num_layers, bidirectional, batch_first)
+    held, shape = Held(kind), (num_layers, bidirectional, batch_first)
     with torch.no_grad():
-        _form(cell, held, input, states, params, *shape)
+        _form(kind, held, input, states, params, *shape)
 
     def form(x: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
         n = len(states)
-        return _form(cell, held.replay(), x, rest[:n], rest[n:], *shape)
+        return _form(kind, held.replay(), x, rest[:n], rest[n:], *shape)
 
     return form, states
 
@@ -144,14 +172,20 @@ def bias(op: torch._ops.OpOverload, live: Sequence[str], args: dict[str, Any]) -
 def _recurrent(op: torch._ops.OpOverload) -> Callable[..., Any]:
     def vjp(needs: frozenset[str], g: Any, **args: Any) -> Grads:
         form, states = _linearised(op, **args)
-        n = len(states)
-        pull = torch.func.vjp(form, args["input"], *states, *args["params"])[1]
-        dx, *rest = pull(tuple(g))
-        return {
-            "input": dx,
-            "hx": rest[:n] if op is aten.lstm.input else rest[0],
-            "params": rest[n:],
-        }
+        groups = {"input": [args["input"]], "hx": states, "params": args["params"]}
+
+        def moved(*moving: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            given = iter(moving)
+            own = (next(given) if n in needs else t for n, ts in groups.items() for t in ts)
+            return form(*own)
+
+        grads = iter(_pulled(moved, [t for n in groups if n in needs for t in groups[n]], g))
+        found: dict[str, Any] = {n: [next(grads) for _ in groups[n]] for n in groups if n in needs}
+        if "input" in needs:
+            (found["input"],) = found["input"]
+        if "hx" in needs and op is not aten.lstm.input:
+            (found["hx"],) = found["hx"]
+        return found
 
     def forward(*args: Any) -> Any:
         num_layers, dropout, train = args[4:7]
@@ -165,10 +199,24 @@ def _recurrent(op: torch._ops.OpOverload) -> Callable[..., Any]:
     return twin(op, vjp, saves=("input", "hx", "params"), forward=forward)
 
 
-_CELLS: dict[Any, tuple[Cell, Callable[[torch.Tensor], torch.Tensor]]] = {
-    aten.lstm.input: (_lstm, torch.tanh),
-    aten.gru.input: (_gru, torch.tanh),
-    aten.rnn_tanh.input: (_elman, torch.tanh),
-    aten.rnn_relu.input: (_elman, torch.relu),
+def _pulled(
+    form: Callable[..., tuple[torch.Tensor, ...]], moving: Tensors, g: Tensors
+) -> Sequence[torch.Tensor]:
+    """Gradients of a linear function; by plain autograd, which costs less, where it is not looked on."""
+    if torch.is_grad_enabled() or watched():
+        return torch.func.vjp(form, *moving)[1](tuple(g))  # type: ignore[no-any-return]
+    moving = [t.detach().requires_grad_() for t in moving]
+    with torch.enable_grad():
+        outputs = form(*moving)
+    moved = [i for i, y in enumerate(outputs) if y.requires_grad]
+    outputs, g = ([ts[i] for i in moved] for ts in (outputs, g))  # type: ignore[assignment]
+    return torch.autograd.grad(outputs, moving, g, materialize_grads=True)
+
+
+_KINDS = {
+    aten.lstm.input: Recurrence(_lstm, torch.tanh, 4, 2),
+    aten.gru.input: Recurrence(_gru, torch.tanh, 3, 2),
+    aten.rnn_tanh.input: Recurrence(_elman, torch.tanh, 1, 0),
+    aten.rnn_relu.input: Recurrence(_elman, torch.relu, 1, 0),
 }
-lstm, gru, rnn_tanh, rnn_relu = (_recurrent(op) for op in _CELLS)
+lstm, gru, rnn_tanh, rnn_relu = map(_recurrent, _KINDS)

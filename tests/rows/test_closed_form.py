@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from libragrad_fx import rulebook
+from libragrad_fx.bench import Operations
 from libragrad_fx.ops import TWINS
 from tests.samples import call_of, positive, randn
 
@@ -358,6 +359,23 @@ def test_recurrent(name: str, shape: tuple[int, bool, bool, bool, int]) -> None:
 
     x = randn(2, 5, inputs) if batch_first else randn(5, 2, inputs)
     assert_same_gradients(twin, form, [x, *hx, *params])
+
+
+@pytest.mark.parametrize("name", GATE_COUNT)
+def test_only_the_rows_that_carry_are_pulled_through(name: str) -> None:
+    """Gates are computed again, the value's rows run once forwards and once back; no weight's gradient."""
+    steps, batch, width, gates = 5, 2, 4, GATE_COUNT[name]
+    weights = [randn(gates * width, width).requires_grad_() for _ in range(2)]
+    biases = [randn(gates * width).requires_grad_() for _ in range(2)]
+    x = randn(steps, batch, width).requires_grad_()
+    h = torch.zeros(1, batch, width, dtype=x.dtype)
+    start = [h, h] if name == "lstm" else h
+    y = TWINS[name](x, start, [*weights, *biases], True, 1, 0.0, False, False, False)[0]
+    with Operations() as counter:
+        torch.autograd.grad(y.sum(), x)
+    row = 2 * steps * batch * width * width  # of the input; and of the state
+    first = row // steps  # the state that is no input gets no gradient at the first step
+    assert counter.total == 2 * gates * row + 2 * row + 2 * row - first
 
 
 # --- the table itself
