@@ -36,7 +36,7 @@ _LEAN = "lean"
 _SMALL = 2**16  # elements
 _UNREAD = {
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.batch_norm.default,
-    aten.add.Tensor,
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor,
 }  # fmt: skip
 """Ops that make new memory, which their backward does not read."""
 _JOINS = {aten.stack.default, aten.cat.default}

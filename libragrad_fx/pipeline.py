@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import threading
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +59,25 @@ def decide(
         raise InputError("this module was captured already; give the original model")
     book = rulebook.load(policy, rules)
     known = lambda op: book.fact(op) is not None  # noqa: E731
-    with _ONE_AT_A_TIME:
-        captured = capture(model, inputs, known=known, module_calls=module_calls, fixed=piece)
-    trace = normalize(model, captured)
-    analysis = analyze(trace, book, all_carry=piece, static=static)
-    return Decision(trace, analysis, make_plan(trace, analysis, book, on_unknown))
+    with _collected_later():
+        with _ONE_AT_A_TIME:
+            captured = capture(model, inputs, known=known, module_calls=module_calls, fixed=piece)
+        trace = normalize(model, captured)
+        analysis = analyze(trace, book, all_carry=piece, static=static)
+        return Decision(trace, analysis, make_plan(trace, analysis, book, on_unknown))
+
+
+@contextlib.contextmanager
+def _collected_later() -> Iterator[None]:
+    """Without garbage collections: graphs are made of so many objects that a tenth of the time would go
+    into looking through them, again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def remember(made: Decision) -> dict[str, Any]:
@@ -88,6 +104,7 @@ def plain(made: Decision) -> CapturedModule:
 
 def balance(made: Decision) -> CapturedModule:
     """The rewrite of a decision, proved to leave the forward graph as it was."""
-    module = rewrite(made.trace, made.plan, remember(made))
-    require_same_graph(module, made.trace)
+    with _collected_later():
+        module = rewrite(made.trace, made.plan, remember(made))
+        require_same_graph(module, made.trace)
     return module

@@ -1,28 +1,35 @@
 """What a balanced gradient costs beside every other way of having one: ``docs/performance.md``.
 
     python tools/bench.py [--only 'vit_*'] [--rounds 10] [--threads 1] [--device cuda]
-                          [--mode eager|compiled|transform|sample]
+                          [--mode eager|compiled|transform|sample|suite] [--limit 120]
 
 Every side of a case runs in turns in one process: plain autograd, ours, the authors' stop-gradient
 arithmetic on our graph, Captum's InputXGradient, and on torchvision's ViT the CP-LRP patches of LXT
 where it is installed (``pip install lxt``). Parameters are frozen, unless a case says otherwise, and
 random; the input is random. Long inputs are also run in segments (``checkpointed``).
 ``compiled`` compares both under ``torch.compile``; ``transform`` times the transform itself against
-``torch.export`` alone; ``sample`` takes the small models of the coverage sample. Results are kept in
-``docs/performance.jsonl``; a case that is run again replaces its old one.
+``torch.export`` alone; ``sample`` takes the small models of the coverage sample, ``suite`` all of timm's
+modules and Hugging Face's architectures (``--only 'hf/*'``), each in a process of its own and for so many
+seconds at most. Results are kept in ``docs/performance.jsonl``; a case that is run again replaces its
+old one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import fnmatch
 import functools
 import importlib.util
 import json
+import math
+import multiprocessing
 import platform
+import queue
+import statistics
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +42,7 @@ from tqdm.auto import tqdm
 import libragrad_fx as lg
 from libragrad_fx.bench import HEAD, Cost, Side, compare, gradient, race
 from libragrad_fx.coverage.check import generic
-from libragrad_fx.coverage.suites import SAMPLE, build
+from libragrad_fx.coverage.suites import SAMPLE, SUITES, build
 from libragrad_fx.ops import insert
 from libragrad_fx.target import as_call, inexact, middle, select
 
@@ -166,7 +173,7 @@ def stop_gradient_arithmetic(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
 # --- LXT patches classes for the whole process: here for one call
 
 
-@contextmanager
+@contextlib.contextmanager
 def _lxt_patches() -> Iterator[None]:
     from lxt.efficient.core import monkey_patch
     from lxt.efficient.models.vit_torch import cp_LRP
@@ -246,12 +253,29 @@ def _of_sample(suite: str, name: str) -> tuple[torch.Tensor, dict[str, Side]]:
     return leaves[at], {"plain": gradient(answer(model)), "balanced": gradient(answer(gm))}
 
 
+def _apart(case: Case, options: argparse.Namespace) -> list[Cost]:
+    """``run`` in a process of its own, which is ended when its time is up; no costs if it fails."""
+    context = multiprocessing.get_context("fork")
+    found = context.Queue()
+    process = context.Process(target=lambda: found.put(run(case, options)), daemon=True)
+    process.start()
+    costs: list[Cost] = []
+    deadline = time.monotonic() + options.limit
+    while not costs and process.is_alive() and time.monotonic() < deadline:
+        with contextlib.suppress(queue.Empty):
+            costs = found.get(timeout=1)
+    process.kill()
+    process.join()
+    return costs
+
+
 def run(case: Case, options: argparse.Namespace) -> list[Cost]:
     torch.manual_seed(0)
-    if options.mode == "sample":
-        x, sides = _of_sample(*case.name.split("/"))
-        race(sides, x, 3)
-        return compare(sides, x, options.rounds)
+    if options.mode in ("sample", "suite"):
+        x, sides = _of_sample(*case.name.split("/", 1))
+        spent = sum(c.seconds for c in race(sides, x, 3))
+        rounds = options.rounds if options.mode == "sample" else int(options.limit / 20 / spent)
+        return compare(sides, x, min(options.rounds, max(rounds, 3)))
     dtype = getattr(torch, options.dtype)
     model = case.make().eval().requires_grad_(not case.frozen).to(options.device, dtype)
     x = torch.randn(case.shape, device=options.device, dtype=dtype)
@@ -298,13 +322,37 @@ def report() -> str:
     text = [(Path(__file__).parent / "performance.md").read_text().rstrip()]
     for machine, mode in dict.fromkeys((r["machine"], r["mode"]) for r in rows):
         text += ["", f"## {mode.capitalize()}: {machine}"]
-        for r in rows:
-            if (r["machine"], r["mode"]) == (machine, mode):
-                costs = [Cost(**c) for c in r["costs"]]
-                shape = " x ".join(map(str, r["shape"]))
-                text += ["", f"### {r['case']}{f' ({shape})' * bool(shape)}", "", HEAD]
-                text += [c.against(costs[0]) for c in costs]
+        here = [
+            (r["case"], r["shape"], [Cost(**c) for c in r["costs"]])
+            for r in rows
+            if (r["machine"], r["mode"]) == (machine, mode)
+        ]
+        if mode == "suite":
+            text += _summary({case: costs for case, _, costs in here})
+            continue
+        for case, sizes, costs in here:
+            shape = " x ".join(map(str, sizes))
+            text += ["", f"### {case}{f' ({shape})' * bool(shape)}", "", HEAD]
+            text += [c.against(costs[0]) for c in costs]
     return "\n".join(text) + "\n"
+
+
+def _summary(cases: dict[str, list[Cost]]) -> list[str]:
+    """All models of whole libraries, a line each, the dearest first."""
+    done = sorted((c for c in cases.items() if c[1]), key=lambda c: -c[1][1].ratio)
+    ratios = [costs[1].ratio for _, costs in done] or [math.nan]
+    within = sum(r <= 1 for r in ratios)
+    failed = [case for case, costs in cases.items() if not costs]
+    return [
+        "",
+        f"Of {len(done)} models the balanced backward is no dearer than autograd's in {within};"
+        f" the median ratio is {statistics.median(ratios):.3f}, the largest {ratios[0]:.3f}."
+        + f" Not timed (no float input, or not done in time): {', '.join(failed)}."
+        * bool(failed),
+        "",
+        HEAD.replace("backward", "model", 1),
+        *(dataclasses.replace(costs[1], name=case).against(costs[0]) for case, costs in done),
+    ]
 
 
 def main() -> None:
@@ -317,15 +365,19 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument(
-        "--mode", choices=("eager", "compiled", "transform", "sample"), default="eager"
+        "--mode", choices=("eager", "compiled", "transform", "sample", "suite"), default="eager"
     )
+    parser.add_argument("--limit", type=int, default=120)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    small = [Case("/".join(key), nn.Identity, ()) for key in SAMPLE]
-    every = small if options.mode == "sample" else _cases()
+    named = [*SAMPLE]
+    if options.mode == "suite":
+        named = [(suite, name) for suite in ("timm", "hf") for name in SUITES[suite].names()]
+    of_suites = [Case("/".join(key), nn.Identity, ()) for key in named]
+    every = of_suites if options.mode in ("sample", "suite") else _cases()
     cases = [c for c in every if fnmatch.fnmatch(c.name, options.only)]
     for case in tqdm(cases, unit="case"):
-        costs = run(case, options)
+        costs = (_apart if options.mode == "suite" else run)(case, options)
         tqdm.write("\n".join([f"\n{case.name}", HEAD, *(c.against(costs[0]) for c in costs)]))
         _keep(case, _machine(options), options.mode, costs)
         RESULTS.with_suffix(".md").write_text(report())

@@ -517,3 +517,24 @@ def test_a_group_norms_gradient_keeps_its_memory_format() -> None:
         TWINS["group_norm"](z := x.detach().contiguous().requires_grad_(), 2, None, None, 1e-5), z, g
     )[0]
     torch.testing.assert_close(dx, flat, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_sum_is_written_over_a_scaled_branch(frozen: bool) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.gamma = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.inner(x) * self.gamma + x).tanh() * x.sigmoid()
+
+    model = Scaled().double().requires_grad_(not frozen)
+    x = torch.randn(2, 3, 4, dtype=F64)
+    gm = lg.transform(model, x)
+    assert "add_" in [getattr(n.target, "__name__", "") for n in bound(gm.lean).nodes]
+    kept = x.clone()
+    assert_same(gm, x)
+    assert torch.equal(gm(x), model(x))
+    assert torch.equal(x, kept)
