@@ -172,8 +172,8 @@ def _folded(graph: Graph) -> tuple[list[str], Callable[[], Sequence[Any]]]:
     def compute() -> Sequence[Any]:
         if not read:
             return ()
-        if watched() or torch._C._len_torch_dispatch_stack():
-            return make()
+        if watched() or torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
+            return make()  # what such modes make of it is theirs
         if not held:
             with torch.inference_mode(False), torch.no_grad():
                 held.append(make())

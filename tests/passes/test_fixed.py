@@ -95,6 +95,21 @@ def test_no_mode_of_the_first_call_outlives_it() -> None:
         assert torch.equal(torch.autograd.grad(gm(z).sum(), z)[0], want)
 
 
+def test_autocast_of_the_first_call_does_not_outlive_it() -> None:
+    class Outer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            steps = torch.linspace(0.1, 0.7, 3)[:, None]
+            return x * (steps @ steps.mT)
+
+    x = torch.randn(2, 3, 3)
+    gm = lg.transform(Outer(), x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gm(x), Outer()(x))
+    assert torch.equal(gm(x), Outer()(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gm(x), Outer()(x))
+
+
 def test_it_follows_to_another_device() -> None:
     gm = lg.transform(copy.deepcopy(Positions()), tokens())
     gm(tokens())
