@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from libragrad_fx.analyze import aten_op, kind_of, live_operands, operands, tensor_arguments
 from libragrad_fx.errors import InputError
-from libragrad_fx.module import CapturedModule, blocks, leaf
+from libragrad_fx.module import CapturedModule, blocks, probed
 from libragrad_fx.normalize import module_path, source_line
 from libragrad_fx.ops import bias as biases
 from libragrad_fx.ops import insert
@@ -107,15 +107,12 @@ def _bias_name(node: Node, fact: OpFacts, live: Sequence[str]) -> str | None:
         return "at_zero"  # only its offset is live: the product is a constant
     streams = bind(aten_op(node), node.args, node.kwargs)
     for name in fact.stream:
-        value = streams.get(name)
-        members = value if isinstance(value, (list, tuple)) else [value]
-        keys = [
-            f"{name}[{i}]" if isinstance(value, (list, tuple)) else name
-            for i in range(len(members))
-        ]
-        if any(
-            k not in live and m is not None and m != 0 for k, m in zip(keys, members, strict=True)
-        ):
+        value, members = streams.get(name), {}
+        if isinstance(value, (list, tuple)):
+            members = {f"{name}[{i}]": m for i, m in enumerate(value)}
+        else:
+            members = {name: value}
+        if any(k not in live and m is not None and m != 0 for k, m in members.items()):
             return "at_zero"
     return None
 
@@ -214,11 +211,8 @@ def _origins(module: CapturedModule, table: Mapping[str, Site]) -> dict[Node, st
         if n.name in table or n.target is insert.guard:
             found[n] = n.name
             continue
-        handed: Any = n.args[0] if n.args else None
-        if n.op == "call_module":
-            handed = n.kwargs.get("_output")
-        elif n.target is leaf:
-            handed = pytree.tree_leaves(n.args[0].kwargs["_output"])[n.args[1]]  # type: ignore[union-attr]
+        own = n.args[0] if n.args and n.op != "call_module" else None
+        handed = probed(n) or own
         if isinstance(handed, Node) and handed in found:
             found[n] = found[handed]
     return found

@@ -51,6 +51,13 @@ def leaf(structure: Any, index: int) -> Any:
     return pytree.tree_leaves(structure)[index]
 
 
+def probed(node: torch.fx.Node) -> Any:
+    """What a probe, or a leaf of what one returns, is in the graph; None for any other node."""
+    if node.target is leaf:
+        return leaf(node.args[0].kwargs["_output"], node.args[1])  # type: ignore[union-attr,arg-type]
+    return node.kwargs.get("_output") if node.op == "call_module" else None
+
+
 def _refuse_backward_hook(*_: Any, **__: Any) -> Any:
     raise ModeError(
         "a submodule of a transformed model has no backward of its own: its ops are inlined in the"
@@ -167,11 +174,6 @@ class CapturedModule(torch.fx.GraphModule):
     def plan(self) -> Any:
         """The ``Plan`` that made this module's backward; None for a plain trace."""
         return self.record.info.get("plan")
-
-    def train(self, mode: bool = True) -> CapturedModule:
-        """Set the training flag. A forward in a mode other than the captured one is refused."""
-        super().train(mode)
-        return self
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         before = anchor(self)

@@ -166,7 +166,7 @@ def _axis_before(node: Node, axis: int) -> int | None:
     """Where an axis of a view lies in its operand, if it is whole there and may be of one row."""
     x: Any = node.args[0]
     whole = torch.empty(sizes(x), device="meta")
-    view = _tensor(replay(node, x, whole))
+    view = first(replay(node, x, whole))
     if view is None or view.shape[axis] == 1:
         return None
     steps = list(zip(whole.shape, whole.stride(), strict=True))
@@ -174,13 +174,9 @@ def _axis_before(node: Node, axis: int) -> int | None:
     if step not in steps:
         return None
     before = steps.index(step)
-    row = _tensor(replay(node, x, whole.narrow(before, 0, 1), _resized(node, axis)))
+    row = first(replay(node, x, whole.narrow(before, 0, 1), _resized(node, axis)))
     want = [1 if i == axis else n for i, n in enumerate(view.shape)]
     return before if row is not None and list(row.shape) == want else None
-
-
-def _tensor(value: Any) -> Any:
-    return value[0] if isinstance(value, list | tuple) else value
 
 
 def _resized(node: Node, axis: int) -> Any:

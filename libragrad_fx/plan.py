@@ -68,12 +68,8 @@ class _Planner:
     """Visits live nodes; each visit adds edits or findings."""
 
     def __init__(self, trace: Trace, analysis: Analysis, book: RuleBook) -> None:
-        self.roles, self.facts, self.relabelled = (
-            analysis.roles,
-            analysis.facts,
-            analysis.relabelled,
-        )
-        self.live, self.book = analysis.live, book
+        self.roles, self.facts, self.live = analysis.roles, analysis.facts, analysis.live
+        self.relabelled, self.book = analysis.relabelled, book
         self.edits: list[Edit] = []
         self.unknown: list[Finding] = []
         self.unbalanced: list[Finding] = []

@@ -16,7 +16,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.analyze import finding, is_affine, is_inexact, kind_of, operands, tensor_arguments
-from libragrad_fx.module import CapturedModule, leaf
+from libragrad_fx.module import CapturedModule, probed
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.insert import is_scale
 from libragrad_fx.types import Finding, Kind, OpFacts, Proof, Role
@@ -88,12 +88,8 @@ def _moving(module: CapturedModule, facts: Mapping[str, OpFacts]) -> set[Node]:
 
 def passes(node: Node, fact: OpFacts | None, moving: set[Node]) -> list[tuple[str, Node]]:
     """The operands to which a node sends a gradient that goes on to the model's input."""
-    if node.op == "call_module" and "_output" in node.kwargs:
-        results = pytree.tree_leaves(node.kwargs["_output"])
+    if (results := pytree.tree_leaves(probed(node))) != [None]:
         return [("", r) for r in results if isinstance(r, Node) and r in moving]
-    if node.target is leaf:
-        result = pytree.tree_leaves(node.args[0].kwargs["_output"])[node.args[1]]  # type: ignore[union-attr]
-        return [("", result)] if result in moving else []
     if _hands_on(node):
         return [("", n) for n in node.all_input_nodes if n in moving]
     names = tensor_arguments(node) if fact is None else fact.operands
@@ -129,13 +125,9 @@ def reach(starts: Iterable[Node], facts: Mapping[str, OpFacts], moving: set[Node
 
 def _source_name(node: Node) -> str:
     """The node that an output reads, seen through probes."""
-    while True:
-        if node.op == "call_module" and isinstance(node.kwargs.get("_output"), Node):
-            node = node.kwargs["_output"]  # type: ignore[assignment]
-        elif node.target is leaf:
-            node = pytree.tree_leaves(node.args[0].kwargs["_output"])[node.args[1]]  # type: ignore[union-attr]
-        else:
-            return node.name
+    while isinstance(behind := probed(node), Node):
+        node = behind
+    return node.name
 
 
 def _judge(

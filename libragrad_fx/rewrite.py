@@ -153,7 +153,7 @@ def _insert_probes(graph: Graph, calls: tuple[ModuleCall, ...], by_name: dict[st
             if isinstance(output, Node):
                 replaced[output] = probe
                 continue
-            for i, old in enumerate(_leaves(output)):
+            for i, old in enumerate(pytree.tree_leaves(output)):
                 if isinstance(old, Node):
                     with graph.inserting_after(last):
                         last = graph.call_function(leaf, (probe, i))
@@ -167,10 +167,6 @@ def _scaled(node: Node) -> Node:
         if is_scale(user) and user.meta[MARK][1] == node.name:
             return user
     return node
-
-
-def _leaves(structure: Any) -> list[Any]:
-    return pytree.tree_leaves(structure)
 
 
 # --- the proof
@@ -192,7 +188,7 @@ def erase(edited: Graph) -> Graph:
         elif node.op == "call_module" and mark is not None:
             env[node] = kwargs["_output"]
         elif node.target is leaf:
-            env[node] = _leaves(args[0])[args[1]]
+            env[node] = leaf(*args)
         elif mark is not None and node.target in _HANDS_ON:
             env[node] = args[0]
         else:

@@ -46,9 +46,9 @@ def only_moves(node: Node) -> bool:
     return node.target is operator.getitem
 
 
-def first(node: Node) -> Any:
-    """What a node computes, or the first of it."""
-    value = node.meta["val"]
+def first(value: Any) -> Any:
+    """A value, or the first of several; of a node what it computes."""
+    value = value.meta["val"] if isinstance(value, Node) else value
     return value[0] if isinstance(value, list | tuple) else value
 
 
