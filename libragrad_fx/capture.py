@@ -92,6 +92,8 @@ def capture(
                 args, kwargs = infer_inputs(model)
         else:
             args, kwargs = _as_call(example_inputs)
+        # a tensor that is given twice would be one argument, for good
+        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
         kwargs, forced = _without_cache(model, kwargs)
         _check_call(model, args, kwargs)
         if not fixed:
@@ -451,10 +453,7 @@ def _detach_no_grad_regions(program: ExportedProgram) -> None:
     """``no_grad`` regions come as sub-graphs and are flattened without a trace: detach around them."""
     module = program.graph_module
     for node in list(module.graph.nodes):
-        if getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled":
-            continue
-        enabled = node.args[0]
-        if enabled:
+        if getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled" or node.args[0]:
             continue
         for user in list(node.users):
             if inexact(user.meta.get("val")):
@@ -494,7 +493,9 @@ def infer_inputs(model: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any
         return (torch.randn(2, 3, side, side, **place),), {}
     if hasattr(model, "dummy_inputs") and hasattr(model, "config"):
         return (), _hugging_face(model, place)
-    return _probe(model, place)
+    leaves = (m for m in model.modules() if not list(m.children()) and list(m.parameters()))
+    layer = next(leaves, None)
+    return _first_that_runs(model, list(_candidates(layer, place)), type(layer).__name__)
 
 
 def _placed(t: Any, place: dict[str, Any]) -> Any:
@@ -520,11 +521,6 @@ def _hugging_face(model: Any, place: dict[str, Any]) -> dict[str, Any]:
     return {"input_ids": (ids[:2, :8] % config.get_text_config().vocab_size).to(place["device"])}
 
 
-def _first_layer(model: torch.nn.Module) -> torch.nn.Module | None:
-    leaves = (m for m in model.modules() if not list(m.children()) and list(m.parameters()))
-    return next(leaves, None)
-
-
 def _candidates(layer: Any, place: dict[str, Any]) -> Iterator[torch.Tensor]:
     if isinstance(layer, _ConvNd):
         dims = len(layer.kernel_size)
@@ -541,12 +537,6 @@ def _candidates(layer: Any, place: dict[str, Any]) -> Iterator[torch.Tensor]:
         yield from (torch.randn(2, width, **place), torch.randn(2, 16, width, **place))
     elif shape is not None:
         yield torch.randn(2, *shape, **place)
-
-
-def _probe(model: torch.nn.Module, place: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the first layer takes."""
-    layer = _first_layer(model)
-    return _first_that_runs(model, list(_candidates(layer, place)), type(layer).__name__)
 
 
 def _first_that_runs(

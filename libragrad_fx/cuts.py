@@ -55,12 +55,8 @@ class _Piece(nn.Module):
 
     def forward(self, *given: torch.Tensor) -> Any:
         one = iter(given)
-        return self.body(
-            *(
-                getattr(self, f"held_{i}") if k == _HELD else next(one)
-                for i, k in enumerate(self.kinds)
-            )
-        )
+        names = [f"held_{i}" if k == _HELD else "" for i, k in enumerate(self.kinds)]
+        return self.body(*(getattr(self, name) if name else next(one) for name in names))
 
 
 @dataclasses.dataclass
@@ -71,7 +67,7 @@ class _Run:
     """
 
     inputs: list[torch.Tensor]
-    own: frozenset[int]
+    own: dict[int, torch.Tensor]
     moves: dict[Any, bool] = dataclasses.field(default_factory=dict)
     recorders: list[tuple[str, Recorder]] | None = None
     pieces: dict[str, CapturedModule] = dataclasses.field(default_factory=dict)
@@ -181,14 +177,10 @@ class CutModule(nn.Module):
 
     def _forward(self, args: Any, kwargs: Any, record: bool = False) -> tuple[Any, _Run]:
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-        leaves = [
-            x.detach().requires_grad_()
-            if inexact(x) and (record or not x.requires_grad)
-            else x
-            for x in leaves
-        ]  # fmt: skip
+        lone = lambda x: inexact(x) and (record or not x.requires_grad)  # noqa: E731
+        leaves = [x.detach().requires_grad_() if lone(x) else x for x in leaves]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        own = frozenset(map(id, (*self._model.parameters(), *self._model.buffers())))
+        own = {id(t): t for t in (*self._model.parameters(), *self._model.buffers())}
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         run = _Run(tensors, own, recorders=[] if record else None)
         self._local.run = run
@@ -223,7 +215,8 @@ class CutModule(nn.Module):
         def call(*args: Any) -> Any:
             run: _Run = self._local.run
             kinds = tuple(self._kind(run, a) for a in args)
-            key = kinds, tuple(_identity(a) for a, k in zip(args, kinds, strict=True) if k == _HELD)
+            held = [a for a, k in zip(args, kinds, strict=True) if k == _HELD]
+            key = kinds, tuple(id(a) if isinstance(a, torch.Tensor) else a for a in held)
             if key not in made:
                 made[key] = self._piece(body, args, kinds)
             name, piece, depends = made[key]
@@ -285,10 +278,6 @@ class CutModule(nn.Module):
             elif isinstance(y, torch.Tensor) and not moves and not any(y is a for a in given):
                 setattr(y, _STATIC, True)
         return outputs
-
-
-def _identity(value: Any) -> Any:
-    return id(value) if isinstance(value, torch.Tensor) else value
 
 
 def transform_in_pieces(

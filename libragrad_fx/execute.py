@@ -32,7 +32,10 @@ OVER = "libragrad_over"
 
 def _in_place(plain: Callable[..., Any], over: Callable[..., Any]) -> Callable[..., Any]:
     def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return (plain if watched() else over)(x, *args, **kwargs)  # type: ignore[no-any-return]
+        y = args[0] if args else x
+        # what comes in may have other dtypes and sizes than at capture; autocast has others on the way
+        fits = not isinstance(y, torch.Tensor) or (y.dtype == x.dtype and y.shape == x.shape)
+        return (over if fits and not watched() else plain)(x, *args, **kwargs)  # type: ignore[no-any-return]
 
     call.__name__ = over.__name__
     return call
@@ -134,8 +137,8 @@ def flattened(graph: Graph) -> tuple[Callable[[torch.nn.Module], Any], dict[str,
     for node in named:
         node.target = names[str(node.target)]
     parents = [itertools.accumulate(p.split(".")[:-1], "{}.{}".format) for p in names]
-    modules = [(p, *_split(p)) for p in sorted(set(itertools.chain(*parents)))]
-    leaves = [_split(p) for p in names]
+    modules = [(p, *p.rpartition(".")[::2]) for p in sorted(set(itertools.chain(*parents)))]
+    leaves = [p.rpartition(".")[::2] for p in names]
     fixed, compute = _folded(graph)
     every = [*names.values(), *fixed]
     Attributes = namedtuple("Attributes", every)  # of plain objects, Dynamo knows not all
@@ -167,24 +170,20 @@ def _folded(graph: Graph) -> tuple[list[str], Callable[[], Sequence[Any]]]:
     for node in reversed([*env]):
         graph.erase_node(node)
     make = torch.fx.GraphModule({}, inner).forward
-    held: list[Any] = []
+    held: dict[torch.dtype, Any] = {}  # constants may be made without a dtype
 
     def compute() -> Sequence[Any]:
         if not read:
             return ()
         if watched() or torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
             return make()  # what such modes make of it is theirs
-        if not held:
+        dtype = torch.get_default_dtype()
+        if dtype not in held:
             with torch.inference_mode(False), torch.no_grad():
-                held.append(make())
-        return held[0]
+                held[dtype] = make()
+        return held[dtype]  # type: ignore[no-any-return]
 
     return names, compute
-
-
-def _split(path: str) -> tuple[str, str]:
-    parent, _, name = path.rpartition(".")
-    return parent, name
 
 
 def _reads_last(node: Node) -> bool:

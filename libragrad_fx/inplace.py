@@ -64,14 +64,14 @@ def _is_safe(node: Node, place: dict[Node, int]) -> bool:
     assert isinstance(target, Node)
     operands = [n.meta.get("val") for n in node.all_input_nodes]
     dtypes = {v.dtype for v in operands if isinstance(v, torch.Tensor)}
-    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point or not _is_fresh(target):
+    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point or not is_fresh(target):
         return False
-    return all(_is_fresh(u) for u in target.users if place[u] < place[node])
+    return all(is_fresh(u) for u in target.users if place[u] < place[node])
 
 
-def _is_fresh(node: Node) -> bool:
+def is_fresh(node: Node) -> bool:
     """Whether an op's result shares no memory with its operands."""
-    op = node.target
+    op = getattr(node.target, "aten_op", node.target)  # what a twin is the twin of
     if not isinstance(op, torch._ops.OpOverload):
         return False
     if any(r.alias_info is not None for r in op._schema.returns):

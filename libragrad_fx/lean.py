@@ -22,6 +22,7 @@ import torch
 from torch.fx import Graph, Node
 
 from libragrad_fx.execute import FIXED, GATE, IN_PLACE, OVER, PLACE
+from libragrad_fx.inplace import is_fresh
 from libragrad_fx.narrow import narrow
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.binding import PRODUCTS, mark
@@ -185,12 +186,13 @@ def lean(graph: Graph, facts: Facts) -> Graph:
     for node in graph.nodes:
         if (gate := _gate(node)) is not None:
             node.meta[GATE] = gate
-    _fix(graph)
+    shown = _shown(graph)
+    _fix(graph, shown)
     for node in graph.nodes:
         if node.target is aten.slice.Tensor and _takes_all(node):
             node.target = whole
             node.meta[MARK] = (_LEAN, node.name)
-        elif node.target is aten.select.int and node in alive and (place := _place(node)):
+        elif node.target is aten.select.int and node in alive - shown and (place := _place(node)):
             node.meta[PLACE] = place
         elif node.target in IN_PLACE and _writes_over(node):
             node.meta[OVER] = True
@@ -199,24 +201,21 @@ def lean(graph: Graph, facts: Facts) -> Graph:
     return graph
 
 
-def _fix(graph: Graph) -> None:
-    """Mark what need not be computed at every call: small values that depend on no input and no
-    parameter (masks, tables of positions), unless the model hands them to the user."""
+def _shown(graph: Graph) -> set[Node]:
+    """What may lie in memory that the user gets, who may write to it."""
     shown = set[Node]()
     for node in reversed(graph.nodes):
-        if node.op == "output" or (node in shown and _hands_on(node)):
+        if node.op == "output" or (node in shown and not is_fresh(node)):
             shown.update(node.all_input_nodes)
+    return shown
+
+
+def _fix(graph: Graph, shown: set[Node]) -> None:
+    """Mark what need not be computed at every call: small values that depend on no input and no
+    parameter (masks, tables of positions)."""
     for node in graph.nodes:
         if node not in shown and _is_fixed(node):
             node.meta[FIXED] = True
-
-
-def _hands_on(node: Node) -> bool:
-    """Whether what a node computes may lie in the memory of what it was given."""
-    op = node.target
-    return not isinstance(op, torch._ops.OpOverload) or any(
-        r.alias_info is not None for r in op._schema.returns
-    )
 
 
 def _is_fixed(node: Node) -> bool:
@@ -262,7 +261,7 @@ def _writes_over(node: Node) -> bool:
     if node.target is aten.leaky_relu.default and not (len(node.args) < 2 or node.args[1] > 0):  # type: ignore[operator]
         return False
     a, b = x.meta["val"], node.meta["val"]
-    return str(a.shape) == str(b.shape) and a.dtype == b.dtype
+    return str(a.shape) == str(b.shape) and a.dtype == b.dtype and a.is_floating_point()
 
 
 def _halve(graph: Graph, scale: Node) -> None:

@@ -46,6 +46,7 @@ def _secant(
     stream = op._schema.arguments[0].name
 
     def over(x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.detach()  # what is kept is x itself otherwise, with its history
         return forward(x, *args, out=x, **kwargs)
 
     def vjp(needs: frozenset[str], g: torch.Tensor, *, slope: torch.Tensor, **_: Any) -> Grads:

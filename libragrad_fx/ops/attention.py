@@ -39,7 +39,7 @@ def _probabilities(
     if causal:
         rows = torch.arange(first, first + q.shape[-2], device=q.device)[:, None]
         scores = scores.masked_fill(rows < torch.arange(k.shape[-2], device=q.device), -math.inf)
-    if mask is None:
+    if mask is None or scores.numel() == 0:
         return torch.softmax(scores, -1)
     mask = _rows(mask, slice(first, first + q.shape[-2]))
     scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
@@ -61,7 +61,7 @@ def _attention(
     heads = query.shape[-3] // key.shape[-3] if enable_gqa else 1
     wide = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
     k = (key.repeat_interleave(heads, -3) if heads > 1 else key).to(wide)
-    dv: Any = 0
+    dv = k.new_zeros((*k.shape[:-1], g.shape[-1]))
     for first in range(0, query.shape[-2], _CHUNK):
         rows = slice(first, first + _CHUNK)
         p = _probabilities(query[..., rows, :].to(wide), k, attn_mask, first, is_causal, scale)
@@ -143,15 +143,9 @@ def _later(block: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(block, dtype=torch.bool).triu_(1)
 
 
-def _same_kernel(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None,
-    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:  # fmt: skip
+def _same_kernel(*args: Any, **kwargs: Any) -> torch.Tensor:
     """Attention by the math kernel: the one PyTorch picks where a mask requires grad."""
-    return aten._scaled_dot_product_attention_math.default(
-        query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
-    )[0]
+    return aten._scaled_dot_product_attention_math.default(*args, None, **kwargs)[0]  # type: ignore[no-any-return]
 
 
 _SAVES = ("query", "key", "attn_mask")

@@ -7,13 +7,18 @@ from typing import Any
 
 import torch
 
+_TRACED = torch._C._TorchDispatchModeKey.PROXY  # type: ignore[attr-defined]
 same = torch.ops.aten.alias.default
 """A view of a tensor; unlike ``view_as`` it keeps the strides of axes of size 1 as well."""
 
 
 def watched() -> bool:
-    """Whether a compiler or ``torch.func`` looks on, beside autograd."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether a compiler, a tracer or ``torch.func`` looks on, beside autograd."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_dispatch_mode(_TRACED) is not None
+    )
 
 
 def quick(function: type[torch.autograd.Function]) -> Callable[..., Any]:

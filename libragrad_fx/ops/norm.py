@@ -110,7 +110,9 @@ def _per_channel(x: torch.Tensor, weight: torch.Tensor | None = None) -> Any:
 
 def _split(x: torch.Tensor, groups: int | None) -> torch.Tensor:
     """(N, groups, C / groups, *): a view in any memory format, so that a gradient keeps its own."""
-    return x if groups is None else x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+    if groups is None:
+        return x
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
 
 
 def _axes(ndim: int, groups: int | None) -> Axes:

@@ -246,3 +246,38 @@ class Broken(nn.Module):
 def test_a_model_that_cannot_run_says_what_both_said() -> None:
     with pytest.raises(CaptureError, match=r"(?s)torch.export could not capture.*Run by Dynamo"):
         lg.transform(Broken(), torch.randn(2, 3))
+
+
+class Rebinding(nn.Module):
+    """A buffer is another tensor from call to call, so that an activation may get its place in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head, self.count = nn.Linear(4, 4), nn.Linear(4, 4), nn.Buffer(torch.zeros(2, 4))
+
+    @torch._dynamo.disable
+    def advance(self) -> None:
+        self.count = self.count + 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = nn.functional.gelu(self.up(x))
+        self.advance()
+        h = torch.tanh(h * 1.5)
+        if h.sum() > 1e9:
+            h = h + 1
+        h = h * 2
+        if h.sum() > 1e9:
+            h = h * 3
+        return self.head(h.tanh())
+
+
+def test_what_the_model_lets_go_is_not_taken_for_its_own() -> None:
+    model, x = Rebinding().double().eval(), torch.randn(2, 4, dtype=torch.float64)
+    with pytest.warns(CutWarning):
+        gm = lg.transform(model, x)
+    found = []
+    for i in range(100):
+        z = (x * (1 + i % 2)).requires_grad_()
+        found.append(torch.autograd.grad(gm(z).sum(), z)[0])
+    for i, g in enumerate(found):
+        assert torch.equal(g, found[i % 2])

@@ -15,6 +15,7 @@ import timm
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import libragrad_fx as lg
 from libragrad_fx.errors import ModeError
@@ -170,3 +171,9 @@ def test_other_batch_sizes(case: Case) -> None:
     for n in (1, 5):
         x = torch.randn(n, *case.x.shape[1:], requires_grad=True)
         assert torch.equal(case.gm(x), case.model(x))
+
+
+def test_what_make_fx_traces_runs() -> None:
+    case = Case("vit")
+    traced = make_fx(case.gm)(case.x)
+    assert torch.equal(traced(case.x.clone().requires_grad_()), case.model(case.x))

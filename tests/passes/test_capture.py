@@ -345,3 +345,12 @@ def test_writing_in_place(how: Any) -> None:
         getattr(getattr(n.target, "_schema", None), "is_mutable", 0) for n in gm.graph.nodes
     )
     assert lg.verify(model, gm, x, 1).ok
+
+
+def test_one_example_for_two_arguments_leaves_them_two() -> None:
+    class Sum(torch.nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x.tanh() + 2 * y
+
+    x, y = torch.randn(2, 2, 4).unbind(0)
+    assert torch.equal(lg.transform(Sum(), (x, x))(x, y), Sum()(x, y))

@@ -71,11 +71,16 @@ def test_a_large_table_is_let_go() -> None:
     assert torch.equal(gm(x), model(x))
 
 
-def test_what_the_user_gets_is_not_shared() -> None:
+@pytest.mark.parametrize(
+    "taken",
+    [lambda t, x: t[1:], lambda t, x: t.type_as(x), lambda t, x: torch.einsum("i->i", t)],
+    ids=["a view", "a cast that casts nothing", "a product with nothing"],
+)
+def test_what_the_user_gets_is_not_shared(taken: Any) -> None:
     class Returned(nn.Module):
         def forward(self, x: torch.Tensor) -> Any:
             table = torch.arange(3.0, dtype=F64) * 2
-            return x.tanh() * table, table[1:]
+            return x.tanh() * table, taken(table, x)
 
     x = torch.randn(2, 3, dtype=F64)
     gm = lg.transform(Returned(), x)
@@ -108,6 +113,21 @@ def test_autocast_of_the_first_call_does_not_outlive_it() -> None:
     assert torch.equal(gm(x), Outer()(x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(gm(x), Outer()(x))
+
+
+def test_the_default_dtype_of_the_first_call_does_not_outlive_it() -> None:
+    class Ramp(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.arange(4.0) / 3
+
+    x = torch.randn(2, 4, dtype=F64)
+    gm = lg.transform(Ramp(), x)
+    gm(x)
+    torch.set_default_dtype(F64)
+    try:
+        assert torch.equal(gm(x), Ramp()(x))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_it_follows_to_another_device() -> None:

@@ -15,6 +15,7 @@ import torch
 from libragrad_fx import rulebook
 from libragrad_fx.bench import Operations
 from libragrad_fx.ops import TWINS
+from libragrad_fx.ops import attention as attention_twins
 from tests.samples import call_of, positive, randn
 
 aten = torch.ops.aten
@@ -403,3 +404,22 @@ def test_at_zero_is_the_value_at_zero(row: Any) -> None:
     assert call.op(*call.args).tolist() == pytest.approx(
         [row.at_zero] * (1 if packet == "glu" else 2), abs=1e-15
     )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(3, 0), (0, 3), (0, 0)])
+def test_attention_without_tokens(
+    queries: int, keys: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_twins, "_CHEAP", 0)
+    q, k, v = (randn(1, 2, n, 4) for n in (queries, keys, keys))
+    mask = torch.zeros(queries, keys, dtype=torch.float64) if masked else None
+    y = attention_twins.scaled_dot_product_attention(q, k, v.requires_grad_(), mask)
+    assert torch.equal(y, torch.nn.functional.scaled_dot_product_attention(q, k, v, mask))
+    assert torch.autograd.grad(y.sum(), v)[0].shape == v.shape
+
+
+def test_a_group_norm_of_no_samples() -> None:
+    x = randn(0, 4, 5, 5).requires_grad_()
+    y = TWINS["group_norm"](x, 2, None, None, 1e-5)
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
