@@ -34,7 +34,7 @@ from libragrad_fx.inplace import drop_idle, functional, is_composite, rename
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.ops.insert import observe
 from libragrad_fx.ops.twin import bind
-from libragrad_fx.target import inexact
+from libragrad_fx.target import as_call, inexact
 
 _CHECKPOINT = "torch.utils.checkpoint"
 _INFERENCE_TRIED = (
@@ -120,12 +120,8 @@ def capture(
 
 
 def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, torch.Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, (tuple, list)):
-        return tuple(inputs), {}
+    if isinstance(inputs, (torch.Tensor, Mapping, tuple, list)):
+        return as_call(inputs)
     raise InputError(
         f"example inputs must be a tensor, a tuple of positional arguments or a dict of keyword"
         f" arguments; got {type(inputs).__name__}"

@@ -43,11 +43,11 @@ def _in_place(plain: Callable[..., Any], over: Callable[..., Any]) -> Callable[.
 
 IN_PLACE = {
     torch.ops.aten.relu.default: _in_place(torch.relu, torch.relu_),
-    torch.ops.aten.hardtanh.default: _in_place(F.hardtanh, F.hardtanh_),
     torch.ops.aten.leaky_relu.default: _in_place(F.leaky_relu, F.leaky_relu_),
     torch.ops.aten.add.Tensor: _in_place(torch.add, torch.Tensor.add_),
 }
-"""Ops whose gradient needs nothing that they write over. Most networks call them so themselves."""
+"""Ops whose gradient needs nothing that they write over (for ``hardtanh_``, autograd keeps a copy of it).
+Most networks call them so themselves."""
 
 
 def bound(graph: Graph) -> Graph:

@@ -28,7 +28,7 @@ from libragrad_fx.ops import bias as biases
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.function import same
 from libragrad_fx.ops.insert import is_end, is_scale
-from libragrad_fx.ops.twin import bind
+from libragrad_fx.ops.twin import bind, spread
 from libragrad_fx.rulebook import op_name
 from libragrad_fx.target import (
     Target,
@@ -288,10 +288,7 @@ def _aliased(
             return [place(f"{name}[{i}]", v) for i, v in enumerate(value)]
         return alias(value, producers[name]) if name in producers else value
 
-    values = {k: place(k, v) for k, v in bind(op, args, kwargs).items()}
-    keyword = {a.name for a in op._schema.arguments if a.kwarg_only}
-    positional = tuple(v for k, v in values.items() if k not in keyword)
-    return positional, {k: v for k, v in values.items() if k in keyword}
+    return spread(op, {k: place(k, v) for k, v in bind(op, args, kwargs).items()})
 
 
 def site_bias(site: Site, n: Node, args: Any, kwargs: Any) -> Any:

@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 
 def secant_slope(
-    x: torch.Tensor, y: torch.Tensor, at_zero: torch.Tensor | float, slope: float,
+    x: torch.Tensor, y: torch.Tensor, at_zero: torch.Tensor | float, slope: torch.Tensor | float,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """``(y - f(0)) / x`` with its limit ``slope`` where |x| is too small to divide by.
@@ -212,10 +212,7 @@ def _logarithm(op: torch._ops.OpOverload) -> Callable[..., Any]:
     def vjp(
         needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, result: torch.Tensor
     ) -> Grads:
-        near = (self - 1).abs() < math.sqrt(torch.finfo(self.dtype).eps)
-        return {
-            "self": torch.where(near, LOG_SLOPES[op], result / torch.where(near, 1.0, self - 1)) * g
-        }
+        return {"self": secant_slope(self - 1, result, g.new_zeros(()), LOG_SLOPES[op]) * g}
 
     return twin(op, vjp, saves=("self", "result"))
 
@@ -229,19 +226,12 @@ def softmax_at_zero(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def _softmax(
-    needs: frozenset[str],
-    g: torch.Tensor,
-    *,
-    self: torch.Tensor,
-    result: torch.Tensor,
-    dim: int,
+    needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, result: torch.Tensor, dim: int,
     **_: Any,
-) -> Grads:
+) -> Grads:  # fmt: skip
     """A softmax that carries the signal: its denominator is held, its exponential is a secant."""
     zero = softmax_at_zero(self, dim)
-    tiny = self.abs() < math.sqrt(torch.finfo(self.dtype).eps)
-    slope = torch.where(tiny, zero, (result - zero) / torch.where(tiny, 1.0, self))
-    return {"self": slope * g}
+    return {"self": secant_slope(self, result, zero, zero) * g}
 
 
 softmax = twin(aten.softmax.int, _softmax, saves=("self", "result"))

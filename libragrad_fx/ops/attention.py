@@ -3,7 +3,8 @@
 method: Attention rule. ``dV = P^T dO``; the probabilities are not kept but recomputed, some query
 rows at a time, so that memory stays linear in the number of tokens whatever kernel ran forward.
 Where that kernel hands out the log-sum-exp of its rows, a row of P is one product and one exp, and
-as many heads are taken at once as leave their block of P in the cache.
+as many heads are taken at once as leave their block of P in the cache. Where it has P itself, of few
+keys (a window's), that is kept in place of q and k.
 """
 
 from __future__ import annotations
@@ -16,24 +17,21 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
+from libragrad_fx.ops.function import watched
 from libragrad_fx.ops.twin import Grads, times_, twin
 
 aten = torch.ops.aten
 _CHUNK = 64  # query rows at a time, of all heads
 _ROWS = 256  # query rows at a time at least, of so many heads that their block of P has
 _CACHED = 2**18  # elements a thread: 1 MiB of float32
+_FEW = 256  # keys
 _CHEAP = 2**21  # multiplications of a product, and
 _SMALL = 2**16  # elements of k, below which one kernel for all three gradients costs less
 
 
 def _probabilities(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    mask: torch.Tensor | None,
-    first: int,
-    causal: bool,
-    scale: float,
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, first: int, causal: bool, scale: float
+) -> torch.Tensor:  # fmt: skip
     """softmax(scale q kᵀ + mask) for the query rows that start at ``first``; masked-out rows are 0."""
     scores = times_(q @ k.transpose(-2, -1), scale)
     if causal:
@@ -143,9 +141,22 @@ def _later(block: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(block, dtype=torch.bool).triu_(1)
 
 
-def _same_kernel(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """Attention by the math kernel: the one PyTorch picks where a mask requires grad."""
-    return aten._scaled_dot_product_attention_math.default(*args, None, **kwargs)[0]  # type: ignore[no-any-return]
+def _math(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None,
+    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    """Attention by the math kernel, with its probabilities; PyTorch picks it where a mask requires grad."""
+    args = (query, key, value, _additive(attn_mask, query), dropout_p, is_causal, None)
+    return aten._scaled_dot_product_attention_math.default(
+        *args, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _by_probabilities(
+    needs: frozenset[str], g: torch.Tensor, *, p: torch.Tensor, **_: Any
+) -> Grads:
+    return {"value": p.transpose(-2, -1) @ g.to(p.dtype)}
 
 
 _SAVES = ("query", "key", "attn_mask")
@@ -157,8 +168,13 @@ _balanced_flash = twin(
     name="scaled_dot_product_attention_flash",
 )  # fmt: skip
 _balanced_math = twin(
-    _sdpa, _attention, saves=_SAVES, name="scaled_dot_product_attention_math", forward=_same_kernel
-)
+    _sdpa, _attention, saves=_SAVES, name="scaled_dot_product_attention_math",
+    forward=lambda *args, **kwargs: _math(*args, **kwargs)[0],
+)  # fmt: skip
+_balanced_kept = twin(
+    _sdpa, _by_probabilities, saves=("p",), extras=("p",), forward=_math,
+    name="scaled_dot_product_attention_kept",
+)  # fmt: skip
 
 
 def scaled_dot_product_attention(
@@ -172,14 +188,18 @@ def scaled_dot_product_attention(
     extra = {"scale": scale, "enable_gqa": enable_gqa}
     # PyTorch picks its kernel by what requires grad, and kernels differ in bits. Inside a Function
     # nothing does; so where that would change the choice, the kernel is named instead.
-    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
-        if dropout_p == 0:
-            return _balanced_math(*args, **extra)
-        return _same_kernel(query, key, value, attn_mask.detach(), dropout_p, is_causal, **extra)
+    named = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
+    if named and dropout_p > 0:
+        return _math(query, key, value, attn_mask.detach(), dropout_p, is_causal, **extra)[0]  # type: ignore[no-any-return]
     # what is dropped cannot be recomputed; a compiler fuses it better; elsewhere one fused kernel
-    if dropout_p > 0 or query.device.type != "cpu" or _is_cheap(query, key):
+    if not named and (dropout_p > 0 or query.device.type != "cpu" or _is_cheap(query, key)):
         return _sdpa(*args, **extra)
-    return (_balanced_flash if _runs_flash(*args, **extra) else _balanced)(*args, **extra)
+    chosen = SDPBackend.MATH if named else _chosen(*args, **extra)
+    if chosen == SDPBackend.FLASH_ATTENTION:
+        return _balanced_flash(*args, **extra)
+    if chosen == SDPBackend.MATH and key.shape[-2] <= _FEW and not enable_gqa:
+        return _balanced_kept(*args, **extra)
+    return (_balanced_math if named else _balanced)(*args, **extra)
 
 
 def _is_cheap(query: torch.Tensor, key: torch.Tensor) -> bool:
@@ -191,13 +211,11 @@ def _is_cheap(query: torch.Tensor, key: torch.Tensor) -> bool:
     return query.numel() * key.shape[-2] < _CHEAP and key.numel() < _SMALL
 
 
-def _runs_flash(query: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
-    """Whether PyTorch would pick the kernel that hands out its log-sum-exp; asked eagerly alone."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    plain = type(query) is torch.Tensor and query.ndim == 4
-    chosen = plain and torch._fused_sdp_choice(query, *args, **kwargs)
-    return chosen == SDPBackend.FLASH_ATTENTION.value
+def _chosen(query: torch.Tensor, *args: Any, **kwargs: Any) -> SDPBackend | None:
+    """The kernel that PyTorch would pick; asked eagerly alone."""
+    if watched() or type(query) is not torch.Tensor or query.ndim != 4:
+        return None
+    return SDPBackend(torch._fused_sdp_choice(query, *args, **kwargs))
 
 
 scaled_dot_product_attention.aten_op = _sdpa  # type: ignore[attr-defined]

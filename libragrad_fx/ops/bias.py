@@ -14,7 +14,7 @@ import torch
 
 from libragrad_fx.ops import recurrent
 from libragrad_fx.ops.activation import LOG_SLOPES, softmax_at_zero
-from libragrad_fx.ops.twin import bind
+from libragrad_fx.ops.twin import bind, spread
 
 Bias = Callable[[Any, Sequence[str], dict[str, Any]], Any]
 
@@ -27,9 +27,8 @@ def _zeroed(name: str, value: Any, live: Sequence[str]) -> Any:
 
 
 def _run(op: Any, values: dict[str, Any]) -> Any:
-    keyword = {a.name for a in op._schema.arguments if a.kwarg_only}
-    positional = [v for k, v in values.items() if k not in keyword]
-    return op(*positional, **{k: v for k, v in values.items() if k in keyword})
+    args, kwargs = spread(op, values)
+    return op(*args, **kwargs)
 
 
 def at_zero(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:

@@ -188,6 +188,15 @@ def bind(
     return {n: given.get(n, d) for n, d in zip(names, defaults, strict=True)}
 
 
+def spread(
+    op: torch._ops.OpOverload, values: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call that ``bind`` was given: positional and keyword-only arguments."""
+    _, keyword, _ = _signature(op)
+    positional = tuple(v for k, v in values.items() if k not in keyword)
+    return positional, {k: values[k] for k in keyword}
+
+
 def times_(x: torch.Tensor, y: Any) -> torch.Tensor:
     """``x * y`` in the memory of ``x``, which nobody else reads: a new tensor costs more than the
     product. Under ``vmap`` it is a new one, as ``y`` may have more elements there."""

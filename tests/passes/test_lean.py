@@ -472,7 +472,7 @@ class Residual(nn.Module):
 
 ACTS = {
     "relu": (nn.ReLU(), "relu_"),
-    "hardtanh": (nn.Hardtanh(-0.3, 0.5), "hardtanh_"),
+    "hardtanh, which reads its operand": (nn.Hardtanh(-0.3, 0.5), None),
     "leaky": (nn.LeakyReLU(0.1), "leaky_relu_"),
     "leaky, the other way": (nn.LeakyReLU(-0.1), None),
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from libragrad_fx import rulebook
 from libragrad_fx.bench import Operations
@@ -272,6 +273,29 @@ def test_attention(
     twin = lambda q, k, v, m=mask: sdpa(q, k, v, m, **arguments)  # noqa: E731
     form = lambda q, k, v, m=mask: attention(q, k, v, m, causal, scale)  # noqa: E731
     assert_same_gradients(twin, form, [q, k, v, mask] if learned else [q, k, v], atol=1e-13)
+
+
+@pytest.mark.parametrize("few", [0, 256], ids=["computed again", "kept"])
+@pytest.mark.parametrize("mask", [None, "float", "bool"])
+def test_probabilities_of_few_keys_are_kept(
+    mask: str | None, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where PyTorch's kernel has them anyway; the backward is one product then, and not two."""
+    monkeypatch.setattr(attention_twins, "_SMALL", 0)
+    monkeypatch.setattr(attention_twins, "_FEW", few)
+    q, k, v = randn(2, 3, 5, 8), randn(2, 3, 7, 8), randn(2, 3, 7, 8)
+    added = {"float": randn(5, 7), "bool": randn(5, 7) < 1}.get(mask or "")
+    sdpa = TWINS["scaled_dot_product_attention"]
+    with sdpa_kernel(SDPBackend.MATH):
+        twin = lambda q, k, v: sdpa(q, k, v, added)  # noqa: E731
+        form = lambda q, k, v: attention(q, k, v, added, False, 8**-0.5)  # noqa: E731
+        assert_same_gradients(twin, form, [q, k, v], atol=1e-13)
+        with Operations() as work:
+            y = twin(q, k, v.requires_grad_())
+            forward = work.total
+            torch.autograd.grad(y.sum(), v)
+        assert torch.equal(y, torch.nn.functional.scaled_dot_product_attention(q, k, v, added))
+    assert (work.total - forward) / (forward / 2) == (2 if few == 0 else 1)
 
 
 # --- recurrent layers: gates and tanh-secants held, step by step
