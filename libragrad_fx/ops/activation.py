@@ -28,7 +28,7 @@ def secant_slope(
 
     out: what may be written over, which may be ``x``.
     """
-    if not isinstance(at_zero, torch.Tensor) and at_zero == 0:
+    if isinstance(slope, float) and not isinstance(at_zero, torch.Tensor) and at_zero == 0:
         return torch.div(y, x, out=out).nan_to_num_(slope, math.inf, -math.inf)
     # below sqrt(eps) the difference y - f(0) is rounding; the limit is right to eps there
     tiny = x.abs() < math.sqrt(torch.finfo(x.dtype).eps)
