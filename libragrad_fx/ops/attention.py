@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
+from libragrad_fx.ops import insert
 from libragrad_fx.ops.function import watched
 from libragrad_fx.ops.twin import Grads, times_, twin
 
@@ -184,16 +185,17 @@ def scaled_dot_product_attention(
 ) -> torch.Tensor:  # fmt: skip
     """Balanced twin of ``aten.scaled_dot_product_attention``: same kernel, gradient to v alone."""
     query, key = query.detach(), key.detach()
-    args = (query, key, value, attn_mask, dropout_p, is_causal)
     extra = {"scale": scale, "enable_gqa": enable_gqa}
+    named = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
+    # what is dropped cannot be recomputed; a compiler fuses it better; elsewhere one fused kernel
+    if dropout_p > 0 or query.device.type != "cpu" or _is_cheap(query, key):
+        held = (
+            insert.scale(attn_mask, 0.0) if named else attn_mask
+        )  # it requires grad and gets none
+        return _sdpa(query, key, value, held, dropout_p, is_causal, **extra)
     # PyTorch picks its kernel by what requires grad, and kernels differ in bits. Inside a Function
     # nothing does; so where that would change the choice, the kernel is named instead.
-    named = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
-    if named and dropout_p > 0:
-        return _math(query, key, value, attn_mask.detach(), dropout_p, is_causal, **extra)[0]  # type: ignore[no-any-return]
-    # what is dropped cannot be recomputed; a compiler fuses it better; elsewhere one fused kernel
-    if not named and (dropout_p > 0 or query.device.type != "cpu" or _is_cheap(query, key)):
-        return _sdpa(*args, **extra)
+    args = (query, key, value, attn_mask, dropout_p, is_causal)
     chosen = SDPBackend.MATH if named else _chosen(*args, **extra)
     if chosen == SDPBackend.FLASH_ATTENTION:
         return _balanced_flash(*args, **extra)
