@@ -189,10 +189,9 @@ def scaled_dot_product_attention(
     named = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
     # what is dropped cannot be recomputed; a compiler fuses it better; elsewhere one fused kernel
     if dropout_p > 0 or query.device.type != "cpu" or _is_cheap(query, key):
-        held = (
-            insert.scale(attn_mask, 0.0) if named else attn_mask
-        )  # it requires grad and gets none
-        return _sdpa(query, key, value, held, dropout_p, is_causal, **extra)
+        if named:  # it requires grad as before, and gets none
+            attn_mask = insert.scale(attn_mask, 0.0)  # type: ignore[arg-type]
+        return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, **extra)
     # PyTorch picks its kernel by what requires grad, and kernels differ in bits. Inside a Function
     # nothing does; so where that would change the choice, the kernel is named instead.
     args = (query, key, value, attn_mask, dropout_p, is_causal)
