@@ -127,8 +127,7 @@ def _whitened(
     """Group, instance and batch norm; ``mean`` and ``rstd`` broadcast with ``_split`` of the input."""
     hat = lambda: ((_wide(_split(x, groups)) - mean) * rstd).reshape(g.shape)  # type: ignore  # noqa: E731
     affine = {} if needs == _ALONE else _affine(needs, g, hat, _per_channel(g))
-    shapes: dict[str, Any] = {"weight": -1 if weight is None else weight.shape}
-    grads = {name: grad.reshape(shapes.get(name, -1)) for name, grad in affine.items()}
+    grads = {name: grad.reshape(-1) for name, grad in affine.items()}
     if "input" in needs:
         u = _wide(g)
         if weight is not None:

@@ -267,15 +267,6 @@ def hold(made: Made | None) -> None:
 
 
 FOUND = (
-    # the gradient of a norm's weight that is a column
-    Recipe(
-        ((1,),),
-        (
-            Step("aten.tril"),
-            Step("aten.scaled_dot_product_attention"),
-            Step("aten.batch_norm", call=2, picks=(4,)),
-        ),
-    ),
     # a scale dropped the stride of an axis of size 1
     Recipe(((1, 2, 2),), (Step("aten.linalg_inv"),)),
     # attention whose mask no longer asked for a gradient ran another kernel
