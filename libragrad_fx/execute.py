@@ -57,15 +57,13 @@ def bound(graph: Graph) -> Graph:
     new.output(new.graph_copy(graph, {}))
     for node in [n for n in new.nodes if GATE in n.meta]:
         _gate(new, node)
-    for node in [n for n in new.nodes if hasattr(n.target, "over") and _reads_last(n)]:
-        node.target = node.target.over
     for node in list(new.nodes):
         read_out = any(user.op == "output" for user in node.users)
         if node.target is idle or (node.target is whole and not read_out):
             node.replace_all_uses_with(node.args[0])
             new.erase_node(node)
         elif OVER in node.meta:
-            node.target = IN_PLACE[node.target]
+            node.target = IN_PLACE.get(node.target) or node.target.over
         elif node.meta.get(BOUND):
             node.target = binding(node.target)
     _unbind(new)
@@ -184,9 +182,3 @@ def _folded(graph: Graph) -> tuple[list[str], Callable[[], Sequence[Any]]]:
         return held[dtype]  # type: ignore[no-any-return]
 
     return names, compute
-
-
-def _reads_last(node: Node) -> bool:
-    """Whether ``node`` alone reads its first operand, a product: new memory that no backward keeps."""
-    x = node.args[0]
-    return isinstance(x, Node) and x.target in PRODUCTS and len(x.users) == 1

@@ -194,7 +194,7 @@ def lean(graph: Graph, facts: Facts) -> Graph:
             node.meta[MARK] = (_LEAN, node.name)
         elif node.target is aten.select.int and node in alive - shown and (place := _place(node)):
             node.meta[PLACE] = place
-        elif node.target in IN_PLACE and _writes_over(node):
+        elif (node.target in IN_PLACE and _writes_over(node)) or _reads_last(node):
             node.meta[OVER] = True
     mark(graph)
     graph.lint()
@@ -262,6 +262,17 @@ def _writes_over(node: Node) -> bool:
         return False
     a, b = x.meta["val"], node.meta["val"]
     return str(a.shape) == str(b.shape) and a.dtype == b.dtype and a.is_floating_point()
+
+
+def _reads_last(node: Node) -> bool:
+    """Whether an activation alone reads its operand, a product or a view of one: new memory that no
+    backward keeps, where it may leave its slope."""
+    if not hasattr(node.target, "over"):
+        return False
+    x: Any = node.args[0]
+    while len(x.users) == 1 and only_moves(x):
+        x = x.args[0]
+    return x.target in PRODUCTS and len(x.users) == 1
 
 
 def _halve(graph: Graph, scale: Node) -> None:

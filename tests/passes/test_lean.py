@@ -591,3 +591,29 @@ def test_steps_that_the_user_gets_can_be_written_to() -> None:
     x = torch.randn(3, 2, 4, dtype=F64)
     for part in lg.transform(Halves(), x)(x.requires_grad_()):
         part.mul_(2)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_activation_writes_over_a_view_of_a_product(again: bool) -> None:
+    """As in networks that go from maps to tokens before it; not if the product is read once more."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.inner(x)
+            z = nn.functional.gelu(y.flatten(2).transpose(1, 2)).sum(1)
+            return z + y.amax((2, 3)) if again else z
+
+    model, x = Tokens().double(), torch.randn(2, 3, 5, 5, dtype=F64)
+    gm = lg.transform(model, x)
+    assert any(n.target is OVER["gelu"] for n in bound(gm.lean).nodes) == (not again)
+    for runs in (gm, copy.deepcopy(gm)):
+        assert_same(runs, x)
+        assert torch.equal(runs(x), model(x))
+    for segments in range(1, 6):
+        z = x.clone().requires_grad_()
+        (twice,) = torch.autograd.grad(lg.checkpointed(gm, segments)(z).sum(), z)
+        torch.testing.assert_close(twice, torch.autograd.grad(gm(z).sum(), z)[0])
