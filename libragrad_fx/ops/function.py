@@ -7,18 +7,17 @@ from typing import Any
 
 import torch
 
-_TRACED = torch._C._TorchDispatchModeKey.PROXY  # type: ignore[attr-defined]
+_is_compiling, _transforms_active = (  # each dot would cost at every call
+    torch.compiler.is_compiling, torch._C._are_functorch_transforms_active,
+)  # fmt: skip
+_mode, _TRACED = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY  # type: ignore[attr-defined]
 same = torch.ops.aten.alias.default
 """A view of a tensor; unlike ``view_as`` it keeps the strides of axes of size 1 as well."""
 
 
 def watched() -> bool:
     """Whether a compiler, a tracer or ``torch.func`` looks on, beside autograd."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_dispatch_mode(_TRACED) is not None
-    )
+    return _is_compiling() or _transforms_active() or _mode(_TRACED) is not None
 
 
 def quick(function: type[torch.autograd.Function]) -> Callable[..., Any]:
