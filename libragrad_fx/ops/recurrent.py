@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import linear
+from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import ModeError
 from libragrad_fx.ops.activation import secant_slope
@@ -29,12 +30,15 @@ class Recurrence:
     squash: its non-linearity that carries
     parts: of how many parts what enters its non-linearities is made, all but one of them gates
     value: which of them carries
+    by_grad_mode: whether PyTorch picks its kernel by grad mode: oneDNN has one for inference, with
+        other bits
     """
 
     cell: Callable[[Held, torch.Tensor, Tensors, Tensors], Tensors]
     squash: Callable[[torch.Tensor], torch.Tensor]
     parts: int
     value: int
+    by_grad_mode: bool = False
 
 
 class Held:
@@ -194,7 +198,10 @@ def _recurrent(op: torch._ops.OpOverload) -> Callable[..., Any]:
                 f"{op}: dropout between recurrent layers draws a mask that a balanced backward cannot"
                 " see; transform the model in eval mode, or with dropout=0."
             )
-        return op(*args)
+        if not _KINDS[op].by_grad_mode:
+            return op(*args)
+        with torch.enable_grad():  # off inside an autograd.Function
+            return pytree.tree_map(torch.detach, op(*args))
 
     return twin(op, vjp, saves=("input", "hx", "params"), forward=forward)
 
@@ -214,7 +221,7 @@ def _pulled(
 
 
 _KINDS = {
-    aten.lstm.input: Recurrence(_lstm, torch.tanh, 4, 2),
+    aten.lstm.input: Recurrence(_lstm, torch.tanh, 4, 2, by_grad_mode=True),
     aten.gru.input: Recurrence(_gru, torch.tanh, 3, 2),
     aten.rnn_tanh.input: Recurrence(_elman, torch.tanh, 1, 0),
     aten.rnn_relu.input: Recurrence(_elman, torch.relu, 1, 0),
