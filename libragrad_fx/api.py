@@ -8,14 +8,16 @@ from typing import Any, Literal
 
 import torch
 
+from libragrad_fx.birth import require_balanced, require_same
 from libragrad_fx.capture import infer_inputs
 from libragrad_fx.cuts import CutModule, foreign, ledger_of_pieces, transform_in_pieces
-from libragrad_fx.errors import ExportError, GateOutputWarning, InputError
+from libragrad_fx.errors import ExportError, GateOutputWarning, InputError, VerificationError
 from libragrad_fx.ledger import ledger, share_as_run
-from libragrad_fx.module import CapturedModule
-from libragrad_fx.pipeline import balance, decide, plain
-from libragrad_fx.target import as_call, largest
+from libragrad_fx.module import CapturedModule, Tree
+from libragrad_fx.pipeline import Decision, balance, decide, plain
+from libragrad_fx.target import Arguments, as_call, largest
 from libragrad_fx.types import Certificate, Ledger, Plan
+from libragrad_fx.variants import Origin, fitting
 from libragrad_fx.verify import certify
 from libragrad_fx.viz import graph as pictures
 from libragrad_fx.viz.write import check_path, write
@@ -28,6 +30,7 @@ def transform(
     policy: str | Path = "libra",
     on_unknown: str = "raise",
     rules: Any = None,
+    check: bool = True,
 ) -> CapturedModule | CutModule:
     """Same forward to the bit, balanced backward, same parameters, as a ``torch.fx.GraphModule``.
 
@@ -38,30 +41,66 @@ def transform(
     Args:
         model: any ``nn.Module``, in the mode (train or eval) to be captured.
         example_inputs: a tensor, a tuple, or a dict of keyword arguments; inferred from the model
-            if None. Dimension 0 of each tensor becomes free, the others are fixed.
+            if None. Dimension 0 of each tensor becomes free. A call that does not fit (another
+            shape, container, dtype or constant) is captured by itself, and kept, as long as the
+            process holds the original.
         policy: ``"libra"`` (LibraGrad, CVPR 2025), ``"cp_lrp"`` (Ali et al. 2022), or a YAML file.
         on_unknown: ``"raise"`` lists every op on a live gradient path that no rule covers;
             ``"keep"`` leaves autograd's gradient there and says so in the plan.
         rules: facts to add: a YAML file, or a list of mappings (see ``rules/README.md``).
+        check: run the original twice before and the result twice after, and require the same bits
+            (a batch of one as well), and an account that closes. It costs these forwards and one
+            backward; without it, what capture lost is noticed by ``verify`` alone.
 
     Raises:
-        CaptureError, InputError, RuleError, UnknownOpError: see ``libragrad_fx.errors``.
+        CaptureError, InputError, RuleError, UnknownOpError, VerificationError: see
+            ``libragrad_fx.errors``.
     """
     if isinstance(model, (CapturedModule, CutModule)):
         return _again(model, policy, on_unknown, rules)
+    options = {"policy": policy, "on_unknown": on_unknown, "rules": rules, "check": check}
     try:
-        made = decide(model, example_inputs, policy, on_unknown, rules)
+        return _one_graph(model, example_inputs, **options)
     except ExportError as refusal:
         if example_inputs is None:
             args, kwargs = infer_inputs(model)
             example_inputs = kwargs or args
         return transform_in_pieces(
-            model, example_inputs, refusal, on_unknown, policy=policy, rules=rules
+            model, example_inputs, refusal, on_unknown, check=check, policy=policy, rules=rules
         )
+
+
+def _one_graph(model: torch.nn.Module, inputs: Any, **options: Any) -> CapturedModule:
+    """``transform`` for a model that is one graph; with the example's own batch, if a free one fails."""
+    try:
+        made = decide(model, inputs, **options)
+        module = _born(model, made)
+    except VerificationError:
+        try:
+            made = decide(model, inputs, fixed=True, **options)
+            module = _born(model, made)
+        except VerificationError as e:  # the next rung may do better
+            raise ExportError(str(e)) from e
+    if made.reference is not None and options["on_unknown"] == "raise":
+        require_balanced(module, made.reference)
     for name in made.analysis.gate_heads:
         text = next(n for n in made.plan.notes if name in n)
-        warnings.warn(text, GateOutputWarning, stacklevel=2)
-    return balance(made)
+        warnings.warn(text, GateOutputWarning, stacklevel=3)
+    tree = Tree(model)
+
+    def recapture(args: Any, kwargs: Any) -> CapturedModule:
+        tree.require_unchanged()
+        return _one_graph(model, Arguments(tuple(args), kwargs), **options)
+
+    module.origin = Origin(recapture)
+    return module
+
+
+def _born(model: torch.nn.Module, made: Decision) -> CapturedModule:
+    module = balance(made)
+    if made.reference is not None:
+        require_same(model, module, made.reference)
+    return module
 
 
 def _again(
@@ -135,6 +174,7 @@ def verify(
             "verify(model, module, inputs): the second is the result of transform,"
             f" not {type(module).__name__}"
         )
+    module = fitting(module, inputs)
     if isinstance(module, CutModule):
         account, run = ledger_of_pieces(module, inputs, target)
         pieces, found, cuts = run.pieces, foreign(run), module.cuts
@@ -160,7 +200,7 @@ def audit(model: torch.nn.Module, inputs: Any, target: Any = None, *, rules: Any
             model, inputs, refusal, "keep", balanced=False, policy="libra", rules=rules
         )
         return ledger_of_pieces(cut, inputs, target)[0]
-    return ledger(module, inputs, target)
+    return ledger(fitting(module, inputs), inputs, target)
 
 
 def visualize(
@@ -221,8 +261,10 @@ def gradient_graph(model: torch.nn.Module, inputs: Any = None, target: Any = Non
 def _balanced_with_inputs(model: torch.nn.Module, inputs: Any) -> tuple[Any, Any]:
     if isinstance(model, (CapturedModule, CutModule)):
         if inputs is None:
-            raise InputError("a transformed model says no more what it takes: pass inputs")
-        return model, inputs
+            raise InputError(
+                "inputs=None works on an original model only; pass inputs for a transformed one"
+            )
+        return fitting(model, inputs), inputs
     if inputs is None:
         args, kwargs = infer_inputs(model)
         inputs = kwargs or args

@@ -8,7 +8,6 @@ outputs, from which the module tree of the result is rebuilt.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import importlib
 import inspect
@@ -28,14 +27,17 @@ from torch.nn.modules import module as _modules
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._sympy.printers import PythonPrinter
 
 from libragrad_fx.errors import CaptureError, CustomBackwardWarning, ExportError, InputError
 from libragrad_fx.inplace import drop_idle, functional, is_composite, rename
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.ops.insert import observe
 from libragrad_fx.ops.twin import bind
-from libragrad_fx.target import as_call, inexact
+from libragrad_fx.state import untouched
+from libragrad_fx.target import Arguments, as_call, inexact
 
+_PYTHON = PythonPrinter()
 _CHECKPOINT = "torch.utils.checkpoint"
 _INFERENCE_TRIED = (
     "the model's metadata (timm, torchvision, Hugging Face, Lightning), its first layers"
@@ -53,9 +55,13 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Capture:
-    """An exported, functional program, with what export does not keep beside it."""
+    """An exported, functional program, with what export does not keep beside it.
+
+    conditions: what export took for granted of the free sizes, as Python over the names of symbols
+    """
 
     program: ExportedProgram
+    conditions: tuple[str, ...]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     forced: frozenset[str]
@@ -63,9 +69,39 @@ class Capture:
     notes: tuple[str, ...]
 
 
+def require_fit(model: torch.nn.Module) -> None:
+    """Raise ``CaptureError`` for what no capture can do anything with."""
+    _refuse_unfit(model)
+    _refuse_hooks(model)
+
+
+def example_call(
+    model: torch.nn.Module, example_inputs: Any = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the call to be captured.
+
+    Args:
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments;
+            None infers them (see ``infer_inputs``).
+
+    Raises:
+        InputError: the inputs could not be inferred, or do not fit ``forward``.
+    """
+    if example_inputs is None:
+        with torch.random.fork_rng():
+            args, kwargs = infer_inputs(model)
+    else:
+        args, kwargs = _as_call(example_inputs)
+    # a tensor that is given twice would be one argument, for good
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+    _check_call(model, args, kwargs)
+    return args, kwargs
+
+
 def capture(
     model: torch.nn.Module,
-    example_inputs: Any = None,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
     *,
     known: Callable[[Any], bool] = lambda op: True,
     module_calls: bool = True,
@@ -74,28 +110,16 @@ def capture(
     """Export ``model`` and make it functional. The model is left as it was, whatever happens.
 
     Args:
-        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments;
-            None infers them (see ``infer_inputs``). Dimension 0 of every tensor becomes free.
+        args, kwargs: the call (see ``example_call``). Dimension 0 of every tensor becomes free.
         known: whether an op has a fact; a composite op that has none is written out in its parts.
         fixed: take every dimension as it is in the example, the first one too.
         module_calls: record every call of a submodule; without, the result's tree has no hooks.
 
     Raises:
-        CaptureError: the model has hooks; ``ExportError``: export refuses it.
-        InputError: the inputs could not be inferred, or do not fit ``forward``.
+        ExportError: export refuses it.
     """
-    _refuse_unfit(model)
-    _refuse_hooks(model)
-    with _untouched(model):
-        if example_inputs is None:
-            with torch.random.fork_rng():
-                args, kwargs = infer_inputs(model)
-        else:
-            args, kwargs = _as_call(example_inputs)
-        # a tensor that is given twice would be one argument, for good
-        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
-        kwargs, forced = _without_cache(model, kwargs)
-        _check_call(model, args, kwargs)
+    with untouched(model):
+        kwargs, forced = _without_cache(model, dict(kwargs))
         if not fixed:
             args, kwargs = _batch_of_two(args, kwargs)
         calls: list[Call] = []
@@ -104,10 +128,10 @@ def capture(
         with _export_state(), _global_hooks_kept(), observed, _custom_functions(custom):
             try:
                 with _as_if_eager():
-                    program = _export(model, args, kwargs, known, fixed)
+                    program, conditions = _export(model, args, kwargs, known, fixed)
             except ExportError:  # eagerly it asks for tensor values; it may have a way without
                 calls.clear()
-                program = _export(model, args, kwargs, known, fixed)
+                program, conditions = _export(model, args, kwargs, known, fixed)
     notes: tuple[str, ...] = ()
     if custom:
         text = (
@@ -116,11 +140,11 @@ def capture(
         )
         warnings.warn(text, CustomBackwardWarning, stacklevel=3)
         notes = (text,)
-    return Capture(program, args, kwargs, forced, tuple(calls), notes)
+    return Capture(program, conditions, args, kwargs, forced, tuple(calls), notes)
 
 
 def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, (torch.Tensor, Mapping, tuple, list)):
+    if isinstance(inputs, (torch.Tensor, Mapping, tuple, list, Arguments)):
         return as_call(inputs)
     raise InputError(
         f"example inputs must be a tensor, a tuple of positional arguments or a dict of keyword"
@@ -161,7 +185,7 @@ def _batch_of_two(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 def _export(
     model: torch.nn.Module, args: Any, kwargs: Any, known: Callable[[Any], bool], fixed: bool
-) -> ExportedProgram:
+) -> tuple[ExportedProgram, tuple[str, ...]]:
     free = pytree.tree_map(
         lambda t: {0: Dim.AUTO} if isinstance(t, torch.Tensor) and t.ndim else None, (args, kwargs)
     )
@@ -171,7 +195,9 @@ def _export(
             warnings.simplefilter("ignore")
             made = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             _detach_no_grad_regions(made)
-            return _written_out(_functional(made, known), known)
+            found = _conditions(made)
+            program = _written_out(_functional(made, known), known)
+            return program, tuple(dict.fromkeys([*found, *_conditions(program)]))
     except Exception as e:
         said = re.sub(r"[^.]*file an issue[^.]*\.?", "", _first_line(e))
         if "mutat" in said or "in-place" in said or "in place" in said:
@@ -182,6 +208,33 @@ def _export(
             " outputs, numpy inside forward. Capture the part that is a plain function of tensors, or"
             " rewrite the branch with torch.where."
         ) from e
+
+
+def size_of(size: Any) -> int | str:
+    """One entry of a traced shape: a number, or what it is in symbols."""
+    if isinstance(size, int):
+        return size
+    expr = size.node.expr
+    return int(expr) if expr.is_number else _PYTHON.doprint(expr)
+
+
+def _conditions(program: ExportedProgram) -> list[str]:
+    """What the trace took for granted of free sizes: each branch taken on one, and their ranges."""
+    values = (n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder")
+    shapes = [t.shape for t in values if isinstance(t, torch.Tensor)]
+    free = [d for shape in shapes for d in shape if isinstance(size_of(d), str)]
+    if not free:
+        return []
+    env = free[0].node.shape_env
+    symbols = set().union(*(d.node.expr.free_symbols for d in free))
+    found = [g.expr.xreplace(env.replacements) for g in env.guards]
+    for symbol in symbols & set(env.var_to_range):
+        bounds = env.var_to_range[symbol]
+        found += [symbol >= bounds.lower] if bounds.lower > 2 else []  # 2: see ``insert.guard``
+        found += [symbol <= bounds.upper] if bounds.upper.is_Integer else []
+    # what holds of other symbols only was decided when those became numbers
+    known = [e for e in found if getattr(e, "free_symbols", None) and e.free_symbols <= symbols]
+    return sorted({_PYTHON.doprint(e) for e in known})
 
 
 @contextlib.contextmanager
@@ -331,30 +384,6 @@ def _refuse_hooks(model: torch.nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _untouched(model: torch.nn.Module) -> Iterator[None]:
-    """Put back every attribute of every submodule, whatever tracing left there."""
-    saved = [(m, dict(vars(m))) for m in model.modules()]
-    inner = [(v, copy.copy(v)) for _, d in saved for v in d.values() if isinstance(v, (dict, list))]
-    try:
-        yield
-    finally:
-        for container, before in inner:
-            if _differs(container, before):
-                container.clear()
-                (container.update if isinstance(container, dict) else container.extend)(before)
-        for module, before in saved:
-            if _differs(vars(module), before):
-                vars(module).clear()
-                vars(module).update(before)
-
-
-def _differs(now: Any, before: Any) -> bool:
-    if isinstance(now, dict):
-        return list(now) != list(before) or any(now[k] is not before[k] for k in before)
-    return len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True))
-
-
-@contextlib.contextmanager
 def _export_state() -> Iterator[None]:
     """Grad mode on, autocast off, no fused inference path: the graph of a forward under autograd."""
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -437,11 +466,32 @@ def _custom_functions(found: list[str]) -> Iterator[None]:
     apply = inspect.getattr_static(torch.autograd.Function, "apply")
 
     def spy(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__ == _CHECKPOINT and callable(args[0]):
+            # a reentrant checkpoint: (function, whether to keep the random state, *its arguments)
+            return args[0](*args[2:])
         if cls.__module__ != _CHECKPOINT:
             found.append(f"{cls.__module__}.{cls.__qualname__}")
-        return apply.__get__(None, cls)(*args, **kwargs)
+        with _grad_mode_unseen():
+            return apply.__get__(None, cls)(*args, **kwargs)
 
     with mock.patch.object(torch.autograd.Function, "apply", classmethod(spy)):
+        yield
+
+
+@contextlib.contextmanager
+def _grad_mode_unseen() -> Iterator[None]:
+    """Grad mode switches without a trace of it.
+
+    It is off inside a Function, which no trace shows. So a ``no_grad`` in there ends, for the trace,
+    with grad mode off, and everything behind the Function would be detached.
+    """
+    switch = torch._C._set_grad_enabled
+
+    def unseen(mode: bool) -> None:
+        with torch._C.DisableTorchFunction():
+            switch(mode)
+
+    with mock.patch.object(torch._C, "_set_grad_enabled", unseen):
         yield
 
 

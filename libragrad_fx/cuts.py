@@ -21,13 +21,22 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from libragrad_fx import rulebook
-from libragrad_fx.errors import CaptureError, CutWarning, NoPathError, UnknownOpError
+from libragrad_fx.birth import everything, reference, require_closed, require_same
+from libragrad_fx.errors import (
+    CaptureError,
+    CutWarning,
+    NoPathError,
+    UnknownOpError,
+    VerificationError,
+)
 from libragrad_fx.ledger import Recorder, settle
 from libragrad_fx.module import TREE, CapturedModule, unshare
 from libragrad_fx.normalize import short_place
 from libragrad_fx.pipeline import balance, decide, plain
-from libragrad_fx.target import Target, as_call, differentiable, inexact, undisturbed
+from libragrad_fx.state import untouched
+from libragrad_fx.target import Arguments, Target, as_call, differentiable, inexact, undisturbed
 from libragrad_fx.types import Finding, Ledger, Plan, Role
+from libragrad_fx.verify import tolerance_of
 
 _STATIC = "_libragrad_static"  # set on tensors that a graph returns and that no input reaches
 _LIMIT = {"recompile_limit": 256, "fail_on_recompile_limit_hit": True}
@@ -281,8 +290,8 @@ class CutModule(nn.Module):
 
 
 def transform_in_pieces(
-    model: nn.Module, inputs: Any, refusal: CaptureError, on_unknown: str, balanced: bool = True,
-    **options: Any,
+    model: nn.Module, inputs: Any, refusal: Exception, on_unknown: str, balanced: bool = True,
+    check: bool = True, **options: Any,
 ) -> CutModule:  # fmt: skip
     """Balance ``model`` graph by graph, and run it once to see that every graph can be.
 
@@ -290,12 +299,19 @@ def transform_in_pieces(
         CaptureError: Dynamo cannot run it either; says what both said.
         UnknownOpError: as ``transform``; or ops run between the graphs, where no rule reaches.
     """
-    module = CutModule(model, str(refusal).splitlines()[0], options, on_unknown, balanced)
     args, kwargs = as_call(inputs)
+    with untouched(model):
+        known = reference(model, args, kwargs) if check else None
+    module = CutModule(model, str(refusal).splitlines()[0], options, on_unknown, balanced)
     try:
-        with undisturbed(module), differentiable():
+        with undisturbed(module), untouched(module._model), differentiable():
             module._forward(args, kwargs)
-    except (CaptureError, UnknownOpError):
+        if known is not None:
+            with untouched(module._model):
+                require_same(model, module, known)
+            if balanced and on_unknown == "raise":
+                _require_closed(module, args, kwargs)
+    except (CaptureError, UnknownOpError, VerificationError):
         raise
     except Exception as e:
         raise CaptureError(
@@ -309,9 +325,19 @@ def transform_in_pieces(
     return module
 
 
+def _require_closed(module: CutModule, args: Any, kwargs: Any) -> None:
+    infos = [p.record.info for p in module.pieces.values()]
+    if any(info["plan"].unbalanced or info["plan"].unknown for info in infos):
+        return
+    account, run = ledger_of_pieces(module, Arguments(args, kwargs), everything)
+    pieces = [*run.pieces.values()]
+    if not foreign(run):
+        require_closed(account, tolerance_of(pieces, args, kwargs, account))
+
+
 def ledger_of_pieces(module: CutModule, inputs: Any, target: Target) -> tuple[Ledger, _Run]:
     """The account of one backward through all graphs of a cut module."""
-    with undisturbed(module), differentiable():
+    with undisturbed(module), untouched(module._model), differentiable():
         args, kwargs = as_call(inputs)
         output, run = module._forward(args, kwargs, record=True)
         account = settle(run.recorders or [], output, target, run.inputs)

@@ -23,6 +23,13 @@ class InputError(LibraGradError):
     """An argument does not fit the model, the captured graph or the method asked for."""
 
 
+class GuardError(InputError):
+    """A call does not fit what capture took for granted: another shape, container, dtype or constant.
+
+    A module whose original is at hand captures it again for such a call; others raise this.
+    """
+
+
 class RuleError(LibraGradError):
     """A rules file or an added row is malformed; the message starts with ``file:line``."""
 

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import importlib
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.fx.node import map_aggregate
 from torch.nn.modules import module as _modules
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.errors import InputError, ModeError
+from libragrad_fx.errors import GuardError, InputError, ModeError
 from libragrad_fx.execute import FIXED, GATE, OVER, PLACE, bound, flattened
 from libragrad_fx.ops import TWINS, insert
 from libragrad_fx.ops.binding import BOUND
@@ -31,7 +31,7 @@ TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _META = ("nn_module_stack", "stack_trace", "libragrad", BOUND, GATE, PLACE, FIXED, OVER)
 _INSERTS = {
     insert.guard: "guard", insert.constant: "constant", insert.scale: "scale",
-    insert.probe: "probe",
+    insert.probe: "probe", insert.structure: "structure", insert.sizes: "sizes",
 }  # fmt: skip
 
 
@@ -67,6 +67,13 @@ def _refuse_backward_hook(*_: Any, **__: Any) -> Any:
     )
 
 
+_CALLED = ("forward", "__call__", "_call_impl", "_compiled_call_impl", "_wrapped_call_impl")
+"""What an instance may carry to be called otherwise than its class says (``compile()``, a patched
+``forward``). Capture has traced that; the result is called through its graph."""
+
+_OWN = ("record", "lean", "origin", "_tree", "_attributes", "_checks", "_constants")
+"""What a captured module keeps about itself, beside what it has from the model."""
+
 _REFUSED = (
     "register_full_backward_hook",
     "register_full_backward_pre_hook",
@@ -90,6 +97,8 @@ def _shell(module: torch.nn.Module) -> torch.nn.Module:
     state = {k: copy.copy(v) if isinstance(v, (dict, set)) else v for k, v in vars(module).items()}
     shell.__dict__.update(state)
     shell.__dict__.update({k: v for k, v in vars(blank).items() if "hooks" in k})
+    for name in _CALLED:
+        shell.__dict__.pop(name, None)
     shell.__dict__["forward"] = insert.probe
     shell.__dict__.update(dict.fromkeys(_REFUSED, _refuse_backward_hook))
     return shell
@@ -108,11 +117,109 @@ class Record:
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+_PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Tensor)
+
+
+class Tree:
+    """What a graph took from a module tree for good: which modules there are, their plain attributes,
+    the dtypes of their parameters. To change one later would be ignored, so it is noticed."""
+
+    def __init__(self, root: torch.nn.Module) -> None:
+        skip = set(vars(torch.nn.Module())) - {"training"}
+        modules = [(path, vars(m)) for path, m in root.named_modules() if m is not root]
+        # of a GraphModule's own attributes none is the model's
+        own = {k: vars(root)[k] for k in getattr(root, "_attributes", ())}
+        self._attributes = [
+            (path, now, kept)
+            for path, now in [("", vars(root)), *modules]
+            if (kept := dict(_kept(own if now is vars(root) else now, skip)))
+        ]
+        places = [("", vars(root)), *modules]
+        self._children = [
+            (p, v["_modules"], dict(v["_modules"])) for p, v in places if v["_modules"]
+        ]
+        self._dtypes = [
+            (p, v["_parameters"], {k: None if t is None else t.dtype for k, t in v["_parameters"].items()})
+            for p, v in places
+            if v["_parameters"]
+        ]  # fmt: skip
+
+    def require_unchanged(self) -> None:
+        """Raise ``ModeError`` if the tree is not any more as it was captured."""
+        for path, now, then in self._attributes:
+            if not _holds(now, then):
+                raise _changed(path, now, then)
+        for path, now, then in self._children:
+            # another one of the same kind does what the graph does
+            if not _holds(now, then) and not all(
+                k in now and _alike(now[k], m) for k, m in then.items()
+            ):
+                raise _changed(path, now, then)
+        for path, parameters, then in self._dtypes:
+            for name, p in parameters.items():
+                if p is not None and (want := then.get(name, p.dtype)) is not p.dtype:
+                    where = f"{path}.{name}".lstrip(".")
+                    raise ModeError(
+                        f"{where} was {want} when the graph was captured and is {p.dtype} now: the model"
+                        " was converted afterwards, which its graph cannot know. Call"
+                        " transform(model, inputs) again."
+                    )
+
+
+def _kept(attributes: Mapping[str, Any], skip: set[str]) -> Iterator[tuple[str, Any]]:
+    for key, value in attributes.items():
+        if key not in skip and key not in _CALLED and key not in _REFUSED:
+            if isinstance(value, _PLAIN) or callable(value):
+                yield key, value
+            elif isinstance(value, (list, dict, tuple, set)):
+                inner = value.values() if isinstance(value, dict) else value
+                if all(isinstance(v, _PLAIN) and not isinstance(v, torch.Tensor) for v in inner):
+                    yield key, copy.copy(value)
+
+
+def _holds(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
+    try:
+        return then.items() <= now.items()
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+    ):  # a tensor or an array in its place: no truth value
+        return False
+
+
+def _alike(a: torch.nn.Module | None, b: torch.nn.Module | None) -> bool:
+    """Whether two modules are of one class and one configuration, parts included."""
+    if a is b:
+        return True
+    if a is None or b is None or type(a) is not type(b) or a._modules.keys() != b._modules.keys():
+        return False
+    skip = set(vars(torch.nn.Module())) - {"training"}
+    same = dict(_kept(vars(b), skip)).items() == dict(_kept(vars(a), skip)).items()
+    return same and all(_alike(a._modules[k], b._modules[k]) for k in a._modules)
+
+
+def _changed(path: str, now: Mapping[str, Any], then: Mapping[str, Any]) -> ModeError:
+    name = next(k for k in then if k not in now or not _holds(now, {k: then[k]}))
+    new = _said(now[name]) if name in now else "gone"
+    return ModeError(
+        f"{f'{path}.{name}'.lstrip('.')} was {_said(then[name])} when the graph was captured and is"
+        f" {new} now. The graph holds what was there, so the change cannot take effect: change the"
+        " original model and transform it again."
+    )
+
+
+def _said(value: Any) -> str:
+    return type(value).__name__ if isinstance(value, torch.nn.Module) else f"{value!r:.60}"
+
+
 class CapturedModule(torch.fx.GraphModule):
     """A graph with the face of the module it was captured from. Built by ``build`` only."""
 
     record: Record
     lean: torch.fx.Graph | None
+    origin: Any
+    """What captures the original for other inputs (``variants.Origin``); None where it is not at hand."""
 
     def __init__(
         self, root: torch.nn.Module, graph: torch.fx.Graph, record: Record,
@@ -120,7 +227,7 @@ class CapturedModule(torch.fx.GraphModule):
     ) -> None:  # fmt: skip
         """lean: the same forward and gradients with less work, for when nobody listens inside."""
         super().__init__(torch.nn.Module(), torch.fx.Graph())
-        own = set(vars(self))
+        own = {*vars(self), *_CALLED, *_OWN}
         for key, value in vars(root).items():
             if key in TREE:
                 self.__dict__[key] = copy.copy(value)
@@ -129,13 +236,17 @@ class CapturedModule(torch.fx.GraphModule):
         self.__dict__["training"] = record.training
         self._attributes = tuple(k for k in vars(self) if k not in own)
         self.record = record
+        self.origin = None
+        self._tree = Tree(self)
         self.graph = graph
         self._run_lean(lean)
 
     def recompile(self) -> Any:
         """As ``GraphModule``; a graph that was changed by hand runs as it is."""
         self.__dict__["lean"] = None
-        return super().recompile()
+        code = super().recompile()
+        self._run(type(self).forward)
+        return code
 
     def _run_lean(self, lean: torch.fx.Graph | None) -> None:
         """Run ``lean``, unless somebody listens to a submodule or the module is exported again."""
@@ -143,7 +254,7 @@ class CapturedModule(torch.fx.GraphModule):
             return
         quick = bound(lean)
         attributes, stand_ins = flattened(quick)
-        full = type(self).forward
+        full = type(self).forward.__wrapped__  # type: ignore[attr-defined]
         short = type(torch.fx.GraphModule(stand_ins, quick)).forward
         heard = [
             h
@@ -163,8 +274,34 @@ class CapturedModule(torch.fx.GraphModule):
                 return full(self, *args, **kwargs)
             return short(attributes(self), *args, **kwargs)
 
-        type(self).forward = forward  # type: ignore[method-assign]
+        forward.__wrapped__ = full  # type: ignore[attr-defined]
+        self._run(forward)
         self.__dict__["lean"] = lean
+
+    def _run(self, body: Callable[..., Any]) -> None:
+        """Call ``body``; what its guards refuse is for a graph that was, or is now, captured for it."""
+        names = {n.name for n in self.graph.nodes if n.op == "placeholder"}
+
+        @functools.wraps(body)
+        def forward(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return body(self, *args, **kwargs)
+            if self.training is self.record.training:  # else a guard says so
+                self._tree.require_unchanged()
+            try:
+                if not kwargs.keys() <= names:
+                    raise GuardError(
+                        f"forward took no {', '.join(kwargs.keys() - names)} at capture"
+                    )
+                return body(self, *args, **kwargs)
+            except GuardError as refusal:
+                if self.origin is None:
+                    raise
+                other = self.origin.other(self, refusal, args, kwargs)
+            return other(*args, **kwargs)
+
+        forward.__wrapped__ = getattr(body, "__wrapped__", body)  # type: ignore[attr-defined]
+        type(self).forward = forward  # type: ignore[method-assign]
 
     def graphs(self) -> tuple[torch.fx.Graph, ...]:
         """The graph, and the one that runs in its place where nobody listens (``lean``)."""
@@ -186,8 +323,10 @@ class CapturedModule(torch.fx.GraphModule):
             )
         unshare(self)
         super()._apply(fn, recurse)
-        if after.device != before.device:
-            _move_literals(self, after.device)
+        if after.dtype != before.dtype or after.device != before.device:
+            self.origin = None  # it has not been converted
+            _convert_literals(self, before.dtype, after)
+        self._tree = Tree(self)
         return self
 
     def __reduce__(self) -> Any:
@@ -198,6 +337,7 @@ class CapturedModule(torch.fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         result = _rebuild(copy.deepcopy(_state(self), memo))
+        result.origin = None if self.origin is None else self.origin.copied()
         memo[id(self)] = result
         return result
 
@@ -220,12 +360,15 @@ def unshare(module: torch.nn.Module) -> None:
                 m._parameters[name] = fresh[id(p)]
 
 
-def _move_literals(module: CapturedModule, device: torch.device) -> None:
-    """``arange(device=cpu)`` and the like are part of the captured graph and follow ``.to()``."""
+def _convert_literals(module: CapturedModule, old: torch.dtype, now: torch.Tensor) -> None:
+    """``arange(device=cpu)`` and the like are part of the captured graph and follow ``.to()``, and so
+    does the dtype that inputs have to have."""
     for graph in module.graphs():
         for node in graph.nodes:
             if isinstance(node.kwargs.get("device"), torch.device):
-                node.kwargs = {**node.kwargs, "device": device}
+                node.kwargs = {**node.kwargs, "device": now.device}
+            if node.target is insert.guard and node.args[3] == str(old).removeprefix("torch."):
+                node.update_arg(3, insert.dtype_name(now))
     lean = module.lean
     module.recompile()
     module._run_lean(lean)

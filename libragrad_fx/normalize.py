@@ -21,7 +21,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.capture import Call, Capture
+from libragrad_fx.capture import Call, Capture, size_of
 from libragrad_fx.errors import CaptureError
 from libragrad_fx.module import CapturedModule, Record, Structure, shell_tree
 from libragrad_fx.ops import insert
@@ -59,6 +59,7 @@ class _Normaliser:
         self.env: dict[str, Any] = {}
         self.pins: list[str] = []
         self.specs: list[ArgSpec] = []
+        self.guards: list[Node] = []
         self.marks: dict[int, dict[str, Node]] = {}
         self.after: dict[int, Node] = {}
         self.root = torch.nn.Module()
@@ -91,17 +92,20 @@ class _Normaliser:
         given = [
             s for s in self.program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT
         ]
-        leaves = pytree.tree_flatten_with_path((self.captured.args, dict(self.captured.kwargs)))[0]
         parameters = list(inspect.signature(self.model.forward).parameters.values())
         training = self.graph.create_node("get_attr", "training", name="training")
         values = {
             s.name: s.meta.get("val") for s in self.program.graph.nodes if s.op == "placeholder"
         }
-        by_param: dict[str, list[tuple[Any, Any, Any]]] = {}
+        by_param: dict[str, list[tuple[Any, Any, Any]]] = {
+            name: [] for name in _passed(parameters, self.captured.args, self.captured.kwargs)
+        }
+        leaves = pytree.tree_flatten_with_path((self.captured.args, dict(self.captured.kwargs)))[0]
         for spec, (path, leaf) in zip(given, leaves, strict=True):
             name, keys = _parameter(parameters, path)
-            by_param.setdefault(name, []).append((keys, leaf, spec.arg))
+            by_param[name].append((keys, leaf, spec.arg))
         placeholders = self._placeholders(by_param)
+        self._structures(placeholders, parameters)
         for name, found in by_param.items():
             for keys, leaf, arg in found:
                 value: Any = placeholders[name]
@@ -117,6 +121,41 @@ class _Normaliser:
                     raise CaptureError(
                         f"{text} is a {type(leaf).__name__}: not a tensor, not a constant"
                     )
+        self._sizes()
+
+    def _structures(
+        self, placeholders: Mapping[str, Node], parameters: Sequence[inspect.Parameter]
+    ) -> None:
+        """What is looked up in containers is there; what else they hold would be ignored."""
+        passed = _passed(parameters, self.captured.args, self.captured.kwargs)
+        stars = {p.name: "*" for p in parameters if p.kind is p.VAR_POSITIONAL}
+        for name, value in passed.items():
+            if name in placeholders and (text := insert.outline(value)) != "*":
+                facts = (placeholders[name], stars.get(name, "") + name, text)
+                self.graph.call_function(insert.structure, facts)
+
+    def _sizes(self) -> None:
+        """One node that checks what export found out of the free sizes of the inputs."""
+        conditions, names, labels, values = [*self.captured.conditions], [], [], []
+        for spec, node in zip(self.specs, self.guards, strict=True):
+            for axis, size in enumerate(spec.shape):
+                if isinstance(size, int):
+                    continue
+                name = size if size.isidentifier() and size not in names else f"size{len(names)}"
+                if name != size:  # the same size twice, or one that depends on another
+                    conditions.append(f"{name} == {size}")
+                names.append(name)
+                labels.append(f"{spec.path}.shape[{axis}]")
+                values.append((node, axis))
+        if conditions:
+            found = [self._size(*v) for v in values]
+            facts = (tuple(conditions), tuple(names), tuple(labels))
+            self.graph.call_function(insert.sizes, (*facts, *found))
+
+    def _size(self, node: Node, axis: int) -> Node:
+        size = self.graph.call_function(aten.sym_size.int, (node, axis))
+        size.meta["val"] = node.meta["val"].shape[axis]
+        return size
 
     def _placeholders(self, used: Mapping[str, Any]) -> dict[str, Node]:
         """One placeholder a parameter of ``forward``, in its order, with its default; unused ones are
@@ -136,6 +175,7 @@ class _Normaliser:
             if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
                 continue
             given = p.default is not p.empty
+            given = given or p.name not in parameters  # a keyword of **kwargs may be left out
             default = (p.default if _has_default(p) else None,) if given or optional else ()
             optional = optional or bool(default)
             if default or p.name in used:
@@ -153,10 +193,10 @@ class _Normaliser:
         return self.graph.call_function(getattr, (value, key.name))
 
     def _guard(self, value: Node, path: str, fake: torch.Tensor, mode: Any) -> Node:
-        shape = tuple(d if isinstance(d, int) else str(d) for d in fake.shape)
-        spec = ArgSpec(path, shape, insert.dtype_kind(fake))
+        spec = ArgSpec(path, tuple(map(size_of, fake.shape)), insert.dtype_name(fake))
+        node = self.graph.call_function(insert.guard, (value, path, spec.shape, spec.dtype, mode))
         self.specs.append(spec)
-        node = self.graph.call_function(insert.guard, (value, path, shape, spec.dtype, mode))
+        self.guards.append(node)
         node.meta["val"] = fake
         self.last = node
         return node
@@ -340,6 +380,17 @@ def _has(root: torch.nn.Module, target: str | None) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def _passed(
+    parameters: Sequence[inspect.Parameter], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by the name of the parameter that takes them, as in ``_parameter``."""
+    found: dict[str, Any] = {}
+    for at, value in enumerate(args):
+        name, keys = _parameter(parameters, (pytree.SequenceKey(0), pytree.SequenceKey(at)))
+        found[name] = (*found.get(name, ()), value) if keys else value
+    return {**found, **kwargs}
 
 
 def _is_batch_norm(node: Any) -> bool:

@@ -14,14 +14,18 @@ import torch
 
 from libragrad_fx import rulebook
 from libragrad_fx.analyze import analyze
-from libragrad_fx.capture import capture
-from libragrad_fx.errors import InputError
+from libragrad_fx.birth import Reference, reference
+from libragrad_fx.capture import capture, example_call, require_fit
+from libragrad_fx.errors import ExportError, InputError
 from libragrad_fx.ledger import sites
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.normalize import normalize
 from libragrad_fx.plan import plan as make_plan
 from libragrad_fx.rewrite import require_same_graph, rewrite, spell
+from libragrad_fx.rulebook import RuleBook
+from libragrad_fx.state import untouched
 from libragrad_fx.types import Analysis, Plan, Trace
+from libragrad_fx.variants import fits
 
 _ONE_AT_A_TIME = threading.RLock()  # torch.export changes global state while it traces
 
@@ -33,6 +37,7 @@ class Decision:
     trace: Trace
     analysis: Analysis
     plan: Plan
+    reference: Reference | None = None
 
 
 def decide(
@@ -45,11 +50,15 @@ def decide(
     module_calls: bool = True,
     piece: bool = False,
     static: Container[str] = (),
+    check: bool = True,
+    fixed: bool = False,
 ) -> Decision:
     """Every stage before the rewrite.
 
     piece: the model is a part of a larger one: its shapes are fixed, and every output carries.
     static: arguments that no signal comes in by.
+    check: run the model before it is traced: see ``birth``.
+    fixed: no dimension is free.
     """
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"expected an nn.Module, got {type(model).__name__}")
@@ -58,13 +67,29 @@ def decide(
     if isinstance(model, CapturedModule):
         raise InputError("this module was captured already; give the original model")
     book = rulebook.load(policy, rules)
-    known = lambda op: book.fact(op) is not None  # noqa: E731
-    with _collected_later():
-        with _ONE_AT_A_TIME:
-            captured = capture(model, inputs, known=known, module_calls=module_calls, fixed=piece)
-        trace = normalize(model, captured)
+    with _collected_later(), _ONE_AT_A_TIME:
+        require_fit(model)
+        with untouched(model):
+            args, kwargs = example_call(model, inputs)
+            known = reference(model, args, kwargs) if check and not piece else None
+            if known is not None and known.unfit:
+                raise ExportError(f"{type(model).__name__} is no graph: {known.unfit}")
+            trace = _traced(model, args, kwargs, book, module_calls, fixed or piece)
         analysis = analyze(trace, book, all_carry=piece, static=static)
-        return Decision(trace, analysis, make_plan(trace, analysis, book, on_unknown))
+        return Decision(trace, analysis, make_plan(trace, analysis, book, on_unknown), known)
+
+
+def _traced(
+    model: torch.nn.Module, args: Any, kwargs: Any, book: RuleBook, module_calls: bool, fixed: bool
+) -> Trace:
+    """The model as a graph that takes at least the call that it was made from."""
+    is_known = lambda op: book.fact(op) is not None  # noqa: E731
+    while True:
+        found = capture(model, args, kwargs, known=is_known, module_calls=module_calls, fixed=fixed)
+        trace = normalize(model, found)
+        if fixed or fits(trace.module, args, kwargs):  # type: ignore[arg-type]
+            return trace
+        fixed = True  # a batch of one was doubled, and Python looked at the batch
 
 
 @contextlib.contextmanager

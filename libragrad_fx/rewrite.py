@@ -204,9 +204,11 @@ def spell(graph: Graph) -> tuple[str, ...]:
     def text(value: Any) -> Any:
         return number[value] if isinstance(value, Node) else repr(value)
 
-    return tuple(
-        f"{n.op} {_target(n)} {map_aggregate((n.args, dict(n.kwargs)), text)}" for n in graph.nodes
-    )
+    def given(n: Node) -> Any:
+        # what a guard lets through follows ``.to(dtype)``; what it hands on is its first argument
+        return (n.args[:2], {}) if n.target is insert.guard else (n.args, dict(n.kwargs))
+
+    return tuple(f"{n.op} {_target(n)} {map_aggregate(given(n), text)}" for n in graph.nodes)
 
 
 def _target(node: Node) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -136,8 +137,18 @@ def middle(output: Any) -> torch.Tensor:
     return y[:, y.shape[1] // 2]
 
 
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Inputs of a call with both kinds of arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs as a call's arguments; what was made in inference mode is copied out of it."""
+    if isinstance(inputs, Arguments):
+        return as_call(inputs.args)[0], as_call(inputs.kwargs)[1]
     inputs = pytree.tree_map_only(
         torch.Tensor, lambda t: t.clone() if t.is_inference() else t, inputs
     )

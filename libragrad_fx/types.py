@@ -118,9 +118,7 @@ class PolicyRow:
 
 @dataclasses.dataclass(frozen=True)
 class ArgSpec:
-    """One tensor leaf of the inputs: its shape, in which a ``str`` dimension is free, and the kind of
-    its dtype: ``"floating point"``, ``"complex"`` or ``"an integer or bool type"``.
-    """
+    """One tensor leaf of the inputs: its shape, in which a ``str`` dimension is free, and its dtype."""
 
     path: str
     shape: tuple[int | str, ...]

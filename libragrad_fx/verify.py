@@ -15,7 +15,8 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.proof import prove
 from libragrad_fx.rewrite import erase, first_difference
-from libragrad_fx.target import as_call, differentiable, moving, undisturbed
+from libragrad_fx.state import untouched
+from libragrad_fx.target import as_call, differentiable, inexact, moving, undisturbed
 from libragrad_fx.types import Certificate, Finding, Ledger, Plan
 
 _SAME_SIZE = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
@@ -76,7 +77,9 @@ def certify(
         boundaries=account.boundaries,
         rows=account.rows,
         cuts=tuple(cuts),
-        tolerance=_tolerance(dtype, pieces.values(), account) if tolerance is None else tolerance,
+        tolerance=_tolerance(_dtypes(module, args, kwargs), pieces.values(), account)
+        if tolerance is None
+        else tolerance,
         edits=sum(len(p.edits) for p in plans),
         nodes=sum(map(len, original)),
         policy=plans[0].policy,
@@ -98,15 +101,30 @@ def casts(module: CapturedModule) -> dict[torch.dtype, str]:
     return found
 
 
+def tolerance_of(
+    pieces: Sequence[CapturedModule], args: Any, kwargs: Any, account: Ledger
+) -> float:
+    """As ``certify`` takes it where nothing else is asked for."""
+    dtypes = [d for p in pieces for d in _dtypes(p, args, kwargs)]
+    return _tolerance(dtypes, pieces, account)
+
+
+def _dtypes(module: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.dtype]:
+    """The float dtypes that a call starts with: the first parameter's, and its inputs'."""
+    leaves = [t for t in pytree.tree_leaves((args, dict(kwargs))) if inexact(t)]
+    first = next((p for p in module.parameters() if inexact(p)), None)
+    return [t.dtype.to_real() for t in ([] if first is None else [first]) + leaves]
+
+
 def _tolerance(
-    dtype: torch.dtype | None, pieces: Iterable[CapturedModule], account: Ledger
+    dtypes: Iterable[torch.dtype], pieces: Iterable[CapturedModule], account: Ledger
 ) -> float:
     """What rounding may leave: a thousand ulp of the largest flow through a node (8 in half
     precision), in the coarsest dtype that is computed in.
     """
-    used = {dtype or torch.float32, *(d for p in pieces for d in casts(p))}
+    used = {*dtypes, *(d for p in pieces for d in casts(p))}
     used |= {torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
-    eps = max(torch.finfo(d).eps for d in used)
+    eps = max((torch.finfo(d).eps for d in used), default=torch.finfo(torch.float32).eps)
     ulp = 1e3 if eps < 1e-5 else 8  # half precision is summed in float32, and has few ulp to give
     largest = max((abs(r.out) for r in account.rows), default=0.0)
     return ulp * eps * max(abs(account.output), abs(account.input), abs(account.bias), largest)
@@ -122,13 +140,18 @@ def forward_equal(
     """
     outputs = []
     for m in (model, module):
-        with undisturbed(m), differentiable():
+        with undisturbed(m), untouched(getattr(m, "_model", m)), differentiable():
             torch.manual_seed(0)
             given = pytree.tree_map(moving, (args, dict(kwargs)))
-            outputs.append([*map(_as_real, pytree.tree_leaves(m(*given[0], **given[1])))])
-    if len(outputs[0]) != len(outputs[1]):
+            outputs.append(pytree.tree_leaves(m(*given[0], **given[1])))
+    return compare(*outputs)
+
+
+def compare(a: Sequence[Any], b: Sequence[Any]) -> tuple[bool, float, int]:
+    """As ``forward_equal``, of two lists of leaves."""
+    if len(a) != len(b):
         return False, math.nan, 0
-    pairs = list(zip(*outputs, strict=True))
+    pairs = list(zip(map(_as_real, a), map(_as_real, b), strict=True))
     if all(_same_bits(a, b) for a, b in pairs):
         return True, 0.0, 0
     comparable = [(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.shape == b.shape]

@@ -13,6 +13,7 @@ from libragrad_fx.attribution.internals import Internals, observe
 from libragrad_fx.errors import InputError
 from libragrad_fx.module import CapturedModule, blocks
 from libragrad_fx.target import Target, product
+from libragrad_fx.variants import fitting
 
 METHODS = ("input_x_gradient", "fullgrad_plus")
 
@@ -71,6 +72,7 @@ def attribute(
         )
     if isinstance(layers, str) or not isinstance(layers, (Sequence, type(None))):
         raise InputError(f"layers is a list of module paths, got {layers!r}")
+    module = fitting(module, inputs)
     plus = method == "fullgrad_plus"
     paths = list(layers) if layers is not None else (blocks(module) if plus else [])
     seen = observe(module, inputs, target, paths, biases=plus)

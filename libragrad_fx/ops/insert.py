@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.errors import InputError, ModeError
+from libragrad_fx.errors import GuardError, InputError, ModeError
 from libragrad_fx.ops.function import quick, same
 from libragrad_fx.ops.twin import LIBRARY, NAMESPACE
 
@@ -108,30 +112,40 @@ def probe(*args: Any, _output: Any, _args: tuple[Any, ...], **kwargs: Any) -> An
     return _output
 
 
-def dtype_kind(x: torch.Tensor) -> str:
-    if x.is_complex():
-        return "complex"
-    return "floating point" if x.is_floating_point() else "an integer or bool type"
+_AGAIN = "For such a call transform(model, inputs) again with an example of it."
 
 
-def guard(x: Any, path: str, shape: tuple[int | str, ...], dtype: str, mode: Any) -> Any:
+def dtype_name(x: torch.Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def guard(
+    x: Any, path: str, shape: tuple[int | str, ...], dtype: str, mode: Any, least: int = 1
+) -> Any:
     """``x`` itself, if it fits what was captured; otherwise an error that says what does not fit.
 
+    shape: an ``int`` is a fixed size, a ``str`` a free one (``sizes`` checks what is known of those).
+    least: the smallest batch. Export takes free sizes to be 2 or more, and says nothing of a branch
+        that one sample would take: for a batch of one, the graph is compared with the model first.
+    dtype: its name, without ``torch.``
     mode: the training flag that the graph was captured with, and the one it is called with.
     """
     if not isinstance(x, torch.Tensor):
-        raise InputError(f"{path} must be a tensor, as it was at capture; got {type(x).__name__}")
+        raise GuardError(
+            f"{path} must be a tensor, as it was at capture; got {type(x).__name__}. {_AGAIN}"
+        )
     if x.is_nested:
         raise InputError(f"{path} is a nested tensor; it was captured with one shape: pad it")
-    if dtype_kind(x) != dtype:
-        raise InputError(f"{path} was captured as {dtype}, got {x.dtype}")
+    if dtype_name(x) != dtype:
+        raise GuardError(f"{path} was captured as {dtype}, got {dtype_name(x)}. {_AGAIN}")
     if len(x.shape) != len(shape) or any(
-        isinstance(want, int) and got != want for got, want in zip(x.shape, shape, strict=False)
+        got != want if isinstance(want, int) else got < (2 if axis else least)
+        for axis, (got, want) in enumerate(zip(x.shape, shape, strict=False))
     ):
-        raise InputError(
+        raise GuardError(
             f"{path} was captured with shape ({', '.join(map(str, shape))}), got {tuple(x.shape)}."
-            " Dimensions in letters are free; for another shape call transform(model, inputs) again"
-            " with an example of it."
+            " Dimensions in letters are free from 2 on; for another shape call transform(model, inputs)"
+            " again with an example of it."
         )
     now, captured = mode
     if now is not captured:
@@ -154,8 +168,63 @@ def guard(x: Any, path: str, shape: tuple[int | str, ...], dtype: str, mode: Any
 def constant(x: Any, path: str, captured: Any) -> Any:
     """``x`` itself, if it is the value that was baked into the graph at capture."""
     if x is not captured and not (type(x) is type(captured) and x == captured):
-        raise InputError(
-            f"{path} was {captured!r} at capture and is part of the graph; got {type(x).__name__}."
+        raise GuardError(
+            f"{path} was {captured!r} at capture and is part of the graph; got {x!r:.80}."
             f" Call transform(model, inputs) again with an example of {path}."
         )
     return x
+
+
+def structure(x: Any, path: str, captured: str) -> Any:
+    """``x`` itself, if its containers are those of the capture: types, lengths, keys and their order."""
+    now = outline(tuple(x) if path.startswith("*") else x)  # an interpreter has them in a list
+    if now != captured:
+        raise GuardError(
+            f"{path} was {captured} at capture, where * is a leaf; got {now}. Call"
+            f" transform(model, inputs) again with an example of it."
+        )
+    return x
+
+
+def outline(x: Any) -> str:
+    """The containers of ``x`` as text: ``list[*, dict(a, b)[*, *]]``."""
+    return _outlined(pytree.tree_structure(x))
+
+
+def _outlined(spec: pytree.TreeSpec) -> str:
+    if spec.is_leaf():
+        return "*"
+    context = "" if spec.context is None else f"({_context(spec.context)})"
+    return f"{spec.type.__name__}{context}[{', '.join(map(_outlined, spec.children()))}]"  # type: ignore[union-attr]
+
+
+def _context(context: Any) -> str:
+    if isinstance(context, (list, tuple)):
+        return ", ".join(map(_context, context))
+    return context.__name__ if isinstance(context, type) else repr(context)
+
+
+@functools.cache
+def _condition(text: str, names: tuple[str, ...]) -> Callable[..., bool]:
+    """``text`` as a function of ``names``."""
+    return eval(f"lambda {', '.join(names)}: {text}", {"math": math, "torch": torch})  # type: ignore[no-any-return]
+
+
+def sizes(
+    conditions: tuple[str, ...], names: tuple[str, ...], labels: tuple[str, ...], *values: int
+) -> None:
+    """What export found out of free sizes, checked: each condition holds of the values of ``names``.
+
+    labels: how an error calls them
+    """
+    for text in conditions:
+        if not _condition(text, names)(*values):
+            said = functools.reduce(
+                lambda t, pair: re.sub(rf"\b{pair[0]}\b", pair[1], t),
+                zip(names, labels, strict=True), text,
+            )  # fmt: skip
+            known = ", ".join(f"{n} = {v}" for n, v in zip(labels, values, strict=True))
+            raise GuardError(
+                f"the graph was captured for sizes with {said}, and is called with {known}. Call"
+                " transform(model, inputs) again with an example of that size."
+            )

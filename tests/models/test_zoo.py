@@ -11,7 +11,7 @@ import torch
 import libragrad_fx as lg
 from libragrad_fx import rulebook
 from libragrad_fx.analyze import analyze
-from libragrad_fx.capture import capture
+from libragrad_fx.capture import capture, example_call
 from libragrad_fx.errors import GateOutputWarning, UnknownOpError
 from libragrad_fx.ledger import ledger, sites
 from libragrad_fx.normalize import normalize
@@ -91,7 +91,7 @@ def test_softmax_head_warns() -> None:
 @functools.cache
 def _trace(name: str) -> tuple[Trace, torch.Tensor]:
     model, x = build(name)
-    return normalize(model, capture(model, x)), x
+    return normalize(model, capture(model, *example_call(model, x))), x
 
 
 @pytest.mark.parametrize(
@@ -130,4 +130,4 @@ def _embedding() -> tuple[Trace, torch.Tensor]:
         torch.nn.Embedding(10, 8), torch.nn.Flatten(), torch.nn.Linear(24, 4)
     )
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    return normalize(model, capture(model, ids)), ids
+    return normalize(model, capture(model, *example_call(model, ids))), ids

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import libragrad_fx as lg
-from libragrad_fx.capture import capture
+from libragrad_fx.capture import capture, example_call
 from libragrad_fx.errors import CaptureError, CustomBackwardWarning, InputError, UnknownOpError
 from libragrad_fx.normalize import normalize
 from libragrad_fx.types import Trace
@@ -19,7 +19,7 @@ F64 = torch.float64
 
 
 def trace_of(model: nn.Module, x: Any) -> Trace:
-    return normalize(model, capture(model, x))
+    return normalize(model, capture(model, *example_call(model, x)))
 
 
 def targets(model: nn.Module, x: Any) -> list[str]:

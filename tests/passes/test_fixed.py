@@ -51,7 +51,7 @@ def tokens(side: int = 3) -> torch.Tensor:
 
 def test_a_table_of_positions_is_made_once() -> None:
     model, x = Positions(), tokens()
-    gm = lg.transform(model, x)
+    gm = lg.transform(model, x, check=False)  # the check would run it
     for runs in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
         assert {"aten::arange", "aten::stack", "aten::sub"} <= ran(runs, x)
         assert not {"aten::arange", "aten::stack", "aten::sub"} & ran(runs, x)

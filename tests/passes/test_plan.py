@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import libragrad_fx as lg
-from libragrad_fx.capture import capture
+from libragrad_fx.capture import capture, example_call
 from libragrad_fx.errors import VerificationError
 from libragrad_fx.normalize import normalize
 from libragrad_fx.rewrite import erase, first_difference, require_same_graph, rewrite, spell
@@ -69,7 +69,7 @@ def test_erasing_gives_the_trace_back() -> None:
 
 def test_a_tampered_graph_is_noticed() -> None:
     model = SwiGlu()
-    trace = normalize(model, capture(model, X))
+    trace = normalize(model, capture(model, *example_call(model, X)))
     gm = rewrite(trace, None)
     require_same_graph(gm, trace)
     victim = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.silu.default)

@@ -174,7 +174,7 @@ def test_the_proof_says_that_no_two_indices_may_coincide(name: str) -> None:
     (write, conditional), x = WRITES[name], torch.randn(2, 4, dtype=torch.float64)
     for at in ([3, 0, 1], [3, 0, 3]):
         model = Writes(write, at)
-        certificate = lg.verify(model, lg.transform(model, x), x, lambda y: y.sum())
+        certificate = lg.verify(model, lg.transform(model, x, check=False), x, lambda y: y.sum())
         assert any("indices coincide" in r for r in certificate.proof) is conditional
         assert certificate.ok is not (conditional and at[0] == at[2]), str(certificate)
 

@@ -107,7 +107,7 @@ def trace_call(
         x = graph.placeholder(f"x{i}")
         node = graph.call_function(
             insert.guard,
-            (x, f"x{i}", tuple(given[name].shape), insert.dtype_kind(given[name]), (False, False)),
+            (x, f"x{i}", tuple(given[name].shape), insert.dtype_name(given[name]), (False, False)),
         )
         node.meta["val"] = given[name]
         moving[name] = node

@@ -168,7 +168,7 @@ class _Builder:
 
     def guard(self, place: Node, x: torch.Tensor) -> Node:
         self.inputs.append(x)
-        facts = (place, place.name, tuple(x.shape), insert.dtype_kind(x), (False, False))
+        facts = (place, place.name, tuple(x.shape), insert.dtype_name(x), (False, False))
         return self.add(self.graph.call_function(insert.guard, facts), x)
 
     def weight(self, x: torch.Tensor, learned: bool = False) -> Node:
