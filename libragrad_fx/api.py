@@ -8,13 +8,22 @@ from typing import Any, Literal
 
 import torch
 
-from libragrad_fx.birth import require_balanced, require_same
-from libragrad_fx.capture import infer_inputs
+from libragrad_fx.birth import reference, require_balanced, require_same
+from libragrad_fx.capture import example_call, infer_inputs
 from libragrad_fx.cuts import CutModule, foreign, ledger_of_pieces, transform_in_pieces
-from libragrad_fx.errors import ExportError, GateOutputWarning, InputError, VerificationError
+from libragrad_fx.errors import (
+    CaptureError,
+    ExportError,
+    GateOutputWarning,
+    InputError,
+    UnknownOpError,
+    VerificationError,
+)
 from libragrad_fx.ledger import ledger, share_as_run
 from libragrad_fx.module import CapturedModule, Tree
 from libragrad_fx.pipeline import Decision, balance, decide, plain
+from libragrad_fx.state import untouched
+from libragrad_fx.tape import transform_by_tape
 from libragrad_fx.target import Arguments, as_call, largest
 from libragrad_fx.types import Certificate, Ledger, Plan
 from libragrad_fx.variants import Origin, fitting
@@ -62,12 +71,26 @@ def transform(
     try:
         return _one_graph(model, example_inputs, **options)
     except ExportError as refusal:
-        if example_inputs is None:
-            args, kwargs = infer_inputs(model)
-            example_inputs = kwargs or args
-        return transform_in_pieces(
-            model, example_inputs, refusal, on_unknown, check=check, policy=policy, rules=rules
-        )
+        return _other_rungs(model, example_inputs, refusal, **options)
+
+
+def _other_rungs(
+    model: torch.nn.Module, inputs: Any, refusal: ExportError, on_unknown: str, check: bool,
+    balanced: bool = True, **options: Any,
+) -> CutModule:  # fmt: skip
+    """A model that is no single graph: several by Dynamo, or else what it ran, call by call."""
+    with untouched(model):
+        args, kwargs = example_call(model, inputs)
+        known = reference(model, args, kwargs) if check else None
+    kwargs = dict(known.kwargs) if known is not None else kwargs
+    call = (model, args, kwargs, known, refusal, on_unknown, balanced)
+    try:
+        return transform_in_pieces(*call, **options)
+    except (CaptureError, UnknownOpError, VerificationError) as second:
+        try:
+            return transform_by_tape(*call, **options)
+        except CaptureError as third:
+            raise CaptureError(f"{second}\n  Recorded while it ran: {third}") from third
 
 
 def _one_graph(model: torch.nn.Module, inputs: Any, **options: Any) -> CapturedModule:
@@ -185,7 +208,8 @@ def verify(
     else:
         account, pieces, found, cuts = ledger(module, inputs, target), {"": module}, (), ()
     starts_inside = any(p.record.info["starts"] for p in pieces.values())
-    share = None if starts_inside else share_as_run(module, inputs, target)
+    cut = isinstance(module, CutModule)
+    share = None if cut and starts_inside else share_as_run(module, inputs, target)
     return certify(model, module, pieces, inputs, account, found, cuts, tolerance, share)
 
 
@@ -196,8 +220,8 @@ def audit(model: torch.nn.Module, inputs: Any, target: Any = None, *, rules: Any
     try:
         module = model if isinstance(model, CapturedModule) else trace(model, inputs, rules=rules)
     except ExportError as refusal:
-        cut = transform_in_pieces(
-            model, inputs, refusal, "keep", balanced=False, policy="libra", rules=rules
+        cut = _other_rungs(
+            model, inputs, refusal, "keep", True, balanced=False, policy="libra", rules=rules
         )
         return ledger_of_pieces(cut, inputs, target)[0]
     return ledger(fitting(module, inputs), inputs, target)

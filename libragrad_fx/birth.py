@@ -18,6 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from libragrad_fx.capture import without_cache
 from libragrad_fx.errors import CaptureError, LibraGradError, VerificationError
 from libragrad_fx.ledger import ledger
 from libragrad_fx.module import CapturedModule
@@ -54,6 +55,7 @@ def reference(model: torch.nn.Module, args: Any, kwargs: Any) -> Reference | Non
         isinstance(t, torch.Tensor) and (t.is_meta or isinstance(t, FakeTensor)) for t in tensors
     ):
         return None
+    kwargs, _ = without_cache(model, dict(kwargs))
     try:
         drawn: list[str] = []
         first = _run(model, args, kwargs, drawn)

@@ -119,7 +119,7 @@ def capture(
         ExportError: export refuses it.
     """
     with untouched(model):
-        kwargs, forced = _without_cache(model, dict(kwargs))
+        kwargs, forced = without_cache(model, dict(kwargs))
         if not fixed:
             args, kwargs = _batch_of_two(args, kwargs)
         calls: list[Call] = []
@@ -160,7 +160,7 @@ def _check_call(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str
         raise InputError(f"the inputs do not fit {type(model).__name__}.forward{sig}: {e}") from e
 
 
-def _without_cache(
+def without_cache(
     model: torch.nn.Module, kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], frozenset[str]]:
     """Key-value caches are mutable outputs that no graph can return: switch them off."""
@@ -405,6 +405,13 @@ def _export_state() -> Iterator[None]:
     finally:
         logging.disable(quiet)
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def traced_as_run() -> Iterator[None]:
+    """The state of an export, for a model that is recorded while it runs."""
+    with _export_state(), _global_hooks_kept(), _custom_functions([]):
+        yield
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from libragrad_fx import rulebook
-from libragrad_fx.birth import everything, reference, require_closed, require_same
+from libragrad_fx.birth import Reference, everything, require_closed, require_same
 from libragrad_fx.errors import (
     CaptureError,
     CutWarning,
@@ -29,7 +29,7 @@ from libragrad_fx.errors import (
     UnknownOpError,
     VerificationError,
 )
-from libragrad_fx.ledger import Recorder, settle
+from libragrad_fx.ledger import Recorder, flat_arguments, settle
 from libragrad_fx.module import TREE, CapturedModule, unshare
 from libragrad_fx.normalize import short_place
 from libragrad_fx.pipeline import balance, decide, plain
@@ -42,7 +42,7 @@ _STATIC = "_libragrad_static"  # set on tensors that a graph returns and that no
 _LIMIT = {"recompile_limit": 256, "fail_on_recompile_limit_hit": True}
 
 
-_MOVES, _STILL, _HELD = "moves", "still", "held"
+MOVES, STILL, HELD = "moves", "still", "held"
 
 
 class _Piece(nn.Module):
@@ -57,19 +57,19 @@ class _Piece(nn.Module):
         for i, (a, kind) in enumerate(zip(args, kinds, strict=True)):
             if isinstance(a, nn.Parameter):  # it stays one: PyTorch picks kernels by requires_grad
                 self.register_parameter(f"held_{i}", a)
-            elif isinstance(a, torch.Tensor) and kind == _HELD:
+            elif isinstance(a, torch.Tensor) and kind == HELD:
                 self.register_buffer(f"held_{i}", a)
-            elif kind == _HELD:
+            elif kind == HELD:
                 setattr(self, f"held_{i}", a)
 
     def forward(self, *given: torch.Tensor) -> Any:
         one = iter(given)
-        names = [f"held_{i}" if k == _HELD else "" for i, k in enumerate(self.kinds)]
+        names = [f"held_{i}" if k == HELD else "" for i, k in enumerate(self.kinds)]
         return self.body(*(getattr(self, name) if name else next(one) for name in names))
 
 
 @dataclasses.dataclass
-class _Run:
+class Run:
     """One forward of a cut module: which autograd nodes lead to the input, and what was run.
 
     own: by ``id``, the model's parameters and buffers
@@ -184,14 +184,8 @@ class CutModule(nn.Module):
         output = self._forward(args, kwargs)[0]
         return output if wanted else pytree.tree_map_only(torch.Tensor, torch.detach, output)
 
-    def _forward(self, args: Any, kwargs: Any, record: bool = False) -> tuple[Any, _Run]:
-        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-        lone = lambda x: inexact(x) and (record or not x.requires_grad)  # noqa: E731
-        leaves = [x.detach().requires_grad_() if lone(x) else x for x in leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
-        own = {id(t): t for t in (*self._model.parameters(), *self._model.buffers())}
-        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-        run = _Run(tensors, own, recorders=[] if record else None)
+    def _forward(self, args: Any, kwargs: Any, record: bool = False) -> tuple[Any, Run]:
+        args, kwargs, run = self._started(args, kwargs, record)
         self._local.run = run
         try:
             with torch._dynamo.config.patch(_LIMIT):  # type: ignore[attr-defined]
@@ -211,6 +205,16 @@ class CutModule(nn.Module):
             )
         return output, run
 
+    def _started(self, args: Any, kwargs: Any, record: bool) -> tuple[Any, Any, Run]:
+        """A call whose inputs all require grad, and the note of its run."""
+        leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+        lone = lambda x: inexact(x) and (record or not x.requires_grad)  # noqa: E731
+        leaves = [x.detach().requires_grad_() if lone(x) else x for x in leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        own = {id(t): t for t in (*self._model.parameters(), *self._model.buffers())}
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        return args, kwargs, Run(tensors, own, recorders=[] if record else None)
+
     def _backend(self, body: torch.fx.GraphModule, examples: Any) -> Callable[..., Any]:
         reason = getattr(body, "compile_subgraph_reason", None)
         if reason is not None and reason.graph_break and reason.user_stack:
@@ -222,32 +226,32 @@ class CutModule(nn.Module):
         made: dict[Any, tuple[str, CapturedModule | None, list[bool]]] = {}
 
         def call(*args: Any) -> Any:
-            run: _Run = self._local.run
+            run: Run = self._local.run
             kinds = tuple(self._kind(run, a) for a in args)
-            held = [a for a, k in zip(args, kinds, strict=True) if k == _HELD]
+            held = [a for a, k in zip(args, kinds, strict=True) if k == HELD]
             key = kinds, tuple(id(a) if isinstance(a, torch.Tensor) else a for a in held)
             if key not in made:
                 made[key] = self._piece(body, args, kinds)
             name, piece, depends = made[key]
-            given = [a for a, k in zip(args, kinds, strict=True) if piece is None or k != _HELD]
+            given = [a for a, k in zip(args, kinds, strict=True) if piece is None or k != HELD]
             return self._run_piece(run, body, given, name, piece, depends)
 
         return call
 
-    def _kind(self, run: _Run, x: Any) -> str:
+    def _kind(self, run: Run, x: Any) -> str:
         if not isinstance(x, torch.Tensor) or id(x) in run.own:
-            return _HELD
-        return _MOVES if run.depends(x) else _STILL
+            return HELD
+        return MOVES if run.depends(x) else STILL
 
     def _piece(
         self, body: torch.fx.GraphModule, args: tuple[Any, ...], kinds: tuple[str, ...]
     ) -> tuple[str, CapturedModule | None, list[bool]]:
         """A graph balanced, and which of its outputs carry what the input sends; None if none does."""
-        if _MOVES not in kinds:
+        if MOVES not in kinds:
             return "", None, []
         piece = _Piece(body, args, kinds)
-        given = [(a.detach(), k) for a, k in zip(args, kinds, strict=True) if k != _HELD]
-        static = {f"given[{i}]" for i, (_, kind) in enumerate(given) if kind == _STILL}
+        given = [(a.detach(), k) for a, k in zip(args, kinds, strict=True) if k != HELD]
+        static = {f"given[{i}]" for i, (_, kind) in enumerate(given) if kind == STILL}
         try:
             decision = decide(
                 piece, tuple(a for a, _ in given), on_unknown=self.on_unknown, module_calls=False,
@@ -264,7 +268,7 @@ class CutModule(nn.Module):
         return name, self.pieces[name], [r > Role.CUT for r in roles]
 
     def _run_piece(
-        self, run: _Run, body: Any, given: list[Any], name: str, piece: CapturedModule | None,
+        self, run: Run, body: Any, given: list[Any], name: str, piece: CapturedModule | None,
         depends: list[bool],
     ) -> Any:  # fmt: skip
         if piece is None:
@@ -276,7 +280,7 @@ class CutModule(nn.Module):
             else:
                 recorder = Recorder(piece, run.inputs)
                 run.recorders.append((name, recorder))
-                outputs = recorder.run(*given)
+                outputs = recorder.run(*flat_arguments(piece, given, {}))
         leaves = pytree.tree_leaves(outputs)
         for y in leaves:
             if isinstance(y, torch.Tensor) and y.requires_grad and piece is not None:
@@ -290,39 +294,45 @@ class CutModule(nn.Module):
 
 
 def transform_in_pieces(
-    model: nn.Module, inputs: Any, refusal: Exception, on_unknown: str, balanced: bool = True,
-    check: bool = True, **options: Any,
+    model: nn.Module, args: Any, kwargs: Any, known: Reference | None, refusal: Exception,
+    on_unknown: str, balanced: bool = True, **options: Any,
 ) -> CutModule:  # fmt: skip
     """Balance ``model`` graph by graph, and run it once to see that every graph can be.
+
+    known: what the original gave, if it is to be compared (see ``birth``)
 
     Raises:
         CaptureError: Dynamo cannot run it either; says what both said.
         UnknownOpError: as ``transform``; or ops run between the graphs, where no rule reaches.
+        VerificationError: the result is not what the original is.
     """
-    args, kwargs = as_call(inputs)
-    with untouched(model):
-        known = reference(model, args, kwargs) if check else None
     module = CutModule(model, str(refusal).splitlines()[0], options, on_unknown, balanced)
     try:
         with undisturbed(module), untouched(module._model), differentiable():
             module._forward(args, kwargs)
-        if known is not None:
-            with untouched(module._model):
-                require_same(model, module, known)
-            if balanced and on_unknown == "raise":
-                _require_closed(module, args, kwargs)
+        prove_born(model, module, known)
     except (CaptureError, UnknownOpError, VerificationError):
         raise
     except Exception as e:
         raise CaptureError(
             f"{refusal}\n  Run by Dynamo it failed as well: {type(e).__name__}: {e}"
         ) from e
-    if module.cuts:
-        text = f"{type(model).__name__} is no single graph; it is balanced in several, cut at"
-        warnings.warn(f"{text} {'; '.join(module.cuts)}", CutWarning, stacklevel=3)
     if not module.pieces:
         raise CaptureError(f"{refusal}\n  Dynamo found no graph in it that the input passes.")
+    if module.cuts:
+        text = f"{type(model).__name__} is no single graph; it is balanced in several, cut at"
+        warnings.warn(f"{text} {'; '.join(module.cuts)}", CutWarning, stacklevel=4)
     return module
+
+
+def prove_born(model: nn.Module, module: CutModule, known: Reference | None) -> None:
+    """The check at birth (``birth``) of a module in several graphs."""
+    if known is None:
+        return
+    with untouched(module._model):
+        require_same(model, module, known)
+    if module.balanced and module.on_unknown == "raise":
+        _require_closed(module, known.args, known.kwargs)
 
 
 def _require_closed(module: CutModule, args: Any, kwargs: Any) -> None:
@@ -335,7 +345,7 @@ def _require_closed(module: CutModule, args: Any, kwargs: Any) -> None:
         require_closed(account, tolerance_of(pieces, args, kwargs, account))
 
 
-def ledger_of_pieces(module: CutModule, inputs: Any, target: Target) -> tuple[Ledger, _Run]:
+def ledger_of_pieces(module: CutModule, inputs: Any, target: Target) -> tuple[Ledger, Run]:
     """The account of one backward through all graphs of a cut module."""
     with undisturbed(module), untouched(module._model), differentiable():
         args, kwargs = as_call(inputs)
@@ -344,7 +354,7 @@ def ledger_of_pieces(module: CutModule, inputs: Any, target: Target) -> tuple[Le
     return account, run
 
 
-def foreign(run: _Run) -> tuple[Finding, ...]:
+def foreign(run: Run) -> tuple[Finding, ...]:
     """The eager ops of a run as findings."""
     return tuple(
         Finding(name, name, "", "", "runs between two graphs", "make it traceable for Dynamo")

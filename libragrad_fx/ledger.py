@@ -120,7 +120,15 @@ def _bias_name(node: Node, fact: OpFacts, live: Sequence[str]) -> str | None:
 # --- running a graph with every edge in view
 
 
-class Recorder(torch.fx.Interpreter):
+class Running(torch.fx.Interpreter):
+    """Runs a graph node by node, called as the module is: see ``flat_arguments``."""
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """As fx has it, but for ``*args``, whose value is one of the arguments here."""
+        return next(self.args_iter)
+
+
+class Recorder(Running):
     """Runs a graph; every operand of every site is an alias of its own, whose gradient is noted.
 
     A host and the nodes inserted for it are one unit: operands are taken before a scale that was
@@ -316,20 +324,49 @@ def ledger(module: CapturedModule, inputs: Any, target: Target = None) -> Ledger
 
 
 def share_as_run(module: torch.nn.Module, inputs: Any, target: Target = None) -> float | None:
-    """⟨x, ∂f/∂x⟩ by the graph that runs and not by the one that is accounted for; None where the
-    signal starts behind the inputs (embeddings of tokens).
+    """⟨x, ∂f/∂x⟩ by the graph that runs and not by the one that is accounted for; None where nothing
+    comes back. Where the signal starts behind the inputs (embeddings of tokens), x is what starts it.
     """
     leaves, spec = pytree.tree_flatten(as_call(inputs))
     with differentiable(), undisturbed(module):
         leaves = [moving(x) for x in leaves]
         sources = [x for x in leaves if inexact(x)]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        scalar = select(module(*args, **kwargs), target)
+        if isinstance(module, CapturedModule) and module.record.info["starts"]:
+            running = _Started(module)
+            output = running.run(*flat_arguments(module, args, kwargs))
+            sources += running.sources
+        else:
+            output = module(*args, **kwargs)
+        scalar = select(output, target)
         if not sources or not scalar.requires_grad:
             return None
         grads = torch.autograd.grad(scalar, sources, allow_unused=True)
     pairs = zip(sources, grads, strict=True)
     return sum(dot(x.detach(), g) for x, g in pairs if g is not None)
+
+
+class _Started(Running):
+    """Runs the graph that runs; what starts the signal there is noted as a source."""
+
+    def __init__(self, module: CapturedModule) -> None:
+        graph = module.graph if module.lean is None else module.lean
+        super().__init__(module, garbage_collect_values=True, graph=graph)
+        self.extra_traceback = False
+        self.starts: frozenset[str] = module.record.info["starts"]
+        self.sources: list[torch.Tensor] = []
+
+    def run_node(self, n: Node) -> Any:
+        y = super().run_node(n)
+        if n.name not in self.starts:
+            return y
+        return pytree.tree_map(self._source, y)
+
+    def _source(self, x: Any) -> Any:
+        if not inexact(x):
+            return x
+        self.sources.append(x.detach().requires_grad_())
+        return self.sources[-1]
 
 
 def settle(
@@ -394,14 +431,15 @@ def _boundaries(recorder: Recorder, total: float) -> Iterator[Boundary]:
 def flat_arguments(module: CapturedModule, args: Any, kwargs: Any) -> list[Any]:
     """The call's arguments in the order of the graph's placeholders, defaults filled in."""
     names = [n for n in module.graph.nodes if n.op == "placeholder"]
-    args, rest = tuple(args), ()
-    if names and str(names[-1].target).startswith("*"):  # what is left goes there
-        names.pop()
-        args, rest = args[: len(names)], args[len(names) :]
-    given = dict(zip((n.name for n in names), args, strict=False)) | dict(kwargs)
-    if unknown := set(given) - {n.name for n in names}:
+    star = next((n for n in names if str(n.target).startswith("*")), None)
+    plain = [n for n in names if n is not star]
+    count = len(plain) if star is None else names.index(star)
+    given = dict(zip((n.name for n in plain[:count]), args, strict=False)) | dict(kwargs)
+    if unknown := set(given) - {n.name for n in plain}:
         raise InputError(f"forward takes no {', '.join(sorted(unknown))}")
-    missing = [n.name for n in names if n.name not in given and not n.args]
-    if missing or len(args) > len(names):
+    missing = [n.name for n in plain if n.name not in given and not n.args]
+    if missing or (star is None and len(args) > count):
         raise InputError(f"the inputs do not fit forward({', '.join(n.name for n in names)})")
-    return [*(given[n.name] if n.name in given else n.args[0] for n in names), *rest]
+    if star is not None:
+        given[star.name] = tuple(args[count:])
+    return [given[n.name] if n.name in given else n.args[0] for n in names]

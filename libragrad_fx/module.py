@@ -23,12 +23,10 @@ from torch.nn.modules import module as _modules
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import GuardError, InputError, ModeError
-from libragrad_fx.execute import FIXED, GATE, OVER, PLACE, bound, flattened
+from libragrad_fx.execute import bound, flattened
 from libragrad_fx.ops import TWINS, insert
-from libragrad_fx.ops.binding import BOUND
 
 TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_META = ("nn_module_stack", "stack_trace", "libragrad", BOUND, GATE, PLACE, FIXED, OVER)
 _INSERTS = {
     insert.guard: "guard", insert.constant: "constant", insert.scale: "scale",
     insert.probe: "probe", insert.structure: "structure", insert.sizes: "sizes",
@@ -422,9 +420,14 @@ def _state(module: CapturedModule) -> dict[str, Any]:
 def _nodes(graph: torch.fx.Graph) -> list[Any]:
     return [
         (n.op, n.name, _encode(n.target) if n.op == "call_function" else n.target,
-         _refs(n.args), _refs(n.kwargs), {k: _plain(n.meta[k]) for k in _META if k in n.meta})
+         _refs(n.args), _refs(n.kwargs), {k: _plain(v) for k, v in n.meta.items() if _is_kept(k)})
         for n in graph.nodes
     ]  # fmt: skip
+
+
+def _is_kept(key: str) -> bool:
+    """Whether a note on a node is ours, or says where it comes from in the user's code."""
+    return key.startswith(insert.MARK) or key in ("nn_module_stack", "stack_trace")
 
 
 def _plain(value: Any) -> Any:

@@ -170,8 +170,11 @@ class _Normaliser:
             order.append(inspect.Parameter(extra, inspect.Parameter.KEYWORD_ONLY))
         fixed = [p.replace(default=False) if p.name in self.captured.forced else p for p in order]
         for p in fixed:
-            if p.kind is p.VAR_POSITIONAL and p.name in used:
+            if p.kind is p.VAR_POSITIONAL:
                 found[p.name] = self.graph.create_node("placeholder", f"*{p.name}", name=p.name)
+                if p.name not in used:
+                    facts = (found[p.name], f"*{p.name}", insert.outline(()))
+                    self.graph.call_function(insert.structure, facts)
             if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
                 continue
             given = p.default is not p.empty

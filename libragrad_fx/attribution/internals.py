@@ -16,7 +16,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from libragrad_fx.errors import InputError
-from libragrad_fx.ledger import flat_arguments, site_bias
+from libragrad_fx.ledger import Running, flat_arguments, site_bias
 from libragrad_fx.module import CapturedModule, called_modules
 from libragrad_fx.ops import insert
 from libragrad_fx.target import Target, as_call, differentiable, inexact, select_each, undisturbed
@@ -114,7 +114,7 @@ def _ancestors(node: Node) -> set[Node]:
     return seen
 
 
-class _Watch(torch.fx.Interpreter):
+class _Watch(Running):
     """Runs the graph, keeping the values and constants whose gradients are wanted."""
 
     def __init__(

@@ -13,7 +13,7 @@ LAYERS = [
     {"rulebook", "module"}, {"capture", "variants"}, {"normalize"},
     {"analyze"}, {"plan", "proof"}, {"views"}, {"narrow"}, {"lean"}, {"rewrite"}, {"ledger"},
     {"verify"}, {"birth"},
-    {"attribution", "pipeline", "segments", "viz"}, {"cuts"}, {"api"},
+    {"attribution", "pipeline", "segments", "viz"}, {"cuts"}, {"tape"}, {"api"},
     {"demo_data", "models"}, {"bench", "coverage", "demo"}, {"cli"}, {"__init__", "__main__"},
 ]  # fmt: skip
 PRIVATE = {

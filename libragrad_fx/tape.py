@@ -1,0 +1,161 @@
+"""The last rung: a model that is no graph is run for real while its ops are recorded.
+
+Whatever Python does on the way (loops on values, hooks, NumPy, foreign containers) has happened when the
+ops are there: they are one graph, for this call. It goes through the same stages as any other, and its
+balanced form is then run on the same inputs. A call that runs the same ops again finds its graph made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from libragrad_fx.birth import Reference
+from libragrad_fx.capture import traced_as_run
+from libragrad_fx.cuts import HELD, STILL, CutModule, Run, prove_born
+from libragrad_fx.errors import CaptureError, CutWarning, LibraGradError, VerificationError
+from libragrad_fx.rewrite import spell
+from libragrad_fx.state import untouched
+from libragrad_fx.target import differentiable, moving, undisturbed
+from libragrad_fx.verify import compare
+
+
+@dataclasses.dataclass(frozen=True)
+class Tape:
+    """One recorded forward. ``body`` takes the tensors among the inputs, and then ``held``: what it
+    reads besides (parameters, buffers, tensors that Python made)."""
+
+    body: GraphModule
+    held: Sequence[torch.Tensor]
+    outputs: Sequence[torch.Tensor]
+    restore: Callable[[Sequence[torch.Tensor]], Any]
+
+
+def record(model: nn.Module, args: Any, kwargs: Any) -> Tape:
+    """Run ``model`` and note its ops. The model's own state moves on, as by any call.
+
+    Raises:
+        CaptureError: the model fails, or its ops cannot be noted.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    places = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
+    seen: dict[str, Any] = {}
+
+    def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        filled = [*leaves]
+        for i, t in zip(places, tensors, strict=True):
+            filled[i] = t
+        given = pytree.tree_unflatten(filled, spec)
+        flat, seen["spec"] = pytree.tree_flatten(model(*given[0], **given[1]))
+        seen["flat"] = flat
+        return [x for x in flat if isinstance(x, torch.Tensor)]
+
+    tensors = [moving(leaves[i]).clone() for i in places]
+    try:
+        with traced_as_run():
+            traced = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False)(*tensors)
+    except LibraGradError:
+        raise
+    except Exception as e:
+        raise CaptureError(
+            f"{type(model).__name__} could not be recorded while it ran: {type(e).__name__}: {e}"
+        ) from e
+    flat = seen["flat"]
+
+    def restore(outputs: Sequence[torch.Tensor]) -> Any:
+        found = iter(outputs)
+        filled = [next(found) if isinstance(x, torch.Tensor) else x for x in flat]
+        return pytree.tree_unflatten(filled, seen["spec"])
+
+    outputs = [x.detach() for x in flat if isinstance(x, torch.Tensor)]
+    return Tape(*_parametric(traced), outputs, restore)
+
+
+def _parametric(traced: GraphModule) -> tuple[GraphModule, list[torch.Tensor]]:
+    """A graph that takes what it read as attributes, and these tensors."""
+    graph, held, known = traced.graph, list[torch.Tensor](), dict[int, torch.fx.Node]()
+    last = [n for n in graph.nodes if n.op == "placeholder"]
+    behind = last[-1] if last else None
+    for node in [n for n in graph.nodes if n.op == "get_attr"]:
+        value = getattr(traced, str(node.target))
+        if not isinstance(value, torch.Tensor):
+            raise CaptureError(f"the recorded ops hold a sub-graph ({node.target})")
+        if id(value) not in known:
+            with graph.inserting_after(behind) if behind is not None else contextlib.nullcontext():
+                behind = known[id(value)] = graph.placeholder(f"held_{len(held)}")
+            held.append(value)
+        node.replace_all_uses_with(known[id(value)])
+        graph.erase_node(node)
+    for node in graph.nodes:  # where a tensor came from is of no use any more, and holds it
+        node.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+    graph.lint()
+    return GraphModule(nn.Module(), graph), held
+
+
+class TapeModule(CutModule):
+    """A model that is recorded at each call, and balanced for that call."""
+
+    def _reset(self) -> None:
+        self.pieces = {}
+        self.cuts = ("recorded as it ran: the graph is that of one call",)
+        self._made: dict[Any, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k != "_made"}
+
+    def _forward(self, args: Any, kwargs: Any, record: bool = False) -> tuple[Any, Run]:
+        args, kwargs, run = self._started(args, kwargs, record)
+        with undisturbed(self):  # what the graph draws and writes is drawn and written by the graph
+            tape = _recorded(self._model, args, kwargs)
+        given = [*run.inputs, *tape.held]
+        kinds = tuple(HELD if id(t) in run.own else STILL for t in tape.held)
+        kinds = (*(self._kind(run, t) for t in run.inputs), *kinds)
+        held = tuple(id(t) for t, k in zip(given, kinds, strict=True) if k == HELD)
+        shapes = tuple((t.shape, t.dtype, t.device) for t in given)
+        key = spell(tape.body.graph), kinds, held, shapes, self.training
+        if key not in self._made:
+            self._made[key] = self._piece(tape.body, tuple(given), kinds)
+        name, piece, depends = self._made[key]
+        free = [t for t, k in zip(given, kinds, strict=True) if piece is None or k != HELD]
+        outputs = self._run_piece(run, tape.body, free, name, piece, depends)
+        run.over = True
+        equal, difference, _ = compare(tape.outputs, outputs)
+        if not equal:
+            raise VerificationError(
+                f"the graph of this call gives another output than {type(self._model).__name__} gave:"
+                f" {difference:.3g} apart"
+            )
+        return tape.restore(outputs), run
+
+
+_recorded = record
+
+
+def transform_by_tape(
+    model: nn.Module, args: Any, kwargs: Any, known: Reference | None, refusal: Exception,
+    on_unknown: str, balanced: bool = True, **options: Any,
+) -> TapeModule:  # fmt: skip
+    """Balance ``model`` call by call, and try it on one.
+
+    Raises:
+        CaptureError: its ops cannot be recorded.
+        UnknownOpError: an op has no rule.
+    """
+    module = TapeModule(model, str(refusal).splitlines()[0], options, on_unknown, balanced)
+    with undisturbed(module), untouched(module._model), differentiable():
+        module._forward(args, kwargs)
+    prove_born(model, module, known)
+    if not module.pieces:
+        raise CaptureError(f"{refusal}\n  No gradient path leads from its outputs to its inputs.")
+    text = f"{type(model).__name__} is no graph; it is recorded and balanced anew at each call"
+    warnings.warn(f"{text} ({module.refusal})", CutWarning, stacklevel=4)
+    return module
