@@ -21,7 +21,7 @@ from libragrad_fx.errors import (
 )
 from libragrad_fx.ledger import ledger, share_as_run
 from libragrad_fx.module import CapturedModule, Tree
-from libragrad_fx.pipeline import Decision, balance, decide, plain
+from libragrad_fx.pipeline import ONE_AT_A_TIME, Decision, balance, decide, plain
 from libragrad_fx.state import untouched
 from libragrad_fx.tape import transform_by_tape
 from libragrad_fx.target import Arguments, as_call, largest
@@ -68,10 +68,11 @@ def transform(
     if isinstance(model, (CapturedModule, CutModule)):
         return _again(model, policy, on_unknown, rules)
     options = {"policy": policy, "on_unknown": on_unknown, "rules": rules, "check": check}
-    try:
-        return _one_graph(model, example_inputs, **options)
-    except ExportError as refusal:
-        return _other_rungs(model, example_inputs, refusal, **options)
+    with ONE_AT_A_TIME:  # while one thread traces a model, another must not run it
+        try:
+            return _one_graph(model, example_inputs, **options)
+        except ExportError as refusal:
+            return _other_rungs(model, example_inputs, refusal, **options)
 
 
 def _other_rungs(

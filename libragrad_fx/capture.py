@@ -222,7 +222,7 @@ def _conditions(program: ExportedProgram) -> list[str]:
     """What the trace took for granted of free sizes: each branch taken on one, and their ranges."""
     values = (n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder")
     shapes = [t.shape for t in values if isinstance(t, torch.Tensor)]
-    free = [d for shape in shapes for d in shape if isinstance(size_of(d), str)]
+    free = [d for shape in shapes for d in shape if not isinstance(d, int) and isinstance(size_of(d), str)]
     if not free:
         return []
     env = free[0].node.shape_env
@@ -367,19 +367,29 @@ def _library(thing: Any) -> str:
 
 def _refuse_hooks(model: torch.nn.Module) -> None:
     """Hooks that a library puts on its own modules are part of their forward, and are traced."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooked = [
-        name or "(root)"
-        for name, m in model.named_modules()
-        for kind in kinds
-        if any(_library(h) != _library(type(m)) for h in getattr(m, kind).values())
-    ]
-    if hooked:
+
+    def hooked(*kinds: str) -> list[str]:
+        return [
+            name or "(root)"
+            for name, m in model.named_modules()
+            for kind in kinds
+            if any(_library(h) != _library(type(m)) for h in getattr(m, kind).values())
+        ]
+
+    def named(found: list[str]) -> str:
+        return f"{', '.join(found[:8])}{' …' if len(found) > 8 else ''}"
+
+    if found := hooked("_backward_hooks", "_backward_pre_hooks"):
         raise CaptureError(
-            f"these modules have hooks: {', '.join(hooked[:8])}{' …' if len(hooked) > 8 else ''}."
-            " A hook is Python that a graph cannot hold. Remove them, transform, and register them on"
-            " the result, where forward hooks fire as on the model. (Old-style weight_norm and"
-            " spectral_norm are hooks too: use torch.nn.utils.parametrizations, or remove_weight_norm.)"
+            f"these modules have backward hooks: {named(found)}. The balanced backward does not pass"
+            " modules but ops, so they would not be called. Remove them and transform again."
+        )
+    if found := hooked("_forward_hooks", "_forward_pre_hooks"):
+        raise ExportError(
+            f"these modules have hooks: {named(found)}. A hook is Python that a graph cannot hold: remove"
+            " them, transform, and register them on the result, where forward hooks fire as on the"
+            " model. (Old-style weight_norm and spectral_norm are hooks too: use"
+            " torch.nn.utils.parametrizations, or remove_weight_norm.)"
         )
 
 
@@ -432,8 +442,8 @@ def _observed(model: torch.nn.Module, calls: list[Call]) -> Iterator[None]:
     paths = {id(m): name for name, m in model.named_modules() if m is not model}
 
     def hook(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if id(module) not in paths:
-            return
+        if id(module) not in paths or torch._C._are_functorch_transforms_active():
+            return  # inside a vmap, what a module sees is no tensor of the graph
         call = len(calls)
         sides = [pytree.tree_flatten((args, kwargs)), pytree.tree_flatten(output)]
         named = [

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import importlib
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -385,16 +386,19 @@ def called_modules(module: CapturedModule) -> list[str]:
 
 
 def blocks(module: CapturedModule) -> list[str]:
-    """The repeated blocks of a network: the class most often called under a numbered name.
+    """The repeated blocks of a network, in the order in which they run: the class most often called
+    under a numbered name (``layers.3``, ``encoder_layer_3``), or beside another of its class.
 
     They are what FullGrad+ sums over (transformer blocks, mixer blocks, residual blocks). Empty if
     the network has none.
     """
+    called = dict.fromkeys(called_modules(module))
+    composed = {p: type(m) for p in called if list((m := module.get_submodule(p)).children())}
+    beside = Counter((p.rpartition(".")[0], kind) for p, kind in composed.items())
     groups: dict[type, list[str]] = {}
-    for path in dict.fromkeys(called_modules(module)):
-        child = module.get_submodule(path)
-        if path.rpartition(".")[2].isdigit() and list(child.children()):
-            groups.setdefault(type(child), []).append(path)
+    for path, kind in composed.items():
+        if path[-1].isdigit() or beside[path.rpartition(".")[0], kind] > 1:
+            groups.setdefault(kind, []).append(path)
     found = max(groups.values(), key=lambda ps: (len(ps), -ps[0].count(".")), default=[])
     return sorted(found, key=[n.target for n in module.graph.nodes].index) if len(found) > 1 else []
 

@@ -27,7 +27,7 @@ from libragrad_fx.state import untouched
 from libragrad_fx.types import Analysis, Plan, Trace
 from libragrad_fx.variants import fits
 
-_ONE_AT_A_TIME = threading.RLock()  # torch.export changes global state while it traces
+ONE_AT_A_TIME = threading.RLock()  # torch.export changes global state while it traces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def decide(
     if isinstance(model, CapturedModule):
         raise InputError("this module was captured already; give the original model")
     book = rulebook.load(policy, rules)
-    with _collected_later(), _ONE_AT_A_TIME:
+    with _collected_later(), ONE_AT_A_TIME:
         require_fit(model)
         with untouched(model):
             args, kwargs = example_call(model, inputs)

@@ -89,6 +89,8 @@ def _parametric(traced: GraphModule) -> tuple[GraphModule, list[torch.Tensor]]:
         value = getattr(traced, str(node.target))
         if not isinstance(value, torch.Tensor):
             raise CaptureError(f"the recorded ops hold a sub-graph ({node.target})")
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):  # pyright: ignore
+            raise CaptureError("it maps over tensors (torch.vmap, torch.func) that are not its own")
         if id(value) not in known:
             with graph.inserting_after(behind) if behind is not None else contextlib.nullcontext():
                 behind = known[id(value)] = graph.placeholder(f"held_{len(held)}")
@@ -153,9 +155,9 @@ def transform_by_tape(
     module = TapeModule(model, str(refusal).splitlines()[0], options, on_unknown, balanced)
     with undisturbed(module), untouched(module._model), differentiable():
         module._forward(args, kwargs)
-    prove_born(model, module, known)
     if not module.pieces:
         raise CaptureError(f"{refusal}\n  No gradient path leads from its outputs to its inputs.")
+    prove_born(model, module, known)
     text = f"{type(model).__name__} is no graph; it is recorded and balanced anew at each call"
     warnings.warn(f"{text} ({module.refusal})", CutWarning, stacklevel=4)
     return module

@@ -1,10 +1,11 @@
-"""Random small modules with the habits of strangers' code, transformed and called in ways they were not
-captured for. Counts four outcomes: right, refused, a traceback that is not ours, silently wrong.
+"""Random small modules with the habits of strangers' code, called in ways they were not captured for.
+
+Counts four outcomes: right, refused, a traceback that is not ours, silently wrong.
 
     python tools/fuzz.py --count 300 --seed 0
 
-A module is a chain of steps; each step is a habit (control flow on sizes or values, state, caches, writes in
-place, containers, instance patches, grad mode, random numbers). A twin that is never transformed says what is
+A module is a chain of steps; each is a habit (control flow on sizes or values, state, caches, writes in
+place, containers, instance patches, grad mode, random numbers). A twin, never transformed, says what is
 right. The last two outcomes are printed with the seed that makes them again (``--only SEED``).
 """
 

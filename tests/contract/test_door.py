@@ -230,8 +230,6 @@ BAD_MODELS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "is sparse": (sparse, X, "sparse"),
     "is scripted": (lambda: jitted(torch.jit.script), X, "ScriptModule"),
     "is traced": (lambda: jitted(lambda m: torch.jit.trace(m, X)), X, "ScriptModule"),
-    "has a forward hook": (lambda: hooked("register_forward_hook", 0), X, "hooks: 0."),
-    "has a pre-hook on the root": (lambda: hooked("register_forward_pre_hook", None), X, "hooks: (root)"),
     "has a backward hook": (lambda: hooked("register_full_backward_hook", 1), X, "hooks: 1."),
 }  # fmt: skip
 

@@ -156,13 +156,27 @@ def test_refused_by_name(model: nn.Module, message: str) -> None:
         lg.trace(model, torch.randn(2, 4))
 
 
-def test_hooks_are_refused_by_name() -> None:
+def test_backward_hooks_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    handle = model[1].register_forward_hook(lambda *_: None)
+    handle = model[1].register_full_backward_hook(lambda *_: None)
     with pytest.raises(CaptureError, match=r"hooks: 1\."):
         lg.transform(model, torch.randn(2, 4))
     handle.remove()
     lg.transform(model, torch.randn(2, 4))
+
+
+@pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
+@pytest.mark.parametrize("where", ["", "0", "1"])
+def test_forward_hooks_run(where: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU()).double()
+    model.get_submodule(where).register_forward_hook(lambda _m, _a, y: y * y)
+    model.get_submodule(where).register_forward_pre_hook(lambda _m, args: (args[0] + 1,))
+    x = torch.randn(2, 4, dtype=torch.float64)
+    gm = lg.transform(model, x)
+    assert torch.equal(gm(x), model(x))
+    assert lg.verify(model, gm, x, 1).ok
+    with pytest.raises(CaptureError, match=r"hooks: "):
+        lg.plan(model, x)
 
 
 class Custom(torch.autograd.Function):
