@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import networkx as nx
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from libragrad_fx.analyze import aten_op
 from libragrad_fx.errors import InputError
 from libragrad_fx.ledger import Running, flat_arguments, site_bias
 from libragrad_fx.module import CapturedModule, called_modules
@@ -35,6 +37,8 @@ class Internals:
     biases:  (site, b, df/db) for the additive constants that are not upstream of the first layer;
              b and df/db have the shape of the op's output
     shapes:  shapes of the values upstream of the first layer, in graph order
+    before:  module path -> the nodes and inputs that the layer's input is computed from
+    tokens:  node, input or module path -> the inputs whose positions it has (see ``positions``)
     """
 
     output: torch.Tensor
@@ -42,6 +46,8 @@ class Internals:
     layers: Mapping[str, Pair]
     biases: tuple[tuple[Site, torch.Tensor, torch.Tensor], ...]
     shapes: tuple[tuple[int, ...], ...]
+    before: Mapping[str, frozenset[str]]
+    tokens: Mapping[str, frozenset[str]]
 
 
 def observe(
@@ -81,7 +87,67 @@ def observe(
         (site, _finite(b.expand_as(t), g), g)
         for (site, b, t), (_, g) in zip(watch.terms, found, strict=True)
     )
-    return Internals(each.detach(), sources, tapped, terms, tuple(watch.shapes))
+    before = {p: frozenset(map(_source_name, _ancestors(tap))) for p, tap in taps.items()}
+    where = positions(module, watch.sizes, sources)
+    tokens = {_source_name(n): names for n, names in where.items()}
+    tokens |= {p: where[tap] for p, tap in taps.items()}
+    return Internals(each.detach(), sources, tapped, terms, tuple(watch.shapes), before, tokens)
+
+
+def positions(
+    module: CapturedModule, sizes: Mapping[Node, tuple[int, ...]], floating: Collection[str]
+) -> dict[Node, frozenset[str]]:
+    """The inputs whose positions (tokens, pixels) each node's value has.
+
+    A value has the positions of all that it is computed from. Two exceptions: attention and matrix
+    products have those of their first operand (queries, rows), and inputs whose values are added or
+    multiplied position by position (word and segment embeddings) share their positions.
+
+    Args:
+        sizes: node -> shape of its value in this run, of tensors and of tuples of them (``()``).
+        floating: the inputs that carry a gradient.
+    """
+    starts = module.record.info.get("starts", frozenset())
+    signal: set[str] = set()
+    shared: nx.Graph = nx.Graph()
+    found: dict[Node, frozenset[str]] = {}
+    for node in module.graph.nodes:
+        read: list[Node] = []
+        map_arg(node.kwargs.get("_output", node.args), read.append)
+        carried = [n for n in dict.fromkeys(read) if found[n]]
+        if node.target is insert.guard:
+            found[node] = frozenset([str(node.args[1])])
+            signal |= found[node] if str(node.args[1]) in floating else set()
+        elif getattr(aten_op(node), "_opname", "") in _MEET:
+            found[node] = found[carried[0]] if carried else frozenset()
+        elif node.target in (insert.sizes, insert.structure) or node not in sizes:
+            found[node] = frozenset()  # a number has no positions
+        else:
+            found[node] = frozenset().union(*(found[n] for n in carried))
+            if len({found[n] for n in carried}) > 1 and _by_position(node, carried, sizes):
+                nx.add_path(shared, sorted(found[node]))
+        if node.name in starts:
+            found[node] = found[node] or frozenset([node.name])
+            signal |= found[node]
+    alike = {name: frozenset(group) for group in nx.connected_components(shared) for name in group}
+    return {
+        n: frozenset().union(*(alike.get(name, {name}) for name in names)) & signal
+        for n, names in found.items()
+    }
+
+
+def _by_position(node: Node, read: Sequence[Node], sizes: Mapping[Node, tuple[int, ...]]) -> bool:
+    shape = sizes.get(node, ())
+    op = getattr(aten_op(node), "_opname", "")
+    if op not in ("add", "add_", "sub", "mul", "mul_"):
+        return False
+    return len(shape) > 2 and shape[1] > 1 and all(sizes.get(n) == shape for n in read)
+
+
+_MEET = {
+    "scaled_dot_product_attention", "matmul", "bmm", "mm", "addmm", "baddbmm", "linear", "mv",
+    "_native_multi_head_attention", "layer_norm", "native_layer_norm",
+}  # fmt: skip
 
 
 def _finite(bias: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
@@ -101,6 +167,10 @@ def layer_input(module: CapturedModule, path: str) -> Node:
     near = difflib.get_close_matches(str(path), called, 3) or called[:6]
     hint = f"; called are, for example, {', '.join(near)}"
     raise InputError(f"no module {path!r} is called with a tensor in this graph{hint}")
+
+
+def _source_name(node: Node) -> str:
+    return str(node.args[1]) if node.target is insert.guard else node.name
 
 
 def _ancestors(node: Node) -> set[Node]:
@@ -123,12 +193,16 @@ class _Watch(Running):
         super().__init__(module)
         self.extra_traceback = False  # an op's own error is enough
         self.taps, self.upstream = taps, upstream
-        self.table = {s.node: s for s in module.record.info["sites"] if s.bias and biases}
-        self.started = {s.node for s in module.record.info["sites"] if s.starts}
+        sites: Sequence[Site] = module.record.info["sites"]
+        self.started = {s.node for s in sites if s.starts}
+        # without layers, what starts the signal is an input, and no constant
+        skip = set() if taps else self.started
+        self.table = {s.node: s for s in sites if s.bias and biases and s.node not in skip}
         self.kept: dict[Node, torch.Tensor] = {}
         self.sources: dict[str, torch.Tensor] = {}
         self.terms: list[tuple[Site, torch.Tensor, torch.Tensor]] = []
         self.shapes: list[tuple[int, ...]] = []
+        self.sizes: dict[Node, tuple[int, ...]] = {}
 
     def run_node(self, n: Node) -> Any:
         y = super().run_node(n)
@@ -136,6 +210,8 @@ class _Watch(Running):
             y = self._start(str(n.args[1]), y)
         elif n.name in self.started:
             y = self._start(n.name, y)
+        if isinstance(y, (torch.Tensor, tuple, list)):
+            self.sizes[n] = tuple(y.shape) if isinstance(y, torch.Tensor) else ()
         if n in self.taps:
             self.kept[n] = y
         if n in self.upstream:

@@ -98,6 +98,9 @@ def by_sample(term: torch.Tensor, axis: int | None, batch: int) -> torch.Tensor:
 
     A term without a batch axis belongs to all samples alike; it is shared out equally.
     """
+    if axis is not None and term.ndim and term.shape[axis] % batch:
+        # of several outputs another one: a recurrent layer's state has its layers in front
+        axis = next((i for i, n in enumerate(term.shape) if n == batch), None)
     if axis is None or term.ndim == 0:
         return (term / batch).expand(batch, *term.shape)
     term = term.movedim(axis, 0)

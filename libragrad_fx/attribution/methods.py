@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from libragrad_fx.target import Target, product
 from libragrad_fx.variants import fitting
 
 METHODS = ("input_x_gradient", "fullgrad_plus")
+Term = tuple[str, torch.Tensor]  # a node or a module path, and its (B, ...) share of the output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,17 +25,24 @@ class Attribution:
 
     values:       (B, H, W) over pixels or patches, or (B, N) over tokens; float64
     prefix:       (B, P) class and register tokens, or None
-    unplaced:     (B,) bias terms that belong to no position
+    unplaced:     (B,) what belongs to no position
+    others:       where a model has several inputs with positions: the maps of the others, by input
     output:       (B,) what was explained
-    completeness_error: (B,) |sum of the terms that make up the output - output|: for Input x
-                  Gradient ⟨h, g⟩ alone, for FullGrad+ ⟨h_0, g_0⟩ and all bias terms (method §4)
+    total:        (B,) what ``values``, ``prefix``, ``unplaced`` and ``others`` add up to
+    expected:     (B,) what they add up to where the backward is balanced: the output, for Input x
+                  Gradient only if no bias carries; for FullGrad+ over blocks (method §4), for each of them
+                  the output less what does not pass it (biases, other inputs), and all biases once
+    completeness_error: (B,) |total - expected|
     layers:       module paths whose inputs were used (empty: the model's own input)
     """
 
     values: torch.Tensor
     prefix: torch.Tensor | None
     unplaced: torch.Tensor
+    others: Mapping[str, torch.Tensor]
     output: torch.Tensor
+    total: torch.Tensor
+    expected: torch.Tensor
     completeness_error: torch.Tensor
     method: str
     layers: tuple[str, ...]
@@ -77,42 +85,98 @@ def attribute(
     paths = list(layers) if layers is not None else (blocks(module) if plus else [])
     seen = observe(module, inputs, target, paths, biases=plus)
     terms = {**seen.layers} if paths else dict(seen.inputs)
-    if not plus and len(terms) > 1:
-        raise InputError(f"input_x_gradient takes one layer; got {', '.join(terms)}")
+    if not plus and len(paths) > 1:
+        raise InputError(f"input_x_gradient takes one layer; got {', '.join(paths)}")
     products = {k: product(h, g) for k, (h, g) in terms.items()}
     batch = seen.output.shape[0]
     if any(h.shape[0] != batch for h, _ in terms.values()):
         raise InputError(
             f"the target callable gave {batch} numbers; attribute wants one for each sample"
         )
-    biases = [maps.by_sample(product(b, g), s.batch, batch) for s, b, g in seen.biases]
-    first = next(iter(products.values()))
-    whole = first.flatten(1).sum(1) + sum(b.flatten(1).sum(1) for b in biases)
-    return _assemble(seen, products, biases, (whole - seen.output).abs(), method, tuple(paths))
+    biases = [(s.node, maps.by_sample(product(b, g), s.batch, batch)) for s, b, g in seen.biases]
+    expected = _expected(seen, products, biases, plus)
+    return _assemble(seen, products, biases, expected, method, tuple(paths))
+
+
+def _expected(
+    seen: Internals, products: Mapping[str, torch.Tensor], biases: Sequence[Term], plus: bool
+) -> torch.Tensor:  # fmt: skip
+    """(B,): what all terms add up to if the backward is balanced.
+
+    The term of a layer is the output less what does not come by it: biases and inputs that are not
+    before it.
+    """
+    output = seen.output.double()
+    if not plus or not seen.before:
+        return output
+    sums = [(name, _summed(b)) for name, b in biases]
+    sources = [(name, _summed(product(x, g))) for name, (x, g) in seen.inputs.items()]
+    whole = torch.zeros_like(output) + sum(s for _, s in sums)
+    for path in products:
+        before = seen.before[path]
+        whole = whole + output - sum(s for name, s in [*sources, *sums] if name not in before)
+    return whole
+
+
+def _summed(term: torch.Tensor) -> torch.Tensor:
+    return term.double().flatten(1).sum(1) if term.ndim > 1 else term.double()
 
 
 def _assemble(
-    seen: Internals, products: dict[str, torch.Tensor], biases: list[torch.Tensor],
-    error: torch.Tensor, method: str, layers: tuple[str, ...],
+    seen: Internals, products: dict[str, torch.Tensor], biases: Sequence[Term],
+    expected: torch.Tensor, method: str, layers: tuple[str, ...],
 ) -> Attribution:  # fmt: skip
-    images = ((x.shape[-2], x.shape[-1]) for x, _ in seen.inputs.values() if x.ndim == 4)
-    image = next(images, None)
-    first = next(iter(products.values()))
-    where = maps.layout(first.shape, seen.shapes, image)
-    placed = [maps.place(t, where, image) for t in (*products.values(), *biases)]
-    found = [p.map for p in placed if p.map is not None]
-    if not found:
+    images = {n: (x.shape[-2], x.shape[-1]) for n, (x, _) in seen.inputs.items() if x.ndim == 4}
+    terms = [*products.items(), *biases]
+    main = _main(seen, products, images)
+    groups: dict[frozenset[str], list[torch.Tensor]] = {main: []}
+    for name, term in terms:
+        groups.setdefault(seen.tokens.get(name, frozenset()) or main, []).append(term)
+    firsts = {seen.tokens[n]: p.shape for n, p in reversed(products.items())}
+    found: dict[frozenset[str], list[maps.Placed]] = {}
+    for source, group in groups.items():
+        # of joined sequences (text before patches) no part is laid out as an image
+        image = images.get(next(iter(source))) if len(source) == 1 else None
+        shape = firsts.get(source)
+        shape = max((t.shape for t in group), key=len) if shape is None else shape
+        where = maps.layout(shape, seen.shapes if source == main else [], image)
+        found[source] = [maps.place(t, where, image) for t in group]
+    placed = {
+        source: maps.add(shown)
+        for source, ps in found.items()
+        if (shown := [p.map for p in ps if p.map is not None])
+    }
+    if main not in placed:
         raise InputError(
-            f"inputs of shape {tuple(first.shape)} have no positions to attribute to; ask for"
+            f"inputs of shape {tuple(firsts[main])} have no positions to attribute to; ask for"
             " layers=[…] whose inputs are (B, N, C) or (B, C, H, W)"
         )
-    prefix = [p.prefix for p in placed if p.prefix is not None]
+    prefix = [p.prefix for p in found[main] if p.prefix is not None]
+    rest = [p.rest for ps in found.values() for p in ps]
+    rest += [
+        p.prefix.sum(1)
+        for source, ps in found.items()
+        for p in ps
+        if source != main and p.prefix is not None
+    ]
+    total = torch.stack([_summed(t) for _, t in terms]).sum(0)
     return Attribution(
-        values=maps.add(found),
+        values=placed[main],
         prefix=torch.stack(prefix).sum(0) if prefix else None,
-        unplaced=torch.stack([p.rest for p in placed]).sum(0),
+        unplaced=torch.stack(rest).sum(0),
+        others={" and ".join(sorted(s)): m for s, m in placed.items() if s != main},
         output=seen.output,
-        completeness_error=error,
+        total=total,
+        expected=expected,
+        completeness_error=(total - expected).abs(),
         method=method,
         layers=layers,
     )
+
+
+def _main(
+    seen: Internals, products: Mapping[str, torch.Tensor], images: Mapping[str, Any]
+) -> frozenset[str]:
+    """The input whose positions the map is over: an image, or that of the first term."""
+    tokens = [seen.tokens[n] for n in products]
+    return next((t for t in tokens if t & set(images)), tokens[0])

@@ -1,0 +1,183 @@
+"""Attribution says what it shows: where terms have positions, and what the map adds up to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import libragrad_fx as lg
+from libragrad_fx.module import blocks
+
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def net(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3))
+
+
+class Text(nn.Module):
+    """A text classifier without repeated blocks."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.embed = kind, nn.Embedding(11, 6)
+        self.lstm = nn.LSTM(6, 6, batch_first=True)
+        self.conv = nn.Conv1d(6, 6, 3, padding=1)
+        self.layer = nn.TransformerEncoderLayer(6, 2, 12, batch_first=True, dropout=0.0)
+        self.place = nn.Embedding(5, 6)
+        self.head = net(6)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        if self.kind == "lstm":
+            x = self.lstm(x)[0]
+        elif self.kind == "conv":
+            x = self.conv(x.mT).mT.relu()
+        elif self.kind == "one layer":
+            x = self.layer(x)
+        elif self.kind == "positions":
+            x = x + self.place(torch.arange(5))
+        elif self.kind == "two embeddings":
+            x = x * self.embed(ids.flip(1)).sigmoid()
+        return self.head(x).mean(1)
+
+
+@pytest.mark.parametrize("kind", ["net", "lstm", "conv", "one layer", "positions", "two embeddings"])
+def test_each_term_is_counted_once(kind: str) -> None:
+    model, ids = Text(kind).double().eval(), torch.randint(11, (3, 5))
+    gm = lg.transform(model, ids)
+    found = lg.attribute(gm, ids, 1, method="fullgrad_plus")
+    assert found.layers == ()
+    torch.testing.assert_close(found.total, model(ids)[:, 1].detach())
+    torch.testing.assert_close(found.values.sum(1) + found.unplaced, found.total)
+    assert found.completeness_error.max() < 1e-10
+    assert lg.verify(model, gm, ids, 1).ok
+
+
+class Tower(nn.Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        make = lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)  # noqa: E731
+        self.layers = nn.ModuleList(make() for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Dual(nn.Module):
+    """Image and text, as many tokens of one as of the other; ``how`` they meet."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.patch, self.embed = nn.Conv2d(3, 8, 4, 4), nn.Embedding(11, 8)
+        self.image, self.text, self.both = Tower(2), Tower(2), Tower(2)
+        self.cross = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        a, b = self.image(self.patch(x).flatten(2).mT), self.text(self.embed(ids))
+        if self.how == "product":
+            return self.head(a.mean(1) * b.mean(1))
+        if self.how == "cross":
+            return self.head(self.cross(b, a, a)[0].mean(1))
+        return self.head(self.both(torch.cat([a, b], 1)).mean(1))
+
+
+@pytest.mark.parametrize("how", ["product", "cross", "joined"])
+def test_text_is_not_painted_on_the_picture(how: str) -> None:
+    model = Dual(how).double().eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)  # no bias is zero
+    x, ids = torch.randn(2, 3, 16, 16, dtype=F64), torch.randint(11, (2, 16))
+    gm = lg.transform(model, (x, ids))
+    found = lg.attribute(gm, (x, ids), 1, method="fullgrad_plus")
+    assert found.values.shape[0] == 2
+    assert found.values.ndim == 3
+    text = next(m for name, m in found.others.items() if m.shape == (2, 16))
+    assert text.abs().sum() > 0
+    shown = found.values.flatten(1).sum(1) + sum(m.flatten(1).sum(1) for m in found.others.values())
+    torch.testing.assert_close(shown + found.unplaced, found.total)
+    only = lg.attribute(gm, (x, ids), 1, method="input_x_gradient")
+    assert only.values.shape == (2, 16, 16)
+    assert [m.shape for m in only.others.values()] == [(2, 16)]
+
+
+class Segments(nn.Module):
+    """Two inputs of one sequence, added position by position, and a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.word, self.kind = nn.Embedding(11, 8), nn.Embedding(2, 8)
+        self.tower, self.head = Tower(1), nn.Linear(8, 3)
+
+    def forward(self, ids: torch.Tensor, kinds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = (self.word(ids) + self.kind(kinds)) * mask[..., None]
+        return self.head(self.tower(x).mean(1))
+
+
+def test_inputs_of_the_same_positions_share_a_map() -> None:
+    model, ids = Segments().double().eval(), torch.randint(11, (2, 5))
+    inputs = (ids, ids % 2, torch.ones_like(ids))
+    found = lg.attribute(lg.transform(model, inputs), inputs, 1)
+    assert not found.others
+    torch.testing.assert_close(found.values.sum(1) + found.unplaced, found.total)
+    assert found.completeness_error.max() < 1e-10
+
+
+class Named(nn.Module):
+    """Blocks under one of the ways in which people name them."""
+
+    def __init__(self, names: list[str], flat: bool) -> None:
+        super().__init__()
+        make = lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)  # noqa: E731
+        self.flat, self.names = flat, names
+        holder: Any = self if flat else nn.Module()
+        for name in names:
+            holder.add_module(name, make())
+        if not flat:
+            self.encoder = holder
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for name in self.names:
+            x = (self if self.flat else self.encoder).get_submodule(name)(x)
+        return self.head(x.mean(1))
+
+
+NAMES = [
+    ["encoder_layer_0", "encoder_layer_1", "encoder_layer_2"], ["block1", "block2"], ["0", "1", "2"],
+    ["first", "second", "third"], ["b", "a"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", NAMES, ids=lambda n: n[0])
+@pytest.mark.parametrize("flat", [True, False])
+def test_blocks_are_found_by_what_they_are(names: list[str], flat: bool) -> None:
+    model, x = Named(names, flat).double().eval(), torch.randn(2, 5, 8, dtype=F64)
+    gm = lg.transform(model, x)
+    assert blocks(gm) == [n if flat else f"encoder.{n}" for n in names]
+    found = lg.attribute(gm, x, 1, method="fullgrad_plus")
+    assert found.completeness_error.max() < 1e-10
+    torch.testing.assert_close(found.values.sum(1) + found.unplaced, found.total)
+    # over several blocks the map adds up to more than the output, and says so
+    assert (found.total - found.output).abs().max() > 1e-6
+    plain = lg.attribute(lg.trace(model, x), x, 1, method="fullgrad_plus")
+    assert plain.completeness_error.max() > 1e-6
+
+
+def test_blocks_of_torchvisions_vit() -> None:
+    torchvision = pytest.importorskip("torchvision", reason="needs torchvision (extra: models)")
+    model = torchvision.models.VisionTransformer(32, 8, 3, 2, 16, 32, num_classes=5).double().eval()
+    gm = lg.transform(model, torch.randn(2, 3, 32, 32, dtype=F64))
+    assert blocks(gm) == [f"encoder.layers.encoder_layer_{i}" for i in range(3)]
