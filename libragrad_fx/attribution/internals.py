@@ -131,7 +131,7 @@ def positions(
             signal |= found[node]
     alike = {name: frozenset(group) for group in nx.connected_components(shared) for name in group}
     return {
-        n: frozenset().union(*(alike.get(name, {name}) for name in names)) & signal
+        n: frozenset().union(*(alike.get(name, {name}) for name in names)) & signal or names
         for n, names in found.items()
     }
 
