@@ -68,7 +68,7 @@ def transform(
     if isinstance(model, (CapturedModule, CutModule)):
         return _again(model, policy, on_unknown, rules)
     options = {"policy": policy, "on_unknown": on_unknown, "rules": rules, "check": check}
-    with ONE_AT_A_TIME:  # while one thread traces a model, another must not run it
+    with ONE_AT_A_TIME:  # a second transform, of this model or another, waits
         try:
             return _one_graph(model, example_inputs, **options)
         except ExportError as refusal:

@@ -221,13 +221,8 @@ def size_of(size: Any) -> int | str:
 def _conditions(program: ExportedProgram) -> list[str]:
     """What the trace took for granted of free sizes: each branch taken on one, and their ranges."""
     values = (n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder")
-    shapes = [t.shape for t in values if isinstance(t, torch.Tensor)]
-    free = [
-        d
-        for shape in shapes
-        for d in shape
-        if not isinstance(d, int) and isinstance(size_of(d), str)
-    ]
+    sizes: list[Any] = [d for t in values if isinstance(t, torch.Tensor) for d in t.shape]
+    free = [d for d in sizes if isinstance(size_of(d), str)]
     if not free:
         return []
     env = free[0].node.shape_env

@@ -89,7 +89,7 @@ def _parametric(traced: GraphModule) -> tuple[GraphModule, list[torch.Tensor]]:
         value = getattr(traced, str(node.target))
         if not isinstance(value, torch.Tensor):
             raise CaptureError(f"the recorded ops hold a sub-graph ({node.target})")
-        if torch._C._functorch.is_functorch_wrapped_tensor(value):  # pyright: ignore
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):  # pyright: ignore[reportAttributeAccessIssue]
             raise CaptureError("it maps over tensors (torch.vmap, torch.func) that are not its own")
         if id(value) not in known:
             with graph.inserting_after(behind) if behind is not None else contextlib.nullcontext():
