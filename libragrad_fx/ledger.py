@@ -77,17 +77,17 @@ def sites(trace: Trace, analysis: Analysis, balanced: bool) -> tuple[Site, ...]:
         explicit = fact is not None and kind_of(node, fact) in _EXPLICIT
         bias = None if fact is None else _bias_name(node, fact, live)
         where = (module_path(node), source_line(node))
-        batch = _batch_axis(node, symbol)
+        value = node.meta.get("val")
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        batch = tuple(_batch_axis(v, symbol) for v in values)
         starts = fact is not None and fact.kind is Kind.EMBEDDING and not live
         name = op_name(node.target)
         found.append(Site(node.name, name, *where, live, bias, explicit, batch, starts))
     return tuple(found)
 
 
-def _batch_axis(node: Node, symbol: str | None) -> int | None:
+def _batch_axis(value: Any, symbol: str | None) -> int | None:
     """The first axis whose traced size is the batch size or a multiple of it."""
-    value = node.meta.get("val")
-    value = value[0] if isinstance(value, (tuple, list)) else value
     if symbol is None or not isinstance(value, torch.Tensor):
         return 0
     mentions = (i for i, d in enumerate(value.shape) if symbol in re.findall(r"\w+", str(d)))
@@ -388,7 +388,7 @@ def settle(
         sites = [s for s in recorder.table.values() if s.node in found]
         if not name:  # one graph: the target is the last that reads
             found[_OUTPUT].out = total
-            sites.append(Site(_OUTPUT, "target", "", "", (), None, False, None))
+            sites.append(Site(_OUTPUT, "target", "", "", (), None, False, ()))
         rows += [_row(s, name, found[s.node], recorder.starts) for s in sites]
     whole = recorders[0][1] if len(recorders) == 1 and not recorders[0][0] else None
     boundaries = tuple(_boundaries(whole, total)) if whole else ()

@@ -221,7 +221,8 @@ class Site:
     bias:     how its own constant is computed (a name of ``ops.bias``), None if it has none
     explicit: whether that constant is a term of the op itself (a bias, a beta, ``x + 1``) and not
               the value at zero of a non-linearity
-    batch:    which axis of its output counts samples (or samples times windows), None if unknown
+    batch:    for each of its outputs which axis counts samples (or samples times windows), None if
+              unknown
     starts:   whether the signal starts here (an embedding indexed by the input)
     """
 
@@ -232,7 +233,7 @@ class Site:
     live: tuple[str, ...]
     bias: str | None
     explicit: bool
-    batch: int | None
+    batch: tuple[int | None, ...]
     starts: bool = False
 
 

@@ -34,8 +34,8 @@ class Internals:
     output:  (B,) what is explained, one number a sample
     inputs:  name -> (x, df/dx) for every floating-point input (or embedded token sequence)
     layers:  module path -> (h, df/dh) for the input h of each module asked for
-    biases:  (site, b, df/db) for the additive constants that are not upstream of the first layer;
-             b and df/db have the shape of the op's output
+    biases:  (site, axis, b, df/db) for the additive constants that are not upstream of the first
+             layer; b and df/db have the shape of the op's output, ``axis`` counts its samples
     shapes:  shapes of the values upstream of the first layer, in graph order
     before:  module path -> the nodes and inputs that the layer's input is computed from
     tokens:  node, input or module path -> the inputs whose positions it has (see ``positions``)
@@ -44,7 +44,7 @@ class Internals:
     output: torch.Tensor
     inputs: Mapping[str, Pair]
     layers: Mapping[str, Pair]
-    biases: tuple[tuple[Site, torch.Tensor, torch.Tensor], ...]
+    biases: tuple[tuple[Site, int | None, torch.Tensor, torch.Tensor], ...]
     shapes: tuple[tuple[int, ...], ...]
     before: Mapping[str, frozenset[str]]
     tokens: Mapping[str, frozenset[str]]
@@ -76,7 +76,7 @@ def observe(
         watch = _Watch(module, set(taps.values()), upstream, biases)
         each = select_each(watch.run(*flat_arguments(module, args, kwargs)), target)
         wanted = [*watch.sources.values(), *(watch.kept[n] for n in taps.values())]
-        wanted += [t for _, _, t in watch.terms]
+        wanted += [t for *_, t in watch.terms]
         grads = torch.autograd.grad(each.sum(), wanted, allow_unused=True)
     found = iter([
         (t.detach(), torch.zeros_like(t) if g is None else g) for t, g in zip(wanted, grads, strict=True)
@@ -84,8 +84,8 @@ def observe(
     sources = {name: next(found) for name in watch.sources}
     tapped = {path: next(found) for path in taps}
     terms = tuple(
-        (site, _finite(b.expand_as(t), g), g)
-        for (site, b, t), (_, g) in zip(watch.terms, found, strict=True)
+        (site, axis, _finite(b.expand_as(t), g), g)
+        for (site, axis, b, t), (_, g) in zip(watch.terms, found, strict=True)
     )
     before = {p: frozenset(map(_source_name, _ancestors(tap))) for p, tap in taps.items()}
     where = positions(module, watch.sizes, sources)
@@ -99,9 +99,9 @@ def positions(
 ) -> dict[Node, frozenset[str]]:
     """The inputs whose positions (tokens, pixels) each node's value has.
 
-    A value has the positions of all that it is computed from. Two exceptions: attention and matrix
-    products have those of their first operand (queries, rows), and inputs whose values are added or
-    multiplied position by position (word and segment embeddings) share their positions.
+    A value has the positions of all that it is computed from, with two exceptions. Attention, matrix
+    products and layer norms have those of their first operand (queries, rows). Inputs whose values
+    are added or multiplied position by position (word and segment embeddings) share their positions.
 
     Args:
         sizes: node -> shape of its value in this run, of tensors and of tuples of them (``()``).
@@ -116,9 +116,9 @@ def positions(
         map_arg(node.kwargs.get("_output", node.args), read.append)
         carried = [n for n in dict.fromkeys(read) if found[n]]
         if node.target is insert.guard:
-            found[node] = frozenset([str(node.args[1])])
-            signal |= found[node] if str(node.args[1]) in floating else set()
-        elif getattr(aten_op(node), "_opname", "") in _MEET:
+            found[node] = frozenset([_source_name(node)])
+            signal |= found[node] & set(floating)
+        elif _packet_name(node) in _MEET:
             found[node] = found[carried[0]] if carried else frozenset()
         elif node.target in (insert.sizes, insert.structure) or node not in sizes:
             found[node] = frozenset()  # a number has no positions
@@ -137,10 +137,10 @@ def positions(
 
 
 def _by_position(node: Node, read: Sequence[Node], sizes: Mapping[Node, tuple[int, ...]]) -> bool:
-    shape = sizes.get(node, ())
-    op = getattr(aten_op(node), "_opname", "")
-    if op not in ("add", "add_", "sub", "mul", "mul_"):
+    """Whether the operands meet element by element, over more than one position."""
+    if _packet_name(node) not in ("add", "add_", "sub", "mul", "mul_"):
         return False
+    shape = sizes.get(node, ())
     return len(shape) > 2 and shape[1] > 1 and all(sizes.get(n) == shape for n in read)
 
 
@@ -169,6 +169,10 @@ def layer_input(module: CapturedModule, path: str) -> Node:
     raise InputError(f"no module {path!r} is called with a tensor in this graph{hint}")
 
 
+def _packet_name(node: Node) -> str:
+    return getattr(aten_op(node), "_opname", "")
+
+
 def _source_name(node: Node) -> str:
     return str(node.args[1]) if node.target is insert.guard else node.name
 
@@ -182,6 +186,13 @@ def _ancestors(node: Node) -> set[Node]:
             seen.add(current)
             stack.extend(current.all_input_nodes)
     return seen
+
+
+def _shape(y: Any) -> tuple[int, ...] | None:
+    """The shape of a tensor, ``()`` for a tuple of them; None for a number."""
+    if isinstance(y, torch.Tensor):
+        return tuple(y.shape)
+    return () if isinstance(y, (tuple, list)) else None
 
 
 class _Watch(Running):
@@ -200,7 +211,7 @@ class _Watch(Running):
         self.table = {s.node: s for s in sites if s.bias and biases and s.node not in skip}
         self.kept: dict[Node, torch.Tensor] = {}
         self.sources: dict[str, torch.Tensor] = {}
-        self.terms: list[tuple[Site, torch.Tensor, torch.Tensor]] = []
+        self.terms: list[tuple[Site, int | None, torch.Tensor, torch.Tensor]] = []
         self.shapes: list[tuple[int, ...]] = []
         self.sizes: dict[Node, tuple[int, ...]] = {}
 
@@ -210,8 +221,8 @@ class _Watch(Running):
             y = self._start(str(n.args[1]), y)
         elif n.name in self.started:
             y = self._start(n.name, y)
-        if isinstance(y, (torch.Tensor, tuple, list)):
-            self.sizes[n] = tuple(y.shape) if isinstance(y, torch.Tensor) else ()
+        if (shape := _shape(y)) is not None:
+            self.sizes[n] = shape
         if n in self.taps:
             self.kept[n] = y
         if n in self.upstream:
@@ -233,6 +244,6 @@ class _Watch(Running):
         bias = site_bias(site, n, *self.fetch_args_kwargs_from_env(n))
         ys = y if isinstance(y, (tuple, list)) else (y,)
         bs = bias if isinstance(bias, (tuple, list)) else (bias,)
-        for t, b in zip(ys, bs, strict=True):
+        for axis, t, b in zip(site.batch, ys, bs, strict=True):
             if b is not None and t.requires_grad:
-                self.terms.append((site, b, t))
+                self.terms.append((site, axis, b, t))

@@ -85,12 +85,17 @@ def place(term: torch.Tensor, where: Layout, image: tuple[int, int] | None) -> P
         return Placed(term.sum(channel), None, nowhere)
     axis = next((i for i in (1, 2) if term.ndim == 3 and term.shape[i] == where.tokens), None)
     if axis is None:
-        return Placed(None, None, term.flatten(1).sum(1) if term.ndim > 1 else term)
+        return Placed(None, None, summed(term))
     tokens = term.sum(3 - axis)
     if where.grid is None:
         return Placed(tokens, None, nowhere)
     patches = tokens[:, where.prefix :].unflatten(1, where.grid)
     return Placed(patches, tokens[:, : where.prefix] if where.prefix else None, nowhere)
+
+
+def summed(term: torch.Tensor) -> torch.Tensor:
+    """(B,): a term (B, ...) as one number a sample, in float64."""
+    return term.double().flatten(1).sum(1) if term.ndim > 1 else term.double()
 
 
 def by_sample(term: torch.Tensor, axis: int | None, batch: int) -> torch.Tensor:
@@ -99,7 +104,7 @@ def by_sample(term: torch.Tensor, axis: int | None, batch: int) -> torch.Tensor:
     A term without a batch axis belongs to all samples alike; it is shared out equally.
     """
     if axis is not None and term.ndim and term.shape[axis] % batch:
-        # of several outputs another one: a recurrent layer's state has its layers in front
+        # a graph of one fixed batch names no axis (``Site.batch`` says the first): the one that fits
         axis = next((i for i, n in enumerate(term.shape) if n == batch), None)
     if axis is None or term.ndim == 0:
         return (term / batch).expand(batch, *term.shape)

@@ -93,7 +93,9 @@ def attribute(
         raise InputError(
             f"the target callable gave {batch} numbers; attribute wants one for each sample"
         )
-    biases = [(s.node, maps.by_sample(product(b, g), s.batch, batch)) for s, b, g in seen.biases]
+    biases = [
+        (site.node, maps.by_sample(product(b, g), axis, batch)) for site, axis, b, g in seen.biases
+    ]
     expected = _expected(seen, products, biases, plus)
     return _assemble(seen, products, biases, expected, method, tuple(paths))
 
@@ -109,17 +111,13 @@ def _expected(
     output = seen.output.double()
     if not plus or not seen.before:
         return output
-    sums = [(name, _summed(b)) for name, b in biases]
-    sources = [(name, _summed(product(x, g))) for name, (x, g) in seen.inputs.items()]
+    sums = [(name, maps.summed(b)) for name, b in biases]
+    sources = [(name, maps.summed(product(x, g))) for name, (x, g) in seen.inputs.items()]
     whole = torch.zeros_like(output) + sum(s for _, s in sums)
     for path in products:
         before = seen.before[path]
         whole = whole + output - sum(s for name, s in [*sources, *sums] if name not in before)
     return whole
-
-
-def _summed(term: torch.Tensor) -> torch.Tensor:
-    return term.double().flatten(1).sum(1) if term.ndim > 1 else term.double()
 
 
 def _assemble(
@@ -159,7 +157,7 @@ def _assemble(
         for p in ps
         if source != main and p.prefix is not None
     ]
-    total = torch.stack([_summed(t) for _, t in terms]).sum(0)
+    total = torch.stack([maps.summed(t) for _, t in terms]).sum(0)
     return Attribution(
         values=placed[main],
         prefix=torch.stack(prefix).sum(0) if prefix else None,

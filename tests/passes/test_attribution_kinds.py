@@ -62,6 +62,32 @@ def test_each_term_is_counted_once(kind: str) -> None:
     assert lg.verify(model, gm, ids, 1).ok
 
 
+class State(nn.Module):
+    """Reads the last state of a recurrent network, whose layers lie in front of the samples."""
+
+    def __init__(self, kind: str, layers: int) -> None:
+        super().__init__()
+        self.net = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[kind](
+            6, 6, layers, batch_first=True
+        )
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = self.net(x)[1]
+        return self.head((state[0] if isinstance(state, tuple) else state).sum(0))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize(("layers", "batch"), [(1, 2), (2, 2), (4, 2), (2, 3)])
+def test_a_sample_is_explained_as_it_is_alone(kind: str, layers: int, batch: int) -> None:
+    model, x = State(kind, layers).double().eval(), torch.randn(batch, 5, 6, dtype=F64)
+    gm = lg.transform(model, x)
+    found = lg.attribute(gm, x, 1)
+    alone = torch.cat([lg.attribute(gm, x[i : i + 1], 1).total for i in range(batch)])
+    torch.testing.assert_close(found.total, alone)
+    assert found.completeness_error.max() < 1e-10
+
+
 class Tower(nn.Module):
     def __init__(self, layers: int) -> None:
         super().__init__()
