@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Container, Mapping
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -58,8 +59,21 @@ def operands(node: Node, names: tuple[str, ...]) -> list[tuple[str, Node]]:
 
 def is_affine(node: Node, fact: OpFacts) -> bool:
     """Whether a literal of this call makes the op affine (batch norm that does not train)."""
-    values = bind(aten_op(node), node.args, node.kwargs) if fact.affine_if else {}
-    return bool(fact.affine_if) and all(values[k] == v for k, v in fact.affine_if.items())
+    return _says(node, fact.affine_if)
+
+
+def _says(node: Node, wanted: Mapping[str, Any]) -> bool:
+    """Whether a call has all the literal arguments that are wanted, of which there are some."""
+    values = bind(aten_op(node), node.args, node.kwargs) if wanted else {}
+    return bool(wanted) and all(values[k] == v for k, v in wanted.items())
+
+
+def summands(node: Node, fact: OpFacts) -> list[Any]:
+    """What a linear op adds up: values and numbers, members of lists one by one."""
+    values = bind(aten_op(node), node.args, node.kwargs)
+    given = [values.get(name) for name in fact.stream]
+    members = [v if isinstance(v, (list, tuple)) else [v] for v in given]
+    return [m for several in members for m in several if m is not None]
 
 
 def kind_of(node: Node, fact: OpFacts) -> Kind:
@@ -85,7 +99,7 @@ class _Analyzer:
         self.groups: dict[str, dict[str, list[tuple[str, Node]]]] = {}
         for node in self.nodes:
             fact = self.book.fact(node.target) if _is_op(node) else None
-            if fact is not None:
+            if fact is not None and not _says(node, fact.unless):
                 self.facts[node.name] = fact
                 self.groups[node.name] = {g: operands(node, getattr(fact, g)) for g in _GROUPS}
         self.zeros = self._zeros()
@@ -188,14 +202,11 @@ class _Analyzer:
             if name in _ZEROS or filled:
                 zeros.add(node.name)
             elif fact is not None and (groups := self.groups[node.name]):
-                streams, factors = groups["stream"], groups["factors"]
-                if fact.kind is Kind.PRODUCT and any(n.name in zeros for _, n in factors):
-                    if all(n.name in zeros for _, n in streams):
-                        zeros.add(node.name)
-                elif fact.kind is Kind.LINEAR and name not in ("aten.fill.Scalar",):
-                    whole = len(streams) == len(node.all_input_nodes) == 1
-                    if whole and streams[0][1].name in zeros and _moves_only(node):
-                        zeros.add(node.name)
+                nothing = all(_is_zero(m, zeros) for m in summands(node, fact))
+                if fact.kind is Kind.PRODUCT:
+                    nothing &= any(n.name in zeros for _, n in groups["factors"])
+                if nothing and fact.kind in (Kind.PRODUCT, Kind.LINEAR) and not fact.constant:
+                    zeros.add(node.name)
         return zeros
 
     # --- backwards
@@ -211,8 +222,10 @@ class _Analyzer:
         for node in self._results():
             while (fact := self.facts.get(node.name)) and fact.kind is Kind.LINEAR:
                 carriers = self.carriers(node)
-                if len(carriers) != 1 or len(node.all_input_nodes) != 1 or not _moves_only(node):
+                if len(carriers) != 1 or len(node.all_input_nodes) != 1 or fact.constant:
                     break
+                if any(m is not carriers[0][1] and m != 0 for m in summands(node, fact)):
+                    break  # it adds something: what comes out is no gate
                 node = carriers[0][1]
             if fact is not None and fact.kind is Kind.GATE_SOURCE and fact.rank > _RANK_ODD:
                 heads.append(node)
@@ -313,10 +326,8 @@ def _is_op(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload)
 
 
-def _moves_only(node: Node) -> bool:
-    """Whether a linear op of one operand has no constant of its own (``add(x, 1)`` has one)."""
-    name = op_name(node.target).split(".")[1]
-    return name not in ("add", "sub", "rsub", "pad", "constant_pad_nd", "masked_fill", "where")
+def _is_zero(value: Any, zeros: Container[str]) -> bool:
+    return value.name in zeros if isinstance(value, Node) else value == 0
 
 
 def live_operands(node: Node, analysis: Analysis) -> Mapping[str, Node]:

@@ -105,6 +105,8 @@ def _bias_name(node: Node, fact: OpFacts, live: Sequence[str]) -> str | None:
         return None  # what only modulates has no zero to measure from
     if fact.kind is Kind.PRODUCT and not any(k.partition("[")[0] in multiplied for k in live):
         return "at_zero"  # only its offset is live: the product is a constant
+    if fact.constant:
+        return "at_zero"
     streams = bind(aten_op(node), node.args, node.kwargs)
     for name in fact.stream:
         value, members = streams.get(name), {}

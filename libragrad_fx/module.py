@@ -34,6 +34,9 @@ _INSERTS = {
 }  # fmt: skip
 
 
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made
+
+
 class Structure(torch.nn.Module):
     """Puts tensors back into a structure that fx cannot spell (a dataclass such as ModelOutput)."""
 
@@ -91,7 +94,9 @@ def shell_tree(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
 
 
 def _shell(module: torch.nn.Module) -> torch.nn.Module:
-    shell = type(module).__new__(type(module))
+    # past a ``__new__`` of the class, which may want arguments
+    builtin: Any = next(c for c in type(module).__mro__ if not c.__flags__ & _HEAP_TYPE)
+    shell = builtin.__new__(type(module))
     blank = torch.nn.Module()
     state = {k: copy.copy(v) if isinstance(v, (dict, set)) else v for k, v in vars(module).items()}
     shell.__dict__.update(state)

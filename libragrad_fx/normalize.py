@@ -22,14 +22,16 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.capture import Call, Capture, size_of
-from libragrad_fx.errors import CaptureError
+from libragrad_fx.errors import CaptureError, ExportError
 from libragrad_fx.module import CapturedModule, Record, Structure, shell_tree
 from libragrad_fx.ops import insert
+from libragrad_fx.ops.twin import bind
 from libragrad_fx.types import ArgSpec, ModuleCall, Trace
 
 aten = torch.ops.aten
 _CONSTANT_TYPES = (int, float, bool, str, type(None), torch.dtype, torch.device)
 _BUILTIN_NODES = (tuple, list, dict, type(None))
+_WRITES = {"slice_scatter", "select_scatter", "diagonal_scatter"}
 _DROPPED = {
     "_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range",
     "sym_constrain_range_for_size",
@@ -44,7 +46,8 @@ def normalize(model: torch.nn.Module, captured: Capture) -> Trace:
     """Build the normal form of ``captured`` on shells of ``model``'s modules.
 
     Raises:
-        CaptureError: the program writes into its inputs, or holds sub-graphs (``cond``, ``scan``).
+        CaptureError: the program writes into its inputs.
+        ExportError: it holds sub-graphs (``cond``, ``scan``).
     """
     return _Normaliser(model, captured).run()
 
@@ -73,16 +76,16 @@ class _Normaliser:
             if node.op == "call_function":
                 self._op(node)
             elif node.op == "get_attr":
-                raise CaptureError(
+                raise ExportError(
                     f"the graph holds a sub-graph ({', '.join(str(u.target) for u in node.users)});"
                     " control flow as a higher-order op is not handled: use torch.where"
                 )
         self._outputs()
-        _drop_unused_lookups(self.graph)
+        calls = tuple(filter(None, (self._call(i, c) for i, c in enumerate(self.captured.calls))))
+        _drop_unused_lookups(self.graph, calls)
         forced = tuple(sorted(self.captured.forced))
         record = Record(self.model.training, tuple(dict.fromkeys(self.pins)), forced)
         module = CapturedModule(self.root, self.graph, record)
-        calls = tuple(filter(None, (self._call(i, c) for i, c in enumerate(self.captured.calls))))
         return Trace(module, tuple(self.specs), calls, self.captured.notes)
 
     # --- arguments
@@ -240,7 +243,7 @@ class _Normaliser:
         if name in _DROPPED:
             return
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise CaptureError(f"the graph holds a higher-order op ({node.target}): not handled")
+            raise ExportError(f"the graph holds a higher-order op ({node.target}): not handled")
         if name in _BATCH_NORMS:
             self.env[node.name] = self._emit(
                 aten.batch_norm.default, _batch_norm(name, args), {}, node
@@ -251,6 +254,12 @@ class _Normaliser:
             self.env[node.name] = self._emit(aten.reshape.default, args, kwargs, node)
         elif name == "div" and kwargs.get("rounding_mode", "") is None:
             self.env[node.name] = self._emit(aten.div.Tensor, args, {}, node)
+        elif name == "sgn" and not node.meta["val"].is_complex():  # of real numbers they are one op
+            self.env[node.name] = self._emit(aten.sign.default, args, {}, node)
+        elif name in ("var_mean", "std_mean"):
+            self.env[node.name] = self._emit(*_corrected(node.target, args, kwargs), node)
+        elif name in _WRITES and node.meta["val"].is_complex():
+            self.env[node.name] = self._complex_write(node, *args, **kwargs)
         elif name == "copy":
             self.env[node.name] = self._copy(node, *args[:2])
         else:
@@ -265,6 +274,27 @@ class _Normaliser:
         if target is aten.batch_norm.default and isinstance(new.meta["val"], (tuple, list)):
             new.meta["val"] = new.meta["val"][0]
         self.last = new
+        return new
+
+    def _complex_write(self, node: Node, x: Node, part: Node, *where: Any, **rest: Any) -> Node:
+        """A write into a part of complex numbers, as one of pairs: PyTorch has no derivative of the
+        functional form, though it has one of the write in place that it stands for."""
+        pairs = [self._pairs(node, v) for v in (x, part)]
+        if node.target is aten.diagonal_scatter.default:  # the diagonal is the last axis
+            pairs[1] = self._made(node, aten.transpose.int, pairs[1], -1, -2)
+        rank, given = node.meta["val"].ndim, bind(node.target, (x, part, *where), rest)  # type: ignore[arg-type]
+        places = [v % rank if k.startswith("dim") else v for k, v in given.items()]
+        written = self._made(node, node.target, *pairs, *places[2:])
+        return self._emit(aten.view_as_complex.default, (written,), {}, node)
+
+    def _pairs(self, node: Node, x: Node) -> Node:
+        plain = self._made(node, aten.resolve_conj.default, x)
+        return self._made(node, aten.view_as_real.default, plain)
+
+    def _made(self, like: Node, target: Any, *args: Any) -> Node:
+        """An op that the exported graph has not."""
+        new = self._emit(target, args, {}, like)
+        new.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]))
         return new
 
     def _copy(self, node: Node, into: Node, source: Node) -> Node:
@@ -396,6 +426,16 @@ def _passed(
     return {**found, **kwargs}
 
 
+def _corrected(target: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The overload that the others of an op of two moments come down to."""
+    x, *given = bind(target, args, kwargs).items()
+    given = dict(given)
+    if "unbiased" in given:
+        given["correction"] = int(given.pop("unbiased"))
+    axes = (x[1], given.pop("dim", None))
+    return target._overloadpacket.correction, axes, given
+
+
 def _is_batch_norm(node: Any) -> bool:
     return isinstance(node, Node) and getattr(node.target, "_opname", "") in _BATCH_NORMS
 
@@ -408,9 +448,11 @@ def _batch_norm(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (x, weight, bias, mean, var, training, *rest[-2:], torch.backends.cudnn.enabled)
 
 
-def _drop_unused_lookups(graph: Graph) -> None:
+def _drop_unused_lookups(graph: Graph, calls: Sequence[ModuleCall]) -> None:
+    """What no op reads and no submodule is handed: a hook gets the arguments of its call."""
+    handed = set(pytree.tree_leaves([(c.args, dict(c.kwargs), c.output) for c in calls]))
     for node in list(graph.nodes):
-        if node.op == "get_attr" and not node.users:
+        if node.op == "get_attr" and not node.users and node not in handed:
             graph.erase_node(node)
 
 

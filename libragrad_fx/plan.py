@@ -10,6 +10,7 @@ from torch.fx import Node
 from libragrad_fx.analyze import finding, is_inexact, kind_of, operands
 from libragrad_fx.errors import NoPathError, UnknownOpError
 from libragrad_fx.normalize import module_path, source_line
+from libragrad_fx.ops import TWINS
 from libragrad_fx.rulebook import RuleBook, op_name
 from libragrad_fx.types import (
     Action,
@@ -139,6 +140,13 @@ class _Planner:
         factors = [
             (k, n) for k, n in operands(node, fact.factors) if self.roles[n.name] is Role.VALUE
         ]
+        if (
+            kind is Kind.EMBEDDING and factors
+        ):  # rows that depend on the input, weighted by what does
+            kind = Kind.PRODUCT
+            factors += [
+                (k, n) for k, n in operands(node, fact.stream) if self.roles[n.name] is Role.VALUE
+            ]
         several = kind is Kind.PRODUCT and len(factors) > 1
         row = self._row(node, kind, "values" if several else "value")
         if row is None:
@@ -150,7 +158,7 @@ class _Planner:
                 self._left(node, row, f"a {kind} op is not balanced under autograd")
         elif fact.degree is not None:
             self._power(node, fact, row)
-        elif any(map(_is_complex, node.all_input_nodes)):
+        elif any(map(_is_complex, node.all_input_nodes)) and not _takes_complex(fact):
             problem = "it carries complex values, and its balanced vjp is for real ones"
             self.unknown.append(finding(node, problem, "compute on the real and imaginary parts"))
         elif fact.vjp is None:
@@ -197,6 +205,14 @@ class _Planner:
     def _gate_outputs(self, node: Node, fact: OpFacts) -> None:
         for user in node.users:
             if user.args[1] in fact.gate_outputs and user.name in self.live:
+                row = self._row(node, Kind.GATE_SOURCE, "value") if fact.vjp else None
+                if row is not None and row.action is Action.KEEP:
+                    self._left(user, row, "an output that is a gate carries")
+                    continue
+                if row is not None:
+                    reason = "an output that is a gate carries: its secant, beside the others"
+                    self._edit(node, row, (), reason, twin=fact.vjp)
+                    return
                 self.unknown.append(
                     finding(
                         user,
@@ -247,6 +263,11 @@ class _Planner:
                 module=module_path(node), source=source_line(node),
             )
         )  # fmt: skip
+
+
+def _takes_complex(fact: OpFacts) -> bool:
+    """Whether a row's twin has a backward for complex values; without a twin the plan says so."""
+    return fact.vjp is None or hasattr(TWINS[fact.vjp], "takes_complex")
 
 
 def _is_complex(node: Node) -> bool:

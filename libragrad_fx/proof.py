@@ -32,6 +32,7 @@ _BY_TWIN = {
     Kind.GATE_SOURCE: "nonlinearity that carries, its secant taken by a twin",
     Kind.NORMALISER: "normaliser, 1/sigma held by a twin",
     Kind.ATTENTION: "attention, its weights held by a twin",
+    Kind.LINEAR: "linear, its output that is a gate scaled by a twin",
     Kind.RECURRENT: "recurrent layer, its gates held by a twin",
 }
 
@@ -140,11 +141,17 @@ def _judge(
     sends = {k for k, _ in passes(node, fact, moving)}
     groups = {k: {s for s in sends if s.partition("[")[0] in getattr(fact, k)} for k in _GROUPS}
     if kind is Kind.EMBEDDING:
-        return "embedding indexed by the input: the signal starts", ""
+        if len(sends) < 2:
+            return "embedding indexed by the input: the signal starts", ""
+        return _scaled(
+            node, 0.5, "rows times weights, scaled by 1/2", "both count its gradient", False
+        )
     if stray := sends - groups["stream"] - groups["factors"] - groups["denominator"]:
         return "", f"{', '.join(sorted(stray))} gets a gradient, though it only modulates"
-    if fact.gate_outputs and any(
-        u.args[1] in fact.gate_outputs for u in node.users if u in reached
+    if (
+        fact.gate_outputs
+        and not hasattr(node.target, "aten_op")
+        and any(u.args[1] in fact.gate_outputs for u in node.users if u in reached)
     ):
         return "", "an output of it that is a gate carries"
     if hasattr(node.target, "aten_op"):

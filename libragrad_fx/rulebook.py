@@ -21,10 +21,12 @@ from libragrad_fx.types import Action, Kind, Location, OpFacts, PolicyRow
 SITES = ("value", "values", "gate", "denominator")
 _LISTS = ("stream", "factors", "gate", "denominator", "like", "once", "gate_outputs")
 _NUMBER = (int, float)
+_ADDED = {"constant": True}  # of a linear op that no test has seen: it may add something of its own
 _HUGE = 1e6  # no degree, rank or value at zero comes near it; nan is not below it
 _TYPES: dict[str, tuple[type, ...]] = {
     "op": (str,), "vjp": (str,), "bias": (str,), "rank": (int,), "degree": _NUMBER,
-    "at_zero": _NUMBER, "affine_if": (Mapping,), "registered_by": (str,),
+    "at_zero": _NUMBER, "affine_if": (Mapping,), "unless": (Mapping,), "registered_by": (str,),
+    "constant": (bool,),
 }  # fmt: skip
 _UNREADABLE = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
 _FIELDS = {f.name for f in dataclasses.fields(OpFacts)} - {"where"}
@@ -71,7 +73,7 @@ class RuleBook:
             RuleError: a row is malformed, or names an op twice.
         """
         if isinstance(rules, (str, Path)):
-            rows = _load_facts(Path(rules))
+            rows = _load_facts(Path(rules), _ADDED)
         elif not isinstance(rules, (list, tuple)) or not all(isinstance(r, Mapping) for r in rules):
             raise RuleError(
                 f"<rules=>: rules are a YAML file or a list of mappings {{op: ..., kind: ...}}; got"
@@ -79,7 +81,7 @@ class RuleBook:
             )
         else:
             rows = _parse_facts(
-                [(dict(r), Location("<rules=>", i + 1)) for i, r in enumerate(rules)]
+                [(dict(r), Location("<rules=>", i + 1)) for i, r in enumerate(rules)], _ADDED
             )
         return dataclasses.replace(self, facts={**self.facts, **rows})
 
@@ -125,11 +127,11 @@ def _shipped_facts(file: Path, changed: int) -> dict[str, OpFacts]:
     return _load_facts(file)
 
 
-def _load_facts(file: Path) -> dict[str, OpFacts]:
+def _load_facts(file: Path, linear: Mapping[str, Any] | None = None) -> dict[str, OpFacts]:
     node, where = _read(file)
     if not isinstance(node, yaml.SequenceNode):
         raise RuleError(f"{where}: a facts file is a list of rows, '- {{op: ..., kind: ...}}'")
-    return _parse_facts([_mapping(child, file) for child in node.value])
+    return _parse_facts([_mapping(child, file) for child in node.value], linear)
 
 
 def _load_policy(file: Path) -> tuple[str, dict[tuple[Kind, str], PolicyRow]]:
@@ -187,9 +189,14 @@ def _construct(node: yaml.Node, where: Location) -> Any:
         raise RuleError(f"{where}: cannot be read: {e}") from e
 
 
-def _parse_facts(items: Iterable[tuple[dict[str, Any], Location]]) -> dict[str, OpFacts]:
+def _parse_facts(
+    items: Iterable[tuple[dict[str, Any], Location]], linear: Mapping[str, Any] | None = None
+) -> dict[str, OpFacts]:
+    """linear: what a row of kind linear says where it does not say otherwise."""
     facts: dict[str, OpFacts] = {}
     for values, where in items:
+        if linear and values.get("kind") == Kind.LINEAR.value:
+            values = {**linear, **values}
         row = _fact_row(values, where)
         if row.op in facts:
             raise RuleError(f"{where}: {row.op} already has a row at {facts[row.op].where}")
@@ -209,7 +216,7 @@ def _fact_row(values: dict[str, Any], where: Location) -> OpFacts:
                 f"{where}: {key!r} must be a list of {wanted.__name__}, got {values[key]!r}"
             )
     for key, types in _TYPES.items():
-        number = isinstance(values.get(key), _NUMBER)
+        number = types != (bool,) and isinstance(values.get(key), _NUMBER)
         if number and (isinstance(values[key], bool) or not abs(values[key]) < _HUGE):
             raise RuleError(f"{where}: {key!r} must be a finite number, got {values[key]!r:.40}")
         if key == "degree" and values.get(key) == 0:
@@ -226,6 +233,10 @@ def _fact_row(values: dict[str, Any], where: Location) -> OpFacts:
         )
     if row.bias not in BIASES:
         raise RuleError(f"{where}: no bias {row.bias!r}; there are {', '.join(sorted(BIASES))}")
+    if row.constant and row.kind is not Kind.LINEAR:
+        raise RuleError(
+            f"{where}: 'constant' is for linear ops; of a {row.kind} op, 'bias' says what it adds"
+        )
     if not row.operands and row.kind is not Kind.CUT:
         raise RuleError(
             f"{where}: {row.op} names no operand (stream, factors, gate or denominator)"
@@ -253,7 +264,7 @@ def _check_schema(row: OpFacts) -> None:
         kind = arguments.get(name, "Tensor")
         if not any(tensor in kind for tensor in ("Tensor", "Scalar", "number", "float")):
             raise RuleError(f"{row.where}: {name!r} of {row.op} is no tensor but {kind}")
-    for name in (*row.operands, *row.like, *row.once, *row.affine_if):
+    for name in (*row.operands, *row.like, *row.once, *row.affine_if, *row.unless):
         if name not in arguments:
             raise RuleError(
                 f"{row.where}: {row.op} has no argument {name!r}; it has {', '.join(sorted(arguments))}"

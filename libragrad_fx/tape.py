@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -61,7 +64,7 @@ def record(model: nn.Module, args: Any, kwargs: Any) -> Tape:
 
     tensors = [moving(leaves[i]).clone() for i in places]
     try:
-        with traced_as_run():
+        with traced_as_run(), _written_out():
             traced = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False)(*tensors)
     except LibraGradError:
         raise
@@ -80,8 +83,31 @@ def record(model: nn.Module, args: Any, kwargs: Any) -> Tape:
     return Tape(*_parametric(traced), outputs, restore)
 
 
+@contextlib.contextmanager
+def _written_out() -> Iterator[None]:
+    """Control flow as an op (``cond``, ``while_loop``), and attention with functions of its own, run as
+    what they do for these values."""
+    dispatch = HigherOrderOperator.dispatch
+
+    def run(self: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
+        dense = self.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
+        return (dense or functools.partial(dispatch, self, key))(*args, **kwargs)
+
+    with mock.patch.object(HigherOrderOperator, "dispatch", run):
+        yield
+
+
+def _has_effect(node: torch.fx.Node) -> bool:
+    """Whether a node matters though nobody reads it. What Python asked of values has been answered."""
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload):
+        return node.op != "call_function"
+    return op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags
+
+
 def _parametric(traced: GraphModule) -> tuple[GraphModule, list[torch.Tensor]]:
     """A graph that takes what it read as attributes, and these tensors."""
+    traced.graph.eliminate_dead_code(_has_effect)
     graph, held, known = traced.graph, list[torch.Tensor](), dict[int, torch.fx.Node]()
     last = [n for n in graph.nodes if n.op == "placeholder"]
     behind = last[-1] if last else None

@@ -92,7 +92,9 @@ class OpFacts:
     rank: int = 0
     degree: float | None = None
     gate_outputs: tuple[int, ...] = ()
-    affine_if: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+    constant: bool = False
+    affine_if: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    unless: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     registered_by: str | None = None
 
     @property

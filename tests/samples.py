@@ -273,7 +273,74 @@ def _attention() -> list[Builder]:
 
 _ADAPTIVE = {1: [3], 2: [3, 2], 3: [3, 2, 2]}
 
+_BOXES = lambda: torch.tensor([[0, 0.3, 0.2, 4.1, 3.7], [1, 1.0, 0.6, 4.9, 4.4]]).double()  # noqa: E731
+_ROWS = lambda: torch.tensor([[0, 1, 1], [2, 0, 1]])  # noqa: E731
+
 BY_HAND: dict[str, list[Builder]] = {
+    "aten.rot90": one(r(3, 4)) + one(r(2, 3, 4), 3, [1, 2]),
+    **{
+        f"aten.max_unpool{d}d": one(
+            r(1, 2, *[2] * d),
+            (torch.arange(2**d) * 2).reshape([1, 1] + [2] * d).repeat(1, 2, *[1] * d),
+            [4] * d,
+            *([[2] * d, [0] * d] if d == 3 else []),
+        )
+        for d in (2, 3)
+    },
+    "aten.take": one(r(3, 4), ids(12, 5)),
+    "aten.put": one(r(3, 4), torch.tensor([1, 7]), r(2)) + one(r(3, 4), torch.tensor([1, 1]), r(2), True),
+    "aten.remainder": one(r(4, 5), 0.6) + one(r(4, 5), lambda: positive(5)),
+    "aten.fmod": one(r(4, 5), 0.6) + one(r(4, 5), lambda: positive(5)),
+    "aten.frac": one(lambda: 3 * randn(4, 5)),
+    "torchvision.roi_align": one(r(2, 3, 6, 6), _BOXES, 1.0, 2, 2, 2, True),
+    "torchvision.ps_roi_align": one(r(2, 8, 6, 6), _BOXES, 1.0, 2, 2, 2),
+    "torchvision.ps_roi_pool": one(r(2, 8, 6, 6), _BOXES, 1.0, 2, 2),
+    "torchvision.roi_pool": one(r(2, 3, 6, 6), _BOXES, 1.0, 2, 2),
+    "torchvision.deform_conv2d": one(
+        r(2, 4, 5, 5), r(4, 2, 3, 3), r(2, 18, 5, 5), r(2, 9, 5, 5), r(4), 1, 1, 1, 1, 1, 1, 2, 1, True
+    ),
+    "aten.istft": one(c(2, 5, 7), 8, 4, 8, lambda: positive(8)) + one(c(5, 7), 8),
+    "aten.stft": one(r(2, 24), 8, 4, 8, lambda: positive(8), return_complex=True)
+    + one(r(24), 8, None, None, None, False, True, True)
+    + one(r(2, 24), 8, 4, 8, lambda: positive(8), True, "reflect", return_complex=True),
+    "aten.aminmax": one(r(4, 5), dim=1) + one(r(4, 5)),
+    "aten.mode": one(lambda: torch.randint(3, (4, 7)).double()),
+    "aten.scatter_reduce": [
+        b
+        for reduce in ("sum", "mean", "amax", "amin")
+        for inside in (True, False)
+        for b in one(r(3, 3), 1, _ROWS, r(2, 3), reduce, include_self=inside)
+    ],
+    "aten.index_reduce": [
+        b
+        for reduce in ("mean", "amax", "amin")
+        for inside in (True, False)
+        for b in one(r(3, 4), 0, torch.tensor([2, 0, 2]), r(3, 4), reduce, include_self=inside)
+    ],
+    "aten.cdist": one(r(4, 3), r(5, 3)) + one(r(2, 4, 3), r(2, 5, 3), 1.0) + one(r(4, 3), r(5, 3), 3.0),
+    "aten.pdist": one(r(4, 3)) + one(r(4, 3), 3.0),
+    "aten.hypot": one(r(4, 3), r(3)),
+    "aten.acos": one(chances(4, 5)),
+    "aten.erfinv": one(chances(4, 5)),
+    "aten.logaddexp": one(r(4, 5), r(5)),
+    "aten.logaddexp2": one(r(4, 5), r(5)),
+    "aten.logcumsumexp": one(r(4, 5), 1) + one(r(4, 5), 0),
+    "aten.logit": one(lambda: torch.rand(4, 5).double()) + one(lambda: torch.rand(4, 5).double(), 0.2),
+    "aten.special_i1": one(r(4, 5)),
+    "aten.nll_loss_nd": one(r(4, 5), ids(5, 4)) + one(r(2, 5, 3), ids(5, 2, 3), None, 2),
+    "aten.i0": one(r(4, 5)),
+    "aten.special_entr": one(lambda: positive(4, 5)),
+    "aten.lgamma": one(lambda: positive(4, 5)),
+    "aten.mse_loss": one(r(4, 5), r(4, 5)) + one(r(4, 5), r(4, 5), 0) + one(r(4, 5), r(4, 5), 2),
+    "aten.nll_loss": one(r(4, 5), ids(5, 4), lambda: positive(5)) + one(r(4, 5), ids(5, 4), None, 0),
+    "aten.nll_loss2d": one(r(2, 5, 3, 3), ids(5, 2, 3, 3), lambda: positive(5)),
+    "aten.rrelu": one(r(4, 5)) + one(r(4, 5), training=True),
+    "aten.affine_grid_generator": one(r(2, 2, 3), [2, 1, 3, 4], False),
+    "aten.xlogy": one(r(4, 5), lambda: positive(5)) + one(r(4, 5), 2.0),
+    "aten.special_xlog1py": one(r(4, 5), lambda: positive(5)) + one(r(4, 5), 2.0),
+    "aten.sgn": one(c(4, 5)),
+    **{f"aten.{n}_mean.correction": one(r(4, 5), [1], correction=1) for n in ("std", "var")},
+    "aten.linalg_multi_dot": one([r(2, 3), r(3, 4), r(4, 2)]) + one([r(2, 3), r(3, 4)]),
     "transformers.grouped_mm_fallback": one(r(5, 3), r(2, 3, 4), torch.tensor([2, 5])),
     "aten._unsafe_view": one(r(2, 6), [3, 4]),
     "aten._to_copy": one(r(2, 3), dtype=torch.float64),
@@ -329,7 +396,8 @@ BY_HAND: dict[str, list[Builder]] = {
     "aten.native_dropout": one(r(4, 5), 0.5, True),
     "aten.feature_dropout": one(r(4, 5, 3), 0.5, True) + one(r(4, 5, 3), 0.5, False),
     "aten.embedding": one(r(7, 3), ids(7, 2, 4)),
-    "aten.embedding_bag": one(r(7, 3), ids(7, 8), lambda: torch.tensor([0, 3, 5])),
+    "aten.embedding_bag": one(r(7, 3), ids(7, 8), lambda: torch.tensor([0, 3, 5]))
+    + one(r(7, 3), ids(7, 8), torch.tensor([0, 3, 5]), False, 0, False, r(8)),
     "aten.prelu": one(r(2, 3, 4), r(3)),
     "aten._prelu_kernel": one(r(2, 3, 4), r(1, 3, 1)),
     **{f"aten.max_pool{d}d": one(r(2, 3, *[6] * d), [2] * d, [2] * d) for d in (1, 2, 3)},
@@ -448,7 +516,6 @@ BY_OVERLOAD: dict[str, list[Builder]] = {
     "aten.norm.ScalarOpt_dtype": one(r(4, 5), 2, dtype=torch.float64),
     "aten.norm.ScalarOpt_dim_dtype": one(r(4, 5), 3, [1], True, dtype=torch.float64),
     **{f"aten.{n}.correction": one(r(4, 5), [1], correction=0) for n in ("std", "var")},
-    **{f"aten.{n}_mean.correction": one(r(4, 5), [1], correction=1) for n in ("std", "var")},
     "aten.conv2d.padding": one(r(2, 4, 5, 5), r(4, 2, 3, 3), r(4), [1, 1], "same", [1, 1], 2),
 }  # fmt: skip
 
@@ -459,7 +526,8 @@ _UNARY = """
 relu leaky_relu abs hardshrink softshrink nan_to_num hardtanh relu6 neg clone
 gelu silu mish hardswish elu celu selu softplus log_sigmoid square
 sin tan sinh asinh atan asin atanh sinc expm1 log1p cos cosh
-tanh erf sigmoid hardsigmoid erfc special_ndtr exp exp2 log log2 log10 sqrt rsqrt reciprocal
+tanh erf sigmoid hardsigmoid erfc special_ndtr acos erfinv i0 special_i1 special_entr
+exp exp2 log log2 log10 sqrt rsqrt reciprocal
 """
 
 ELEMENTWISE: dict[str, tuple[Any, ...]] = {
@@ -468,5 +536,7 @@ ELEMENTWISE: dict[str, tuple[Any, ...]] = {
     "clamp_min": (-0.5,),
     "clamp_max": (0.5,),
     "threshold": (0.0, -1.0),
+    "logit": (0.01,),
+    "lgamma": (),
     "pow.Tensor_Scalar": (2,),
 }

@@ -28,7 +28,8 @@ def secant_slope(
 
     out: what may be written over, which may be ``x``.
     """
-    if isinstance(slope, float) and not isinstance(at_zero, torch.Tensor) and at_zero == 0:
+    from_zero = not isinstance(at_zero, torch.Tensor) and at_zero == 0
+    if isinstance(slope, float) and from_zero and not x.is_complex():
         return torch.div(y, x, out=out).nan_to_num_(slope, math.inf, -math.inf)
     # below sqrt(eps) the difference y - f(0) is rounding; the limit is right to eps there
     tiny = x.abs() < math.sqrt(torch.finfo(x.dtype).eps)
@@ -51,13 +52,15 @@ def _secant(
 
     def vjp(needs: frozenset[str], g: torch.Tensor, *, slope: torch.Tensor, **_: Any) -> Grads:
         # as g lies in memory, which is how the ops before it mostly want their gradient
-        alike = spent() and slope.stride() == g.stride()
-        return {stream: times_(slope, g) if alike else g * slope}
+        alike = spent() and slope.stride() == g.stride() and not slope.is_complex()
+        return {stream: times_(slope, g) if alike else g * slope.conj()}
 
     if at_zero != 0:  # it reads x once more
-        return twin(op, vjp, forward=forward, extras=("slope",), saves=("slope",))
-    made = twin(op, vjp, forward=forward, over=over, extras=("slope",), saves=("slope",))
-    made.slopes = forward  # type: ignore[attr-defined]
+        made = twin(op, vjp, forward=forward, extras=("slope",), saves=("slope",))
+    else:
+        made = twin(op, vjp, forward=forward, over=over, extras=("slope",), saves=("slope",))
+        made.slopes = forward  # type: ignore[attr-defined]
+    made.takes_complex = True  # type: ignore[attr-defined]
     return made
 
 
@@ -104,6 +107,11 @@ atan = _secant(aten.atan.default, 1.0)
 asin = _secant(aten.asin.default, 1.0)
 atanh = _secant(aten.atanh.default, 1.0)
 erf = _secant(aten.erf.default, 2 / math.sqrt(math.pi))
+i0 = _secant(aten.i0.default, 0.0, 1.0)
+special_i1 = _secant(aten.special_i1.default, 0.5)
+special_entr = _secant(aten.special_entr.default, 0.0)
+erfinv = _secant(aten.erfinv.default, math.sqrt(math.pi) / 2)
+acos = _secant(aten.acos.default, -1.0, math.pi / 2)
 expm1 = _secant(aten.expm1.default, 1.0)
 log1p = _secant(aten.log1p.default, 1.0)
 exp = _secant(aten.exp.default, 1.0, 1.0)
@@ -125,7 +133,7 @@ reciprocal = _secant(aten.reciprocal.default, 0.0)
 
 
 def _square(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor) -> Grads:
-    return {"self": self * g}
+    return {"self": self.conj() * g}
 
 
 def _pow(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, exponent: float) -> Grads:
@@ -133,11 +141,18 @@ def _pow(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, exponent
     if exponent == 0:  # a constant
         return {"self": torch.zeros_like(g)}
     slope = self.pow(exponent - 1)
+    if self.is_complex():
+        return {
+            "self": torch.where(self == 0, 0.0, slope.conj() * g)
+            if exponent < 1
+            else slope.conj() * g
+        }
     return {"self": times_(slope if exponent >= 1 else slope.masked_fill(self == 0, 0.0), g)}
 
 
 square = twin(aten.square.default, _square, saves=("self",))
 pow = twin(aten.pow.Tensor_Scalar, _pow, saves=("self",))
+square.takes_complex = pow.takes_complex = True  # type: ignore[attr-defined]
 
 
 def _pow_tensor(
@@ -201,25 +216,34 @@ prod = twin(aten.prod.default, _prod, saves=("self",))
 prod_dim = twin(aten.prod.dim_int, _prod, saves=("self",), name="prod_dim")
 
 
-LOG_SLOPES = {
-    aten.log.default: 1.0,
-    aten.log2.default: 1 / math.log(2),
-    aten.log10.default: 1 / math.log(10),
+ZEROS = {
+    aten.log.default: (1.0, 1.0),
+    aten.log2.default: (1.0, 1 / math.log(2)),
+    aten.log10.default: (1.0, 1 / math.log(10)),
+    aten.logit.default: (0.5, 4.0),
+    aten.lgamma.default: (1.0, -0.5772156649015329),
 }
+"""Of functions that are infinite at zero: where they are zero, and their slope there."""
 
 
 def _logarithm(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    """Secant through (1, 0), the point where a logarithm is finite and known."""
+    """Secant through the point where a logarithm is zero."""
+    zero, slope = ZEROS[op]
 
     def vjp(
-        needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, result: torch.Tensor
+        needs: frozenset[str],
+        g: torch.Tensor,
+        *,
+        self: torch.Tensor,
+        result: torch.Tensor,
+        **_: Any,
     ) -> Grads:
-        return {"self": secant_slope(self - 1, result, g.new_zeros(()), LOG_SLOPES[op]) * g}
+        return {"self": secant_slope(self - zero, result, g.new_zeros(()), slope) * g}
 
     return twin(op, vjp, saves=("self", "result"))
 
 
-log, log2, log10 = map(_logarithm, LOG_SLOPES)
+log, log2, log10, logit, lgamma = map(_logarithm, ZEROS)
 
 
 def softmax_at_zero(x: torch.Tensor, dim: int) -> torch.Tensor:

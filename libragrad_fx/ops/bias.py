@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from libragrad_fx.ops import recurrent
-from libragrad_fx.ops.activation import LOG_SLOPES, softmax_at_zero
+from libragrad_fx.ops.activation import ZEROS, softmax_at_zero
 from libragrad_fx.ops.twin import bind, spread
 
 Bias = Callable[[Any, Sequence[str], dict[str, Any]], Any]
@@ -96,9 +96,91 @@ def _log_softmax(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
 
 
 def _log(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """The secant of a logarithm goes through (1, 0): log(x) = s (x - 1); its constant is -s."""
-    x = args["self"]
-    return -torch.where(x == 1, LOG_SLOPES[op], _run(op, args) / (x - 1))
+    """The secant of a logarithm goes through (1, 0): log(x) = s (x - 1); its constant is -s.
+
+    Of another function that is infinite at zero, likewise through the point where it is zero.
+    """
+    x, (zero, slope) = args["self"], ZEROS[op]
+    return -zero * torch.where(x == zero, slope, _run(op, args) / (x - zero))
+
+
+def _euler(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
+    """Homogeneous of degree one in all operands: y = Σ ⟨∂y/∂a, a⟩, of which the static ones' share."""
+    given = {k: v for k, v in args.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    static = {k: v for k, v in given.items() if k not in live}
+    if not static:
+        return None
+    call = _DISTANCES.get(op, lambda values: _run(op, values))
+
+    def at(*values: torch.Tensor) -> torch.Tensor:
+        return call({**args, **dict(zip(static, values, strict=True))})
+
+    values = tuple(static.values())
+    return torch.func.jvp(at, values, values)[1]
+
+
+def _euler_of_two(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
+    """The same of degree two: 2 y = Σ ⟨∂y/∂a, a⟩."""
+    share = _euler(op, live, args)
+    return None if share is None else share / 2
+
+
+def _cdist(args: dict[str, Any]) -> torch.Tensor:
+    """``cdist`` in ops that have forward derivatives."""
+    apart = args["x1"].unsqueeze(-2) - args["x2"].unsqueeze(-3)
+    return torch.linalg.vector_norm(apart, ord=args["p"], dim=-1)
+
+
+_DISTANCES: dict[Any, Callable[[dict[str, Any]], torch.Tensor]] = {
+    torch.ops.aten.cdist.default: _cdist
+}
+
+
+def _reduced(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
+    """A sum, a mean or a selection of elements that an index puts together: its static ones' part.
+
+    Each element counts in one place, so its share of the sum of all places is its share there.
+    """
+    source, add = _ADDED_BY[op]
+    names = [n for n in ("self", source) if n not in live]
+    static = [args[n].detach().requires_grad_() for n in names]
+    if not static:
+        return None
+    with torch.enable_grad():
+        y = _run(op, {**args, **dict(zip(names, static, strict=True))})
+        shares = torch.autograd.grad(y.sum(), static)
+    total = torch.zeros_like(args["self"])
+    for name, x, share in zip(names, static, shares, strict=True):
+        part = torch.where(share == 0, 0.0, share * x.detach())
+        total = total + part if name == "self" else add(total, args["dim"], args["index"], part)
+    return total
+
+
+_ADDED_BY: dict[Any, tuple[str, Callable[..., torch.Tensor]]] = {
+    torch.ops.aten.scatter_reduce.two: ("src", torch.scatter_add),
+    torch.ops.aten.index_reduce.default: ("source", torch.index_add),
+}
+
+
+def _offset(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
+    """A function of slope one, in pieces: what it is shifted by."""
+    return _run(op, args) - args["self"]
+
+
+def _entropy_of_two(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
+    """logaddexp(a, b) = <p, (a, b)> + H(p) with p the weights exp(a - y), exp(b - y); and what is
+    static of the first sum."""
+    power = torch.exp2 if op is torch.ops.aten.logaddexp2.default else torch.exp
+    y = _run(op, args)
+    parts = {k: power(args[k] - y) * args[k] for k in ("self", "other") if k in live}
+    return y - sum(parts.values())
+
+
+def _entropies(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
+    """The entropy of logsumexp, of one element, of two, …"""
+    x, dim = args["self"], args["dim"]
+    weights = torch.exp(x - (x.amax(dim, keepdim=True) if x.ndim else x))
+    return _run(op, args) - (weights * x).cumsum(dim) / weights.cumsum(dim)
 
 
 def _shrunk(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
@@ -131,6 +213,12 @@ BIASES: dict[str, Bias] = {
     "log_softmax": _log_softmax,
     "log": _log,
     "shrunk": _shrunk,
+    "euler": _euler,
+    "euler_of_two": _euler_of_two,
+    "reduced": _reduced,
+    "offset": _offset,
+    "entropy_of_two": _entropy_of_two,
+    "entropies": _entropies,
     "beta": _beta,
     "none": _none,
     "recurrent": recurrent.bias,

@@ -203,3 +203,49 @@ group_norm = twin(
 )  # fmt: skip
 instance_norm = twin(aten.instance_norm.default, _instance_norm, saves=_SAVES)
 batch_norm = twin(aten.batch_norm.default, _batch_norm, saves=_SAVES)
+
+
+# --- the scale alone, and what is divided by it
+
+
+def _sgn(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor) -> Grads:
+    """z / |z| with |z| held."""
+    size = self.abs()
+    return {"self": torch.where(size == 0, 0.0, g / size)}
+
+
+def _moments(op: torch._ops.OpOverload, degree: int) -> Callable[..., Any]:
+    """Twin of ``var_mean`` or ``std_mean``, whose first output is homogeneous of ``degree``."""
+
+    def vjp(
+        needs: frozenset[str], g: Any, *, self: torch.Tensor, dim: list[int] | None,
+        correction: float | None, keepdim: bool, **_: Any,
+    ) -> Grads:  # fmt: skip
+        axes = tuple(dim) if dim else tuple(range(self.ndim))
+        count = math.prod(self.shape[a] for a in axes)
+        free = count - (1 if correction is None else correction)
+        scale, mean = (_back(t, axes, keepdim, self) for t in g)
+        grad = torch.zeros_like(self) if mean is None else (mean / count).expand_as(self)
+        if scale is not None:
+            centred = self - self.mean(axes, keepdim=True)
+            if degree == 1:
+                std = (centred * centred).sum(axes, keepdim=True).div(free).sqrt()
+                scale = torch.where(std == 0, 0.0, scale / std)
+            grad = grad + centred / free * scale
+        return {"self": grad}
+
+    return twin(op, vjp, saves=("self",))
+
+
+def _back(g: torch.Tensor | None, axes: Axes, keepdim: bool, x: torch.Tensor) -> Any:
+    """The gradient of a sum over ``axes``, in a shape that broadcasts with what was summed."""
+    if g is None or keepdim:
+        return g
+    gone = {a % max(x.ndim, 1) for a in axes}
+    return g.reshape([1 if i in gone else n for i, n in enumerate(x.shape)])
+
+
+sgn = twin(aten.sgn.default, _sgn, saves=("self",))
+var_mean = _moments(aten.var_mean.correction, 2)
+std_mean = _moments(aten.std_mean.correction, 1)
+sgn.takes_complex = True  # type: ignore[attr-defined]

@@ -200,12 +200,21 @@ def spread(
 def times_(x: torch.Tensor, y: Any) -> torch.Tensor:
     """``x * y`` in the memory of ``x``, which nobody else reads: a new tensor costs more than the
     product. Under ``vmap`` it is a new one, as ``y`` may have more elements there."""
-    return x * y if torch._C._are_functorch_transforms_active() else x.mul_(y)
+    return x * y if batched(y) else x.mul_(y)
+
+
+def batched(y: Any) -> bool:
+    """Whether a tensor may stand for several: ``torch.func``, or ``is_grads_batched`` of autograd."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.compiler.is_compiling() or not isinstance(y, torch.Tensor):
+        return False
+    return torch._C._functorch.is_legacy_batchedtensor(y)  # type: ignore[attr-defined,no-any-return]
 
 
 def minus_(x: torch.Tensor, y: Any, alpha: float = 1.0) -> torch.Tensor:
     """``x - alpha * y`` in the memory of ``x``, as ``times_``."""
-    if torch._C._are_functorch_transforms_active():
+    if batched(y):
         return torch.sub(x, y, alpha=alpha)
     return x.sub_(y, alpha=alpha)
 

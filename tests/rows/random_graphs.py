@@ -50,8 +50,16 @@ _LEFT_OUT = {
     "aten.linalg_cholesky",  # its operand is symmetric
     "aten._fft_c2r",  # does not check its size against its operand's
 }  # fmt: skip
+
+
+def _is_safe(row: OpFacts) -> bool:
+    """Whether an op checks what it is given: those of other libraries may read beside a tensor."""
+    return row.registered_by is None
+
+
 _ROWS = {
-    k: [op for op, r in BOOK.facts.items() if r.kind is k and op not in _LEFT_OUT] for k in Kind
+    k: [op for op, r in BOOK.facts.items() if r.kind is k and op not in _LEFT_OUT and _is_safe(r)]
+    for k in Kind
 }
 
 
@@ -356,7 +364,7 @@ def _free(row: OpFacts, name: str, sample: torch.Tensor) -> bool:
     if name == "offsets":  # of bags: PyTorch does not check them
         return False
     # what is written twice to one place has no gradient of its own: those indices are the sample's
-    return sample.dtype == torch.bool or len(row.operands) == 1
+    return sample.dtype == torch.bool or (len(row.operands) == 1 and not row.once)
 
 
 def _random(op: torch._ops.OpOverload, args: dict[str, Any]) -> bool:

@@ -73,6 +73,10 @@ SECANTS = {  # f(0) and f; the gate is (f(x) - f(0)) / x
     "exp": (1.0, torch.exp), "exp2": (1.0, torch.exp2), "cos": (1.0, torch.cos),
     "cosh": (1.0, torch.cosh), "erfc": (1.0, torch.erfc), "sigmoid": (0.5, torch.sigmoid),
     "hardsigmoid": (0.5, torch.nn.functional.hardsigmoid),
+    "i0": (1.0, torch.i0), 
+    "special_i1": (0.0, torch.special.i1), 
+    "special_entr": (0.0, torch.special.entr),
+    "acos": (math.pi / 2, torch.acos), "erfinv": (0.0, torch.erfinv),
     "asin": (0.0, torch.asin), "atanh": (0.0, torch.atanh), "sinc": (1.0, torch.sinc),
     "special_ndtr": (0.5, lambda x: 0.5 * (1 + torch.erf(x / math.sqrt(2)))),
     "softplus": (math.log(2), torch.nn.functional.softplus),
@@ -91,8 +95,8 @@ def test_gates(name: str) -> None:
 @pytest.mark.parametrize("name", SECANTS)
 def test_secants(name: str) -> None:
     zero, f = SECANTS[name]
-    x = positive(4, 5) - 0.45 if name in ("log1p", "asin", "atanh") else randn(4, 5)
-    x = x / x.abs().max() * 0.9 if name in ("asin", "atanh") else x
+    x = positive(4, 5) - 0.45 if name in ("log1p", "asin", "atanh", "special_entr") else randn(4, 5)
+    x = x / x.abs().max() * 0.9 if name in ("asin", "acos", "atanh", "erfinv") else x
     assert_same_gradients(TWINS[name], lambda x: zero + x * ((f(x) - zero) / x).detach(), [x])
 
 
@@ -139,6 +143,66 @@ def test_products_of_all(zeros: int) -> None:
 def test_logarithms(name: str, base: float) -> None:
     form = lambda x: (x - 1) * (torch.log(x) / math.log(base) / (x - 1)).detach()  # noqa: E731
     assert_same_gradients(TWINS[name], form, [positive(4, 5)])
+
+
+@pytest.mark.parametrize(
+    ("name", "zero"), [("logit", 0.5), ("lgamma", 1)]
+)
+def test_what_is_infinite_at_zero(name: str, zero: float) -> None:
+    plain = getattr(torch, name)
+    form = lambda x: (x - zero) * (plain(x) / (x - zero)).detach()  # noqa: E731
+    assert_same_gradients(TWINS[name], form, [torch.rand(4, 5).double() + int(zero)])
+
+
+@pytest.mark.parametrize("name", [n for n, f in TWINS.items() if hasattr(f, "takes_complex")])
+def test_of_complex_values(name: str) -> None:
+    """The secant of a complex number, as a product with a number that is held."""
+    op, extra = TWINS[name].aten_op, (3,) if name == "pow" else ()
+    z = torch.complex(randn(4, 5), randn(4, 5))
+    try:
+        y = op(z, *extra)
+    except (RuntimeError, NotImplementedError):
+        return  # PyTorch has no such function
+    zero = op(torch.zeros_like(z), *extra) if name not in ("rsqrt", "reciprocal") else 0.0
+
+    def sides(parts: Tensor, twin: bool) -> Tensor:
+        z = torch.view_as_complex(parts)
+        form = lambda: zero + z * ((y - zero) / z).detach()  # noqa: E731
+        return torch.view_as_real(TWINS[name](z, *extra) if twin else form())
+
+    assert_same_gradients(
+        lambda p: sides(p, True), lambda p: sides(p, False), [torch.view_as_real(z).contiguous()]
+    )
+
+
+def test_sgn() -> None:
+    def sides(z: Tensor, twin: bool) -> Tensor:
+        z = torch.view_as_complex(z)
+        return torch.view_as_real(TWINS["sgn"](z) if twin else z / z.abs().detach())
+
+    assert_same_gradients(lambda z: sides(z, True), lambda z: sides(z, False), [randn(4, 5, 2)])
+
+
+@pytest.mark.parametrize("axes", [[1], [0, 2], None, []])
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("correction", [0, 1, None])
+def test_moments(axes: Any, kept: bool, correction: Any) -> None:
+    """x - mean(x) times itself, one of the two held; and likewise over the deviation."""
+    over, held = tuple(axes or range(3)), {"keepdim": kept}
+
+    def var(x: Tensor) -> Tensor:
+        centred = x - x.mean(over, keepdim=True)
+        count = math.prod(x.shape[a] for a in over) - (1 if correction is None else correction)
+        return (centred * centred.detach()).sum(over, **held) / count
+
+    def std(x: Tensor) -> Tensor:
+        deviation = torch.sqrt(var(x)).detach()
+        return var(x) / deviation
+
+    x, options = randn(3, 4, 2), {"correction": correction, **held}
+    for name, form in (("var_mean", var), ("std_mean", std)):
+        twin = lambda x, name=name: TWINS[name](x, axes, **options)  # noqa: E731
+        assert_same_gradients(twin, lambda x, f=form: (f(x), x.mean(over, **held)), [x])
 
 
 def test_softmax() -> None:
@@ -407,7 +471,8 @@ def test_only_the_rows_that_carry_are_pulled_through(name: str) -> None:
 
 TESTED = {
     *GATES, *SECANTS, *GATE_COUNT, "pow_tensor", "pow_scalar", "prod", "prod_dim", "cumprod",
-    "log", "log2", "log10", "softmax", "log_softmax", "glu",
+    "log", "log2", "log10", "logit", "lgamma", "sgn", "var_mean", "std_mean",
+    "softmax", "log_softmax", "glu",
     "layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm",
     "scaled_dot_product_attention",
 }  # fmt: skip
