@@ -199,7 +199,8 @@ def _export(
             program = _written_out(_functional(made, known), known)
             return program, tuple(dict.fromkeys([*found, *_conditions(program)]))
     except Exception as e:
-        said = re.sub(r"[^.]*file an issue[^.]*\.?", "", _first_line(e))
+        # neither is of use to a user: whom to write to, what export named a tensor
+        said = re.sub(r"[^.]*(file an issue|lifted_tensor)[^.]*\.?", "", _first_line(e))
         if "mutat" in said or "in-place" in said or "in place" in said:
             said = "it writes in place into a tensor that is not its own"
         raise ExportError(
@@ -259,7 +260,7 @@ def _functional(program: ExportedProgram, known: Callable[[Any], bool]) -> Expor
 
 
 def _writes_or_hides(node: torch.fx.Node, known: Callable[[Any], bool]) -> bool:
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, torch._ops.HigherOrderOperator) or _maps(node):
         return True
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
@@ -269,6 +270,11 @@ def _writes_or_hides(node: torch.fx.Node, known: Callable[[Any], bool]) -> bool:
     if values.get("training") or values.get("use_input_stats"):
         return True  # a norm that writes its statistics, of which its schema says nothing
     return _hides(node, known)
+
+
+def _maps(node: torch.fx.Node) -> bool:
+    """Whether a node begins or ends a ``vmap``, whose batching PyTorch writes out as ops."""
+    return getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
 
 
 def _hides(node: torch.fx.Node, known: Callable[[Any], bool]) -> bool:
@@ -486,7 +492,7 @@ def _custom_functions(found: list[str]) -> Iterator[None]:
         if cls.__module__ == _CHECKPOINT and callable(args[0]):
             # a reentrant checkpoint: (function, whether to keep the random state, *its arguments)
             return args[0](*args[2:])
-        if cls.__module__ != _CHECKPOINT:
+        if _library(cls) != "torch":
             found.append(f"{cls.__module__}.{cls.__qualname__}")
         with _grad_mode_unseen():
             return apply.__get__(None, cls)(*args, **kwargs)

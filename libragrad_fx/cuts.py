@@ -251,7 +251,9 @@ class CutModule(nn.Module):
         """A graph balanced, and which of its outputs carry what the input sends; None if none does."""
         if MOVES not in kinds:
             return "", None, []
-        piece = _Piece(body, args, kinds)
+        # whatever is said of it is said of a part of the user's model
+        part = type(f"a part of {type(self._model).__name__}", (_Piece,), {})
+        piece = part(body, args, kinds)
         given = [(a.detach(), k) for a, k in zip(args, kinds, strict=True) if k != HELD]
         static = {f"given[{i}]" for i, (_, kind) in enumerate(given) if kind == STILL}
         try:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from libragrad_fx.capture import infer_inputs
 from libragrad_fx.errors import InputError
@@ -239,12 +239,19 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
 
 # --- images
 
+IMAGE_FORMATS = (
+    "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "TGA",
+    "TIFF", "WEBP",
+)  # fmt: skip
+"""What is read of a user's files: pictures alone. Pillow knows more, and runs other programs for some
+(Ghostscript for PostScript), which a file of somebody else's could make use of."""
+
 
 def read_image(file: str | Path) -> Image.Image:
-    """Any picture Pillow opens, upright, as RGB: 16-bit scaled down, transparency over white.
+    """A picture of one of ``IMAGE_FORMATS``, upright, as RGB: 16-bit scaled down, transparency over white.
 
     Raises:
-        InputError: no such file, or not a picture.
+        InputError: no such file, or not such a picture.
     """
     try:
         known = Path(file).is_file()
@@ -253,11 +260,14 @@ def read_image(file: str | Path) -> Image.Image:
     if not known:
         raise InputError(f"there is no image file {str(file)!r:.200}")
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=IMAGE_FORMATS) as opened:
             opened.load()
             return _rgb(ImageOps.exif_transpose(opened))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"cannot read {str(file)!r} as an image: {first_line(e)}") from e
+        said = first_line(e)
+        if isinstance(e, UnidentifiedImageError):
+            said = f"it is none of {', '.join(IMAGE_FORMATS)}"
+        raise InputError(f"cannot read {str(file)!r} as an image: {said}") from e
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -335,9 +335,11 @@ class _Normaliser:
                     self.graph.call_function(aten.copy_.default, (buffer, kept))
             else:
                 own = spec.target in dict(self.model.named_parameters())
+                given = spec.target in inspect.signature(self.model.forward).parameters
+                name = f" ({spec.target})" if own or given else ""
                 raise CaptureError(
                     f"{type(self.model).__name__}.forward writes into"
-                    f" {'its parameter' if own else 'an input'} in place ({spec.target}):"
+                    f" {'its parameter' if own else 'an input'} in place{name}:"
                     f" {'a graph cannot change its weights' if own else 'clone it first'}"
                 )
         self.graph.output(self._structure(leaves, self.program.call_spec.out_spec))

@@ -21,12 +21,17 @@ from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from libragrad_fx import rulebook
 from libragrad_fx.birth import Reference
 from libragrad_fx.capture import traced_as_run
-from libragrad_fx.cuts import HELD, STILL, CutModule, Run, prove_born
+from libragrad_fx.cuts import HELD, MOVES, STILL, CutModule, Run, prove_born
 from libragrad_fx.errors import CaptureError, CutWarning, LibraGradError, VerificationError
+from libragrad_fx.freeze import PAD, freeze, has_effect
+from libragrad_fx.inplace import is_composite
 from libragrad_fx.rewrite import spell
+from libragrad_fx.rulebook import RuleBook
 from libragrad_fx.state import untouched
 from libragrad_fx.target import differentiable, moving, undisturbed
 from libragrad_fx.verify import compare
@@ -43,8 +48,10 @@ class Tape:
     restore: Callable[[Sequence[torch.Tensor]], Any]
 
 
-def record(model: nn.Module, args: Any, kwargs: Any) -> Tape:
+def record(model: nn.Module, args: Any, kwargs: Any, book: RuleBook) -> Tape:
     """Run ``model`` and note its ops. The model's own state moves on, as by any call.
+
+    book: a composite op that has a fact there is noted as one, any other in its parts.
 
     Raises:
         CaptureError: the model fails, or its ops cannot be noted.
@@ -64,8 +71,10 @@ def record(model: nn.Module, args: Any, kwargs: Any) -> Tape:
 
     tensors = [moving(leaves[i]).clone() for i in places]
     try:
-        with traced_as_run(), _written_out():
-            traced = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False)(*tensors)
+        with traced_as_run(), _own_kernels(), _written_out():
+            traced = make_fx(
+                run, _in_parts(book), pre_dispatch=True, _error_on_data_dependent_ops=False
+            )(*tensors)
     except LibraGradError:
         raise
     except Exception as e:
@@ -83,6 +92,43 @@ def record(model: nn.Module, args: Any, kwargs: Any) -> Tape:
     return Tape(*_parametric(traced), outputs, restore)
 
 
+@functools.cache
+def _aten_ops() -> tuple[torch._ops.OpOverload, ...]:
+    names = (n for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::"))
+    split = (n.removeprefix("aten::").partition(".") for n in names)
+    packets = ((getattr(torch.ops.aten, name, None), overload) for name, _, overload in split)
+    found: Any = (getattr(packet, overload or "default", None) for packet, overload in packets)
+    return tuple(op for op in found if op is not None)
+
+
+def _in_parts(book: RuleBook) -> dict[Any, Callable[..., Any]]:
+    """What writes out each composite op of PyTorch that has no fact, by PyTorch's own kernel."""
+    if book.digest not in _PARTS:
+        unknown = (op for op in _aten_ops() if is_composite(op) and book.fact(op) is None)
+        parts = {op: functools.partial(op._op_dk, _COMPOSITE) for op in unknown if op is not PAD}
+        _PARTS[book.digest] = parts
+    return _PARTS[book.digest]
+
+
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_PARTS: dict[str, dict[Any, Callable[..., Any]]] = {}
+
+
+@contextlib.contextmanager
+def _own_kernels() -> Iterator[None]:
+    """PyTorch's kernels as a model runs them: for some ops tracing takes stand-ins that are written in
+    Python, with other bits (a resize of pictures, recurrent layers)."""
+    keys = {_COMPOSITE, torch._C.DispatchKey.Autograd}
+    ops = [op for op in _aten_ops() if not keys.isdisjoint(op.py_kernels)]
+    with contextlib.ExitStack() as stack:
+        for op in ops:
+            kept = {k: f for k, f in op.py_kernels.items() if k not in keys}
+            stack.callback(op._dispatch_cache.clear)
+            stack.enter_context(mock.patch.dict(op.py_kernels, kept, clear=True))
+            op._dispatch_cache.clear()
+        yield
+
+
 @contextlib.contextmanager
 def _written_out() -> Iterator[None]:
     """Control flow as an op (``cond``, ``while_loop``), and attention with functions of its own, run as
@@ -91,23 +137,17 @@ def _written_out() -> Iterator[None]:
 
     def run(self: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
         dense = self.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
-        return (dense or functools.partial(dispatch, self, key))(*args, **kwargs)
+        if dense is None or _get_current_dispatch_mode() is not None:  # Dynamo looks ahead
+            return dispatch(self, key, *args, **kwargs)
+        return dense(*args, **kwargs)
 
     with mock.patch.object(HigherOrderOperator, "dispatch", run):
         yield
 
 
-def _has_effect(node: torch.fx.Node) -> bool:
-    """Whether a node matters though nobody reads it. What Python asked of values has been answered."""
-    op = node.target
-    if not isinstance(op, torch._ops.OpOverload):
-        return node.op != "call_function"
-    return op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags
-
-
 def _parametric(traced: GraphModule) -> tuple[GraphModule, list[torch.Tensor]]:
     """A graph that takes what it read as attributes, and these tensors."""
-    traced.graph.eliminate_dead_code(_has_effect)
+    traced.graph.eliminate_dead_code(has_effect)
     graph, held, known = traced.graph, list[torch.Tensor](), dict[int, torch.fx.Node]()
     last = [n for n in graph.nodes if n.op == "placeholder"]
     behind = last[-1] if last else None
@@ -136,25 +176,35 @@ class TapeModule(CutModule):
         self.pieces = {}
         self.cuts = ("recorded as it ran: the graph is that of one call",)
         self._made: dict[Any, Any] = {}
+        self._book: RuleBook | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in super().__getstate__().items() if k != "_made"}
+        return {k: v for k, v in super().__getstate__().items() if k not in ("_made", "_book")}
 
     def _forward(self, args: Any, kwargs: Any, record: bool = False) -> tuple[Any, Run]:
         args, kwargs, run = self._started(args, kwargs, record)
+        if self._book is None:
+            self._book = rulebook.load(self.options["policy"], self.options["rules"])
         with undisturbed(self):  # what the graph draws and writes is drawn and written by the graph
-            tape = _recorded(self._model, args, kwargs)
+            tape = _recorded(self._model, args, kwargs, self._book)
         given = [*run.inputs, *tape.held]
-        kinds = tuple(HELD if id(t) in run.own else STILL for t in tape.held)
-        kinds = (*(self._kind(run, t) for t in run.inputs), *kinds)
+        with undisturbed(self):
+            copies = [t.detach().clone() for t in given]
+            body, whole, moves = freeze(tape.body, copies, len(run.inputs))
+        kinds = (
+            *(self._kind(run, t) for t in run.inputs),
+            *(HELD if id(t) in run.own else STILL for t in tape.held),
+            *(MOVES if m else STILL for m in moves),
+        )
+        given += whole
         held = tuple(id(t) for t, k in zip(given, kinds, strict=True) if k == HELD)
         shapes = tuple((t.shape, t.dtype, t.device) for t in given)
-        key = spell(tape.body.graph), kinds, held, shapes, self.training
+        key = spell(body.graph), kinds, held, shapes, self.training
         if key not in self._made:
-            self._made[key] = self._piece(tape.body, tuple(given), kinds)
+            self._made[key] = self._piece(body, tuple(given), kinds)
         name, piece, depends = self._made[key]
         free = [t for t, k in zip(given, kinds, strict=True) if piece is None or k != HELD]
-        outputs = self._run_piece(run, tape.body, free, name, piece, depends)
+        outputs = self._run_piece(run, body, free, name, piece, depends)
         run.over = True
         equal, difference, _ = compare(tape.outputs, outputs)
         if not equal:

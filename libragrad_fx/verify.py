@@ -15,7 +15,7 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.proof import prove
 from libragrad_fx.rewrite import erase, first_difference
-from libragrad_fx.state import untouched
+from libragrad_fx.state import same, untouched
 from libragrad_fx.target import as_call, differentiable, inexact, moving, undisturbed
 from libragrad_fx.types import Certificate, Finding, Ledger, Plan
 
@@ -179,7 +179,7 @@ def _same_bits(a: Any, b: Any) -> bool:
 
 def _same(a: Any, b: Any) -> bool:
     try:
-        return bool(a == b)
+        return bool(a == b) or same(a, b)  # two caches of equal tensors are no equal objects
     except RuntimeError as e:
         raise InputError(
             f"the output holds a {type(a).__name__}, whose tensors cannot be reached: register it with"

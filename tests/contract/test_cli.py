@@ -275,6 +275,31 @@ def test_a_picture_is_read_upright_opaque_and_in_range(tmp_path: Path) -> None:
     assert models.read_image(tmp_path / "a.jpg").size == (2, 4)
 
 
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+@pytest.mark.parametrize("name", ["a.eps", "a.ps", "a.png", "a.jpg"])
+def test_no_program_is_run_on_a_users_file(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Ghostscript is installed, Pillow would hand it PostScript, whatever the file's name."""
+    (tmp_path / name).write_bytes(POSTSCRIPT)
+    monkeypatch.setattr("subprocess.check_call", lambda *a, **k: pytest.fail("it ran a program"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    with pytest.raises(lg.errors.InputError, match=r"none of .*PNG"):
+        models.read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("format", models.IMAGE_FORMATS)
+def test_every_format_that_is_allowed_is_read(tmp_path: Path, format: str) -> None:
+    file = tmp_path / "picture"
+    try:
+        Image.new("RGB", (32, 32), (200, 100, 50)).save(file, format=format)
+    except (OSError, KeyError) as e:
+        pytest.skip(f"this Pillow was built without a writer of {format}: {e}")
+    assert models.read_image(file).mode == "RGB"
+
+
 def test_bench_is_a_table_of_both_sides() -> None:
     result = run("bench", TINY, "--rounds", "2", "--batch", "3")
     assert result.exit_code == 0, result.output

@@ -216,7 +216,6 @@ BAD_MODELS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "stops an iteration": (lambda: From(stops), X, "StopIteration"),
     "writes into its input": (lambda: From(lambda m, x: m(x.mul_(2))), X, "in place"),
     "writes into a parameter": (lambda: From(writes_parameter), X, "could not capture"),
-    "has a higher-order op": (lambda: From(lambda m, x: torch.cond(x.sum() > 0, torch.neg, torch.abs, (x,))), X, "torch.where"),
     "has no forward": (nn.Module, X, "forward"),
     "is a list": (lambda: nn.ModuleList([linear()]), X, "forward"),
     "has no init": (NoInit, X, "__init__"),

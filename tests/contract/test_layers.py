@@ -12,7 +12,7 @@ LAYERS = [
     {"errors"}, {"extras", "inplace", "state", "target", "types"}, {"ops"}, {"execute"},
     {"rulebook", "module"}, {"capture", "variants"}, {"normalize"},
     {"analyze"}, {"plan", "proof"}, {"views"}, {"narrow"}, {"lean"}, {"rewrite"}, {"ledger"},
-    {"verify"}, {"birth"},
+    {"verify"}, {"birth", "freeze"},
     {"attribution", "pipeline", "segments", "viz"}, {"cuts"}, {"tape"}, {"api"},
     {"demo_data", "models"}, {"bench", "coverage", "demo"}, {"cli"}, {"__init__", "__main__"},
 ]  # fmt: skip

@@ -346,3 +346,196 @@ def test_state_behind_a_patched_forward(patch: Any) -> None:
     for _ in range(3):
         assert torch.equal(module(X), twin(X))
     assert model.seen == 0
+
+
+# --- recorded while it ran: shapes that depend on values, control flow as an op, packed sequences (E18)
+
+
+def boxes_kept(y: Tensor, p: Tensor) -> Tensor:
+    """What a detector does behind its heads: a threshold for each class, then no box over another."""
+    boxes, scores = y.sigmoid().cumsum(1)[:, :4], y[:, 4:].softmax(1)
+    found = []
+    for c in range(2):
+        keep = torch.where(scores[:, c] > 0.1)[0]
+        kept = torch.ops.torchvision.nms(boxes[keep], scores[keep, c], 0.5)
+        found.append(scores[keep[kept], c])
+    return torch.cat(found)
+
+
+def by_mask(y: Tensor, p: Tensor) -> Tensor:
+    y = y.clone()
+    y[y < -1] = y[y < -1] * 0.5
+    return y[y > 0].cumsum(0)
+
+
+def through_tokens(y: Tensor, p: Tensor) -> Tensor:
+    kept = (y > 0).any(0).nonzero()[:, 0]
+    return torch.zeros_like(y).index_copy(1, kept, y[:, kept] * 2) + len(torch.unique(kept))
+
+
+def repeated(y: Tensor, p: Tensor) -> Tensor:
+    return torch.repeat_interleave(y, (y[:, 0] > 0).long() + 1, dim=0).mean(0)
+
+
+def until_small(y: Tensor, p: Tensor) -> Tensor:
+    while y.abs().max() > 1:
+        y = y / 2
+    return y * p[0]
+
+
+def drawn(y: Tensor, p: Tensor) -> Tensor:
+    rows = torch.multinomial(torch.ones(4).double(), 2)
+    return y[rows] * torch.rand(8).double()
+
+
+RECORDED = {
+    "boxes": boxes_kept, "masks": by_mask, "nonzero": through_tokens, "repeats": repeated,
+    "a loop on a value": until_small, "random rows": drawn,
+    "masked_select": lambda y, p: torch.masked_select(y, y > p[:4]),
+    "cov": lambda y, p: torch.cov(y),
+    "data": lambda y, p: y * y.data.abs().mean(),
+    "cond": lambda y, p: torch.cond(y.sum() > 0, lambda a: a * 2, lambda a: a.tanh(), (y,)),
+    "while_loop": lambda y, p: torch._higher_order_ops.while_loop(
+        lambda i, a: i < 3, lambda i, a: (i + 1, a.tanh()), (torch.tensor(0), y)
+    )[1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
+def test_what_depends_on_values(name: str) -> None:
+    if name == "boxes":
+        pytest.importorskip("torchvision", reason="torchvision's nms is what the box test calls")
+    model = Between(RECORDED[name])
+    module = certified(model)
+    for x in (X, -2 * X):  # other values: other shapes inside
+        torch.manual_seed(3)
+        wanted = model(x)
+        torch.manual_seed(3)
+        assert torch.equal(module(x), wanted)
+        if name != "random rows":
+            assert lg.verify(model, module, x, weighed).ok
+
+
+@pytest.mark.parametrize("f", [
+    lambda y, p: torch.vmap(lambda a: torch.tanh(a) * a)(y),
+    lambda y, p: torch.vmap(lambda a, b: a @ b, in_dims=(0, None))(y, p.T),
+    lambda y, p: torch.vmap(torch.vmap(lambda a: F.gelu(a) + 1))(y.view(2, 2, 8)),
+    lambda y, p: torch.func.vmap(lambda w: F.linear(y, w[None]))(p),
+])  # fmt: skip
+def test_maps_are_written_out(f: Any) -> None:
+    assert isinstance(certified(Between(f)), torch.fx.GraphModule)
+
+
+class Packed(nn.Module):
+    def __init__(self, layer: type[nn.RNNBase], how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn = layer(6, 8, batch_first=True, bidirectional=how == "both ways")
+        self.how, self.head = how, nn.Linear(16 if how == "both ways" else 8, 3)
+
+    def forward(self, x: Tensor, lengths: Any) -> Tensor:
+        rnn = nn.utils.rnn
+        sorted_ = self.how == "sorted"
+        packed = rnn.pack_padded_sequence(x, lengths, True, enforce_sorted=sorted_)
+        output, state = self.rnn(packed)
+        if self.how == "state":
+            return self.head((state[0] if isinstance(state, tuple) else state)[-1])
+        if self.how == "data":
+            return self.head(output.data)
+        padded, _ = rnn.pad_packed_sequence(output, True, padding_value=0.5, total_length=6)
+        return self.head(padded)
+
+
+@pytest.mark.parametrize(("layer", "how"), [
+    (nn.LSTM, "both ways"), (nn.GRU, "data"), (nn.RNN, "state"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
+def test_packed_sequences(layer: Any, how: str) -> None:
+    model, x = Packed(layer, how).eval(), torch.randn(3, 4, 6)
+    module = lg.transform(model, (x, torch.tensor([4, 3, 1])))
+    other = x, torch.tensor([3, 3, 2])
+    assert torch.equal(module(*other), model(*other))
+    certificate = lg.verify(model, module, other, weighed)
+    assert certificate.ok, certificate
+
+
+@pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
+def test_sequences_packed_out_of_a_list() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(6, 8)
+
+        def forward(self, sequences: list[Tensor]) -> Tensor:
+            packed = nn.utils.rnn.pack_sequence(sequences, enforce_sorted=False)
+            return torch.stack([s[-1] for s in nn.utils.rnn.unpack_sequence(self.rnn(packed)[0])])
+
+    model, call = Model(), ([torch.randn(n, 6) for n in (4, 2, 3)],)
+    assert lg.verify(model, lg.transform(model, call), call, weighed).ok
+
+
+def tiny(name: str, **more: Any) -> Any:
+    transformers = pytest.importorskip("transformers", reason="its models are what is tested")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+    if name.startswith("GPT2"):
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50, "n_positions": 32}
+    else:
+        sizes["intermediate_size"] = 32
+    model = getattr(transformers, name)
+    return model(model.config_class(**sizes, **more)).eval()
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "GPT2LMHeadModel"])
+@pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
+def test_gradient_checkpointing(name: str) -> None:
+    """transformers puts a hook on the embedding for it, which is Python of its own."""
+    model, call = tiny(name), {"input_ids": torch.arange(14).view(2, 7)}
+    model.gradient_checkpointing_enable()
+    assert lg.verify(model, lg.transform(model, call), call, weighed).ok
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
+def test_a_picture_and_a_text_of_which_patches_are_drawn() -> None:
+    model = tiny("ViltForQuestionAnswering", image_size=32, patch_size=16, max_position_embeddings=16)
+    call = {
+        "input_ids": torch.arange(14).view(2, 7), "pixel_values": torch.randn(2, 3, 32, 32),
+        "pixel_mask": torch.ones(2, 32, 32, dtype=torch.long),
+    }  # fmt: skip
+    assert lg.verify(model, lg.transform(model, call), call, 0).ok
+
+
+# --- messages name what a user has (E19)
+
+
+class WritesData(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y.data.clamp_(-1, 1)
+        return y * float(y.detach().sum())
+
+
+class Differentiates(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.jacrev(torch.tanh)(x[0])
+
+
+class SolvesLeastSquares(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.lstsq(x, x.flip(0)).solution
+
+
+class Nested(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nested.to_padded_tensor(torch.nested.as_nested_tensor([x[:2], x[2:]]), 0.0)
+
+
+@pytest.mark.parametrize("model", [WritesData, Differentiates, SolvesLeastSquares, Nested])
+def test_messages_name_nothing_of_ours(model: Any) -> None:
+    with pytest.raises(lg.errors.LibraGradError) as e:
+        lg.transform(model(), X)
+    assert model.__name__ in str(e.value)
+    for ours in ("_Piece", "given_", "held_", "still_", "lifted_tensor", "_add_batch_dim"):
+        assert ours not in str(e.value)
