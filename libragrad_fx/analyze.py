@@ -237,14 +237,31 @@ class _Analyzer:
         values = [n for n in results if self.roles[n.name] is Role.VALUE]
         gated = [n for n in results if self.roles[n.name] is Role.GATE]
         demanded: set[Node] = set()
-        stack = values + gated if self.all_carry else list(values or gated)
+        first = next(filter(is_inexact, results), None)  # what is explained where nobody says
+        ends = [
+            n for n in gated if self.all_carry or not values or (n is first and self._is_end(n))
+        ]
+        gated = [n for n in gated if n not in ends]
+        stack = values + ends
         while stack:
             node = stack.pop()
             if node in demanded or self.roles[node.name] < Role.GATE:
                 continue
             demanded.add(node)
             stack.extend(n for _, n in self.carriers(node))
-        return demanded, tuple(n.name for n in gated) if values and not self.all_carry else ()
+        return demanded, tuple(n.name for n in gated)
+
+    def _is_end(self, result: Node) -> bool:
+        """Whether a gate that the model returns modulates nothing inside: it can be a value for all."""
+        seen: set[Node] = set()
+        stack = [result]
+        while stack:
+            node = stack.pop()
+            seen.add(node)
+            if not self._is_source(node):
+                stack += [n for _, n in self.carriers(node) if self.roles[n.name] is Role.GATE]
+        readers = {u for n in seen for u in n.users} - seen
+        return all(u.op in ("output", "call_module") for u in readers)
 
     def carriers(self, node: Node) -> list[tuple[str, Node]]:
         """The operands through which a demanded node passes its gradient on."""

@@ -103,16 +103,18 @@ for _name in (
 
 
 def _read(model: torch.nn.Module, changed: Sequence[str], args: Any, kwargs: Any) -> list[str]:
-    """Of what each forward changes, all but the lists that it appends to and never reads."""
+    """Of what each forward changes, all but what it sets anew, and the lists that it appends to and never
+    reads."""
     places = {
         f"{path}.{key}".lstrip("."): (vars(m), key)
         for path, m in model.named_modules()
         for key, value in vars(m).items()
         if type(value) is list
     }
+    changed = [n for n in changed if not _is_overwritten(model, n, args, kwargs)]
     watched = {name: places[name] for name in changed if name in places}
     if not watched:
-        return [*changed]
+        return changed
     before = {name: holder[key] for name, (holder, key) in watched.items()}
     for holder, key in watched.values():
         holder[key] = _Watched(holder[key])
@@ -125,6 +127,27 @@ def _read(model: torch.nn.Module, changed: Sequence[str], args: Any, kwargs: Any
         for name, (holder, key) in watched.items():
             holder[key] = before[name]
     return [n for n in changed if n not in idle]
+
+
+def _is_overwritten(model: torch.nn.Module, name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a forward sets an attribute before it reads it: it can do without."""
+    path, _, key = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return False
+    for holder in (vars(module), module._buffers):
+        if key in holder:
+            kept = holder.pop(key)
+            try:
+                _run(model, args, kwargs)
+            except Exception:  # it asked for it, or cannot run without
+                return False
+            else:
+                return key in holder
+            finally:
+                holder[key] = kept
+    return False
 
 
 def require_same(model: torch.nn.Module, module: torch.nn.Module, known: Reference) -> None:

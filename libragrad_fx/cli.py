@@ -370,7 +370,7 @@ def bench(
 @app.command(short_help="Check whole model libraries, model by model.")
 def coverage(
     suite: Annotated[
-        Literal["timm", "timm-all", "torchvision", "hf", "openclip"] | None,
+        Literal["timm", "timm-all", "torchvision", "hf", "openclip", "community"] | None,
         typer.Option(help="What to check. timm: the smallest model of every module."),
     ] = None,
     only: Annotated[

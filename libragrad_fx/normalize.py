@@ -220,7 +220,9 @@ class _Normaliser:
             target = spec.target
             if spec.kind is InputKind.CONSTANT_TENSOR or not _has(self.root, target):
                 target = f"constant_{spec.arg.name}".replace(".", "_")
-                value: Any = constants[str(spec.target)]
+                # a weight of a class of its own (quantised) comes as the plain tensors that it is made of
+                held: Any = {**self.program.state_dict, **constants}
+                value: Any = held[str(spec.target)]
                 self.root.register_buffer(
                     target, value if value.is_leaf else value.detach(), persistent=False
                 )

@@ -471,6 +471,10 @@ BY_HAND: dict[str, list[Builder]] = {
     "aten.grid_sampler_3d": one(r(2, 3, 4, 4, 4), chances(2, 5, 5, 5, 3), 0, 0, False),
     "aten.scaled_dot_product_attention": _attention(),
     "aten.lstm.input": _recurrent(4, states=2),
+    "aten.lstm_cell": one(r(2, 3), [r(2, 4), r(2, 4)], r(16, 3), r(16, 4), r(16), r(16))
+    + one(r(2, 3), [r(2, 4), r(2, 4)], r(16, 3), r(16, 4)),
+    "aten.gru_cell": one(r(2, 3), r(2, 4), r(12, 3), r(12, 4), r(12), r(12))
+    + one(r(2, 3), r(2, 4), r(12, 3), r(12, 4)),
     "aten.gru.input": _recurrent(3),
     "aten.rnn_tanh.input": _recurrent(1),
     "aten.rnn_relu.input": _recurrent(1),

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 import libragrad_fx as lg
 from libragrad_fx.coverage.suites import SUITES, Subject
+from libragrad_fx.cuts import CutModule
 from libragrad_fx.errors import LibraGradError
-from libragrad_fx.module import CapturedModule
 from libragrad_fx.pipeline import decide, remember
 from libragrad_fx.proof import prove
 from libragrad_fx.rewrite import require_same_graph, rewrite
@@ -67,7 +67,7 @@ def check(suite: str, name: str, family: str, static: bool, make: Any) -> Result
     """Build a subject by ``make()`` and take it through every promise; never raises."""
     how = "static" if static else "numeric"
     warnings.simplefilter("ignore")
-    blank = Result(suite, name, family, how, "failed", versions=_versions(suite))
+    blank = Result(suite, name, family, how, "failed", versions=_versions(suite, family))
     try:
         subject = make()
         blank = dataclasses.replace(
@@ -80,8 +80,8 @@ def check(suite: str, name: str, family: str, static: bool, make: Any) -> Result
         return dataclasses.replace(blank, reason=f"{type(e).__name__}: {e}")
 
 
-def _versions(suite: str) -> str:
-    packages = ("torch", SUITES[suite].package)
+def _versions(suite: str, family: str) -> str:
+    packages = ("torch", SUITES[suite].package or family)
     return ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
 
 
@@ -102,8 +102,7 @@ def _static(blank: Result, subject: Subject) -> Result:
 
 
 def _numeric(blank: Result, subject: Subject) -> Result:
-    model = subject.model.double()
-    inputs = pytree.tree_map(_double, subject.inputs)
+    model, inputs = _precise(subject)
     generic(model, inputs)
     start = time.perf_counter()
     gm = lg.transform(model, inputs)
@@ -117,8 +116,11 @@ def _numeric(blank: Result, subject: Subject) -> Result:
         e / scale
         for e in (found.completeness_error, found.worst_residual, behind, run - found.input_share)
     ]
-    coarse = casts(gm) if isinstance(gm, CapturedModule) else {}
+    pieces = gm.pieces.values() if isinstance(gm, CutModule) else [gm]
+    coarse = {d: at for piece in pieces for d, at in casts(piece).items()}
     coarse.pop(torch.float64, None)
+    if model is subject.model:
+        coarse[torch.float32] = "the model, which does not run in float64"
     tolerance = max([TOLERANCE, *(100 * torch.finfo(d).eps for d in coarse)])
     within = [abs(e) <= tolerance for e in errors]  # a nan is not
     reasons = [
@@ -147,6 +149,20 @@ def _numeric(blank: Result, subject: Subject) -> Result:
     )
 
 
+def _precise(subject: Subject) -> tuple[nn.Module, Any]:
+    """The model and its inputs in float64; as they are where it does not run so (a table of float32 that
+    is no buffer, quantised weights)."""
+    inputs = pytree.tree_map(_double, subject.inputs)
+    args, kwargs = as_call(copy.copy(inputs))
+    try:
+        model = copy.deepcopy(subject.model).double()
+        with torch.no_grad(), torch.random.fork_rng():
+            model(*args, **kwargs)
+        return model, inputs
+    except Exception:
+        return subject.model, subject.inputs
+
+
 def _double(x: Any) -> Any:
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
@@ -160,7 +176,8 @@ def generic(model: nn.Module, inputs: Any, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            if p.is_floating_point() and p.numel() and bool((p == p.flatten()[0]).all()):
+            plain = type(p.data) is torch.Tensor and p.is_floating_point()  # not quantised
+            if plain and p.numel() and bool((p == p.flatten()[0]).all()):
                 spread = 0.1 if p.ndim < 2 else p[0].numel() ** -0.5
                 p.add_(torch.randn(p.shape, generator=generator).to(p) * spread)
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]

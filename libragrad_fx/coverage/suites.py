@@ -32,7 +32,7 @@ class Subject:
 @dataclasses.dataclass(frozen=True)
 class Suite:
     """names: every name with its family; build: a name's subject, with random weights;
-    package: the distribution that the models come from."""
+    package: the distribution that the models come from; if none, it is the family."""
 
     names: Callable[[], Mapping[str, str]]
     build: Callable[[str], Subject]
@@ -164,6 +164,22 @@ def _open_clip(name: str) -> Subject:
     return Subject(name, _Tower(model, side).eval(), (inputs,), middle)
 
 
+# --- libraries of others
+
+
+def _community_names() -> dict[str, str]:
+    from libragrad_fx.coverage import community
+
+    return community.names()
+
+
+def _community(name: str) -> Subject:
+    from libragrad_fx.coverage import community
+
+    model, args = community.build(name)
+    return Subject(name, model, args, middle)
+
+
 SUITES: Mapping[str, Suite] = {
     "timm": Suite(_timm_modules, _smallest, "timm", "the smallest model of every timm module"),
     "timm-all": Suite(_timm_names, _timm, "timm", "every name registered in timm"),
@@ -178,6 +194,10 @@ SUITES: Mapping[str, Suite] = {
     "openclip": Suite(
         _open_clip_names, _open_clip, "open_clip_torch",
         "both towers of every OpenCLIP model, with unit-vector output",
+    ),
+    "community": Suite(
+        _community_names, _community, "",
+        "small models of twenty libraries that strangers build on",
     ),
 }  # fmt: skip
 

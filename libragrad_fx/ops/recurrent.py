@@ -1,4 +1,4 @@
-"""LSTM, GRU and Elman layers: PyTorch's fused kernel forward, the balanced functional form backward.
+"""LSTM, GRU and Elman layers and cells: PyTorch's kernel forward, the balanced functional form backward.
 
 The cell is written out twice over the same code: once to record its sigmoid gates and the secant
 slopes of its tanh, once to replay them as constants. Replayed, the layer is linear in its input,
@@ -22,6 +22,8 @@ from libragrad_fx.ops.twin import Grads, twin
 
 aten = torch.ops.aten
 Tensors = Sequence[torch.Tensor]
+Groups = dict[str, Tensors]
+_WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,65 +147,78 @@ def _form(
     return (x.transpose(0, 1) if batch_first else x, *states)
 
 
+def _step(
+    kind: Recurrence, held: Held, x: torch.Tensor, state: Tensors, p: Tensors
+) -> tuple[torch.Tensor, ...]:
+    """The functional form of a cell that is called step by step."""
+    p = held.rows(p)
+    return tuple(kind.cell(held, linear(x, p[0], _bias(p, 2)), state, p))
+
+
 def _linearised(
-    op: torch._ops.OpOverload, *, input: torch.Tensor, hx: Any, params: Tensors, num_layers: int,
-    bidirectional: bool, batch_first: bool, **_: Any,
-) -> tuple[Callable[..., Any], Tensors]:  # fmt: skip
-    """The layer with its gates held, as a linear function of (input, *states, *params)."""
-    kind = _KINDS[op]
-    states = list(hx) if op is aten.lstm.input else [hx]
-    held, shape = Held(kind), (num_layers, bidirectional, batch_first)
+    op: torch._ops.OpOverload, args: dict[str, Any]
+) -> tuple[Callable[..., Any], Groups]:
+    """A layer or a cell with its gates held, as a linear function of tensors; and these, by the argument
+    that gives them."""
+    kind, states = _KINDS[op], args["hx"]
+    groups: Groups = {"input": [args["input"]]}
+    groups["hx"] = list(states) if _is_list(states) else [states]
+    count = 1 + len(groups["hx"])
+    if "params" in args:
+        groups["params"] = args["params"]
+        shape = args["num_layers"], args["bidirectional"], args["batch_first"]
+        run = lambda held, x, hx, p: _form(kind, held, x, hx, p, *shape)  # noqa: E731
+    else:
+        groups |= {n: [args[n]] for n in _WEIGHTS if args[n] is not None}
+        run = lambda held, x, hx, p: _step(kind, held, x, hx, p)  # noqa: E731
+    held, own = Held(kind), [t for ts in groups.values() for t in ts]
     with torch.no_grad():
-        _form(kind, held, input, states, params, *shape)
+        run(held, own[0], own[1:count], own[count:])
+    return lambda x, *rest: run(held.replay(), x, rest[: count - 1], rest[count - 1 :]), groups
 
-    def form(x: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        n = len(states)
-        return _form(kind, held.replay(), x, rest[:n], rest[n:], *shape)
 
-    return form, states
+def _is_list(x: Any) -> bool:
+    return isinstance(x, (list, tuple))
 
 
 def bias(op: torch._ops.OpOverload, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """What the layer adds by itself: its held form with its live input and states at zero."""
-    x = args["input"]
-    form, states = _linearised(op, **args)
-    states = [
-        torch.zeros_like(s) if {"hx", f"hx[{i}]"} & set(live) else s for i, s in enumerate(states)
-    ]
-    return form(torch.zeros_like(x) if "input" in live else x, *states, *args["params"])
+    """What it adds by itself: its held form with its live input and states at zero."""
+    form, groups = _linearised(op, args)
+    named = [(n, f"{n}[{i}]", t) for n, ts in groups.items() for i, t in enumerate(ts)]
+    own = [torch.zeros_like(t) if {n, member} & set(live) else t for n, member, t in named]
+    made = form(*own)
+    return made if len(made) > 1 else made[0]
 
 
 def _recurrent(op: torch._ops.OpOverload) -> Callable[..., Any]:
     def vjp(needs: frozenset[str], g: Any, **args: Any) -> Grads:
-        form, states = _linearised(op, **args)
-        groups = {"input": [args["input"]], "hx": states, "params": args["params"]}
+        form, groups = _linearised(op, args)
 
         def moved(*moving: torch.Tensor) -> tuple[torch.Tensor, ...]:
             given = iter(moving)
             own = (next(given) if n in needs else t for n, ts in groups.items() for t in ts)
             return form(*own)
 
+        g = g if _is_list(g) else (g,)
         grads = iter(_pulled(moved, [t for n in groups if n in needs for t in groups[n]], g))
         found: dict[str, Any] = {n: [next(grads) for _ in groups[n]] for n in groups if n in needs}
-        if "input" in needs:
-            (found["input"],) = found["input"]
-        if "hx" in needs and op is not aten.lstm.input:
-            (found["hx"],) = found["hx"]
-        return found
+        return {n: ts if _is_list(args[n]) else ts[0] for n, ts in found.items()}
 
     def forward(*args: Any) -> Any:
-        num_layers, dropout, train = args[4:7]
-        if train and dropout > 0 and num_layers > 1:
-            raise ModeError(
-                f"{op}: dropout between recurrent layers draws a mask that a balanced backward cannot"
-                " see; transform the model in eval mode, or with dropout=0."
-            )
+        if "params" in names:
+            num_layers, dropout, train = args[4:7]
+            if train and dropout > 0 and num_layers > 1:
+                raise ModeError(
+                    f"{op}: dropout between recurrent layers draws a mask that a balanced backward cannot"
+                    " see; transform the model in eval mode, or with dropout=0."
+                )
         if not _KINDS[op].by_grad_mode:
             return op(*args)
         with torch.enable_grad():  # off inside an autograd.Function
             return pytree.tree_map(torch.detach, op(*args))
 
-    return twin(op, vjp, saves=("input", "hx", "params"), forward=forward)
+    names = [a.name for a in op._schema.arguments if "Tensor" in str(a.type)]
+    return twin(op, vjp, saves=names, forward=forward)
 
 
 def _pulled(
@@ -225,5 +240,7 @@ _KINDS = {
     aten.gru.input: Recurrence(_gru, torch.tanh, 3, 2),
     aten.rnn_tanh.input: Recurrence(_elman, torch.tanh, 1, 0),
     aten.rnn_relu.input: Recurrence(_elman, torch.relu, 1, 0),
+    aten.lstm_cell.default: Recurrence(_lstm, torch.tanh, 4, 2),
+    aten.gru_cell.default: Recurrence(_gru, torch.tanh, 3, 2),
 }
-lstm, gru, rnn_tanh, rnn_relu = map(_recurrent, _KINDS)
+lstm, gru, rnn_tanh, rnn_relu, lstm_cell, gru_cell = map(_recurrent, _KINDS)

@@ -539,3 +539,53 @@ def test_messages_name_nothing_of_ours(model: Any) -> None:
     assert model.__name__ in str(e.value)
     for ours in ("_Piece", "given_", "held_", "still_", "lifted_tensor", "_add_batch_dim"):
         assert ours not in str(e.value)
+
+
+# --- what is explained where nobody says is balanced, whatever else is returned
+
+
+class Heads(nn.Module):
+    """A squashed head first, and what it is made of behind it (as MONAI's ViT)."""
+
+    def __init__(self, squash: Callable[[Tensor], Tensor], inside: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(6, 8).double(), nn.Linear(8, 8).double()
+        self.squash, self.inside = squash, inside
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = F.gelu(self.body(x))
+        gate = self.squash(self.head(hidden))
+        return gate, [hidden, hidden * gate if self.inside else hidden]
+
+
+@pytest.mark.parametrize("squash", [torch.tanh, torch.erf, torch.sigmoid, lambda y: y.softmax(-1)])
+@pytest.mark.filterwarnings("ignore::libragrad_fx.errors.GateOutputWarning")
+def test_a_first_output_that_could_gate_is_balanced(squash: Any) -> None:
+    certified(Heads(squash, inside=False))
+
+
+def test_a_first_output_that_gates_inside_is_said_not_to_be() -> None:
+    module = lg.transform(Heads(torch.sigmoid, inside=True), X)
+    assert any("keeps autograd's gradient" in note for note in module.plan.notes)
+
+
+@pytest.mark.parametrize("cell", [nn.GRUCell, nn.LSTMCell, nn.RNNCell])
+@pytest.mark.parametrize(("width", "dtype"), [(8, torch.float64), (16, torch.float32), (33, torch.float64)])
+def test_cells_called_step_by_step(cell: Any, width: int, dtype: torch.dtype) -> None:
+    """A GRU cell of PyTorch writes in place into parts of a product, whose layout picks the bits."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.cell, self.head = cell(6, width), nn.Linear(width, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = None
+            for step in x.unbind(1):
+                state = self.cell(step, state)
+            return self.head(state[0] if isinstance(state, tuple) else state)
+
+    module = certified(Model().to(dtype), torch.randn(5, 3, 6, dtype=dtype))
+    assert isinstance(module, torch.fx.GraphModule)

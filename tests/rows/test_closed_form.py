@@ -467,11 +467,32 @@ def test_only_the_rows_that_carry_are_pulled_through(name: str) -> None:
     assert counter.total == 2 * gates * row + 2 * row + 2 * row - first
 
 
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("name", ["lstm_cell", "gru_cell"])
+def test_a_cell_is_a_layer_of_one_step(name: str, biased: bool) -> None:
+    layer, gates = name.removesuffix("_cell"), GATE_COUNT[name.removesuffix("_cell")]
+    x, states = randn(2, 3), [randn(2, 4) for _ in range(2 if layer == "lstm" else 1)]
+    params = [randn(4 * gates, 3), randn(4 * gates, 4)]
+    params += [randn(4 * gates), randn(4 * gates)] if biased else []
+
+    def cell(x: Tensor, *rest: Tensor) -> Any:
+        hx, p = rest[: len(states)], rest[len(states) :]
+        return TWINS[name](x, [*hx] if layer == "lstm" else hx[0], *p)
+
+    def one_step(x: Tensor, *rest: Tensor) -> Any:
+        hx, p = [h[None] for h in rest[: len(states)]], [*rest[len(states) :]]
+        start = hx if layer == "lstm" else hx[0]
+        made = TWINS[layer](x[None], start, p, biased, 1, 0.0, False, False, False)[1:]
+        return [s[0] for s in made] if layer == "lstm" else made[0][0]
+
+    assert_same_gradients(cell, one_step, [x, *states, *params])
+
+
 # --- the table itself
 
 TESTED = {
     *GATES, *SECANTS, *GATE_COUNT, "pow_tensor", "pow_scalar", "prod", "prod_dim", "cumprod",
-    "log", "log2", "log10", "logit", "lgamma", "sgn", "var_mean", "std_mean",
+    "lstm_cell", "gru_cell", "log", "log2", "log10", "logit", "lgamma", "sgn", "var_mean", "std_mean",
     "softmax", "log_softmax", "glu",
     "layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm",
     "scaled_dot_product_attention",
