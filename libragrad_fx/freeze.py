@@ -26,9 +26,10 @@ _MASKS = (torch.bool, torch.uint8)
 
 def freeze(
     body: GraphModule, given: Sequence[torch.Tensor], inputs: int
-) -> tuple[GraphModule, list[torch.Tensor], list[bool]]:
+) -> tuple[GraphModule, list[torch.Tensor], list[bool], list[torch.Tensor]]:
     """``body`` with one more placeholder for each tensor of whole numbers that an op on real or complex
-    numbers reads, or that it returns; these tensors; and which of them depend on the model's input.
+    numbers reads, or that it returns; these tensors; which of them depend on the model's input; and what
+    ``body`` returns for ``given``.
 
     body:   ATen ops as they were recorded, in-place ones too; it is changed.
     given:  what it was recorded on, before it wrote into that.
@@ -36,7 +37,7 @@ def freeze(
     """
     run = _Run(body, inputs)
     with torch.no_grad():
-        run.run(*given)
+        outputs = run.run(*given)
     graph, placed = body.graph, dict[tuple[Any, ...], Node]()
     tensors: list[torch.Tensor] = []
     moves: list[bool] = []
@@ -65,7 +66,7 @@ def freeze(
             graph.erase_node(node)
     graph.eliminate_dead_code(has_effect)
     graph.lint()
-    return GraphModule(body, graph), tensors, moves
+    return GraphModule(body, graph), tensors, moves, outputs
 
 
 def has_effect(node: Node) -> bool:

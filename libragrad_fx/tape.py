@@ -190,7 +190,12 @@ class TapeModule(CutModule):
         given = [*run.inputs, *tape.held]
         with undisturbed(self):
             copies = [t.detach().clone() for t in given]
-            body, whole, moves = freeze(tape.body, copies, len(run.inputs))
+            body, whole, moves, again = freeze(tape.body, copies, len(run.inputs))
+        if not compare(tape.outputs, again)[0]:
+            raise CaptureError(
+                f"{type(self._model).__name__} computes something that is no op of PyTorch's on its"
+                " tensors: it writes into them by .data, or by memory that NumPy shares"
+            )
         kinds = (
             *(self._kind(run, t) for t in run.inputs),
             *(HELD if id(t) in run.own else STILL for t in tape.held),

@@ -507,15 +507,16 @@ def _snntorch() -> Models:
     snn = need("snntorch", "community")
 
     def steps(m: Any, x: Tensor) -> Tensor:
-        """The membranes of the last layer, over four steps."""
+        """The membranes of the last layer, over four steps. Those of the first are what it reads: a spike
+        is a step, of which no gradient comes back."""
         start = [cell.reset_mem() for cell in (m[1], m[3])]
         first, last = (s if isinstance(s, tuple) else (s,) for s in start)
-        total = 0.0
+        membranes = []
         for _ in range(4):
-            spikes, *first = m[1](m[0](x), *first)
-            _, *last = m[3](m[2](spikes), *last)
-            total = total + last[-1]
-        return total
+            _, *first = m[1](m[0](x), *first)
+            _, *last = m[3](m[2](first[-1]), *last)
+            membranes.append(last[-1])
+        return torch.stack(membranes).sum(0)
 
     def of(cell: Any) -> Callable[[], nn.Module]:
         parts = lambda: [nn.Linear(6, 8), cell(), nn.Linear(8, 3), cell()]  # noqa: E731
