@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +42,7 @@ def transform(
     on_unknown: str = "raise",
     rules: Any = None,
     check: bool = True,
+    dynamic: Mapping[str, Any] | None = None,
 ) -> CapturedModule | CutModule:
     """Same forward to the bit, balanced backward, same parameters, as a ``torch.fx.GraphModule``.
 
@@ -61,6 +64,11 @@ def transform(
             (a batch of one as well), and an account that closes. It costs these forwards and one
             backward; without it, what capture lost is noticed by ``verify`` alone.
 
+        dynamic: sizes that are free beside the first of each tensor, so that one graph is enough for
+            them: by argument of ``forward``, axes with a name or a ``torch.export.Dim``
+            (``{"input_ids": {1: "length"}, "attention_mask": {1: "length"}}``); for a container, one
+            such entry for each member. Calls with other sizes work without it, by a graph each.
+
     Raises:
         CaptureError, InputError, RuleError, UnknownOpError, VerificationError: see
             ``libragrad_fx.errors``.
@@ -68,11 +76,29 @@ def transform(
     if isinstance(model, (CapturedModule, CutModule)):
         return _again(model, policy, on_unknown, rules)
     options = {"policy": policy, "on_unknown": on_unknown, "rules": rules, "check": check}
+    free = _free(model, dynamic)
     with ONE_AT_A_TIME:  # a second transform, of this model or another, waits
         try:
-            return _one_graph(model, example_inputs, **options)
+            return _one_graph(model, example_inputs, dynamic=free, **options)
         except ExportError as refusal:
             return _other_rungs(model, example_inputs, refusal, **options)
+
+
+def _free(model: torch.nn.Module, dynamic: Any) -> Mapping[str, Any] | None:
+    if dynamic is None:
+        return None
+    if not isinstance(dynamic, Mapping):
+        raise InputError(
+            f"dynamic maps arguments of forward to axes ({{'x': {{1: 'length'}}}}); got {dynamic!r:.80}"
+        )
+    parameters = inspect.signature(model.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return dynamic
+    if unknown := [name for name in dynamic if name not in parameters]:
+        raise InputError(
+            f"dynamic: forward takes no {', '.join(map(str, unknown))}; it takes {', '.join(parameters)}"
+        )
+    return dynamic
 
 
 def _other_rungs(
@@ -101,6 +127,7 @@ def _one_graph(model: torch.nn.Module, inputs: Any, **options: Any) -> CapturedM
         module = _born(model, made)
     except VerificationError:
         try:
+            options["dynamic"] = None
             made = decide(model, inputs, fixed=True, **options)
             module = _born(model, made)
         except VerificationError as e:  # the next rung may do better

@@ -106,6 +106,7 @@ def capture(
     known: Callable[[Any], bool] = lambda op: True,
     module_calls: bool = True,
     fixed: bool = False,
+    dynamic: Mapping[str, Any] | None = None,
 ) -> Capture:
     """Export ``model`` and make it functional. The model is left as it was, whatever happens.
 
@@ -113,6 +114,7 @@ def capture(
         args, kwargs: the call (see ``example_call``). Dimension 0 of every tensor becomes free.
         known: whether an op has a fact; a composite op that has none is written out in its parts.
         fixed: take every dimension as it is in the example, the first one too.
+        dynamic: what is free beside the first dimension of every tensor, as ``transform`` takes it.
         module_calls: record every call of a submodule; without, the result's tree has no hooks.
 
     Raises:
@@ -128,10 +130,10 @@ def capture(
         with _export_state(), _global_hooks_kept(), observed, _custom_functions(custom):
             try:
                 with _as_if_eager():
-                    program, conditions = _export(model, args, kwargs, known, fixed)
+                    program, conditions = _export(model, args, kwargs, known, fixed, dynamic)
             except ExportError:  # eagerly it asks for tensor values; it may have a way without
                 calls.clear()
-                program, conditions = _export(model, args, kwargs, known, fixed)
+                program, conditions = _export(model, args, kwargs, known, fixed, dynamic)
     notes: tuple[str, ...] = ()
     if custom:
         text = (
@@ -184,12 +186,16 @@ def _batch_of_two(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def _export(
-    model: torch.nn.Module, args: Any, kwargs: Any, known: Callable[[Any], bool], fixed: bool
-) -> tuple[ExportedProgram, tuple[str, ...]]:
+    model: torch.nn.Module, args: Any, kwargs: Any, known: Callable[[Any], bool], fixed: bool,
+    dynamic: Mapping[str, Any] | None,
+) -> tuple[ExportedProgram, tuple[str, ...]]:  # fmt: skip
     free = pytree.tree_map(
         lambda t: {0: Dim.AUTO} if isinstance(t, torch.Tensor) and t.ndim else None, (args, kwargs)
     )
     shapes = None if fixed else _by_name(model, *free)
+    if shapes is not None and dynamic:
+        given = _by_name(model, args, kwargs)
+        shapes |= {name: _freed(name, given.get(name), spec) for name, spec in dynamic.items()}
     try:
         with warnings.catch_warnings(), _hushed():
             warnings.simplefilter("ignore")
@@ -333,6 +339,43 @@ def _by_name(model: torch.nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
         if p.kind is p.VAR_KEYWORD:
             found |= found.pop(p.name, {})
     return found
+
+
+def _freed(path: str, value: Any, spec: Any) -> Any:
+    """What is free of an argument, as export wants it: of a tensor, axes by number.
+
+    Raises:
+        InputError: ``spec`` does not fit the example.
+    """
+    if isinstance(value, torch.Tensor) and isinstance(spec, Mapping):
+        axes: dict[int, Any] = {0: Dim.AUTO} if value.ndim else {}
+        for axis, name in spec.items():
+            if not isinstance(axis, int) or not -value.ndim <= axis < value.ndim:
+                raise InputError(
+                    f"dynamic: {path} of shape {tuple(value.shape)} has no axis {axis!r:.40}"
+                )
+            bounds = {k: getattr(name, k, None) for k in ("min", "max")}
+            axes[axis % value.ndim] = Dim.AUTO(**{k: b for k, b in bounds.items() if b is not None})
+        return axes
+    if isinstance(value, Mapping) and isinstance(spec, Mapping) and value.keys() == spec.keys():
+        return {k: _freed(f"{path}[{k!r}]", value[k], spec[k]) for k in value}
+    if (
+        isinstance(value, (list, tuple))
+        and isinstance(spec, (list, tuple))
+        and len(value) == len(spec)
+    ):
+        parts = [
+            _freed(f"{path}[{i}]", *pair) for i, pair in enumerate(zip(value, spec, strict=True))
+        ]
+        return type(value)(parts) if type(value) in (list, tuple) else parts
+    if spec is None:
+        return pytree.tree_map(
+            lambda t: {0: Dim.AUTO} if isinstance(t, torch.Tensor) else None, value
+        )
+    raise InputError(
+        f"dynamic: {path} is {type(value).__name__} in the example; give the axes of a tensor by number"
+        " ({1: 'length'}), and for a container one such entry for each of its members"
+    )
 
 
 def _first_line(error: BaseException) -> str:

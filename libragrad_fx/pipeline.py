@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import threading
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def decide(
     static: Container[str] = (),
     check: bool = True,
     fixed: bool = False,
+    dynamic: Mapping[str, Any] | None = None,
 ) -> Decision:
     """Every stage before the rewrite.
 
@@ -59,6 +60,7 @@ def decide(
     static: arguments that no signal comes in by.
     check: run the model before it is traced: see ``birth``.
     fixed: no dimension is free.
+    dynamic: dimensions that are free beside the first ones: see ``transform``.
     """
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"expected an nn.Module, got {type(model).__name__}")
@@ -74,22 +76,50 @@ def decide(
             known = reference(model, args, kwargs) if check and not piece else None
             if known is not None and known.unfit:
                 raise ExportError(f"{type(model).__name__} is no graph: {known.unfit}")
-            trace = _traced(model, args, kwargs, book, module_calls, fixed or piece)
+            free = None if fixed or piece else dict(dynamic or {})
+            trace = _traced(model, args, kwargs, book, module_calls, free)
         analysis = analyze(trace, book, all_carry=piece, static=static)
         return Decision(trace, analysis, make_plan(trace, analysis, book, on_unknown), known)
 
 
 def _traced(
-    model: torch.nn.Module, args: Any, kwargs: Any, book: RuleBook, module_calls: bool, fixed: bool
-) -> Trace:
-    """The model as a graph that takes at least the call that it was made from."""
+    model: torch.nn.Module, args: Any, kwargs: Any, book: RuleBook, module_calls: bool,
+    free: Mapping[str, Any] | None,
+) -> Trace:  # fmt: skip
+    """The model as a graph that takes at least the call that it was made from.
+
+    free: dimensions that are free beside the first ones; None where none is, those included.
+    """
     is_known = lambda op: book.fact(op) is not None  # noqa: E731
     while True:
-        found = capture(model, args, kwargs, known=is_known, module_calls=module_calls, fixed=fixed)
+        found = capture(
+            model,
+            args,
+            kwargs,
+            known=is_known,
+            module_calls=module_calls,
+            fixed=free is None,
+            dynamic=free,
+        )
         trace = normalize(model, found)
-        if fixed or fits(trace.module, args, kwargs):  # type: ignore[arg-type]
+        if free is not None:
+            _require_free(trace, free)
+        if free is None or fits(trace.module, args, kwargs):  # type: ignore[arg-type]
             return trace
-        fixed = True  # a batch of one was doubled, and Python looked at the batch
+        free = None  # a batch of one was doubled, and Python looked at the batch
+
+
+def _require_free(trace: Trace, wanted: Mapping[str, Any]) -> None:
+    """Raise ``InputError`` if the model fixes a size that was to be free."""
+    sizes = {spec.path: spec.shape for spec in trace.inputs}
+    for name, axes in wanted.items():
+        for axis, label in axes.items() if name in sizes and isinstance(axes, Mapping) else ():
+            if isinstance(size := sizes[name][axis], int):
+                label = getattr(label, "__name__", label)
+                raise InputError(
+                    f"dynamic: {name}.shape[{axis}] ({label}) cannot be free: the model takes {size} alone"
+                    " there (or the example has one, which says nothing of others)"
+                )
 
 
 @contextlib.contextmanager
