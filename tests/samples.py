@@ -332,6 +332,25 @@ BY_HAND: dict[str, list[Builder]] = {
     "aten.special_entr": one(lambda: positive(4, 5)),
     "aten.lgamma": one(lambda: positive(4, 5)),
     "aten.mse_loss": one(r(4, 5), r(4, 5)) + one(r(4, 5), r(4, 5), 0) + one(r(4, 5), r(4, 5), 2),
+    "aten.cross_entropy_loss": [
+        b
+        for reduction in (0, 1, 2)
+        for smoothing in (0.0, 0.3)
+        for weight in (None, lambda: positive(5))
+        for b in [
+            *one(r(4, 5), lambda: torch.tensor([1, 4, -100, 0]), weight, reduction, -100, smoothing),
+            *one(r(2, 5, 3), ids(5, 2, 3), weight, reduction, -100, smoothing),
+            *one(r(4, 5), lambda: randn(4, 5).softmax(1), weight, reduction, -100, smoothing),
+        ]
+    ],
+    "aten.binary_cross_entropy_with_logits": [
+        b
+        for reduction in (0, 1, 2)
+        for b in [
+            *one(r(4, 5), lambda: torch.rand(4, 5).double(), None, None, reduction),
+            *one(r(4, 5), lambda: torch.rand(4, 5).double(), r(5), lambda: positive(5), reduction),
+        ]
+    ],
     "aten.nll_loss": one(r(4, 5), ids(5, 4), lambda: positive(5)) + one(r(4, 5), ids(5, 4), None, 0),
     "aten.nll_loss2d": one(r(2, 5, 3, 3), ids(5, 2, 3, 3), lambda: positive(5)),
     "aten.rrelu": one(r(4, 5)) + one(r(4, 5), training=True),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from libragrad_fx.ops import activation, attention, norm, recurrent
+from libragrad_fx.ops import activation, attention, loss, norm, recurrent
 
-_MODULES = (activation, norm, attention, recurrent)
+_MODULES = (activation, norm, attention, recurrent, loss)
 
 TWINS: dict[str, Callable[..., Any]] = {
     name: fn

@@ -14,6 +14,7 @@ import torch
 
 from libragrad_fx.ops import recurrent
 from libragrad_fx.ops.activation import ZEROS, softmax_at_zero
+from libragrad_fx.ops.loss import of_log_probabilities
 from libragrad_fx.ops.twin import bind, spread
 
 Bias = Callable[[Any, Sequence[str], dict[str, Any]], Any]
@@ -183,6 +184,13 @@ def _entropies(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
     return _run(op, args) - (weights * x).cumsum(dim) / weights.cumsum(dim)
 
 
+def _cross_entropy(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
+    """What the logsumexp, which is held, contributes."""
+    x, *rest = args.values()
+    held = -torch.logsumexp(x, 1 if x.ndim > 1 else 0, keepdim=True)
+    return of_log_probabilities(held.expand_as(x), *rest)
+
+
 def _shrunk(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
     """softshrink is x shifted towards zero, by lambd; or zero."""
     x, lambd = args["self"], args["lambd"]
@@ -212,6 +220,7 @@ BIASES: dict[str, Bias] = {
     "softmax": _softmax,
     "log_softmax": _log_softmax,
     "log": _log,
+    "cross_entropy": _cross_entropy,
     "shrunk": _shrunk,
     "euler": _euler,
     "euler_of_two": _euler_of_two,

@@ -496,6 +496,25 @@ def test_gradient_checkpointing(name: str) -> None:
     assert lg.verify(model, lg.transform(model, call), call, weighed).ok
 
 
+LABELS = {
+    "single_label_classification": torch.tensor([0, 2]),
+    "multi_label_classification": torch.tensor([[0.0, 1, 1], [1, 0, 0]]),
+    "regression": torch.tensor([[0.3, 1, -1], [2, 0, 0.5]]),
+}
+
+
+@pytest.mark.parametrize("problem", LABELS)
+def test_a_batch_with_labels(problem: str) -> None:
+    """The loss comes first; what is explained are the logits, and the loss where it is asked for."""
+    model = tiny("BertForSequenceClassification", num_labels=3, problem_type=problem)
+    call = {"input_ids": torch.arange(14).view(2, 7), "labels": LABELS[problem]}
+    module = lg.transform(model, call)
+    assert torch.equal(module(**call).loss, model(**call).loss)
+    for target in (1, lambda y: y.loss):
+        certificate = lg.verify(model, module, call, target)
+        assert certificate.ok, certificate
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
 def test_a_picture_and_a_text_of_which_patches_are_drawn() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from libragrad_fx import rulebook
@@ -211,6 +212,55 @@ def test_softmax() -> None:
         return 1 / z + x * ((torch.exp(x) - 1) / x).detach() / z
 
     assert_same_gradients(lambda x: TWINS["softmax"](x, -1), form, [randn(4, 5)])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("of_classes", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_cross_entropy(smoothing: float, reduction: str, of_classes: bool, weighted: bool) -> None:
+    """PyTorch's own on log-probabilities, of which a softmax is known: their logsumexp is zero."""
+    target = torch.tensor([1, 0, -100, 4]) if of_classes else randn(4, 5).softmax(1)
+    options: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}
+    weight = positive(5) if weighted else None
+    number = {"none": 0, "mean": 1, "sum": 2}[reduction]
+
+    def form(x: Tensor) -> Tensor:
+        p = x - torch.logsumexp(x, 1, keepdim=True).detach()
+        if of_classes:
+            kept = (target >= 0)[:, None].double()
+            wanted, smooth = F.one_hot(target.clamp(0), 5) * kept, kept / 5
+        else:
+            wanted, smooth = target, torch.full_like(target, 0.2)
+        shares = ((1 - smoothing) * wanted + smoothing * smooth) * (1 if weight is None else weight)
+        loss = -(p * shares).sum(1)
+        if reduction != "mean":
+            return loss if reduction == "none" else loss.sum()
+        counted = 4 if not of_classes else (wanted * (1 if weight is None else weight)).sum()
+        return loss.sum() / counted
+
+    x = randn(4, 5)
+    wanted = F.cross_entropy(x, target, weight, **options)
+    assert torch.allclose(form(x), wanted)
+    twin = lambda x: TWINS["cross_entropy_loss"](x, target, weight, number, -100, smoothing)  # noqa: E731
+    assert_same_gradients(twin, form, [x])
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_binary_cross_entropy(reduction: str) -> None:
+    target, weight, more = torch.rand(4, 5).double(), positive(5), positive(5)
+
+    def form(x: Tensor) -> Tensor:
+        each = lambda x: F.binary_cross_entropy_with_logits(  # noqa: E731
+            x, target, weight, pos_weight=more, reduction="none"
+        )
+        zero = each(torch.zeros_like(x))
+        y = zero + x * ((each(x) - zero) / x).detach()
+        return y if reduction == "none" else getattr(y, reduction)()
+
+    number = {"none": 0, "mean": 1, "sum": 2}[reduction]
+    twin = TWINS["binary_cross_entropy_with_logits"]
+    assert_same_gradients(lambda x: twin(x, target, weight, more, number), form, [randn(4, 5)])
 
 
 def test_log_softmax() -> None:
@@ -492,7 +542,8 @@ def test_a_cell_is_a_layer_of_one_step(name: str, biased: bool) -> None:
 
 TESTED = {
     *GATES, *SECANTS, *GATE_COUNT, "pow_tensor", "pow_scalar", "prod", "prod_dim", "cumprod",
-    "lstm_cell", "gru_cell", "log", "log2", "log10", "logit", "lgamma", "sgn", "var_mean", "std_mean",
+    "cross_entropy_loss", "binary_cross_entropy_with_logits", "lstm_cell", "gru_cell",
+    "log", "log2", "log10", "logit", "lgamma", "sgn", "var_mean", "std_mean",
     "softmax", "log_softmax", "glu",
     "layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm",
     "scaled_dot_product_attention",

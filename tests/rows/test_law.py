@@ -354,7 +354,8 @@ def test_edge_points_cover_every_elementwise_row() -> None:
 
 def _of_matrices(row: OpFacts) -> bool:
     arguments = {a.name for c in calls(row) for a in c.op._schema.arguments}
-    return row.op.startswith(("aten.linalg_", "aten.prod.")) or any("dim" in a for a in arguments)
+    of_several = any("dim" in a or a == "target" for a in arguments)
+    return row.op.startswith(("aten.linalg_", "aten.prod.")) or of_several
 
 
 EMPTY = {
