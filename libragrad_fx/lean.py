@@ -27,13 +27,12 @@ from libragrad_fx.narrow import narrow
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.binding import PRODUCTS, mark
 from libragrad_fx.ops.graft import graft, idle, whole
-from libragrad_fx.ops.insert import MARK, is_scale
+from libragrad_fx.ops.insert import LEAN, MARK, is_scale
 from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.ops.twin import bind
 from libragrad_fx.views import Facts, is_sized, live, only_moves, replay, sizes, takes_gradient
 
 aten = torch.ops.aten
-_LEAN = "lean"
 _SMALL = 2**16  # elements
 _UNREAD = {
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.batch_norm.default,
@@ -154,15 +153,16 @@ def _axis(whole: torch.Tensor, size: int, stride: int) -> int | None:
 # --- the graph that runs
 
 
-def lean(graph: Graph, facts: Facts) -> Graph:
-    """A graph with ``graph``'s forward and gradients that back-propagates fewer zeros.
+def lean(graph: Graph, facts: Facts) -> tuple[Graph, Facts]:
+    """A graph with ``graph``'s forward and gradients that back-propagates fewer zeros, and the facts about
+    its ops.
 
     graph: balanced, without probes, with the traced values in ``meta["val"]``; it is changed.
     """
     for node in graph.nodes:
         if node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2]):
             node.target = idle
-            node.meta[MARK] = (_LEAN, node.name)
+            node.meta[MARK] = (LEAN, node.name)
     facts = narrow(graph, facts)
     alive = live(graph, facts)
     found = list(_parts(graph, alive, facts))
@@ -171,13 +171,13 @@ def lean(graph: Graph, facts: Facts) -> Graph:
         operands, conv = _operands(part.product)
         with graph.inserting_after(part.end):
             new = graph.call_function(graft, (part.end, *operands, conv, part.order, part.rows))
-        new.meta.update({MARK: (_LEAN, part.product.name), "val": part.end.meta["val"]})
+        new.meta.update({MARK: (LEAN, part.product.name), "val": part.end.meta["val"]})
         for user in users:
             user.replace_input_with(part.end, new)
     for product in dict.fromkeys(p.product for p in found):
         with graph.inserting_after(product):
             cut = graph.call_function(insert.stop, (product,))
-        cut.meta[MARK] = (_LEAN, product.name)
+        cut.meta[MARK] = (LEAN, product.name)
         product.replace_all_uses_with(cut, delete_user_cb=lambda u, cut=cut: u is not cut)
     for node in list(filter(is_scale, graph.nodes)):
         _halve(graph, node)
@@ -191,14 +191,14 @@ def lean(graph: Graph, facts: Facts) -> Graph:
     for node in graph.nodes:
         if node.target is aten.slice.Tensor and _takes_all(node):
             node.target = whole
-            node.meta[MARK] = (_LEAN, node.name)
+            node.meta[MARK] = (LEAN, node.name)
         elif node.target is aten.select.int and node in alive - shown and (place := _place(node)):
             node.meta[PLACE] = place
         elif (node.target in IN_PLACE and _writes_over(node)) or _reads_last(node):
             node.meta[OVER] = True
     mark(graph)
     graph.lint()
-    return graph
+    return graph, facts
 
 
 def _shown(graph: Graph) -> set[Node]:
@@ -281,7 +281,7 @@ def _halve(graph: Graph, scale: Node) -> None:
     host = _halved(scale)
     if host is not None and (not is_sized(host) or math.prod(sizes(host)) > _SMALL):
         host.target = halved_mul
-        host.meta[MARK] = (_LEAN, host.name)
+        host.meta[MARK] = (LEAN, host.name)
         scale.replace_all_uses_with(host)
         graph.erase_node(scale)
 
@@ -295,7 +295,7 @@ def _merge(graph: Graph, join: Node) -> None:
         return
     with graph.inserting_after(join):
         behind = graph.call_function(insert.scale, (join, *scales[0].args[1:]))
-    behind.meta.update({MARK: (_LEAN, join.name), "val": join.meta["val"]})
+    behind.meta.update({MARK: (LEAN, join.name), "val": join.meta["val"]})
     join.replace_all_uses_with(behind, delete_user_cb=lambda user: user is not behind)
     for scale in dict.fromkeys(scales):
         scale.replace_all_uses_with(scale.args[0])  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ from libragrad_fx.ops.binding import PRODUCTS
 from libragrad_fx.ops.graft import carried, idle
 from libragrad_fx.ops.insert import MARK, is_scale
 from libragrad_fx.ops.twin import bind
+from libragrad_fx.types import Kind, Location, OpFacts
 from libragrad_fx.views import (
     Facts,
     first,
@@ -47,6 +48,10 @@ _KEEPS = {"to", "_to_copy", "type_as"}  # the axes of their operand; pointwise b
 _OVER = {"softmax", "log_softmax", "mean", "sum", "amax", "amin", "logsumexp", "glu", "cumsum"}
 """Ops in which only what differs along ``dim`` meets."""
 _SIZES = {"view", "_unsafe_view", "reshape"}  # told the sizes of their result
+_TAKES = {aten.slice.Tensor, aten.clone.default, aten.select.int}
+_TAKEN = OpFacts(
+    "aten.select", Kind.LINEAR, "one row of a value", Location(__name__, 1), stream=("self",)
+)
 _sdpa = aten.scaled_dot_product_attention.default
 
 Row = tuple[int, int]
@@ -73,7 +78,8 @@ def narrow(graph: Graph, facts: Facts) -> Facts:
         _join(graph, mouth, row)
     for node in rows.keys() - entries:
         _plain(graph, node)
-    return named
+    added = (n for n in graph.nodes if ROW in n.meta and n.name not in named)
+    return named | {n.name: _TAKEN for n in added if n.target in _TAKES}
 
 
 # --- where one row is enough

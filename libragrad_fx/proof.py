@@ -8,17 +8,21 @@ its gradient goes to. What is said of a kind or of a twin is proved numerically,
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.analyze import finding, is_affine, is_inexact, kind_of, operands, tensor_arguments
 from libragrad_fx.module import CapturedModule, probed
 from libragrad_fx.ops import insert
-from libragrad_fx.ops.insert import is_scale
+from libragrad_fx.ops.graft import graft, idle, whole
+from libragrad_fx.ops.insert import LEAN, MARK, is_scale
+from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.types import Finding, Kind, OpFacts, Proof, Role
 
 _BY_KIND = {
@@ -40,18 +44,20 @@ _BY_TWIN = {
 _ONCE = ", if no two of its indices coincide"  # of two, autograd answers both and one is kept
 
 
-def prove(module: CapturedModule) -> Proof:
-    """Go through ``module``'s graph; see ``Proof``."""
-    facts: Mapping[str, OpFacts] = module.record.info["facts"]
-    left_alone: frozenset[str] = module.record.info["gate_outputs"]
-    moving = _moving(module, facts)
+def prove(module: CapturedModule, as_run: bool = False) -> Proof:
+    """Go through ``module``'s graph, or the leaner one that runs in its place; see ``Proof``."""
+    info = module.record.info
+    graph, facts = module.graph, info["facts"]
+    if as_run and module.lean is not None:
+        graph, facts = module.lean, info["lean_facts"]
+    moving = _moving(graph, info, facts)
     reasons: Counter[str] = Counter()
     open_: list[Finding] = []
-    reached = _reached(module, moving, facts, left_alone)
+    reached = _reached(graph, moving, facts, info["gate_outputs"])
     for node in reached:
-        if _hands_on(node):
+        if _hands_on(node) and node.target is not graft:
             continue
-        reason, problem = _judge(node, facts.get(node.name), moving, reached)
+        reason, problem = _judge(node, facts, moving, reached)
         if reason:
             reasons[reason] += 1
         else:
@@ -66,17 +72,17 @@ def _hands_on(node: Node) -> bool:
     )
 
 
-def _moving(module: CapturedModule, facts: Mapping[str, OpFacts]) -> set[Node]:
+def _moving(graph: Graph, info: Mapping[str, Any], facts: Mapping[str, OpFacts]) -> set[Node]:
     """Nodes whose value has a gradient that leads back to the model's input."""
     moving: set[Node] = set()
-    zeros: frozenset[str] = module.record.info["zeros"]
-    for node in module.graph.nodes:
+    zeros: frozenset[str] = info["zeros"]
+    for node in graph.nodes:
         fact = facts.get(node.name)
         if node.target is insert.guard:
-            still = module.record.info["roles"].get(node.name) is Role.STATIC
+            still = info["roles"].get(node.name) is Role.STATIC
             starts = is_inexact(node) and not still
         elif fact is not None and fact.kind is Kind.EMBEDDING:
-            starts = node.name in module.record.info["starts"]
+            starts = node.name in info["starts"]
         else:
             cut = insert.is_end(node) or (fact is not None and fact.kind is Kind.CUT)
             zero = node.name in zeros  # a product with zero sends zeros back
@@ -100,17 +106,17 @@ def passes(node: Node, fact: OpFacts | None, moving: set[Node]) -> list[tuple[st
 
 
 def _reached(
-    module: CapturedModule, moving: set[Node], facts: Mapping[str, OpFacts], skip: frozenset[str]
+    graph: Graph, moving: set[Node], facts: Mapping[str, OpFacts], skip: frozenset[str]
 ) -> dict[Node, None]:
     """The moving nodes from which a gradient of an output arrives, in graph order."""
-    final = next(n for n in module.graph.nodes if n.op == "output")
+    final = next(n for n in graph.nodes if n.op == "output")
     results = [
         m
         for n in final.all_input_nodes
         for m in (n.all_input_nodes if n.target == "output_structure" else [n])
     ]
     seen = reach([n for n in results if n in moving and _source_name(n) not in skip], facts, moving)
-    return {n: None for n in module.graph.nodes if n in seen}
+    return {n: None for n in graph.nodes if n in seen}
 
 
 def reach(starts: Iterable[Node], facts: Mapping[str, OpFacts], moving: set[Node]) -> set[Node]:
@@ -132,9 +138,15 @@ def _source_name(node: Node) -> str:
 
 
 def _judge(
-    node: Node, fact: OpFacts | None, moving: set[Node], reached: Container[Node]
+    node: Node, facts: Mapping[str, OpFacts], moving: set[Node], reached: Container[Node]
 ) -> tuple[str, str]:
     """(why a node is balanced, "") or ("", why it is not known to be)."""
+    fact = facts.get(node.name)
+    if node.target is graft:  # the gradient of its value goes to the operands of a product
+        factors = sum(n in moving for n in node.args[1:3])
+        if factors < 2:
+            return "part of a product with one factor that carries", ""
+        return _scaled(node, facts, 1 / factors, "part of a product, scaled", "both factors carry")
     if fact is None:
         return "", "no fact says how its output depends on its operands"
     kind = kind_of(node, fact)
@@ -144,7 +156,7 @@ def _judge(
         if len(sends) < 2:
             return "embedding indexed by the input: the signal starts", ""
         return _scaled(
-            node, 0.5, "rows times weights, scaled by 1/2", "both count its gradient", False
+            node, facts, 0.5, "rows times weights, scaled by 1/2", "both count its gradient", False
         )
     if stray := sends - groups["stream"] - groups["factors"] - groups["denominator"]:
         return "", f"{', '.join(sorted(stray))} gets a gradient, though it only modulates"
@@ -154,23 +166,32 @@ def _judge(
         and any(u.args[1] in fact.gate_outputs for u in node.users if u in reached)
     ):
         return "", "an output of it that is a gate carries"
-    if hasattr(node.target, "aten_op"):
+    if node.target is halved_mul:
+        both = len(sends) == 2
+        return (
+            ("product of 2 values, halved", "")
+            if both
+            else ("", "it halves the gradient of one value")
+        )
+    if hasattr(node.target, "aten_op") and node.target not in (whole, idle):
         return _BY_TWIN[kind], ""
     if fact.degree == 1:
         return "of degree 1 about its constant", ""
     if fact.degree is not None:
         wanted = 1 / fact.degree
         reason = f"homogeneous of degree {fact.degree:g}, scaled by its inverse"
-        return _scaled(node, wanted, reason, f"its gradient is not scaled by {wanted:g}")
+        return _scaled(node, facts, wanted, reason, f"its gradient is not scaled by {wanted:g}")
     if groups["denominator"]:
         if sends == groups["denominator"]:
-            return _scaled(node, -1.0, "reciprocal, scaled by -1", "a divisor gets a gradient")
+            return _scaled(
+                node, facts, -1.0, "reciprocal, scaled by -1", "a divisor gets a gradient"
+            )
         return "", "a divisor gets a gradient beside what it divides"
     factors = len(groups["factors"])
     if kind is Kind.PRODUCT and factors > 1:
         reason = f"product of {factors} values, scaled by 1/{factors}"
         problem = f"a product of {factors} values counts its gradient {factors} times"
-        return _scaled(node, 1 / factors, reason, problem, whole=not groups["stream"])
+        return _scaled(node, facts, 1 / factors, reason, problem, whole=not groups["stream"])
     if kind is Kind.PRODUCT:
         return "product with one factor that carries", ""
     if kind in _BY_KIND:
@@ -179,15 +200,32 @@ def _judge(
     return "", f"a {kind} op is not balanced under autograd"
 
 
+def _behind_a_join(node: Node, facts: Mapping[str, OpFacts]) -> list[Any]:
+    """The factor of a scale behind what joins a value with others: equal scales of them are one there."""
+    while len(node.users) == 1:
+        (node,) = node.users
+        if is_scale(node):
+            return [node.args[1]] if node.meta[MARK][0] == LEAN else []
+        fact = facts.get(node.name)
+        if node.target is not operator.getitem and (fact is None or fact.kind is not Kind.LINEAR):
+            break
+    return []
+
+
 _GROUPS = ("stream", "factors", "gate", "denominator")
 
 
 def _scaled(
-    node: Node, wanted: float, reason: str, problem: str, whole: bool = True
+    node: Node,
+    facts: Mapping[str, OpFacts],
+    wanted: float,
+    reason: str,
+    problem: str,
+    whole: bool = True,
 ) -> tuple[str, str]:
     """Whether a node's output, or each operand that carries, is scaled by the factor wanted."""
     mine = lambda n: is_scale(n) and n.meta["libragrad"][1] == node.name  # noqa: E731
-    outer = [n.args[1] for n in node.users if mine(n)]
+    outer = [n.args[1] for n in node.users if mine(n)] or _behind_a_join(node, facts)
     inner = [n.args[1] for n in node.all_input_nodes if mine(n)]
     if outer:
         inner = outer if whole and not inner and len(node.users) == 1 else []

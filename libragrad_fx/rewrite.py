@@ -38,8 +38,10 @@ def rewrite(trace: Trace, plan: Plan | None, info: dict[str, Any] | None = None)
     by_name = {old.name: new for old, new in env.items()}
     for edit in plan.edits if plan else ():
         _apply(graph, by_name[edit.node], edit)
-    info = info or {}
-    short = lean(_copy(graph)[0], info["facts"]) if "facts" in info else None
+    info, short = info or {}, None
+    if "facts" in info:
+        short, facts = lean(_copy(graph)[0], info["facts"])
+        info = {**info, "lean_facts": facts}
     _insert_probes(graph, trace.calls, by_name)
     graph.lint()
     record = dataclasses.replace(source.record, info=info)

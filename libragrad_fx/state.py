@@ -10,7 +10,7 @@ import contextlib
 import functools
 import sys
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -72,9 +72,9 @@ class Snapshot:
             if id(thing) not in self._skip and type(thing) is torch.Tensor and not thing.is_meta:
                 self._tensors[id(thing)] = name, thing, thing.detach().clone()
         elif isinstance(thing, (dict, list, set, deque)):
-            self._containers[id(thing)] = name, thing, thing.copy(), own
+            self._containers[id(thing)] = name, thing, _copied(thing), own
             if len(thing) < 1000:
-                for key, value in thing.items() if isinstance(thing, dict) else enumerate(thing):
+                for key, value in _items(thing):
                     if key not in _TREE and "hooks" not in str(key):
                         self._note(f"{name}.{key}", value, own, depth + 1)
         elif isinstance(thing, tuple):
@@ -88,7 +88,8 @@ class Snapshot:
         found = []
         for name, now, then, _ in self._containers.values():
             if isinstance(now, dict):
-                found += [f"{name}.{k}" for k in {**then, **now} if not _same_at(now, then, k)]
+                held = _copied(now)
+                found += [f"{name}.{k}" for k in {**then, **held} if not _same_at(held, then, k)]
             elif not same(now, then):
                 found.append(name)
         found += [n for n, now, then in self._tensors.values() if not same(now, then)]
@@ -99,8 +100,9 @@ class Snapshot:
         """Put back the model's own state as it was noted, and elsewhere what a trace left."""
         for _, now, then, own in self._containers.values():
             if _moved(now, then) and (own or _is_traced(now)):
-                now.clear()
-                (now.extend if isinstance(now, (list, deque)) else now.update)(then)
+                kind: Any = next(t for t in (dict, list, deque, set) if isinstance(now, t))
+                kind.clear(now)
+                (kind.extend if kind in (list, deque) else kind.update)(now, then)
         for _, now, then in self._tensors.values():
             if not same(now, then):
                 with torch.no_grad(), torch.inference_mode(now.is_inference()):
@@ -148,6 +150,18 @@ def untouched(model: nn.Module) -> Iterator[Snapshot]:
         before.restore()
 
 
+def _items(thing: Any) -> Any:
+    """What a container holds, past what a class of its own makes of it (transformers' table of activations
+    makes a module at each look)."""
+    if isinstance(thing, OrderedDict):
+        return OrderedDict.items(thing)
+    return dict.items(thing) if isinstance(thing, dict) else enumerate(thing)
+
+
+def _copied(thing: Any) -> Any:
+    return dict(_items(thing)) if isinstance(thing, dict) else thing.copy()
+
+
 def _at(holder: Any, key: str) -> Any:
     return vars(holder).get(key) if isinstance(holder, type) else holder.get(key)
 
@@ -160,7 +174,7 @@ def _moved(now: Any, then: Any) -> bool:
     """Whether a container holds other objects than it did, or in another order."""
     if isinstance(now, set):
         return now != then
-    a, b = ([*x.items()] if isinstance(x, dict) else x for x in (now, then))
+    a, b = ([*_items(x)] if isinstance(x, dict) else x for x in (now, then))
     pairs = isinstance(now, dict)
     if len(a) != len(b):
         return True

@@ -48,7 +48,12 @@ def certify(
     left = {f.node: None for f in found}
     balanced: Counter[str] = Counter()
     for name, made, proof in zip(pieces, plans, proofs, strict=True):
-        open_ = (*made.unbalanced, *made.unknown, *proof.open)
+        open_ = (
+            *made.unbalanced,
+            *made.unknown,
+            *proof.open,
+            *prove(pieces[name], as_run=True).open,
+        )
         left |= {f"{name}/{f.node}" if name else f.node: None for f in open_}
         balanced.update(proof.balanced)
     worst = account.worst(1)

@@ -22,6 +22,8 @@ stop = torch.ops.aten.detach.default
 
 MARK = "libragrad"
 """Key of ``node.meta``: (rule, host) of a twin or of an inserted node."""
+LEAN = "lean"
+"""The rule of what is inserted to back-propagate fewer zeros."""
 
 
 class _Scale(torch.autograd.Function):

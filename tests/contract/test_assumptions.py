@@ -503,3 +503,38 @@ def test_a_row_that_lies_is_found_at_birth() -> None:
     with pytest.raises(lg.errors.VerificationError, match=r"does not close.*gelu"):
         lg.transform(net(), rows(), rules=lie)
     lg.transform(net(), rows(), rules=lie, check=False)
+
+
+# --- containers of their own kind in a model's reach
+
+
+class MakesAtEachLook(dict):  # type: ignore[type-arg]
+    """As transformers' table of activations: what is held is a class, what is got is made of it."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)()
+
+
+class CopiesAreRefused(list):  # type: ignore[type-arg]
+    def copy(self) -> Any:
+        return list(self)
+
+
+TABLE = MakesAtEachLook(act=nn.GELU, needs_more=lambda: TABLE.missing)
+SIZES = CopiesAreRefused([6, 8])
+
+
+class Looks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(SIZES[0], SIZES[1]).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return TABLE["act"](self.net(x)) * len(SIZES)
+
+
+def test_a_table_that_makes_what_it_gives() -> None:
+    model, x = Looks(), torch.randn(3, 6, dtype=torch.float64)
+    kept = dict.copy(TABLE)
+    assert torch.equal(lg.transform(model, x)(x), model(x))
+    assert dict.copy(TABLE) == kept

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
+import pickle
 import warnings
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 import libragrad_fx as lg
 from libragrad_fx.errors import GateOutputWarning
 from libragrad_fx.ledger import dot, sites
-from libragrad_fx.pipeline import Decision, decide, remember
+from libragrad_fx.pipeline import Decision, balance, decide, remember
 from libragrad_fx.proof import prove
 from libragrad_fx.rewrite import rewrite
 from libragrad_fx.types import Certificate, Edit, Ledger, LedgerRow
@@ -224,3 +226,39 @@ def test_an_error_is_measured_by_the_account_however_small() -> None:
     """A millionth that is lost of a millionth is not rounding: nothing is held against 1."""
     leak = Ledger(rows=(), output=1e-6, input=4e-7, bias=0.0)
     assert _tolerance([torch.float32], (), leak) < leak.completeness_error
+
+
+# --- the graph that runs is proved as well (C11)
+
+
+def _runs_open(module: Any) -> tuple[Any, ...]:
+    assert module.lean is not None
+    return prove(module, as_run=True).open
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_what_runs_is_proved(name: str) -> None:
+    module = balance(decided(name))
+    assert prove(module).open == _runs_open(module) == ()
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(module)))
+    assert _runs_open(copied) == ()
+
+
+def _spoil(module: Any) -> None:
+    """A twin of the graph that runs is its plain op again."""
+    node = next(
+        n for n in module.lean.nodes if getattr(n.target, "aten_op", None) is torch.ops.aten.gelu.default
+    )
+    node.target = node.target.aten_op
+
+
+def test_a_spoilt_graph_that_runs_is_named() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.GELU(), torch.nn.Linear(8, 3)).double()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    module = lg.transform(model, x)
+    assert lg.verify(model, module, x, 0).ok
+    _spoil(module)
+    assert prove(module).open == ()
+    certificate = lg.verify(model, module, x, 0)
+    assert not certificate.ok
+    assert any("gelu" in name for name in certificate.unbalanced)

@@ -184,6 +184,8 @@ def the_gradient_is_finite(made: Made) -> None:
 def the_proof_agrees(made: Made) -> None:
     """The static proof, which reads the rewritten graph alone, misses nothing that the plan does."""
     assert named(made) or not prove(made.module).open, prove(made.module)
+    runs = prove(made.module, as_run=True)
+    assert named(made) or not runs.open, runs
 
 
 def erasing_gives_the_trace_back(made: Made) -> None:
