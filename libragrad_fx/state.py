@@ -100,7 +100,8 @@ class Snapshot:
         """Put back the model's own state as it was noted, and elsewhere what a trace left."""
         for _, now, then, own in self._containers.values():
             if _moved(now, then) and (own or _is_traced(now)):
-                kind: Any = next(t for t in (dict, list, deque, set) if isinstance(now, t))
+                kinds: tuple[Any, ...] = (dict, list, deque, set)
+                kind = next(t for t in kinds if isinstance(now, t))
                 kind.clear(now)
                 (kind.extend if kind in (list, deque) else kind.update)(now, then)
         for _, now, then in self._tensors.values():
