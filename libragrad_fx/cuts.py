@@ -9,12 +9,8 @@ on the other is taken for a value there.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
-import functools
 import threading
-import types
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,7 +32,7 @@ from libragrad_fx.ledger import Recorder, flat_arguments, settle
 from libragrad_fx.module import TREE, CapturedModule, unshare
 from libragrad_fx.normalize import short_place
 from libragrad_fx.pipeline import balance, decide, plain
-from libragrad_fx.state import untouched
+from libragrad_fx.state import copied, untouched
 from libragrad_fx.target import Arguments, Target, as_call, differentiable, inexact, undisturbed
 from libragrad_fx.types import Finding, Ledger, Plan, Role
 from libragrad_fx.verify import tolerance_of
@@ -130,7 +126,13 @@ class CutModule(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.balanced = balanced  # or autograd's own backward, for an account of it
-        own = _copied(model)
+        try:
+            own = copied(model)
+        except Exception as e:
+            raise CaptureError(
+                f"{type(model).__name__} is no single graph, and cannot be copied to be run in several"
+                f" (copy.deepcopy: {type(e).__name__}: {e})"
+            ) from e
         # the tree is the model's own, so that names and state are
         self.__dict__.update(_model=own, **{k: vars(own)[k] for k in TREE})
         self.training = model.training
@@ -295,53 +297,6 @@ class CutModule(nn.Module):
             elif isinstance(y, torch.Tensor) and not moves and not any(y is a for a in given):
                 setattr(y, _STATIC, True)
         return outputs
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """The same tensors in modules of their own, and what was put on an instance refers to those."""
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    try:
-        own = copy.deepcopy(model, memo)
-    except Exception as e:
-        raise CaptureError(
-            f"{type(model).__name__} is no single graph, and cannot be copied to be run in several"
-            f" (copy.deepcopy: {type(e).__name__}: {e})"
-        ) from e
-    for m in own.modules():
-        holders: list[Any] = [vars(m), m._forward_hooks, m._forward_pre_hooks]
-        for holder in holders:
-            for key, thing in [*holder.items()]:
-                if (new := _rebound(thing, memo)) is not thing:
-                    holder[key] = new
-    return own
-
-
-def _rebound(thing: Any, memo: dict[int, Any]) -> Any:
-    """A function, or what it closes over, with copied modules in the place of the originals:
-    ``deepcopy`` takes functions as they are."""
-    if id(thing) in memo:
-        return memo[id(thing)]
-    if isinstance(thing, types.MethodType):
-        return types.MethodType(_rebound(thing.__func__, memo), _rebound(thing.__self__, memo))
-    if isinstance(thing, functools.partial):
-        parts = [_rebound(x, memo) for x in (thing.func, *thing.args)]
-        return functools.partial(
-            *parts, **{k: _rebound(v, memo) for k, v in thing.keywords.items()}
-        )
-    if not isinstance(thing, types.FunctionType) or not thing.__closure__:
-        return thing
-    memo[id(thing)] = thing  # one that closes over itself
-    with contextlib.suppress(ValueError):  # an empty cell
-        cells = [c.cell_contents for c in thing.__closure__]
-        inner = [_rebound(c, memo) for c in cells]
-        if any(a is not b for a, b in zip(cells, inner, strict=True)):
-            new = types.FunctionType(
-                thing.__code__, thing.__globals__, thing.__name__, thing.__defaults__,
-                tuple(map(types.CellType, inner)),
-            )  # fmt: skip
-            new.__kwdefaults__ = thing.__kwdefaults__
-            memo[id(thing)] = functools.update_wrapper(new, thing)
-    return memo[id(thing)]
 
 
 def transform_in_pieces(

@@ -23,7 +23,7 @@ from libragrad_fx.normalize import normalize
 from libragrad_fx.plan import plan as make_plan
 from libragrad_fx.rewrite import require_same_graph, rewrite, spell
 from libragrad_fx.rulebook import RuleBook
-from libragrad_fx.state import untouched
+from libragrad_fx.state import copied, untouched
 from libragrad_fx.types import Analysis, Plan, Trace
 from libragrad_fx.variants import fits
 
@@ -91,9 +91,14 @@ def _traced(
     free: dimensions that are free beside the first ones; None where none is, those included.
     """
     is_known = lambda op: book.fact(op) is not None  # noqa: E731
+    subject = model
+    with contextlib.suppress(Exception):  # what cannot be copied is traced itself
+        subject = copied(
+            model
+        )  # export puts fake tensors into what it traces, for other threads to see
     while True:
         found = capture(
-            model,
+            subject,
             args,
             kwargs,
             known=is_known,

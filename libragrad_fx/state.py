@@ -7,6 +7,7 @@ methods read. A graph keeps none of it, and tracing may leave its own tensors th
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import sys
 import types
@@ -72,7 +73,7 @@ class Snapshot:
             if id(thing) not in self._skip and type(thing) is torch.Tensor and not thing.is_meta:
                 self._tensors[id(thing)] = name, thing, thing.detach().clone()
         elif isinstance(thing, (dict, list, set, deque)):
-            self._containers[id(thing)] = name, thing, _copied(thing), own
+            self._containers[id(thing)] = name, thing, _plain_copy(thing), own
             if len(thing) < 1000:
                 for key, value in _items(thing):
                     if key not in _TREE and "hooks" not in str(key):
@@ -88,7 +89,7 @@ class Snapshot:
         found = []
         for name, now, then, _ in self._containers.values():
             if isinstance(now, dict):
-                held = _copied(now)
+                held = _plain_copy(now)
                 found += [f"{name}.{k}" for k in {**then, **held} if not _same_at(held, then, k)]
             elif not same(now, then):
                 found.append(name)
@@ -159,7 +160,7 @@ def _items(thing: Any) -> Any:
     return dict.items(thing) if isinstance(thing, dict) else enumerate(thing)
 
 
-def _copied(thing: Any) -> Any:
+def _plain_copy(thing: Any) -> Any:
     return dict(_items(thing)) if isinstance(thing, dict) else thing.copy()
 
 
@@ -260,3 +261,47 @@ def _foreign(thing: Any) -> bool:
     """Whether a class or a function is of PyTorch, Python or NumPy: they keep no state of models."""
     top = (getattr(thing, "__module__", None) or "builtins").partition(".")[0]
     return top in ("torch", "numpy", "builtins") or top in sys.stdlib_module_names
+
+
+# --- a copy that shares its tensors
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """The same tensors in modules of their own, and what was put on an instance refers to those."""
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    own = copy.deepcopy(model, memo)
+    for m in own.modules():
+        holders: list[Any] = [vars(m), m._forward_hooks, m._forward_pre_hooks]
+        for holder in holders:
+            for key, thing in [*holder.items()]:
+                if (new := _rebound(thing, memo)) is not thing:
+                    holder[key] = new
+    return own
+
+
+def _rebound(thing: Any, memo: dict[int, Any]) -> Any:
+    """A function, or what it closes over, with copied modules in the place of the originals:
+    ``deepcopy`` takes functions as they are."""
+    if id(thing) in memo:
+        return memo[id(thing)]
+    if isinstance(thing, types.MethodType):
+        return types.MethodType(_rebound(thing.__func__, memo), _rebound(thing.__self__, memo))
+    if isinstance(thing, functools.partial):
+        parts = [_rebound(x, memo) for x in (thing.func, *thing.args)]
+        return functools.partial(
+            *parts, **{k: _rebound(v, memo) for k, v in thing.keywords.items()}
+        )
+    if not isinstance(thing, types.FunctionType) or not thing.__closure__:
+        return thing
+    memo[id(thing)] = thing  # one that closes over itself
+    with contextlib.suppress(ValueError):  # an empty cell
+        cells = [c.cell_contents for c in thing.__closure__]
+        inner = [_rebound(c, memo) for c in cells]
+        if any(a is not b for a, b in zip(cells, inner, strict=True)):
+            new = types.FunctionType(
+                thing.__code__, thing.__globals__, thing.__name__, thing.__defaults__,
+                tuple(map(types.CellType, inner)),
+            )  # fmt: skip
+            new.__kwdefaults__ = thing.__kwdefaults__
+            memo[id(thing)] = functools.update_wrapper(new, thing)
+    return memo[id(thing)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -96,3 +97,39 @@ def test_bad_input() -> None:
 def test_a_crash_says_what_the_model_said() -> None:
     with pytest.raises(CaptureError, match="in the middle"):
         lg.transform(Model("crash").eval(), torch.randn(3, 4))
+
+
+def _encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+@pytest.mark.parametrize("make", [
+    _encoder, lambda: nn.Sequential(nn.Linear(16, 16), nn.GRUCell(16, 16), nn.LayerNorm(16)),
+    lambda: nn.Sequential(nn.Unflatten(1, (1, 16)), nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.SiLU()),
+])  # fmt: skip
+def test_a_model_serves_while_it_is_traced(make: Any) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    x = torch.randn(2, 4, 16) if isinstance(model, nn.TransformerEncoder) else torch.randn(2, 16)
+    x.requires_grad_()
+    wanted, wrong, over = model(x).detach(), list[Any](), threading.Event()
+
+    def serve() -> None:
+        while not over.is_set():
+            try:
+                y = model(x)
+                if type(y) is not torch.Tensor or not torch.equal(y.detach(), wanted):
+                    wrong.append(y)
+            except Exception as e:
+                wrong.append(e)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        for _ in range(2):
+            lg.transform(model, x.detach())
+    finally:
+        over.set()
+        thread.join()
+    assert wrong == []

@@ -401,7 +401,9 @@ RECORDED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "while_loop" else ()) for n in RECORDED]
+)
 @pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
 def test_what_depends_on_values(name: str) -> None:
     if name == "boxes":
@@ -448,7 +450,7 @@ class Packed(nn.Module):
 
 
 @pytest.mark.parametrize(("layer", "how"), [
-    (nn.LSTM, "both ways"), (nn.GRU, "data"), (nn.RNN, "state"),
+    (nn.LSTM, "state"), (nn.GRU, "data"), (nn.RNN, "both ways"),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
 def test_packed_sequences(layer: Any, how: str) -> None:
@@ -487,7 +489,9 @@ def tiny(name: str, **more: Any) -> Any:
     return model(model.config_class(**sizes, **more)).eval()
 
 
-@pytest.mark.parametrize("name", ["BertForSequenceClassification", "GPT2LMHeadModel"])
+@pytest.mark.parametrize("name", [
+    "BertForSequenceClassification", pytest.param("GPT2LMHeadModel", marks=pytest.mark.slow),
+])  # fmt: skip
 @pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
 def test_gradient_checkpointing(name: str) -> None:
     """transformers puts a hook on the embedding for it, which is Python of its own."""
