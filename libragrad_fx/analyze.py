@@ -44,17 +44,22 @@ def analyze(
     return _Analyzer(trace, book, all_carry, static).run()
 
 
-def operands(node: Node, names: tuple[str, ...]) -> list[tuple[str, Node]]:
-    """(operand, producing node) for the named schema arguments; list members as ``name[i]``."""
+def members(node: Node, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """(operand, what is given for it) for the named schema arguments; list members as ``name[i]``."""
     values = bind(aten_op(node), node.args, node.kwargs)
-    found: list[tuple[str, Node]] = []
+    found: list[tuple[str, Any]] = []
     for name in names:
         value = values.get(name)
-        if isinstance(value, Node):
+        if isinstance(value, (list, tuple)):
+            found.extend((f"{name}[{i}]", v) for i, v in enumerate(value))
+        else:
             found.append((name, value))
-        elif isinstance(value, (list, tuple)):
-            found.extend((f"{name}[{i}]", v) for i, v in enumerate(value) if isinstance(v, Node))
-    return found
+    return [(k, v) for k, v in found if v is not None]
+
+
+def operands(node: Node, names: tuple[str, ...]) -> list[tuple[str, Node]]:
+    """``members`` that are computed: (operand, producing node)."""
+    return [(k, v) for k, v in members(node, names) if isinstance(v, Node)]
 
 
 def is_affine(node: Node, fact: OpFacts) -> bool:
@@ -66,14 +71,6 @@ def _says(node: Node, wanted: Mapping[str, Any]) -> bool:
     """Whether a call has all the literal arguments that are wanted, of which there are some."""
     values = bind(aten_op(node), node.args, node.kwargs) if wanted else {}
     return bool(wanted) and all(values[k] == v for k, v in wanted.items())
-
-
-def summands(node: Node, fact: OpFacts) -> list[Any]:
-    """What a linear op adds up: values and numbers, members of lists one by one."""
-    values = bind(aten_op(node), node.args, node.kwargs)
-    given = [values.get(name) for name in fact.stream]
-    members = [v if isinstance(v, (list, tuple)) else [v] for v in given]
-    return [m for several in members for m in several if m is not None]
 
 
 def kind_of(node: Node, fact: OpFacts) -> Kind:
@@ -202,7 +199,7 @@ class _Analyzer:
             if name in _ZEROS or filled:
                 zeros.add(node.name)
             elif fact is not None and (groups := self.groups[node.name]):
-                nothing = all(_is_zero(m, zeros) for m in summands(node, fact))
+                nothing = all(_is_zero(m, zeros) for _, m in members(node, fact.stream))
                 if fact.kind is Kind.PRODUCT:
                     nothing &= any(n.name in zeros for _, n in groups["factors"])
                 if nothing and fact.kind in (Kind.PRODUCT, Kind.LINEAR) and not fact.constant:
@@ -224,7 +221,7 @@ class _Analyzer:
                 carriers = self.carriers(node)
                 if len(carriers) != 1 or len(node.all_input_nodes) != 1 or fact.constant:
                     break
-                if any(m is not carriers[0][1] and m != 0 for m in summands(node, fact)):
+                if any(m is not carriers[0][1] and m != 0 for _, m in members(node, fact.stream)):
                     break  # it adds something: what comes out is no gate
                 node = carriers[0][1]
             if fact is not None and fact.kind is Kind.GATE_SOURCE and fact.rank > _RANK_ODD:

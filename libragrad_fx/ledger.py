@@ -20,7 +20,14 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.analyze import aten_op, kind_of, live_operands, operands, tensor_arguments
+from libragrad_fx.analyze import (
+    aten_op,
+    kind_of,
+    live_operands,
+    members,
+    operands,
+    tensor_arguments,
+)
 from libragrad_fx.errors import InputError
 from libragrad_fx.module import CapturedModule, blocks, probed
 from libragrad_fx.normalize import module_path, source_line
@@ -105,18 +112,8 @@ def _bias_name(node: Node, fact: OpFacts, live: Sequence[str]) -> str | None:
         return None  # what only modulates has no zero to measure from
     if fact.kind is Kind.PRODUCT and not any(k.partition("[")[0] in multiplied for k in live):
         return "at_zero"  # only its offset is live: the product is a constant
-    if fact.constant:
-        return "at_zero"
-    streams = bind(aten_op(node), node.args, node.kwargs)
-    for name in fact.stream:
-        value, members = streams.get(name), {}
-        if isinstance(value, (list, tuple)):
-            members = {f"{name}[{i}]": m for i, m in enumerate(value)}
-        else:
-            members = {name: value}
-        if any(k not in live and m is not None and m != 0 for k, m in members.items()):
-            return "at_zero"
-    return None
+    added = any(k not in live and m != 0 for k, m in members(node, fact.stream))
+    return "at_zero" if fact.constant or added else None
 
 
 # --- running a graph with every edge in view

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import operator
 import os
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -210,7 +211,8 @@ class _Normaliser:
     # --- parameters, buffers, constants
 
     def _parameters(self) -> None:
-        constants = self.program.constants
+        # a weight of a class of its own (quantised) comes as the plain tensors that it is made of
+        constants = ChainMap(self.program.constants, self.program.state_dict)
         fakes = {
             n.name: n.meta.get("val") for n in self.program.graph.nodes if n.op == "placeholder"
         }
@@ -220,9 +222,7 @@ class _Normaliser:
             target = spec.target
             if spec.kind is InputKind.CONSTANT_TENSOR or not _has(self.root, target):
                 target = f"constant_{spec.arg.name}".replace(".", "_")
-                # a weight of a class of its own (quantised) comes as the plain tensors that it is made of
-                held: Any = {**self.program.state_dict, **constants}
-                value: Any = held[str(spec.target)]
+                value: Any = constants[str(spec.target)]
                 self.root.register_buffer(
                     target, value if value.is_leaf else value.detach(), persistent=False
                 )
