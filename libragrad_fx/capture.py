@@ -22,15 +22,14 @@ from unittest import mock
 
 import torch
 from torch.export import Dim, ExportedProgram
-from torch.fx.node import map_arg
 from torch.nn.modules import module as _modules
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.printers import PythonPrinter
 
+from libragrad_fx.composite import in_parts, write_out
 from libragrad_fx.errors import CaptureError, CustomBackwardWarning, ExportError, InputError
-from libragrad_fx.inplace import drop_idle, functional, is_composite, rename
+from libragrad_fx.inplace import drop_idle, rename
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.ops.insert import observe
 from libragrad_fx.ops.twin import bind
@@ -202,7 +201,7 @@ def _export(
             made = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             _detach_no_grad_regions(made)
             found = _conditions(made)
-            program = _written_out(_functional(made, known), known)
+            program = _functional(made, known)
             return program, tuple(dict.fromkeys([*found, *_conditions(program)]))
     except Exception as e:
         # neither is of use to a user: whom to write to, what export named a tensor
@@ -254,81 +253,32 @@ def _hushed() -> Iterator[None]:
 
 
 def _functional(program: ExportedProgram, known: Callable[[Any], bool]) -> ExportedProgram:
-    """The program without in-place writes, regions in another mode, and views that have no fact.
+    """The program without in-place writes, and without regions in another mode.
 
-    Where it has none of them it is left as it is: the pass costs as much as the export.
+    Where it has none of them it is left as it is: the pass costs several times the export.
     """
-    rename(program.graph)
-    if not any(_writes_or_hides(n, known) for n in program.graph.nodes):
-        return program
-    drop_idle(program.graph)
-    return program.run_decompositions({})
+    parts = in_parts(known)
+    for again in (True, False):
+        write_out(program.graph, parts, known)
+        rename(program.graph)
+        if again and any(map(_writes, program.graph.nodes)):
+            drop_idle(program.graph)
+            program = program.run_decompositions({})
+    return program
 
 
-def _writes_or_hides(node: torch.fx.Node, known: Callable[[Any], bool]) -> bool:
-    if isinstance(node.target, torch._ops.HigherOrderOperator) or _maps(node):
+def _writes(node: torch.fx.Node) -> bool:
+    """Whether a node writes in place, or begins or ends a region in another mode or under a ``vmap``."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
         return True
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    if node.target._schema.is_mutable:
-        return True
     values = bind(node.target, node.args, node.kwargs)
-    if values.get("training") or values.get("use_input_stats"):
-        return True  # a norm that writes its statistics, of which its schema says nothing
-    return _hides(node, known)
-
-
-def _maps(node: torch.fx.Node) -> bool:
-    """Whether a node begins or ends a ``vmap``, whose batching PyTorch writes out as ops."""
-    return getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
-
-
-def _hides(node: torch.fx.Node, known: Callable[[Any], bool]) -> bool:
-    """Whether a node is a composite op on tensors that has no fact."""
-    made = pytree.tree_leaves(node.meta.get("val"))
-    tensors = any(isinstance(v, torch.Tensor) for v in made)
-    return tensors and is_composite(node.target) and not known(node.target)
-
-
-def _written_out(program: ExportedProgram, known: Callable[[Any], bool]) -> ExportedProgram:
-    """Replace composite ops that have no fact by ops that have, where PyTorch makes them of such."""
-    tried: set[Any] = set()
-    while True:
-        hiding = (n for n in program.graph.nodes if _hides(n, known))
-        unknown = {n.target: n for n in hiding if n.target not in tried}
-        if not unknown:
-            return program
-        tried |= set(unknown)
-        table = torch.export.default_decompositions()
-        parts = {
-            op: table[op] for op, n in unknown.items() if op in table and all(map(known, _parts(n)))
-        }
-        if parts:
-            program = program.run_decompositions(parts)
-
-
-class _Calls(TorchDispatchMode):
-    """Notes every op that makes floating-point tensors of tensors while it is on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: set[Any] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves((args, kwargs)))
-        made = (t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor))
-        if given and any(map(inexact, made)):
-            self.ops.add(functional(func) or func)  # export leaves none in place
-        return result
-
-
-def _parts(node: torch.fx.Node) -> set[Any]:
-    """The ops that a composite op comes down to, on the values it was traced with."""
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with _Calls() as calls:
-        node.target(*args, **kwargs)  # type: ignore[operator]
-    return calls.ops
+    # a norm that writes its statistics does not say so in its schema
+    norm = values.get("training") or values.get("use_input_stats")
+    return node.target._schema.is_mutable or bool(norm)
 
 
 def _by_name(model: torch.nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -19,8 +19,6 @@ from libragrad_fx.target import inexact
 
 aten = torch.ops.aten
 _BY_INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
-PAD = aten._pad_packed_sequence.default
-"""A composite op that is not to be noted in its parts: its kernel fills a tensor beside them."""
 _MASKS = (torch.bool, torch.uint8)
 
 
@@ -153,7 +151,7 @@ def _select_by_index(node: Node, read: Any, place: Any, shapes: dict[Node, Any])
         held = torch.arange(int(count.max()))[:, None] < count.cpu()
         indices = _columns(held, batch_first, (lengths, version), place)
         _replace_first(node, lambda g: g.call_function(aten.index.Tensor, (x, indices)))
-    elif node.target is PAD:
+    elif node.target is aten._pad_packed_sequence.default:
         x, sizes, batch_first, value, _ = node.args
         version, count = read[sizes]
         held = torch.arange(int(count.max())) < count.cpu()[:, None]

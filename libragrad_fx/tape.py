@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,10 +25,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from libragrad_fx import rulebook
 from libragrad_fx.birth import Reference
 from libragrad_fx.capture import traced_as_run
+from libragrad_fx.composite import aten_ops, in_parts
 from libragrad_fx.cuts import HELD, MOVES, STILL, CutModule, Run, prove_born
 from libragrad_fx.errors import CaptureError, CutWarning, LibraGradError, VerificationError
-from libragrad_fx.freeze import PAD, freeze, has_effect
-from libragrad_fx.inplace import is_composite
+from libragrad_fx.freeze import freeze, has_effect
 from libragrad_fx.rewrite import spell
 from libragrad_fx.rulebook import RuleBook
 from libragrad_fx.state import untouched
@@ -71,10 +70,11 @@ def record(model: nn.Module, args: Any, kwargs: Any, book: RuleBook) -> Tape:
 
     tensors = [moving(leaves[i]).clone() for i in places]
     try:
+        parts = in_parts(lambda op: book.fact(op) is not None)
         with traced_as_run(), _own_kernels(), _written_out():
-            traced = make_fx(
-                run, _in_parts(book), pre_dispatch=True, _error_on_data_dependent_ops=False
-            )(*tensors)
+            traced = make_fx(run, parts, pre_dispatch=True, _error_on_data_dependent_ops=False)(
+                *tensors
+            )
     except LibraGradError:
         raise
     except Exception as e:
@@ -92,26 +92,7 @@ def record(model: nn.Module, args: Any, kwargs: Any, book: RuleBook) -> Tape:
     return Tape(*_parametric(traced), outputs, restore)
 
 
-@functools.cache
-def _aten_ops() -> tuple[torch._ops.OpOverload, ...]:
-    names = (n for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::"))
-    split = (n.removeprefix("aten::").partition(".") for n in names)
-    packets = ((getattr(torch.ops.aten, name, None), overload) for name, _, overload in split)
-    found: Any = (getattr(packet, overload or "default", None) for packet, overload in packets)
-    return tuple(op for op in found if op is not None)
-
-
-def _in_parts(book: RuleBook) -> dict[Any, Callable[..., Any]]:
-    """What writes out each composite op of PyTorch that has no fact, by PyTorch's own kernel."""
-    if book.digest not in _PARTS:
-        unknown = (op for op in _aten_ops() if is_composite(op) and book.fact(op) is None)
-        parts = {op: functools.partial(op._op_dk, _COMPOSITE) for op in unknown if op is not PAD}
-        _PARTS[book.digest] = parts
-    return _PARTS[book.digest]
-
-
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
-_PARTS: dict[str, dict[Any, Callable[..., Any]]] = {}
 
 
 @contextlib.contextmanager
@@ -119,7 +100,7 @@ def _own_kernels() -> Iterator[None]:
     """PyTorch's kernels as a model runs them: for some ops tracing takes stand-ins that are written in
     Python, with other bits (a resize of pictures, recurrent layers)."""
     keys = {_COMPOSITE, torch._C.DispatchKey.Autograd}
-    ops = [op for op in _aten_ops() if not keys.isdisjoint(op.py_kernels)]
+    ops = [op for op in aten_ops() if not keys.isdisjoint(op.py_kernels)]
     with contextlib.ExitStack() as stack:
         for op in ops:
             kept = {k: f for k, f in op.py_kernels.items() if k not in keys}

@@ -9,7 +9,7 @@ import libragrad_fx
 
 ROOT = Path(libragrad_fx.__file__).parent
 LAYERS = [
-    {"errors"}, {"extras", "inplace", "state", "target", "types"}, {"ops"}, {"execute"},
+    {"errors"}, {"extras", "inplace", "state", "target", "types"}, {"ops"}, {"composite", "execute"},
     {"rulebook", "module"}, {"capture", "variants"}, {"normalize"},
     {"analyze"}, {"plan", "proof"}, {"views"}, {"narrow"}, {"lean"}, {"rewrite"}, {"ledger"},
     {"verify"}, {"birth", "freeze"},

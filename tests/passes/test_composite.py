@@ -1,0 +1,81 @@
+"""Composite ops that have no fact are written out, one by one, in ops that have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import libragrad_fx as lg
+from libragrad_fx import capture
+from libragrad_fx.cuts import CutModule
+
+F = nn.functional
+COMPOSITES = {
+    "diff": lambda y: y.diff(),
+    "meshgrid": lambda y: torch.stack(torch.meshgrid(y[:, 0], y[:, 1], indexing="xy")),
+    "cosine_similarity": lambda y: F.cosine_similarity(y, y.roll(1, 1)),
+    "trapezoid": lambda y: torch.trapezoid(y),
+    "special_softmax": lambda y: torch.special.softmax(y, 1),
+    "quantile": lambda y: y.quantile(0.3, dim=1),
+    "nanquantile": lambda y: y.nanquantile(0.6, dim=1),
+    "matrix_power": lambda y: torch.linalg.matrix_power(y.T @ y, 3),
+    "combinations": lambda y: torch.combinations(y[:, 0]),
+    "triplet_margin_loss": lambda y: F.triplet_margin_loss(y, y.roll(1, 1), y.roll(2, 1)),
+    "gradient": lambda y: torch.gradient(y, dim=1)[0],
+    "concatenate": lambda y: torch.concatenate([y, y]) * (y.max() > 0).logical_or(y.min() > 0),
+}
+
+WRITE = {"quantile", "nanquantile", "combinations"}
+"""Those whose kernels write in place into what may have another name."""
+
+
+def weighed(y: torch.Tensor) -> torch.Tensor:
+    return (y * torch.arange(y.numel(), dtype=y.dtype).cos().view(y.shape)).sum()
+
+
+class Net(nn.Module):
+    def __init__(self, name: str, by_value: bool = False) -> None:
+        super().__init__()
+        self.linear, self.f, self.by_value = nn.Linear(6, 6), COMPOSITES[name], by_value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        if self.by_value and float(y.detach().numpy().sum()) > 1e9:
+            y = -y
+        return self.f(y)
+
+
+def made(name: str, **options: Any) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return Net(name, **options).double(), torch.randn(3, 6).double()
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_it_is_one_graph_of_known_ops(name: str) -> None:
+    model, x = made(name)
+    module = lg.transform(model, x)
+    assert isinstance(module, torch.fx.GraphModule)
+    assert lg.verify(model, module, x, weighed).ok
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_it_is_written_out_where_it_is_recorded_while_it_runs(name: str) -> None:
+    """Quantile's kernel fills a tensor beside the ops that it calls: those are not all that it does."""
+    model, x = made(name, by_value=True)
+    module = lg.transform(model, x)
+    assert isinstance(module, CutModule)
+    assert torch.equal(module(x), model(x))
+
+
+@pytest.mark.parametrize("name", sorted(COMPOSITES.keys() - WRITE))
+def test_the_program_is_not_traced_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That would cost several times the export."""
+
+    def traced_again(*args: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(capture.ExportedProgram, "run_decompositions", traced_again)
+    lg.transform(*made(name))
