@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from libragrad_fx.birth import reference, require_balanced, require_same
-from libragrad_fx.capture import example_call, infer_inputs
+from libragrad_fx.capture import FIXED, Free, example_call, infer_inputs
 from libragrad_fx.cuts import CutModule, foreign, ledger_of_pieces, transform_in_pieces
 from libragrad_fx.errors import (
     CaptureError,
@@ -53,9 +53,9 @@ def transform(
     Args:
         model: any ``nn.Module``, in the mode (train or eval) to be captured.
         example_inputs: a tensor, a tuple, or a dict of keyword arguments; inferred from the model
-            if None. Dimension 0 of each tensor becomes free. A call that does not fit (another
-            shape, container, dtype or constant) is captured by itself, and kept, as long as the
-            process holds the original.
+            if None. Dimension 0 of each tensor becomes free, and so does the length of tokens. A call
+            that does not fit (another shape, container, dtype or constant) is captured by itself, and
+            kept, as long as the process holds the original.
         policy: ``"libra"`` (LibraGrad, CVPR 2025), ``"cp_lrp"`` (Ali et al. 2022), or a YAML file.
         on_unknown: ``"raise"`` lists every op on a live gradient path that no rule covers;
             ``"keep"`` leaves autograd's gradient there and says so in the plan.
@@ -63,11 +63,10 @@ def transform(
         check: run the original twice before and the result twice after, and require the same bits
             (a batch of one as well), and an account that closes. It costs these forwards and one
             backward; without it, what capture lost is noticed by ``verify`` alone.
-
-        dynamic: sizes that are free beside the first of each tensor, so that one graph is enough for
-            them: by argument of ``forward``, axes with a name or a ``torch.export.Dim``
-            (``{"input_ids": {1: "length"}, "attention_mask": {1: "length"}}``); for a container, one
-            such entry for each member. Calls with other sizes work without it, by a graph each.
+        dynamic: more sizes that are free, so that one graph is enough for them: by argument of
+            ``forward``, axes with a name or a ``torch.export.Dim`` (``{"x": {2: "height", 3: "width"}}``);
+            for a container, one such entry for each member. Calls with other sizes work without it, by
+            a graph each.
 
     Raises:
         CaptureError, InputError, RuleError, UnknownOpError, VerificationError: see
@@ -76,17 +75,18 @@ def transform(
     if isinstance(model, (CapturedModule, CutModule)):
         return _again(model, policy, on_unknown, rules)
     options = {"policy": policy, "on_unknown": on_unknown, "rules": rules, "check": check}
-    free = _free(model, dynamic)
+    named = _named(model, dynamic)
     with ONE_AT_A_TIME:  # a second transform, of this model or another, waits
         try:
-            return _one_graph(model, example_inputs, dynamic=free, **options)
+            return _one_graph(model, example_inputs, named, **options)
         except ExportError as refusal:
             return _other_rungs(model, example_inputs, refusal, **options)
 
 
-def _free(model: torch.nn.Module, dynamic: Any) -> Mapping[str, Any] | None:
+def _named(model: torch.nn.Module, dynamic: Any) -> Mapping[str, Any]:
+    """``dynamic``, if it names arguments that ``model`` takes."""
     if dynamic is None:
-        return None
+        return {}
     if not isinstance(dynamic, Mapping):
         raise InputError(
             f"dynamic maps arguments of forward to axes ({{'x': {{1: 'length'}}}}); got {dynamic!r:.80}"
@@ -120,18 +120,22 @@ def _other_rungs(
             raise CaptureError(f"{second}\n  Recorded while it ran: {third}") from third
 
 
-def _one_graph(model: torch.nn.Module, inputs: Any, **options: Any) -> CapturedModule:
-    """``transform`` for a model that is one graph; with the example's own batch, if a free one fails."""
-    try:
-        made = decide(model, inputs, **options)
-        module = _born(model, made)
-    except VerificationError:
+def _one_graph(
+    model: torch.nn.Module, inputs: Any, dynamic: Mapping[str, Any], **options: Any
+) -> CapturedModule:
+    """``transform`` for a model that is one graph, with as many free sizes as the model lets be."""
+    free: Free | None = Free(named=dynamic)
+    while True:
+        made = decide(model, inputs, free=free, **options)
         try:
-            options["dynamic"] = None
-            made = decide(model, inputs, fixed=True, **options)
             module = _born(model, made)
-        except VerificationError as e:  # the next rung may do better
-            raise ExportError(str(e)) from e
+            break
+        except VerificationError as e:
+            free = made.free.fewer()
+            if free is None:  # the next rung may do better
+                raise ExportError(str(e)) from e
+            if dynamic and free is FIXED:
+                raise InputError(f"dynamic: with these sizes free, {e}") from e
     if made.reference is not None and options["on_unknown"] == "raise":
         require_balanced(module, made.reference)
     for name in made.analysis.gate_heads:
@@ -141,7 +145,7 @@ def _one_graph(model: torch.nn.Module, inputs: Any, **options: Any) -> CapturedM
 
     def recapture(args: Any, kwargs: Any) -> CapturedModule:
         tree.require_unchanged()
-        return _one_graph(model, Arguments(tuple(args), kwargs), **options)
+        return _one_graph(model, Arguments(tuple(args), kwargs), dynamic, **options)
 
     module.origin = Origin(recapture)
     return module

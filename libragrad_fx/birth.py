@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from libragrad_fx.ops import insert
 from libragrad_fx.state import Snapshot, untouched
 from libragrad_fx.target import Arguments, differentiable, inexact, moving, undisturbed
 from libragrad_fx.types import Ledger
+from libragrad_fx.variants import fits
 from libragrad_fx.verify import compare, tolerance_of
 
 
@@ -153,8 +154,8 @@ def _is_overwritten(model: torch.nn.Module, name: str, args: Any, kwargs: Any) -
 def require_same(model: torch.nn.Module, module: torch.nn.Module, known: Reference) -> None:
     """Raise ``VerificationError`` unless ``module`` gives what the original gave, twice.
 
-    A graph with a free batch is compared for a batch of one as well; where that differs, it is not
-    used for one.
+    A graph with free lengths is compared for another length as well. One with a free batch is compared for
+    a batch of one; where that differs, it is not used for one.
     """
     for time, wanted in zip(("first", "second"), known.outputs, strict=True):
         try:
@@ -181,8 +182,10 @@ def require_same(model: torch.nn.Module, module: torch.nn.Module, known: Referen
                 f"of {type(model).__name__}'s outputs, number {', '.join(map(str, lost or [0]))}"
                 f" {'has lost its gradient' if lost else 'has a gradient that it should not have'}"
             )
-    if isinstance(module, CapturedModule) and not _same_for_one(model, module, known):
-        _refuse_one(module)
+    if isinstance(module, CapturedModule):
+        _require_same_lengths(model, module, known)
+        if not _same_for_one(model, module, known):
+            _refuse_one(module)
 
 
 def require_balanced(module: CapturedModule, known: Reference) -> None:
@@ -290,27 +293,76 @@ def _generators() -> dict[str, Any]:
     return {"random": random.getstate(), "numpy.random": (name, bytes(keys), *rest)}  # type: ignore[arg-type]
 
 
-# --- a batch of one, of which export says nothing
+# --- other sizes: a batch of one, of which export says nothing, and other lengths
+
+
+def _free_axes(module: CapturedModule, known: Reference) -> list[tuple[int, list[int]]]:
+    """Of each tensor among the leaves of a call: its place, and which of its axes are free."""
+    guards = [n for n in module.graph.nodes if n.target is insert.guard]
+    leaves = pytree.tree_leaves((known.args, dict(known.kwargs)))
+    tensors = [i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor)]
+    if len(tensors) != len(guards):
+        return []
+    shapes: Any = [n.args[2] for n in guards]
+    free = [[axis for axis, size in enumerate(shape) if isinstance(size, str)] for shape in shapes]
+    return list(zip(tensors, free, strict=True))
+
+
+def _resized(
+    known: Reference, change: Callable[[int, torch.Tensor], torch.Tensor]
+) -> tuple[Any, Any]:
+    leaves, spec = pytree.tree_flatten((known.args, dict(known.kwargs)))
+    changed = [change(i, t) if isinstance(t, torch.Tensor) else t for i, t in enumerate(leaves)]
+    return pytree.tree_unflatten(changed, spec)
 
 
 def _same_for_one(model: torch.nn.Module, module: CapturedModule, known: Reference) -> bool:
-    guards = [n for n in module.graph.nodes if n.target is insert.guard]
-    free = [bool(n.args[2]) and isinstance(n.args[2][0], str) for n in guards]
-    leaves, spec = pytree.tree_flatten((known.args, dict(known.kwargs)))
-    tensors = [i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor)]
-    if not any(free) or len(tensors) != len(guards):
-        return True
-    if all(len(leaves[i]) == 1 for i, f in zip(tensors, free, strict=True) if f):
-        return True  # it was compared just now
-    for i, is_free in zip(tensors, free, strict=True):
-        leaves[i] = leaves[i][:1] if is_free else leaves[i]
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    axes = dict(_free_axes(module, known))
+    leaves = pytree.tree_leaves((known.args, dict(known.kwargs)))
+    if all(len(leaves[i]) == 1 for i, free in axes.items() if 0 in free):
+        return True  # nothing is free, or it was compared just now
+    args, kwargs = _resized(known, lambda i, t: t[:1] if 0 in axes[i] else t)
     try:
         with untouched(model):
             wanted = _run(model, args, kwargs)
         return _difference(wanted, _run(module, args, kwargs)) is None
     except Exception:  # the model cannot be called with one sample, which its own call will say
         return False
+
+
+def _require_same_lengths(model: torch.nn.Module, module: CapturedModule, known: Reference) -> None:
+    """Raise ``VerificationError`` if more than the batch is free, and no other size is seen to be right."""
+    axes = {i: [a for a in free if a] for i, free in _free_axes(module, known)}
+    if not any(axes.values()):
+        return
+    for change in (_halved, _doubled):
+        args, kwargs = _resized(known, lambda i, t, by=change: by(t, axes[i]))
+        if not fits(module, args, kwargs):
+            continue
+        try:
+            with untouched(model):
+                wanted = _run(model, args, kwargs)
+        except Exception:  # the model does not take this size
+            continue
+        difference = _difference(wanted, _run(module, args, kwargs))
+        if difference is None:
+            return
+        raise VerificationError(
+            f"with another length it is not {type(model).__name__}: {difference}"
+        )
+    raise VerificationError(f"{type(model).__name__} takes no other length to compare it for")
+
+
+def _halved(t: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+    for axis in axes:
+        t = t.narrow(axis, 0, t.shape[axis] - t.shape[axis] // 2)
+    return t
+
+
+def _doubled(t: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+    for axis in axes:
+        t = torch.cat([t, t], axis)
+    return t
 
 
 def _refuse_one(module: CapturedModule) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import inspect
 import io
 import logging
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -68,6 +70,50 @@ class Capture:
     notes: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Free:
+    """Which sizes of the inputs are free.
+
+    batch:   the first one of every tensor
+    lengths: the second one of tokens, (B, L) of whole numbers, and of what is as long as they are
+    named:   more, by argument, as ``transform`` takes them
+    """
+
+    batch: bool = True
+    lengths: bool = True
+    named: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def fewer(self) -> Free | None:
+        """What is left to try where these cannot be; None if nothing is free here."""
+        if self.lengths:
+            return dataclasses.replace(self, lengths=False)
+        return FIXED if self.batch else None
+
+    def axes(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The free axes of each tensor of a call, as export wants them."""
+        long = token_lengths(args, kwargs) if self.lengths else set()
+
+        def of(t: Any) -> dict[int, Any] | None:
+            if not isinstance(t, torch.Tensor) or not t.ndim:
+                return None
+            return {
+                axis: Dim.AUTO for axis in range(min(t.ndim, 2)) if not axis or t.shape[1] in long
+            }
+
+        return pytree.tree_map(of, (args, kwargs))
+
+
+USUAL = Free()
+FIXED = Free(batch=False, lengths=False)
+
+
+def token_lengths(args: Any, kwargs: Any) -> set[int]:
+    """How long the sequences of tokens are that a call is given."""
+    tensors = (t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+    whole = (t for t in tensors if not inexact(t) and t.dtype is not torch.bool)
+    return {t.shape[1] for t in whole if t.ndim == 2}
+
+
 def require_fit(model: torch.nn.Module) -> None:
     """Raise ``CaptureError`` for what no capture can do anything with."""
     _refuse_unfit(model)
@@ -104,16 +150,14 @@ def capture(
     *,
     known: Callable[[Any], bool] = lambda op: True,
     module_calls: bool = True,
-    fixed: bool = False,
-    dynamic: Mapping[str, Any] | None = None,
+    free: Free = USUAL,
 ) -> Capture:
     """Export ``model`` and make it functional. The model is left as it was, whatever happens.
 
     Args:
-        args, kwargs: the call (see ``example_call``). Dimension 0 of every tensor becomes free.
+        args, kwargs: the call (see ``example_call``).
         known: whether an op has a fact; a composite op that has none is written out in its parts.
-        fixed: take every dimension as it is in the example, the first one too.
-        dynamic: what is free beside the first dimension of every tensor, as ``transform`` takes it.
+        free: which sizes are free.
         module_calls: record every call of a submodule; without, the result's tree has no hooks.
 
     Raises:
@@ -121,7 +165,7 @@ def capture(
     """
     with untouched(model):
         kwargs, forced = without_cache(model, dict(kwargs))
-        if not fixed:
+        if free.batch:
             args, kwargs = _batch_of_two(args, kwargs)
         calls: list[Call] = []
         custom: list[str] = []
@@ -129,10 +173,10 @@ def capture(
         with _export_state(), _global_hooks_kept(), observed, _custom_functions(custom):
             try:
                 with _as_if_eager():
-                    program, conditions = _export(model, args, kwargs, known, fixed, dynamic)
+                    program, conditions = _export(model, args, kwargs, known, free)
             except ExportError:  # eagerly it asks for tensor values; it may have a way without
                 calls.clear()
-                program, conditions = _export(model, args, kwargs, known, fixed, dynamic)
+                program, conditions = _export(model, args, kwargs, known, free)
     notes: tuple[str, ...] = ()
     if custom:
         text = (
@@ -185,16 +229,12 @@ def _batch_of_two(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def _export(
-    model: torch.nn.Module, args: Any, kwargs: Any, known: Callable[[Any], bool], fixed: bool,
-    dynamic: Mapping[str, Any] | None,
-) -> tuple[ExportedProgram, tuple[str, ...]]:  # fmt: skip
-    free = pytree.tree_map(
-        lambda t: {0: Dim.AUTO} if isinstance(t, torch.Tensor) and t.ndim else None, (args, kwargs)
-    )
-    shapes = None if fixed else _by_name(model, *free)
-    if shapes is not None and dynamic:
+    model: torch.nn.Module, args: Any, kwargs: Any, known: Callable[[Any], bool], free: Free
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    shapes = _by_name(model, *free.axes(args, kwargs)) if free.batch else None
+    if shapes is not None:
         given = _by_name(model, args, kwargs)
-        shapes |= {name: _freed(name, given.get(name), spec) for name, spec in dynamic.items()}
+        shapes |= {name: _freed(name, given.get(name), spec) for name, spec in free.named.items()}
     try:
         with warnings.catch_warnings(), _hushed():
             warnings.simplefilter("ignore")
@@ -478,19 +518,45 @@ def _global_hooks_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _custom_functions(found: list[str]) -> Iterator[None]:
-    """Notice user-written ``autograd.Function``s: tracing keeps their forward and not their backward."""
+    """Notice user-written ``autograd.Function``s: tracing keeps their forward and not their backward.
+
+    ``Function.apply`` may have been looked up before (``swish = Swish.apply``). Each call looks up
+    ``forward``, so that is watched.
+    """
+    here = threading.get_ident()
+
+    def look_up(cls: Any, name: str) -> Any:
+        value = type.__getattribute__(cls, name)
+        return watched(cls, value) if name == "forward" and threading.get_ident() == here else value
+
+    def watched(cls: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if _library(cls) != "torch":
+                found.append(f"{cls.__module__}.{cls.__qualname__}")
+            with _grad_mode_unseen(), _data_seen():
+                return forward(*args, **kwargs)
+
+        return run
+
+    meta = torch.autograd.function.FunctionMeta
+    with mock.patch.object(meta, "__getattribute__", look_up), _reentrant_checkpoints():
+        yield
+
+
+@contextlib.contextmanager
+def _reentrant_checkpoints() -> Iterator[None]:
+    """A reentrant checkpoint is the function that it calls, which may have regions in another grad mode."""
     apply = inspect.getattr_static(torch.autograd.Function, "apply")
 
-    def spy(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls.__module__ == _CHECKPOINT and callable(args[0]):
-            # a reentrant checkpoint: (function, whether to keep the random state, *its arguments)
-            return args[0](*args[2:])
-        if _library(cls) != "torch":
-            found.append(f"{cls.__module__}.{cls.__qualname__}")
-        with _grad_mode_unseen():
-            return apply.__get__(None, cls)(*args, **kwargs)
+            return args[0](
+                *args[2:]
+            )  # (function, whether to keep the random state, *its arguments)
+        return apply.__get__(None, cls)(*args, **kwargs)
 
-    with mock.patch.object(torch.autograd.Function, "apply", classmethod(spy)):
+    with mock.patch.object(torch.autograd.Function, "apply", classmethod(run)):
         yield
 
 
@@ -508,6 +574,23 @@ def _grad_mode_unseen() -> Iterator[None]:
             switch(mode)
 
     with mock.patch.object(torch._C, "_set_grad_enabled", unseen):
+        yield
+
+
+@contextlib.contextmanager
+def _data_seen() -> Iterator[None]:
+    """``x.data`` is ``x``, for this thread.
+
+    Inside a Function nothing is differentiated, and the two are one tensor but for the count of writes.
+    A trace sees what is written to ``x``.
+    """
+    plain, here = torch.Tensor.data, threading.get_ident()
+
+    def get(x: torch.Tensor) -> torch.Tensor:
+        return x if threading.get_ident() == here else plain.__get__(x)  # type: ignore[attr-defined]
+
+    seen = property(get, plain.__set__)  # type: ignore[attr-defined]
+    with mock.patch.object(torch.Tensor, "data", seen):
         yield
 
 

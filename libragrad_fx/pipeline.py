@@ -15,7 +15,15 @@ import torch
 from libragrad_fx import rulebook
 from libragrad_fx.analyze import analyze
 from libragrad_fx.birth import Reference, reference
-from libragrad_fx.capture import capture, example_call, require_fit
+from libragrad_fx.capture import (
+    FIXED,
+    USUAL,
+    Free,
+    capture,
+    example_call,
+    require_fit,
+    token_lengths,
+)
 from libragrad_fx.errors import ExportError, InputError
 from libragrad_fx.ledger import sites
 from libragrad_fx.module import CapturedModule
@@ -38,6 +46,7 @@ class Decision:
     analysis: Analysis
     plan: Plan
     reference: Reference | None = None
+    free: Free = FIXED
 
 
 def decide(
@@ -51,16 +60,14 @@ def decide(
     piece: bool = False,
     static: Container[str] = (),
     check: bool = True,
-    fixed: bool = False,
-    dynamic: Mapping[str, Any] | None = None,
+    free: Free = USUAL,
 ) -> Decision:
     """Every stage before the rewrite.
 
     piece: the model is a part of a larger one: its shapes are fixed, and every output carries.
     static: arguments that no signal comes in by.
     check: run the model before it is traced: see ``birth``.
-    fixed: no dimension is free.
-    dynamic: dimensions that are free beside the first ones: see ``transform``.
+    free: which sizes are free, as far as the model lets them be.
     """
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"expected an nn.Module, got {type(model).__name__}")
@@ -76,42 +83,37 @@ def decide(
             known = reference(model, args, kwargs) if check and not piece else None
             if known is not None and known.unfit:
                 raise ExportError(f"{type(model).__name__} is no graph: {known.unfit}")
-            free = None if fixed or piece else dict(dynamic or {})
-            trace = _traced(model, args, kwargs, book, module_calls, free)
+            trace, free = _traced(model, args, kwargs, book, module_calls, FIXED if piece else free)
         analysis = analyze(trace, book, all_carry=piece, static=static)
-        return Decision(trace, analysis, make_plan(trace, analysis, book, on_unknown), known)
+        return Decision(trace, analysis, make_plan(trace, analysis, book, on_unknown), known, free)
 
 
 def _traced(
-    model: torch.nn.Module, args: Any, kwargs: Any, book: RuleBook, module_calls: bool,
-    free: Mapping[str, Any] | None,
-) -> Trace:  # fmt: skip
-    """The model as a graph that takes at least the call that it was made from.
-
-    free: dimensions that are free beside the first ones; None where none is, those included.
-    """
+    model: torch.nn.Module, args: Any, kwargs: Any, book: RuleBook, module_calls: bool, free: Free
+) -> tuple[Trace, Free]:
+    """The model as a graph that takes at least the call that it was made from; what is free of it."""
     is_known = lambda op: book.fact(op) is not None  # noqa: E731
     subject = model
+    # export puts fake tensors into what it traces, for other threads to see
     with contextlib.suppress(Exception):  # what cannot be copied is traced itself
-        subject = copied(
-            model
-        )  # export puts fake tensors into what it traces, for other threads to see
+        subject = copied(model)
+    if not token_lengths(args, kwargs):
+        free = dataclasses.replace(free, lengths=False)
     while True:
-        found = capture(
-            subject,
-            args,
-            kwargs,
-            known=is_known,
-            module_calls=module_calls,
-            fixed=free is None,
-            dynamic=free,
-        )
+        try:
+            found = capture(
+                subject, args, kwargs, known=is_known, module_calls=module_calls, free=free
+            )
+        except ExportError:
+            if not free.lengths:
+                raise
+            free = dataclasses.replace(free, lengths=False)
+            continue
         trace = normalize(model, found)
-        if free is not None:
-            _require_free(trace, free)
-        if free is None or fits(trace.module, args, kwargs):  # type: ignore[arg-type]
-            return trace
-        free = None  # a batch of one was doubled, and Python looked at the batch
+        _require_free(trace, free.named)
+        if not free.batch or fits(trace.module, args, kwargs):  # type: ignore[arg-type]
+            return trace, free
+        free = FIXED  # a batch of one was doubled, and Python looked at the batch
 
 
 def _require_free(trace: Trace, wanted: Mapping[str, Any]) -> None:

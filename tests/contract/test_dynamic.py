@@ -1,4 +1,4 @@
-"""Sizes that are free by request: one graph for all of them, or an error that says why not."""
+"""Sizes that are free, by request or as the length of tokens: one graph for all, or an error."""
 
 from __future__ import annotations
 
@@ -93,10 +93,145 @@ def test_one_graph_for_all_sizes(name: str) -> None:
 
 
 def test_without_it_each_size_has_a_graph_of_its_own() -> None:
-    module = lg.transform(Tokens(), ids(2, 8))
+    model, inputs, _ = Picture(), MODELS["picture"][1], None
+    module = lg.transform(model, inputs(8))
     for n in (5, 13, 5):
-        module(ids(2, n))
+        module(*inputs(n))
     assert len(module.origin.variants) == 2
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.rnn = nn.Embedding(20, 8), nn.GRU(8, 6, batch_first=True)
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.rnn(self.embed(ids))[0][:, -1]
+
+
+class Positions(Tokens):
+    """Learned positions for at most 9 tokens, made into a mask as libraries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Embedding(9, 8).double()
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        n = ids.shape[1]
+        x = self.norm(self.embed(ids) + self.places(torch.arange(n)))
+        before = torch.full((n, n), float("-inf"), dtype=x.dtype).triu(1)
+        if mask is not None:
+            before = before + (1 - mask[:, None].to(x.dtype)) * -1e9
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.head(F.gelu(F.scaled_dot_product_attention(q, k, v, before)))[:, -1]
+
+
+class TwoTexts(Tokens):
+    """Of two lengths."""
+
+    def forward(self, ids: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(ids) * torch.sigmoid(super().forward(other))
+
+
+TOKENS: dict[str, Any] = {
+    "tokens": (Tokens, lambda n: {"ids": ids(2, n)}),
+    "tokens and mask": (Tokens, lambda n: {"ids": ids(3, n), "mask": (ids(3, n) % 5 > 0).long()}),
+    "tokens and a mask of bools": (Tokens, lambda n: {"ids": ids(3, n), "mask": ids(3, n) % 5 > 0}),
+    "one sample": (Tokens, lambda n: {"ids": ids(1, n)}),
+    "positions": (Positions, lambda n: {"ids": ids(2, n), "mask": (ids(2, n) < 19).long()}),
+    "two texts": (TwoTexts, lambda n: {"ids": ids(2, n), "other": ids(2, n + 1)}),
+    "two texts as long": (TwoTexts, lambda n: {"ids": ids(2, n), "other": ids(2, n)}),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_one_graph_for_all_lengths_of_tokens(name: str) -> None:
+    make, inputs = TOKENS[name]
+    model = make()
+    module = lg.transform(model, inputs(8))
+    for n in (8, 5, 7, 2):
+        certificate = lg.verify(model, module, inputs(n), lambda y: y[0, 0])
+        assert certificate.ok, certificate
+    assert module.origin.variants == []
+
+
+class Loop(Tokens):
+    """Python looks at the length."""
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = super().forward(ids, mask)
+        for _ in range(ids.shape[1] // 4):
+            y = torch.tanh(y)
+        return y
+
+
+class Windows(Tokens):
+    """Attention in windows of 4, and none where the text is shorter."""
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        if ids.shape[1] % 4 or ids.shape[1] < 8:
+            return super().forward(ids)
+        return super().forward(ids.reshape(-1, 4)).view(ids.shape[0], -1, 3).mean(1)
+
+
+class Flat(nn.Module):
+    """As many columns as it has weights for; no text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(20, 4), nn.Linear(32, 3)
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.tanh(self.head(self.embed(ids).flatten(1)))
+
+
+class Remembered(Tokens):
+    """A table of positions that is made anew for a longer text only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.zeros(0, 8)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        n = ids.shape[1]
+        if len(self.table) < n:
+            self.table = torch.arange(n * 8, dtype=torch.float64).view(n, 8).cos()
+        return self.head(F.gelu(self.embed(ids) + self.table[:n])).mean(1)
+
+
+@pytest.mark.parametrize("make", [Loop, Windows, Recurrent, Remembered])
+def test_where_python_looks_at_the_length(make: Any) -> None:
+    model = make()
+    module = lg.transform(model, ids(2, 8))
+    for n in (8, 5, 12, 16, 5, 1):
+        assert torch.equal(module(ids(2, n)), model(ids(2, n)))
+        assert lg.verify(model, module, ids(2, n), lambda y: y[0, 0]).ok
+
+
+def test_a_length_that_the_model_fixes() -> None:
+    module = lg.transform(Flat(), ids(2, 8))
+    assert module(ids(3, 8)).shape == (3, 3)
+    with pytest.raises(GuardError, match="ids was captured with shape"):
+        module(ids(2, 7))
+
+
+def test_a_length_that_is_traced_wrong_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here: what depends on the length is read from a place that no trace sees."""
+
+    class Hidden(Tokens):
+        def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+            from torch.fx.experimental.symbolic_shapes import optimization_hint
+
+            return super().forward(ids) * optimization_hint(ids.shape[1])
+
+    model = Hidden()
+    module = lg.transform(model, ids(2, 8))
+    for n in (8, 5, 12):
+        assert torch.equal(module(ids(2, n)), model(ids(2, n)))
 
 
 def test_bounds_are_kept() -> None:

@@ -150,7 +150,9 @@ def test_constant_is_for_linear_rows() -> None:
 
 def test_a_row_may_not_hold_for_a_literal() -> None:
     with pytest.raises(UnknownOpError, match="scatter_reduce"):
-        lg.transform(Between(lambda y, p: y.new_ones(4, 8).scatter_reduce(1, COLUMNS, y, "prod")), X)
+        lg.transform(
+            Between(lambda y, p: y.new_ones(4, 8).scatter_reduce(1, COLUMNS, y, "prod")), X
+        )
     row = {"op": "aten.scatter_reduce", "kind": "homogeneous", "stream": ["src"], "why": "w"}
     with pytest.raises(RuleError, match="reduced"):
         rulebook.load().extended([{**row, "unless": {"reduced": "prod"}}])
@@ -429,6 +431,46 @@ def test_maps_are_written_out(f: Any) -> None:
     assert isinstance(certified(Between(f)), torch.fx.GraphModule)
 
 
+def written(write: Callable[[Tensor, Tensor], Any]) -> Any:
+    """A Function that writes its second argument into its first one."""
+
+    class Write(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, into: Tensor, value: Tensor) -> Tensor:
+            write(into.data, value)
+            return into
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            raise AssertionError("the backward of the ops is taken in its place")
+
+    return Write.apply
+
+
+@pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
+@pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CustomBackwardWarning")
+@pytest.mark.parametrize("by_value", [False, True])
+@pytest.mark.parametrize("write", [
+    lambda t, v: t[..., 1:].copy_(v[..., 1:]),
+    lambda t, v: t.__setitem__((..., 0), v[..., 0]),
+    lambda t, v: t.mul_(0.5).add_(v.tanh()),
+    lambda t, v: t.masked_scatter_(v > 0, v),
+])  # fmt: skip
+def test_writes_by_data_inside_a_function(write: Any, by_value: bool) -> None:
+    apply = written(write)
+
+    def f(y: Tensor, p: Tensor) -> Tensor:
+        if by_value and float(y.detach().numpy().sum()) > 1e9:
+            y = -y
+        return apply(y * 2, F.gelu(y + p[0])).sin()
+
+    model = Between(f)
+    module = lg.transform(model, X)
+    assert torch.equal(module(X), model(X))
+    assert lg.verify(model, module, X, weighed).ok
+    assert "data" not in vars(Tensor)
+
+
 class Packed(nn.Module):
     def __init__(self, layer: type[nn.RNNBase], how: str) -> None:
         super().__init__()
@@ -522,7 +564,9 @@ def test_a_batch_with_labels(problem: str) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
 def test_a_picture_and_a_text_of_which_patches_are_drawn() -> None:
-    model = tiny("ViltForQuestionAnswering", image_size=32, patch_size=16, max_position_embeddings=16)
+    model = tiny(
+        "ViltForQuestionAnswering", image_size=32, patch_size=16, max_position_embeddings=16
+    )
     call = {
         "input_ids": torch.arange(14).view(2, 7), "pixel_values": torch.randn(2, 3, 32, 32),
         "pixel_mask": torch.ones(2, 32, 32, dtype=torch.long),
@@ -594,7 +638,9 @@ def test_a_first_output_that_gates_inside_is_said_not_to_be() -> None:
 
 
 @pytest.mark.parametrize("cell", [nn.GRUCell, nn.LSTMCell, nn.RNNCell])
-@pytest.mark.parametrize(("width", "dtype"), [(8, torch.float64), (16, torch.float32), (33, torch.float64)])
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(8, torch.float64), (16, torch.float32), (33, torch.float64)]
+)
 def test_cells_called_step_by_step(cell: Any, width: int, dtype: torch.dtype) -> None:
     """A GRU cell of PyTorch writes in place into parts of a product, whose layout picks the bits."""
 
