@@ -12,7 +12,6 @@ Probes, which are for listeners, are left out as well.
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 import sys
 from collections.abc import Iterator
@@ -30,7 +29,16 @@ from libragrad_fx.ops.graft import graft, idle, whole
 from libragrad_fx.ops.insert import LEAN, MARK, is_scale
 from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.ops.twin import bind
-from libragrad_fx.views import Facts, is_sized, live, only_moves, replay, sizes, takes_gradient
+from libragrad_fx.views import (
+    Facts,
+    elements,
+    is_sized,
+    live,
+    only_moves,
+    replay,
+    sizes,
+    takes_gradient,
+)
 
 aten = torch.ops.aten
 _SMALL = 2**16  # elements
@@ -279,7 +287,7 @@ def _halve(graph: Graph, scale: Node) -> None:
     """``mul`` and a scale by 1/2 on its result become one twin, where a pass over memory costs more
     than a call from Python."""
     host = _halved(scale)
-    if host is not None and (not is_sized(host) or math.prod(sizes(host)) > _SMALL):
+    if host is not None and (not is_sized(host) or elements(host) > _SMALL):
         host.target = halved_mul
         host.meta[MARK] = (LEAN, host.name)
         scale.replace_all_uses_with(host)

@@ -10,7 +10,6 @@ and values of attention, gets its gradient as before.
 
 from __future__ import annotations
 
-import math
 import operator
 import sys
 from collections import defaultdict
@@ -29,7 +28,9 @@ from libragrad_fx.ops.twin import bind
 from libragrad_fx.types import Kind, Location, OpFacts
 from libragrad_fx.views import (
     Facts,
+    elements,
     first,
+    in_example,
     is_sized,
     live,
     only_moves,
@@ -115,14 +116,16 @@ def _read_row(node: Node) -> Row | None:
     if node.target not in (aten.select.int, aten.slice.Tensor):
         return None
     x, axis, place, *rest = bind(node.target, node.args, node.kwargs).values()  # type: ignore[arg-type]
-    if not isinstance(place, int) or not is_sized(x) or sizes(x)[axis] < _FEW:
+    if not isinstance(place, int) or not is_sized(x):
+        return None
+    if in_example(first(x).shape[axis]) < _FEW:
         return None
     one = not rest or (rest[0] == place + 1 if place != -1 else rest[0] in (None, sys.maxsize))
     return (axis % len(sizes(x)), place) if one else None
 
 
 def _is_large(node: Node) -> bool:
-    return math.prod(sizes(node)) > _SMALL
+    return elements(node) > _SMALL
 
 
 def _is_entry(node: Node, rows: dict[Node, Row], alive: set[Node], facts: Facts) -> bool:
