@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from libragrad_fx.normalize import module_path, source_line
+from libragrad_fx.graph.origin import module_path, source_line
+from libragrad_fx.graph.schema import bind, op_name
 from libragrad_fx.ops import insert
-from libragrad_fx.ops.twin import bind
-from libragrad_fx.rulebook import RuleBook, op_name
+from libragrad_fx.rulebook import RuleBook
 from libragrad_fx.target import inexact
 from libragrad_fx.types import Analysis, Finding, Kind, OpFacts, Role, Trace
 

@@ -31,10 +31,10 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from libragrad_fx.composite import in_parts, write_out
 from libragrad_fx.errors import CaptureError, CustomBackwardWarning, ExportError, InputError
+from libragrad_fx.graph.schema import bind
 from libragrad_fx.inplace import drop_idle, rename
 from libragrad_fx.module import CapturedModule
 from libragrad_fx.ops.insert import observe
-from libragrad_fx.ops.twin import bind
 from libragrad_fx.state import untouched
 from libragrad_fx.target import Arguments, as_call, inexact
 

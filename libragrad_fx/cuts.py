@@ -28,9 +28,9 @@ from libragrad_fx.errors import (
     UnknownOpError,
     VerificationError,
 )
+from libragrad_fx.graph.origin import short_place
 from libragrad_fx.ledger import Recorder, flat_arguments, settle
 from libragrad_fx.module import TREE, CapturedModule, unshare
-from libragrad_fx.normalize import short_place
 from libragrad_fx.pipeline import balance, decide, plain
 from libragrad_fx.state import copied, untouched
 from libragrad_fx.target import Arguments, Target, as_call, differentiable, inexact, undisturbed

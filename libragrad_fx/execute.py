@@ -13,21 +13,12 @@ import torch
 from torch.fx import Graph, Node
 from torch.nn import functional as F
 
-from libragrad_fx.ops.binding import BOUND, PRODUCTS, binding
+from libragrad_fx.graph.notes import note
+from libragrad_fx.ops.binding import PRODUCTS, binding
 from libragrad_fx.ops.function import watched
 from libragrad_fx.ops.gate import gated
 from libragrad_fx.ops.graft import idle, whole
 from libragrad_fx.ops.product import halved_mul
-
-GATE = "libragrad_gate"
-"""Key of ``node.meta``: that it is the halved product of a gated activation, and how (``gated``)."""
-PLACE = "libragrad_place"
-"""Key of ``node.meta``, of a ``select`` that a gradient comes back through: along which axis it takes
-which place, and how many there are."""
-FIXED = "libragrad_fixed"
-"""Key of ``node.meta``: that it depends on no input and no parameter, so that once is enough."""
-OVER = "libragrad_over"
-"""Key of ``node.meta``: that it may be computed in the memory of its first operand."""
 
 
 def _in_place(plain: Callable[..., Any], over: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,16 +46,16 @@ def bound(graph: Graph) -> Graph:
     idle dropouts, and writes over what nobody else reads."""
     new = Graph()
     new.output(new.graph_copy(graph, {}))
-    for node in [n for n in new.nodes if GATE in n.meta]:
+    for node in [n for n in new.nodes if note(n).gate is not None]:
         _gate(new, node)
     for node in list(new.nodes):
         read_out = any(user.op == "output" for user in node.users)
         if node.target is idle or (node.target is whole and not read_out):
             node.replace_all_uses_with(node.args[0])
             new.erase_node(node)
-        elif OVER in node.meta:
+        elif note(node).over:
             node.target = IN_PLACE.get(node.target) or node.target.over
-        elif node.meta.get(BOUND):
+        elif note(node).bound:
             node.target = binding(node.target)
     _unbind(new)
     return new
@@ -72,7 +63,7 @@ def bound(graph: Graph) -> Graph:
 
 def _gate(graph: Graph, node: Node) -> None:
     """One node for an activation, its product with a value, and the halving of the gradient."""
-    at, over, halves = node.meta[GATE]
+    at, over, halves = note(node).gate  # type: ignore[misc]
     product: Any = node if node.target is halved_mul else node.args[0]
     act = product.args[at]
     given = [*product.args]
@@ -92,19 +83,19 @@ def _unbind(graph: Graph) -> None:
     one place, ``squeeze`` takes it."""
     groups: dict[Any, list[Node]] = defaultdict(list)
     for node in graph.nodes:
-        if PLACE in node.meta:
-            axis, _, count = node.meta[PLACE]
+        if (place := note(node).place) is not None:
+            axis, _, count = place
             groups[node.args[0], axis, count].append(node)
     for (x, axis, count), selects in groups.items():
         if count == 1:
             for node in selects:
                 node.target, node.args = torch.squeeze, (x, axis)
-        if not 2 <= len({n.meta[PLACE] for n in selects}) >= count / 2:
+        if not 2 <= len({note(n).place for n in selects}) >= count / 2:
             continue
         with graph.inserting_before(selects[0]):
             all_places = graph.call_function(torch.unbind, (x, axis))
         for node in selects:
-            node.target, node.args = operator.getitem, (all_places, node.meta[PLACE][1])
+            node.target, node.args = operator.getitem, (all_places, note(node).place[1])  # type: ignore[index]
 
 
 def _source(node: Any) -> Node:
@@ -157,8 +148,8 @@ def flattened(graph: Graph) -> tuple[Callable[[torch.nn.Module], Any], dict[str,
 def _folded(graph: Graph) -> tuple[list[str], Callable[[], Sequence[Any]]]:
     """Move what is fixed out of ``graph``: names that it reads it by, and what computes it at first."""
     inner, env = Graph(), dict[Node, Node]()
-    read = [n for n in graph.nodes if FIXED in n.meta and any(FIXED not in u.meta for u in n.users)]
-    for node in [n for n in graph.nodes if FIXED in n.meta]:
+    read = [n for n in graph.nodes if note(n).fixed and not all(note(u).fixed for u in n.users)]
+    for node in [n for n in graph.nodes if note(n).fixed]:
         env[node] = inner.node_copy(node, env.__getitem__)
     inner.output(tuple(env[n] for n in read))
     names = [f"c{i}" for i in range(len(read))]

@@ -20,15 +20,16 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from libragrad_fx.execute import FIXED, GATE, IN_PLACE, OVER, PLACE
+from libragrad_fx.execute import IN_PLACE
+from libragrad_fx.graph.notes import Undo, annotate, note
+from libragrad_fx.graph.schema import bind
 from libragrad_fx.inplace import is_fresh
 from libragrad_fx.narrow import narrow
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.binding import PRODUCTS, mark
 from libragrad_fx.ops.graft import graft, idle, whole
-from libragrad_fx.ops.insert import LEAN, MARK, is_scale
+from libragrad_fx.ops.insert import LEAN, is_scale
 from libragrad_fx.ops.product import halved_mul
-from libragrad_fx.ops.twin import bind
 from libragrad_fx.views import (
     Facts,
     elements,
@@ -170,7 +171,7 @@ def lean(graph: Graph, facts: Facts) -> tuple[Graph, Facts]:
     for node in graph.nodes:
         if node.target is aten.dropout.default and (node.args[1] == 0 or not node.args[2]):
             node.target = idle
-            node.meta[MARK] = (LEAN, node.name)
+            annotate(node, rule=LEAN, host=node.name)
     facts = narrow(graph, facts)
     alive = live(graph, facts)
     found = list(_parts(graph, alive, facts))
@@ -179,13 +180,14 @@ def lean(graph: Graph, facts: Facts) -> tuple[Graph, Facts]:
         operands, conv = _operands(part.product)
         with graph.inserting_after(part.end):
             new = graph.call_function(graft, (part.end, *operands, conv, part.order, part.rows))
-        new.meta.update({MARK: (LEAN, part.product.name), "val": part.end.meta["val"]})
+        new.meta["val"] = part.end.meta["val"]
+        annotate(new, rule=LEAN, host=part.product.name, undo=Undo.PASS)
         for user in users:
             user.replace_input_with(part.end, new)
     for product in dict.fromkeys(p.product for p in found):
         with graph.inserting_after(product):
             cut = graph.call_function(insert.stop, (product,))
-        cut.meta[MARK] = (LEAN, product.name)
+        annotate(cut, rule=LEAN, host=product.name, undo=Undo.PASS)
         product.replace_all_uses_with(cut, delete_user_cb=lambda u, cut=cut: u is not cut)
     for node in list(filter(is_scale, graph.nodes)):
         _halve(graph, node)
@@ -193,17 +195,17 @@ def lean(graph: Graph, facts: Facts) -> tuple[Graph, Facts]:
         _merge(graph, node)
     for node in graph.nodes:
         if (gate := _gate(node)) is not None:
-            node.meta[GATE] = gate
+            annotate(node, gate=gate)
     shown = _shown(graph)
     _fix(graph, shown)
     for node in graph.nodes:
         if node.target is aten.slice.Tensor and _takes_all(node):
             node.target = whole
-            node.meta[MARK] = (LEAN, node.name)
+            annotate(node, rule=LEAN, host=node.name)
         elif node.target is aten.select.int and node in alive - shown and (place := _place(node)):
-            node.meta[PLACE] = place
+            annotate(node, place=place)
         elif (node.target in IN_PLACE and _writes_over(node)) or _reads_last(node):
-            node.meta[OVER] = True
+            annotate(node, over=True)
     mark(graph)
     graph.lint()
     return graph, facts
@@ -223,7 +225,7 @@ def _fix(graph: Graph, shown: set[Node]) -> None:
     parameter (masks, tables of positions)."""
     for node in graph.nodes:
         if node not in shown and _is_fixed(node):
-            node.meta[FIXED] = True
+            annotate(node, fixed=True)
 
 
 def _is_fixed(node: Node) -> bool:
@@ -235,7 +237,7 @@ def _is_fixed(node: Node) -> bool:
         return False
     if not isinstance(value, torch.Tensor) or any(not isinstance(n, int) for n in value.shape):
         return False
-    return value.numel() <= _SMALL and all(FIXED in n.meta for n in node.all_input_nodes)
+    return value.numel() <= _SMALL and all(note(n).fixed for n in node.all_input_nodes)
 
 
 def _takes_all(node: Node) -> bool:
@@ -264,7 +266,7 @@ def _writes_over(node: Node) -> bool:
     """Whether ``node`` alone reads its first operand, which is as large, and new memory of an op whose
     backward does not read it."""
     x: Any = node.args[0]
-    if x.target not in _UNREAD or len(x.users) > 1 or x in node.args[1:] or FIXED in x.meta:
+    if x.target not in _UNREAD or len(x.users) > 1 or x in node.args[1:] or note(x).fixed:
         return False
     if node.target is aten.leaky_relu.default and not (len(node.args) < 2 or node.args[1] > 0):  # type: ignore[operator]
         return False
@@ -289,7 +291,7 @@ def _halve(graph: Graph, scale: Node) -> None:
     host = _halved(scale)
     if host is not None and (not is_sized(host) or elements(host) > _SMALL):
         host.target = halved_mul
-        host.meta[MARK] = (LEAN, host.name)
+        annotate(host, rule=LEAN, host=host.name)
         scale.replace_all_uses_with(host)
         graph.erase_node(scale)
 
@@ -303,7 +305,8 @@ def _merge(graph: Graph, join: Node) -> None:
         return
     with graph.inserting_after(join):
         behind = graph.call_function(insert.scale, (join, *scales[0].args[1:]))
-    behind.meta.update({MARK: (LEAN, join.name), "val": join.meta["val"]})
+    behind.meta["val"] = join.meta["val"]
+    annotate(behind, rule=LEAN, host=join.name, undo=Undo.PASS)
     join.replace_all_uses_with(behind, delete_user_cb=lambda user: user is not behind)
     for scale in dict.fromkeys(scales):
         scale.replace_all_uses_with(scale.args[0])  # type: ignore[arg-type]

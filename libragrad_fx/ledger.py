@@ -29,14 +29,14 @@ from libragrad_fx.analyze import (
     tensor_arguments,
 )
 from libragrad_fx.errors import InputError
+from libragrad_fx.graph.notes import note
+from libragrad_fx.graph.origin import module_path, source_line
+from libragrad_fx.graph.schema import bind, op_name, spread
 from libragrad_fx.module import CapturedModule, blocks, probed
-from libragrad_fx.normalize import module_path, source_line
 from libragrad_fx.ops import bias as biases
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.function import same
 from libragrad_fx.ops.insert import is_end, is_scale
-from libragrad_fx.ops.twin import bind, spread
-from libragrad_fx.rulebook import op_name
 from libragrad_fx.target import (
     Target,
     as_call,
@@ -154,7 +154,7 @@ class Recorder(Running):
         self.scaled = {
             n.args[0].name
             for n in module.graph.nodes
-            if is_scale(n) and n.meta["libragrad"][1] == n.args[0].name
+            if is_scale(n) and note(n).host == n.args[0].name
         }
 
     def run_node(self, n: Node) -> Any:
@@ -176,7 +176,7 @@ class Recorder(Running):
             self.rows.pop(n.name)
             return self._source(n.target(*values[0], **values[1]))  # type: ignore[operator]
         row = self.rows[n.name]
-        inside = {m for m in n.all_input_nodes if is_scale(m) and m.meta["libragrad"][1] == n.name}
+        inside = {m for m in n.all_input_nodes if is_scale(m) and note(m).host == n.name}
         named = [(k, m) for k, m in operands(n, tensor_arguments(n)) if m not in inside]
         if site.bias is not None:
             row.bias = lambda: site_bias(site, n, *values)
@@ -196,7 +196,7 @@ class Recorder(Running):
 
     def _scale(self, n: Node) -> Any:
         (x, factor), _ = self.fetch_args_kwargs_from_env(n)
-        host, inner = n.meta["libragrad"][1], n.args[0]
+        host, inner = note(n).host, n.args[0]
         row = self.rows[host]
         if inner.name == host:  # type: ignore[union-attr]
             return row.watch(insert.scale(x, factor))

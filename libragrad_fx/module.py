@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import GuardError, InputError, ModeError
 from libragrad_fx.execute import bound, flattened
+from libragrad_fx.graph import notes
 from libragrad_fx.ops import TWINS, insert
 
 TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -429,14 +430,13 @@ def _state(module: CapturedModule) -> dict[str, Any]:
 def _nodes(graph: torch.fx.Graph) -> list[Any]:
     return [
         (n.op, n.name, _encode(n.target) if n.op == "call_function" else n.target,
-         _refs(n.args), _refs(n.kwargs), {k: _plain(v) for k, v in n.meta.items() if _is_kept(k)})
+         _refs(n.args), _refs(n.kwargs), {k: _plain(n.meta[k]) for k in _KEPT if k in n.meta})
         for n in graph.nodes
     ]  # fmt: skip
 
 
-def _is_kept(key: str) -> bool:
-    """Whether a note on a node is ours, or says where it comes from in the user's code."""
-    return key.startswith(insert.MARK) or key in ("nn_module_stack", "stack_trace")
+_KEPT = (notes.KEY, "nn_module_stack", "stack_trace")
+"""What is pickled of a node's ``meta``: our note, and where the node comes from in the user's code."""
 
 
 def _plain(value: Any) -> Any:

@@ -20,11 +20,12 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from libragrad_fx.graph.notes import Undo, annotate, note
+from libragrad_fx.graph.schema import bind
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.binding import PRODUCTS
 from libragrad_fx.ops.graft import carried, idle
-from libragrad_fx.ops.insert import MARK, is_scale
-from libragrad_fx.ops.twin import bind
+from libragrad_fx.ops.insert import is_scale
 from libragrad_fx.types import Kind, Location, OpFacts
 from libragrad_fx.views import (
     Facts,
@@ -40,8 +41,6 @@ from libragrad_fx.views import (
 )
 
 aten = torch.ops.aten
-ROW = "libragrad_row"
-"""Key of ``node.meta``: that it is computed for one row, and for the gradient alone."""
 _NARROW = "narrow"
 _SMALL = 2**16  # elements of a product's result, below which calls cost more than its zeros
 _FEW = 8  # rows, likewise
@@ -79,8 +78,13 @@ def narrow(graph: Graph, facts: Facts) -> Facts:
         _join(graph, mouth, row)
     for node in rows.keys() - entries:
         _plain(graph, node)
-    added = (n for n in graph.nodes if ROW in n.meta and n.name not in named)
+    added = (n for n in graph.nodes if is_row(n) and n.name not in named)
     return named | {n.name: _TAKEN for n in added if n.target in _TAKES}
+
+
+def is_row(node: Node) -> bool:
+    """Whether a node computes one row again, for the gradient alone."""
+    return note(node).undo is Undo.DROP
 
 
 # --- where one row is enough
@@ -264,7 +268,8 @@ def _again(graph: Graph, node: Node, row: Row, made: dict[Any, Node]) -> Node:
         target = aten.reshape.default  # a row may lie in memory otherwise
     with graph.inserting_after(node):
         new = graph.call_function(target, tuple(args), kwargs)  # type: ignore[arg-type]
-    new.meta.update(node.meta | {ROW: True})
+    new.meta.update(node.meta)
+    annotate(new, undo=Undo.DROP)
     value = node.meta["val"]
     many = isinstance(value, list | tuple)
     new.meta["val"] = [_like(v, row[0]) for v in value] if many else _like(value, row[0])
@@ -279,7 +284,8 @@ def _taken(graph: Graph, node: Node, row: Row, before: Node) -> Node:
         part = graph.call_function(aten.slice.Tensor, (node, axis, place, end))
         new = graph.call_function(aten.clone.default, (part,))
     for n in (part, new):
-        n.meta.update({ROW: True, "val": _like(node.meta["val"], axis)})
+        n.meta["val"] = _like(node.meta["val"], axis)
+        annotate(n, undo=Undo.DROP)
     return new
 
 
@@ -294,7 +300,8 @@ def _cut(graph: Graph, node: Node, made: set[Node]) -> None:
     """Behind a node, not before it: its kernel may depend on which operands need a gradient."""
     with graph.inserting_after(node):
         cut = graph.call_function(insert.stop, (node,))
-    cut.meta.update({MARK: (_NARROW, node.name), "val": node.meta["val"]})
+    cut.meta["val"] = node.meta["val"]
+    annotate(cut, rule=_NARROW, host=node.name, undo=Undo.PASS)
     takers = {cut} | {n for n in node.users if made & n.users.keys()}
     node.replace_all_uses_with(cut, delete_user_cb=lambda user: user not in takers)
 
@@ -306,10 +313,12 @@ def _join(graph: Graph, mouth: Node, row: Node) -> None:
         value = graph.call_function(insert.stop, (mouth,))
         if mouth.target is aten.select.int:
             path = graph.call_function(aten.select.int, (row, mouth.args[1], 0))
-            path.meta.update({ROW: True, "val": mouth.meta["val"]})
+            path.meta["val"] = mouth.meta["val"]
+            annotate(path, undo=Undo.DROP)
         new = graph.call_function(carried, (value, path))
     for n in (value, new):
-        n.meta.update({MARK: (_NARROW, mouth.name), "val": mouth.meta["val"]})
+        n.meta["val"] = mouth.meta["val"]
+        annotate(n, rule=_NARROW, host=mouth.name, undo=Undo.PASS)
     mouth.replace_all_uses_with(new, delete_user_cb=lambda user: user is not value)
 
 
@@ -320,4 +329,4 @@ def _plain(graph: Graph, node: Node) -> None:
         graph.erase_node(node)
     elif hasattr(node.target, "aten_op") and node.target is not idle:
         node.target = _op(node)
-        del node.meta[MARK]
+        annotate(node, rule="", host="")

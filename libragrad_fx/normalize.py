@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import os
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,9 +23,10 @@ from torch.utils import _pytree as pytree
 
 from libragrad_fx.capture import Call, Capture, size_of
 from libragrad_fx.errors import CaptureError, ExportError
+from libragrad_fx.graph.origin import source_line
+from libragrad_fx.graph.schema import bind
 from libragrad_fx.module import CapturedModule, Record, Structure, shell_tree
 from libragrad_fx.ops import insert
-from libragrad_fx.ops.twin import bind
 from libragrad_fx.types import ArgSpec, ModuleCall, Trace
 
 aten = torch.ops.aten
@@ -458,27 +458,3 @@ def _drop_unused_lookups(graph: Graph, calls: Sequence[ModuleCall]) -> None:
     for node in list(graph.nodes):
         if node.op == "get_attr" and not node.users and node not in handed:
             graph.erase_node(node)
-
-
-def source_line(node: Node) -> str:
-    """The user's ``file:line`` that made a node: its innermost frame outside PyTorch."""
-    frames = [ln.strip() for ln in (node.meta.get("stack_trace") or "").splitlines()]
-    places = [_place(ln) for ln in frames if ln.startswith('File "')]
-    outside = [p for p in places if "/torch/" not in p]
-    return short_place((outside or places or [""])[-1])
-
-
-def _place(frame: str) -> str:
-    file, line = frame.split('"')[1], frame.split("line ")[1].split(",")[0]
-    return f"{file}:{line}"
-
-
-def short_place(place: str) -> str:
-    """A place without what differs between machines: inside site-packages, or from here."""
-    return place.rpartition("site-packages/")[2].removeprefix(os.getcwd() + os.sep)
-
-
-def module_path(node: Node) -> str:
-    """Dotted path of the submodule a node was traced in; ``""`` for the root."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return stack[-1][0] if stack else ""

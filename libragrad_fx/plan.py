@@ -9,9 +9,10 @@ from torch.fx import Node
 
 from libragrad_fx.analyze import finding, is_inexact, kind_of, operands
 from libragrad_fx.errors import NoPathError, UnknownOpError
-from libragrad_fx.normalize import module_path, source_line
+from libragrad_fx.graph.origin import module_path, source_line
+from libragrad_fx.graph.schema import op_name
 from libragrad_fx.ops import TWINS
-from libragrad_fx.rulebook import RuleBook, op_name
+from libragrad_fx.rulebook import RuleBook
 from libragrad_fx.types import (
     Action,
     Analysis,

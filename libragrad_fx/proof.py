@@ -18,10 +18,11 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.analyze import finding, is_affine, is_inexact, kind_of, operands, tensor_arguments
+from libragrad_fx.graph.notes import note
 from libragrad_fx.module import CapturedModule, probed
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.graft import graft, idle, whole
-from libragrad_fx.ops.insert import LEAN, MARK, is_scale
+from libragrad_fx.ops.insert import LEAN, is_scale
 from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.types import Finding, Kind, OpFacts, Proof, Role
 
@@ -205,7 +206,7 @@ def _behind_a_join(node: Node, facts: Mapping[str, OpFacts]) -> list[Any]:
     while len(node.users) == 1:
         (node,) = node.users
         if is_scale(node):
-            return [node.args[1]] if node.meta[MARK][0] == LEAN else []
+            return [node.args[1]] if note(node).rule == LEAN else []
         fact = facts.get(node.name)
         if node.target is not operator.getitem and (fact is None or fact.kind is not Kind.LINEAR):
             break
@@ -224,7 +225,7 @@ def _scaled(
     whole: bool = True,
 ) -> tuple[str, str]:
     """Whether a node's output, or each operand that carries, is scaled by the factor wanted."""
-    mine = lambda n: is_scale(n) and n.meta["libragrad"][1] == node.name  # noqa: E731
+    mine = lambda n: is_scale(n) and note(n).host == node.name  # noqa: E731
     outer = [n.args[1] for n in node.users if mine(n)] or _behind_a_join(node, facts)
     inner = [n.args[1] for n in node.all_input_nodes if mine(n)]
     if outer:

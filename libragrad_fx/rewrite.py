@@ -17,12 +17,11 @@ from torch.utils import _pytree as pytree
 
 from libragrad_fx.analyze import operands
 from libragrad_fx.errors import VerificationError
+from libragrad_fx.graph.notes import Undo, annotate, note
 from libragrad_fx.lean import lean
 from libragrad_fx.module import CapturedModule, leaf
-from libragrad_fx.narrow import ROW
 from libragrad_fx.ops import TWINS, insert
-from libragrad_fx.ops.graft import carried, graft
-from libragrad_fx.ops.insert import MARK, is_scale
+from libragrad_fx.ops.insert import is_scale
 from libragrad_fx.types import Action, Edit, ModuleCall, Plan, Trace
 
 _PROBE = "probe"
@@ -69,7 +68,7 @@ def _root(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _apply(graph: Graph, node: Node, edit: Edit) -> None:
-    node.meta[MARK] = (edit.rule, node.name)
+    annotate(node, rule=edit.rule, host=node.name)
     if edit.twin is not None:
         node.target = TWINS[edit.twin]
         return
@@ -95,7 +94,7 @@ def _add(graph: Graph, host: Node, edit: Edit, x: Node, target: Any, *rest: Any)
     new = graph.call_function(target, (x, *rest))
     new.meta = {k: host.meta[k] for k in ("nn_module_stack", "stack_trace") if k in host.meta}
     new.meta["val"] = x.meta.get("val")
-    new.meta[MARK] = (edit.rule, host.name)
+    annotate(new, rule=edit.rule, host=host.name, undo=Undo.PASS)
     return new
 
 
@@ -151,7 +150,7 @@ def _insert_probes(graph: Graph, calls: tuple[ModuleCall, ...], by_name: dict[st
                 last = probe = graph.call_module(
                     call.path, args, {**kwargs, "_output": output, "_args": args}
                 )
-            probe.meta[MARK] = (_PROBE, call.path)
+            annotate(probe, rule=_PROBE, host=call.path, undo=Undo.OUTPUT)
             if isinstance(output, Node):
                 replaced[output] = probe
                 continue
@@ -159,43 +158,41 @@ def _insert_probes(graph: Graph, calls: tuple[ModuleCall, ...], by_name: dict[st
                 if isinstance(old, Node):
                     with graph.inserting_after(last):
                         last = graph.call_function(leaf, (probe, i))
-                    last.meta[MARK] = (_PROBE, call.path)
+                    annotate(last, rule=_PROBE, host=call.path, undo=Undo.OUTPUT)
                     replaced[latest(old)] = last
 
 
 def _scaled(node: Node) -> Node:
     """The node that stands for ``node``'s value: itself, or what was inserted on its output."""
     for user in node.users:
-        if is_scale(user) and user.meta[MARK][1] == node.name:
+        if is_scale(user) and note(user).host == node.name:
             return user
     return node
 
 
 # --- the proof
 
-_HANDS_ON = (insert.stop, insert.scale, graft, carried)
-
 
 def erase(edited: Graph) -> Graph:
-    """A graph without probes and inserted nodes, twins mapped back to their ATen ops. What a row is
-    computed again by is dropped: if anything else read it, that would read None."""
+    """The graph as it was before it was rewritten and made lean: what the note on each node says of it.
+
+    A node that is dropped is None to its readers. If one of the original's read it, the graphs differ.
+    """
     graph = Graph()
     env: dict[Node, Any] = {}
     for node in edited.nodes:
-        mark = node.meta.get(MARK)
-        args = map_arg(node.args, lambda n: env[n])
-        kwargs = map_arg(node.kwargs, lambda n: env[n])
-        if ROW in node.meta:
-            env[node] = None
-        elif node.op == "call_module" and mark is not None:
-            env[node] = kwargs["_output"]
-        elif node.target is leaf:
-            env[node] = leaf(*args)
-        elif mark is not None and node.target in _HANDS_ON:
-            env[node] = args[0]
-        else:
-            target = getattr(node.target, "aten_op", node.target)
-            env[node] = graph.create_node(node.op, target, args, kwargs, node.name)
+        args = map_arg(node.args, env.__getitem__)
+        kwargs = map_arg(node.kwargs, env.__getitem__)
+        match note(node).undo:
+            case Undo.DROP:
+                env[node] = None
+            case Undo.PASS:
+                env[node] = args[0]
+            case Undo.OUTPUT:
+                env[node] = leaf(*args) if node.target is leaf else kwargs["_output"]
+            case Undo.OP:
+                target = getattr(node.target, "aten_op", node.target)
+                env[node] = graph.create_node(node.op, target, args, kwargs, node.name)
     return graph
 
 

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from libragrad_fx.errors import RuleError
+from libragrad_fx.graph.schema import op_name
 from libragrad_fx.ops import TWINS
 from libragrad_fx.ops.bias import BIASES
 from libragrad_fx.types import Action, Kind, Location, OpFacts, PolicyRow
@@ -107,13 +108,6 @@ def load(policy: str | Path = "libra", rules: Any = None) -> RuleBook:
     facts = _shipped_facts(folder / "ops.yaml", (folder / "ops.yaml").stat().st_mtime_ns)
     book = RuleBook(facts, rows, name)
     return book if rules is None else book.extended(rules)
-
-
-def op_name(target: Any) -> str:
-    """``aten.add.Tensor`` for an overload; the function's own name for anything else."""
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    return getattr(target, "__name__", str(target))
 
 
 def _content(row: OpFacts | PolicyRow) -> str:

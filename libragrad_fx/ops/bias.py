@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from libragrad_fx.graph.schema import bind, spread
 from libragrad_fx.ops import recurrent
 from libragrad_fx.ops.activation import ZEROS, softmax_at_zero
 from libragrad_fx.ops.loss import of_log_probabilities
-from libragrad_fx.ops.twin import bind, spread
 
 Bias = Callable[[Any, Sequence[str], dict[str, Any]], Any]
 

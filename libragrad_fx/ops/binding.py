@@ -19,9 +19,9 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from libragrad_fx.graph.notes import annotate
+
 aten = torch.ops.aten
-BOUND = "libragrad_bound"
-"""Key of ``node.meta``: that a binding was found to do what the op does with such arguments."""
 
 _PLACES = (torch, torch._C._nn, torch.Tensor)  # type: ignore[attr-defined]
 _PREFIXES = {"special_": torch.special, "linalg_": torch.linalg, "fft_": torch.fft}
@@ -79,7 +79,7 @@ def mark(graph: Graph) -> None:
     """Mark the nodes of ``graph``, which have their traced values, that a binding can stand for."""
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and binding(node.target) is not None:
-            node.meta[BOUND] = _is_bound(node)
+            annotate(node, bound=_is_bound(node))
 
 
 def _is_bound(node: Node) -> bool:

@@ -13,6 +13,7 @@ from torch.fx.node import has_side_effect
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import GuardError, InputError, ModeError
+from libragrad_fx.graph.notes import note
 from libragrad_fx.ops.function import quick, same
 from libragrad_fx.ops.twin import LIBRARY, NAMESPACE
 
@@ -20,8 +21,6 @@ stop = torch.ops.aten.detach.default
 """Prune the backward of one operand. ``detach`` is ATen: it survives every transformation."""
 
 
-MARK = "libragrad"
-"""Key of ``node.meta``: (rule, host) of a twin or of an inserted node."""
 LEAN = "lean"
 """The rule of what is inserted to back-propagate fewer zeros."""
 
@@ -79,7 +78,7 @@ def scale(x: torch.Tensor, factor: float, *sources: torch.Tensor) -> torch.Tenso
 
 def is_scale(node: torch.fx.Node) -> bool:
     """Whether ``node`` is a gradient scale that a rewrite inserted."""
-    return node.target is scale and MARK in node.meta
+    return node.target is scale and note(node).rule != ""
 
 
 def is_end(node: torch.fx.Node) -> bool:

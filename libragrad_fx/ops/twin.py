@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from libragrad_fx.graph.schema import signature
 from libragrad_fx.ops.binding import binding
 from libragrad_fx.ops.function import linked, note_tensors, wanted, watched
 
@@ -93,7 +94,7 @@ class _Form:
 def _caller(form: _Form, eager: Any, function: Any, custom: Any) -> Callable[..., Any]:
     """What stands in a graph: a Function, or the custom op while exporting, or ``op`` itself."""
     op, lists, several = form.op, form.lists, bool(form.extras)
-    names, _, defaults = _signature(op)
+    names, _, defaults = signature(op)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_exporting():
@@ -120,7 +121,7 @@ def _saver(form: _Form) -> Save:
 
     Tensors go through ``save_for_backward``, so views and vmap work.
     """
-    names, _, _ = _signature(form.op)
+    names, _, _ = signature(form.op)
     place = {n: i for i, n in enumerate((*names, "result", *form.extras))}
     every = [place[n] for n in form.saves]
     few = [-1 if n in form.for_others else place[n] for n in form.saves]  # the last is None
@@ -167,36 +168,6 @@ def _puller(form: _Form) -> Pull:
     return pull
 
 
-def _signature(
-    op: torch._ops.OpOverload,
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Any, ...]]:
-    """Argument names in schema order, the keyword-only ones (they are last), and all defaults."""
-    arguments = op._schema.arguments
-    return (
-        tuple(a.name for a in arguments),
-        tuple(a.name for a in arguments if a.kwarg_only),
-        tuple(a.default_value if a.has_default_value() else None for a in arguments),
-    )
-
-
-def bind(
-    op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """All arguments of a call by schema name, defaults filled in, in schema order."""
-    names, _, defaults = _signature(op)
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return {n: given.get(n, d) for n, d in zip(names, defaults, strict=True)}
-
-
-def spread(
-    op: torch._ops.OpOverload, values: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call that ``bind`` was given: positional and keyword-only arguments."""
-    _, keyword, _ = _signature(op)
-    positional = tuple(v for k, v in values.items() if k not in keyword)
-    return positional, {k: values[k] for k in keyword}
-
-
 def times_(x: torch.Tensor, y: Any) -> torch.Tensor:
     """``x * y`` in the memory of ``x``, which nobody else reads: a new tensor costs more than the
     product. Under ``vmap`` it is a new one, as ``y`` may have more elements there."""
@@ -229,7 +200,7 @@ def spent() -> bool:
 def _parts(form: _Form, run: Callable[..., Any]) -> tuple[tuple[str, ...], Run, Save, Pull]:
     """The names of an op's arguments; what calls ``run`` on them, in that order, and returns the op's
     result and the extras; what saves; and what pulls back."""
-    names, keyword, _ = _signature(form.op)
+    names, keyword, _ = signature(form.op)
     count, several = len(names) - len(keyword), bool(form.extras)
 
     def both(values: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
@@ -321,7 +292,7 @@ def _custom_op(form: _Form, run: Callable[..., Any]) -> Any:
     qualified = f"{NAMESPACE}::{form.label}"
     torch.library.impl(qualified, "CompositeExplicitAutograd", lib=LIBRARY)(run)
     torch.library.register_fake(qualified, run, lib=LIBRARY)
-    names, keyword, _ = _signature(form.op)
+    names, keyword, _ = signature(form.op)
     positional = names[: len(names) - len(keyword)]
 
     def setup(

@@ -20,12 +20,12 @@ import torch
 
 from libragrad_fx.analyze import operands
 from libragrad_fx.errors import InputError
+from libragrad_fx.graph.origin import module_path, source_line
+from libragrad_fx.graph.schema import op_name
 from libragrad_fx.ledger import ledger
 from libragrad_fx.module import CapturedModule
-from libragrad_fx.normalize import module_path, source_line
 from libragrad_fx.ops import insert
 from libragrad_fx.rewrite import unedited
-from libragrad_fx.rulebook import op_name
 from libragrad_fx.types import Edit, LedgerRow
 
 SIDES = ("plain", "balanced")

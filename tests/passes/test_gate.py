@@ -12,7 +12,8 @@ from torch import nn
 
 import libragrad_fx as lg
 from libragrad_fx.errors import ModeError
-from libragrad_fx.execute import GATE, bound
+from libragrad_fx.execute import bound
+from libragrad_fx.graph.notes import note
 from libragrad_fx.ops import TWINS
 from tests.passes.test_lean import assert_same
 
@@ -67,7 +68,7 @@ def made(*args: Any, conv: bool = False, **kwargs: Any) -> tuple[Gated, torch.Te
 
 
 def gates(gm: Any) -> list[Any]:
-    return [n.meta[GATE] for n in gm.lean.nodes if GATE in n.meta]
+    return [g for n in gm.lean.nodes if (g := note(n).gate) is not None]
 
 
 HELD = {"tanh", "erf", "sqrt", "rsqrt", "reciprocal"}  # as a factor they only modulate: no half

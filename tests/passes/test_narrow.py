@@ -17,7 +17,7 @@ import libragrad_fx as lg
 from libragrad_fx import narrow, rulebook
 from libragrad_fx.bench import Operations
 from libragrad_fx.module import CapturedModule
-from libragrad_fx.narrow import ROW
+from libragrad_fx.narrow import is_row
 from libragrad_fx.rewrite import erase, spell
 from libragrad_fx.types import OpFacts
 from tests.passes.test_lean import assert_same, backward
@@ -169,7 +169,7 @@ def transformed(model: nn.Module, x: torch.Tensor, **kwargs: Any) -> CapturedMod
 
 def has_rows(gm: CapturedModule) -> bool:
     assert gm.lean is not None
-    return any(ROW in n.meta for n in gm.lean.nodes)
+    return any(map(is_row, gm.lean.nodes))
 
 
 def tokens(n: int = N) -> torch.Tensor:
@@ -202,7 +202,7 @@ def test_causal(read: str, written: bool) -> None:
     gm = transformed(Reader(READS[read], written, False, True), tokens())
     assert has_rows(gm)  # of a fused causal attention only the last row sees all keys: the MLP's rows
     attends = [n for n in gm.lean.nodes if getattr(n.target, "aten_op", 0) is narrow._sdpa]  # type: ignore[union-attr]
-    freely = [n for n in attends if ROW in n.meta]
+    freely = [n for n in attends if is_row(n)]
     assert bool(freely) == (not written and read in ("last token", "kept as an axis"))
 
 

@@ -11,10 +11,10 @@ import torch
 from torch.fx import Graph, Node
 
 from libragrad_fx.analyze import analyze
+from libragrad_fx.graph.schema import bind
 from libragrad_fx.ledger import ledger, sites
 from libragrad_fx.module import CapturedModule, Record
 from libragrad_fx.ops import insert
-from libragrad_fx.ops.twin import bind
 from libragrad_fx.plan import plan as decide
 from libragrad_fx.rewrite import require_same_graph, rewrite
 from libragrad_fx.rulebook import RuleBook

@@ -10,7 +10,8 @@ from torch.utils import _pytree as pytree
 
 import libragrad_fx as lg
 from libragrad_fx import rulebook
-from libragrad_fx.ops.binding import BOUND, binding, same_calls
+from libragrad_fx.graph.notes import note
+from libragrad_fx.ops.binding import binding, same_calls
 from libragrad_fx.types import OpFacts
 from tests.rows.test_law import same_bits
 from tests.samples import Call, calls
@@ -73,6 +74,6 @@ def test_a_list_with_gaps_is_left_to_the_op() -> None:
 
     gm = lg.transform(Reversed(), X)
     assert torch.equal(gm(X), X[:, 2] + X.sum(1))
-    marked = {str(n.target): n.meta.get(BOUND) for n in gm.lean.nodes}
+    marked = {str(n.target): note(n).bound for n in gm.lean.nodes}
     assert marked["aten.index_put.default"] is False
     assert marked["aten.sum.dim_IntList"] is True

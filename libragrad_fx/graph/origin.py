@@ -1,0 +1,31 @@
+"""Where in the user's code a node comes from."""
+
+from __future__ import annotations
+
+import os
+
+from torch.fx import Node
+
+
+def source_line(node: Node) -> str:
+    """The user's ``file:line`` that made a node: its innermost frame outside PyTorch."""
+    frames = [ln.strip() for ln in (node.meta.get("stack_trace") or "").splitlines()]
+    places = [_place(ln) for ln in frames if ln.startswith('File "')]
+    outside = [p for p in places if "/torch/" not in p]
+    return short_place((outside or places or [""])[-1])
+
+
+def _place(frame: str) -> str:
+    file, line = frame.split('"')[1], frame.split("line ")[1].split(",")[0]
+    return f"{file}:{line}"
+
+
+def short_place(place: str) -> str:
+    """A place without what differs between machines: inside site-packages, or from here."""
+    return place.rpartition("site-packages/")[2].removeprefix(os.getcwd() + os.sep)
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the submodule a node was traced in; ``""`` for the root."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return stack[-1][0] if stack else ""

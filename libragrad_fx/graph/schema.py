@@ -1,0 +1,45 @@
+"""Arguments of ops by the names in their schemas, and the names of the ops."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+def op_name(target: Any) -> str:
+    """``aten.add.Tensor`` for an overload; the function's own name for anything else."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    return getattr(target, "__name__", str(target))
+
+
+def signature(
+    op: torch._ops.OpOverload,
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Any, ...]]:
+    """Argument names in schema order, the keyword-only ones (they are last), and all defaults."""
+    arguments = op._schema.arguments
+    return (
+        tuple(a.name for a in arguments),
+        tuple(a.name for a in arguments if a.kwarg_only),
+        tuple(a.default_value if a.has_default_value() else None for a in arguments),
+    )
+
+
+def bind(
+    op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All arguments of a call by schema name, defaults filled in, in schema order."""
+    names, _, defaults = signature(op)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {n: given.get(n, d) for n, d in zip(names, defaults, strict=True)}
+
+
+def spread(
+    op: torch._ops.OpOverload, values: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call that ``bind`` was given: positional and keyword-only arguments."""
+    _, keyword, _ = signature(op)
+    positional = tuple(v for k, v in values.items() if k not in keyword)
+    return positional, {k: values[k] for k in keyword}
