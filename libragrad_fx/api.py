@@ -239,7 +239,7 @@ def verify(
         )
     else:
         account, pieces, found, cuts = ledger(module, inputs, target), {"": module}, (), ()
-    starts_inside = any(p.record.info["starts"] for p in pieces.values())
+    starts_inside = any(p.record.starts for p in pieces.values())
     cut = isinstance(module, CutModule)
     share = None if cut and starts_inside else share_as_run(module, inputs, target)
     return certify(model, module, pieces, inputs, account, found, cuts, tolerance, share)

@@ -190,7 +190,8 @@ def require_same(model: torch.nn.Module, module: torch.nn.Module, known: Referen
 
 def require_balanced(module: CapturedModule, known: Reference) -> None:
     """Raise ``VerificationError`` unless the account of one backward closes at the input."""
-    if module.plan.unbalanced or module.plan.unknown or module.record.info["gate_outputs"]:
+    made = module.history
+    if made.plan.unbalanced or made.plan.unknown or made.gate_outputs:
         return  # it is known not to close, or not for every output
     account = ledger(module, Arguments(known.args, known.kwargs), everything)
     require_closed(account, tolerance_of([module], known.args, known.kwargs, account))

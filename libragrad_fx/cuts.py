@@ -167,7 +167,7 @@ class CutModule(nn.Module):
     @property
     def plan(self) -> Plan:
         """The edits of all graphs that have run so far; their names start with their graph's."""
-        plans = [(name, p.plan) for name, p in self.pieces.items()]
+        plans = [(name, p.history.plan) for name, p in self.pieces.items()]
 
         def joined(field: str) -> Any:
             rows = ((name, x) for name, p in plans for x in getattr(p, field))
@@ -342,8 +342,8 @@ def prove_born(model: nn.Module, module: CutModule, known: Reference | None) -> 
 
 
 def _require_closed(module: CutModule, args: Any, kwargs: Any) -> None:
-    infos = [p.record.info for p in module.pieces.values()]
-    if any(info["plan"].unbalanced or info["plan"].unknown for info in infos):
+    plans = [p.history.plan for p in module.pieces.values()]
+    if any(plan.unbalanced or plan.unknown for plan in plans):
         return
     account, run = ledger_of_pieces(module, Arguments(args, kwargs), everything)
     pieces = [*run.pieces.values()]

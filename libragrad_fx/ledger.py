@@ -143,7 +143,7 @@ class Recorder(Running):
         super().__init__(module, garbage_collect_values=True)
         self.extra_traceback = False  # an op's own error is enough
         self.leaves = leaves
-        self.table: dict[str, Site] = {s.node: s for s in module.record.info["sites"]}
+        self.table: dict[str, Site] = {s.node: s for s in module.record.sites}
         table = self.table
         self.rows = {n.name: _Row() for n in module.graph.nodes if n.name in table}
         self.rows[_OUTPUT] = _Row()
@@ -331,7 +331,7 @@ def share_as_run(module: torch.nn.Module, inputs: Any, target: Target = None) ->
         leaves = [moving(x) for x in leaves]
         sources = [x for x in leaves if inexact(x)]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        if isinstance(module, CapturedModule) and module.record.info["starts"]:
+        if isinstance(module, CapturedModule) and module.record.starts:
             running = _Started(module)
             output = running.run(*flat_arguments(module, args, kwargs))
             sources += running.sources
@@ -352,7 +352,7 @@ class _Started(Running):
         graph = module.graph if module.lean is None else module.lean
         super().__init__(module, garbage_collect_values=True, graph=graph)
         self.extra_traceback = False
-        self.starts: frozenset[str] = module.record.info["starts"]
+        self.starts: frozenset[str] = module.record.starts
         self.sources: list[torch.Tensor] = []
 
     def run_node(self, n: Node) -> Any:

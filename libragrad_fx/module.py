@@ -27,6 +27,7 @@ from libragrad_fx.errors import GuardError, InputError, ModeError
 from libragrad_fx.execute import bound, flattened
 from libragrad_fx.graph import notes
 from libragrad_fx.ops import TWINS, insert
+from libragrad_fx.types import History, Plan, Site
 
 TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _INSERTS = {
@@ -113,13 +114,21 @@ def _shell(module: torch.nn.Module) -> torch.nn.Module:
 class Record:
     """What a captured module remembers of how it was made; plain data, so that it pickles.
 
-    forced: arguments of ``forward`` that capture gave as False (``use_cache``)
+    forced:  arguments of ``forward`` that capture gave as False (``use_cache``)
+    sites:   what the ledger needs to know of each node that a gradient passes
+    history: how the module was balanced; None of a plain trace
     """
 
     training: bool
     dtype_pins: tuple[str, ...] = ()
     forced: tuple[str, ...] = ()
-    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sites: tuple[Site, ...] = ()
+    history: History | None = None
+
+    @property
+    def starts(self) -> frozenset[str]:
+        """Nodes at which the signal starts: embeddings indexed by the input."""
+        return frozenset(s.node for s in self.sites if s.starts)
 
 
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Tensor)
@@ -313,9 +322,20 @@ class CapturedModule(torch.fx.GraphModule):
         return (self.graph,) if self.lean is None else (self.graph, self.lean)
 
     @property
-    def plan(self) -> Any:
+    def plan(self) -> Plan | None:
         """The ``Plan`` that made this module's backward; None for a plain trace."""
-        return self.record.info.get("plan")
+        return self.record.history and self.record.history.plan
+
+    @property
+    def history(self) -> History:
+        """How the module was balanced.
+
+        Raises:
+            InputError: it is a plain trace.
+        """
+        if self.record.history is None:
+            raise InputError("a plain trace was not balanced: give the result of transform")
+        return self.record.history
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         before = anchor(self)

@@ -32,7 +32,7 @@ from libragrad_fx.plan import plan as make_plan
 from libragrad_fx.rewrite import require_same_graph, rewrite, spell
 from libragrad_fx.rulebook import RuleBook
 from libragrad_fx.state import copied, untouched
-from libragrad_fx.types import Analysis, Plan, Trace
+from libragrad_fx.types import Analysis, History, Plan, Trace
 from libragrad_fx.variants import fits
 
 ONE_AT_A_TIME = threading.RLock()  # torch.export changes global state while it traces
@@ -142,31 +142,34 @@ def _collected_later() -> Iterator[None]:
             gc.enable()
 
 
-def remember(made: Decision) -> dict[str, Any]:
-    """What a balanced module keeps of how it was made: enough to account for it and to prove it."""
+def remember(made: Decision) -> History:
+    """What a balanced module keeps of how it was made."""
+    return History(
+        plan=made.plan,
+        original=spell(made.trace.graph),
+        plain_sites=sites(made.trace, made.analysis, balanced=False),
+        facts=dict(made.analysis.facts),
+        roles=dict(made.analysis.roles),
+        zeros=made.analysis.zeros,
+        gate_outputs=frozenset(made.analysis.gate_outputs),
+    )
+
+
+def rewritten(made: Decision) -> CapturedModule:
+    """The rewrite of a decision, not proved yet."""
     listed = sites(made.trace, made.analysis, balanced=True)
-    return {
-        "plan": made.plan,
-        "sites": listed,
-        "plain_sites": sites(made.trace, made.analysis, balanced=False),
-        "original": spell(made.trace.graph),
-        "facts": dict(made.analysis.facts),
-        "roles": dict(made.analysis.roles),
-        "starts": frozenset(s.node for s in listed if s.starts),
-        "zeros": made.analysis.zeros,
-        "gate_outputs": frozenset(made.analysis.gate_outputs),
-    }
+    return rewrite(made.trace, made.plan, listed, remember(made))
 
 
 def plain(made: Decision) -> CapturedModule:
     """The captured model with autograd's own backward."""
     listed = sites(made.trace, made.analysis, balanced=False)
-    return rewrite(made.trace, None, {"sites": listed})
+    return rewrite(made.trace, None, listed)
 
 
 def balance(made: Decision) -> CapturedModule:
     """The rewrite of a decision, proved to leave the forward graph as it was."""
     with _collected_later():
-        module = rewrite(made.trace, made.plan, remember(made))
+        module = rewritten(made)
         require_same_graph(module, made.trace)
     return module

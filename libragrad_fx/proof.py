@@ -24,7 +24,7 @@ from libragrad_fx.ops import insert
 from libragrad_fx.ops.graft import graft, idle, whole
 from libragrad_fx.ops.insert import LEAN, is_scale
 from libragrad_fx.ops.product import halved_mul
-from libragrad_fx.types import Finding, Kind, OpFacts, Proof, Role
+from libragrad_fx.types import Finding, History, Kind, OpFacts, Proof, Role
 
 _BY_KIND = {
     Kind.LINEAR: "linear in what carries",
@@ -47,14 +47,14 @@ _ONCE = ", if no two of its indices coincide"  # of two, autograd answers both a
 
 def prove(module: CapturedModule, as_run: bool = False) -> Proof:
     """Go through ``module``'s graph, or the leaner one that runs in its place; see ``Proof``."""
-    info = module.record.info
-    graph, facts = module.graph, info["facts"]
+    history = module.history
+    graph, facts = module.graph, history.facts
     if as_run and module.lean is not None:
-        graph, facts = module.lean, info["lean_facts"]
-    moving = _moving(graph, info, facts)
+        graph, facts = module.lean, history.lean_facts
+    moving = _moving(graph, history, module.record.starts, facts)
     reasons: Counter[str] = Counter()
     open_: list[Finding] = []
-    reached = _reached(graph, moving, facts, info["gate_outputs"])
+    reached = _reached(graph, moving, facts, history.gate_outputs)
     for node in reached:
         if _hands_on(node) and node.target is not graft:
             continue
@@ -73,20 +73,21 @@ def _hands_on(node: Node) -> bool:
     )
 
 
-def _moving(graph: Graph, info: Mapping[str, Any], facts: Mapping[str, OpFacts]) -> set[Node]:
+def _moving(
+    graph: Graph, history: History, starting: frozenset[str], facts: Mapping[str, OpFacts]
+) -> set[Node]:
     """Nodes whose value has a gradient that leads back to the model's input."""
     moving: set[Node] = set()
-    zeros: frozenset[str] = info["zeros"]
     for node in graph.nodes:
         fact = facts.get(node.name)
         if node.target is insert.guard:
-            still = info["roles"].get(node.name) is Role.STATIC
+            still = history.roles.get(node.name) is Role.STATIC
             starts = is_inexact(node) and not still
         elif fact is not None and fact.kind is Kind.EMBEDDING:
-            starts = node.name in info["starts"]
+            starts = node.name in starting
         else:
             cut = insert.is_end(node) or (fact is not None and fact.kind is Kind.CUT)
-            zero = node.name in zeros  # a product with zero sends zeros back
+            zero = node.name in history.zeros  # a product with zero sends zeros back
             starts = not (cut or zero) and bool(passes(node, fact, moving))
             starts = starts and (is_inexact(node) or _hands_on(node))
         if starts:

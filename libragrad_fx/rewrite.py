@@ -22,35 +22,39 @@ from libragrad_fx.lean import lean
 from libragrad_fx.module import CapturedModule, leaf
 from libragrad_fx.ops import TWINS, insert
 from libragrad_fx.ops.insert import is_scale
-from libragrad_fx.types import Action, Edit, ModuleCall, Plan, Trace
+from libragrad_fx.types import Action, Edit, History, ModuleCall, Plan, Site, Trace
 
 _PROBE = "probe"
 
 
-def rewrite(trace: Trace, plan: Plan | None, info: dict[str, Any] | None = None) -> CapturedModule:
+def rewrite(
+    trace: Trace, plan: Plan | None, sites: tuple[Site, ...] = (), history: History | None = None
+) -> CapturedModule:
     """A new module: ``trace``'s graph with the plan's edits, and a probe for every module call.
 
-    ``plan=None`` gives the captured model with autograd's own backward.
+    plan:    None gives the captured model with autograd's own backward
+    sites:   what the ledger is to know of the result
+    history: where it is given, a leaner graph runs where nobody listens to submodules
     """
     source: CapturedModule = trace.module  # type: ignore[assignment]
     graph, env = _copy(trace.graph)
     by_name = {old.name: new for old, new in env.items()}
     for edit in plan.edits if plan else ():
         _apply(graph, by_name[edit.node], edit)
-    info, short = info or {}, None
-    if "facts" in info:
-        short, facts = lean(_copy(graph)[0], info["facts"])
-        info = {**info, "lean_facts": facts}
+    short = None
+    if history is not None:
+        short, facts = lean(_copy(graph)[0], history.facts)
+        history = dataclasses.replace(history, lean_facts=facts)
     _insert_probes(graph, trace.calls, by_name)
     graph.lint()
-    record = dataclasses.replace(source.record, info=info)
+    record = dataclasses.replace(source.record, sites=sites, history=history)
     return CapturedModule(_root(source), graph, record, short)
 
 
 def unedited(module: CapturedModule) -> CapturedModule:
     """The plain trace that a balanced module was made of: the same parameters, autograd's backward."""
-    info = {"sites": module.record.info["plain_sites"]}
-    record = dataclasses.replace(module.record, info=info)
+    sites = module.record.history.plain_sites if module.record.history else module.record.sites
+    record = dataclasses.replace(module.record, sites=sites, history=None)
     return CapturedModule(_root(module), erase(module.graph), record)
 
 

@@ -292,6 +292,28 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return [cells[0].rstrip(), line, *(c.rstrip() for c in cells[1:])]
 
 
+@dataclasses.dataclass(frozen=True)
+class History:
+    """How a balanced module was made: what is needed to account for it, to prove it and to undo it.
+
+    original:     the captured graph, one line a node (``rewrite.spell``)
+    plain_sites:  what the ledger needs to know of the captured graph under autograd
+    facts:        by node of the rewritten graph, the row of its op
+    lean_facts:   the same of the graph that runs where nobody listens
+    zeros:        nodes whose value is zero, whatever the input
+    gate_outputs: nodes that the model returns and that are gates
+    """
+
+    plan: Plan
+    original: tuple[str, ...]
+    plain_sites: tuple[Site, ...]
+    facts: Mapping[str, OpFacts]
+    roles: Mapping[str, Role]
+    zeros: frozenset[str]
+    gate_outputs: frozenset[str]
+    lean_facts: Mapping[str, OpFacts] = dataclasses.field(default_factory=dict)
+
+
 class Flow(NamedTuple):
     """What comes back from a node to one of its producers (or inputs of the model).
 

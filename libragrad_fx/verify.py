@@ -17,7 +17,7 @@ from libragrad_fx.proof import prove
 from libragrad_fx.rewrite import erase, first_difference
 from libragrad_fx.state import same, untouched
 from libragrad_fx.target import as_call, differentiable, inexact, moving, undisturbed
-from libragrad_fx.types import Certificate, Finding, Ledger, Plan
+from libragrad_fx.types import Certificate, Finding, Ledger
 
 _SAME_SIZE = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
@@ -43,7 +43,8 @@ def certify(
     args, kwargs = as_call(inputs)
     forced = {name: False for p in pieces.values() for name in p.record.forced}
     equal, difference, ulp = forward_equal(model, module, args, {**forced, **kwargs})
-    plans: list[Plan] = [p.plan for p in pieces.values()]
+    histories = [p.history for p in pieces.values()]
+    plans = [h.plan for h in histories]
     proofs = [prove(p) for p in pieces.values()]
     left = {f.node: None for f in found}
     balanced: Counter[str] = Counter()
@@ -60,14 +61,13 @@ def certify(
     leaves = pytree.tree_leaves((args, kwargs))
     like = next((t for t in leaves if isinstance(t, torch.Tensor)), None)
     dtype = next((p.dtype for p in module.parameters()), like.dtype if like is not None else None)
-    original: list[Sequence[str]] = [p.record.info["original"] for p in pieces.values()]
     return Certificate(
         forward_equal=equal,
         max_abs_difference=difference,
         max_ulp=ulp,
         erased_equal=all(
-            first_difference(erase(g), o) is None
-            for p, o in zip(pieces.values(), original, strict=True)
+            first_difference(erase(g), p.history.original) is None
+            for p in pieces.values()
             for g in p.graphs()
         ),
         proof=dict(balanced.most_common()),
@@ -86,7 +86,7 @@ def certify(
         if tolerance is None
         else tolerance,
         edits=sum(len(p.edits) for p in plans),
-        nodes=sum(map(len, original)),
+        nodes=sum(len(h.original) for h in histories),
         policy=plans[0].policy,
         digest=plans[0].digest,
         dtype=str(dtype),
@@ -97,7 +97,7 @@ def certify(
 
 def casts(module: CapturedModule) -> dict[torch.dtype, str]:
     """The float dtypes that live nodes of a graph cast to, and where each is first met."""
-    live: dict[str, str] = {s.node: s.source for s in module.record.info["sites"]}
+    live: dict[str, str] = {s.node: s.source for s in module.record.sites}
     found: dict[torch.dtype, str] = {}
     for n in module.graph.nodes:
         for a in (*n.args, *n.kwargs.values()) if n.name in live else ():

@@ -107,7 +107,7 @@ def positions(
         sizes: node -> shape of its value in this run, of tensors and of tuples of them (``()``).
         floating: the inputs that carry a gradient.
     """
-    starts = module.record.info.get("starts", frozenset())
+    starts = module.record.starts
     signal: set[str] = set()
     shared: nx.Graph = nx.Graph()
     found: dict[Node, frozenset[str]] = {}
@@ -204,7 +204,7 @@ class _Watch(Running):
         super().__init__(module)
         self.extra_traceback = False  # an op's own error is enough
         self.taps, self.upstream = taps, upstream
-        sites: Sequence[Site] = module.record.info["sites"]
+        sites: Sequence[Site] = module.record.sites
         self.started = {s.node for s in sites if s.starts}
         # without layers, what starts the signal is an input, and no constant
         skip = set() if taps else self.started

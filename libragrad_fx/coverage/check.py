@@ -19,9 +19,9 @@ import libragrad_fx as lg
 from libragrad_fx.coverage.suites import SUITES, Subject
 from libragrad_fx.cuts import CutModule
 from libragrad_fx.errors import LibraGradError
-from libragrad_fx.pipeline import decide, remember
+from libragrad_fx.pipeline import decide, rewritten
 from libragrad_fx.proof import prove
-from libragrad_fx.rewrite import require_same_graph, rewrite
+from libragrad_fx.rewrite import require_same_graph
 from libragrad_fx.target import as_call
 from libragrad_fx.verify import casts
 
@@ -88,7 +88,7 @@ def _versions(suite: str, family: str) -> str:
 def _static(blank: Result, subject: Subject) -> Result:
     start = time.perf_counter()
     made = decide(subject.model, subject.inputs, module_calls=False, on_unknown="keep")
-    gm = rewrite(made.trace, made.plan, remember(made))
+    gm = rewritten(made)
     require_same_graph(gm, made.trace)
     open_ = (*made.plan.unknown, *made.plan.unbalanced) or prove(gm).open
     return dataclasses.replace(

@@ -100,7 +100,7 @@ def _describer(gm: CapturedModule) -> Callable[[str, LedgerRow | None], dict[str
     or an embedding that it indexes."""
     nodes = {n.name: n for n in gm.graph.nodes}
     edits = {e.node: e for e in gm.plan.edits} if gm.plan else {}
-    roles, facts = gm.record.info["roles"], gm.record.info["facts"]
+    roles, facts = gm.history.roles, gm.history.facts
 
     def describe(name: str, row: LedgerRow | None) -> dict[str, Any]:
         node = nodes.get(name)

@@ -9,7 +9,7 @@ import libragrad_fx
 
 ROOT = Path(libragrad_fx.__file__).parent
 LAYERS = [
-    {"errors"}, {"extras", "inplace", "state", "target", "types"}, {"ops"}, {"composite", "execute"},
+    {"errors"}, {"extras", "inplace", "state", "target", "types"}, {"graph"}, {"ops"}, {"composite", "execute"},
     {"rulebook", "module"}, {"capture", "variants"}, {"normalize"},
     {"analyze"}, {"plan", "proof"}, {"views"}, {"narrow"}, {"lean"}, {"rewrite"}, {"ledger"},
     {"verify"}, {"birth", "freeze"},
@@ -64,4 +64,4 @@ def test_the_package_can_be_read_in_an_afternoon() -> None:
         part: sum(len(p.read_text("utf-8").splitlines()) for p in paths)
         for part, paths in modules().items()
     }
-    assert sum(n for part, n in lines.items() if part not in apart) < 10350
+    assert sum(n for part, n in lines.items() if part not in apart) < 10480

@@ -104,7 +104,7 @@ def test_no_row_is_dead(row: PolicyRow) -> None:
     for book in (BOOK, BOOK.without(row)):
         analysis = analyze(trace, book)
         made = plan(trace, analysis, book, on_unknown="keep")
-        gm = rewrite(trace, made, {"sites": sites(trace, analysis, balanced=True), "plan": made})
+        gm = rewrite(trace, made, sites(trace, analysis, balanced=True))
         account = ledger(gm, x, target=1)
         errors.append(account.completeness_error / max(1, abs(account.output)))
     assert errors[0] <= TOLERANCE

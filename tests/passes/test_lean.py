@@ -59,7 +59,7 @@ def test_zoo(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GateOutputWarning)
         gm = lg.transform(model, x)
-    assert spell(erase(gm.lean)) == gm.record.info["original"]
+    assert spell(erase(gm.lean)) == gm.history.original
     if next((m for m in gm.modules() if m is not gm), None) is not None:
         assert_same(gm, x)
 
@@ -186,7 +186,7 @@ def test_equal_scales_of_what_is_joined_become_one(join: Any, left: int) -> None
     x = torch.randn(B, N, C, dtype=F64)
     gm = lg.transform(Scan(join).to(F64), x)
     assert sum(map(is_scale, gm.lean.nodes)) == left
-    assert spell(erase(gm.lean)) == gm.record.info["original"]
+    assert spell(erase(gm.lean)) == gm.history.original
     assert_same(gm, x)
     assert_same(copy.deepcopy(gm), x)
 

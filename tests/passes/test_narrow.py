@@ -161,7 +161,7 @@ class Reader(nn.Module):
 
 def transformed(model: nn.Module, x: torch.Tensor, **kwargs: Any) -> CapturedModule:
     gm = lg.transform(model.double().eval(), x, **kwargs)
-    assert spell(erase(gm.lean)) == gm.record.info["original"]  # type: ignore[arg-type]
+    assert spell(erase(gm.lean)) == gm.history.original  # type: ignore[arg-type]
     assert torch.equal(gm(x), model(x))
     assert_same(gm, x)
     return gm

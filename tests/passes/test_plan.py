@@ -64,7 +64,7 @@ def test_nothing_to_do_leaves_the_code_unchanged() -> None:
 
 def test_erasing_gives_the_trace_back() -> None:
     gm, plain = lg.transform(SwiGlu(), X), lg.trace(SwiGlu(), X)
-    assert spell(erase(gm.graph)) == spell(erase(plain.graph)) == gm.record.info["original"]
+    assert spell(erase(gm.graph)) == spell(erase(plain.graph)) == gm.history.original
 
 
 def test_a_tampered_graph_is_noticed() -> None:

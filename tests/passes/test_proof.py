@@ -16,9 +16,8 @@ import torch
 import libragrad_fx as lg
 from libragrad_fx.errors import GateOutputWarning
 from libragrad_fx.ledger import dot, sites
-from libragrad_fx.pipeline import Decision, balance, decide, remember
+from libragrad_fx.pipeline import Decision, balance, decide, rewritten
 from libragrad_fx.proof import prove
-from libragrad_fx.rewrite import rewrite
 from libragrad_fx.types import Certificate, Edit, Ledger, LedgerRow
 from libragrad_fx.verify import _tolerance
 from tests.models.zoo import ZOO, build
@@ -44,12 +43,11 @@ def decided(name: str) -> Decision:
 def test_without_one_edit_the_proof_names_its_node(name: str) -> None:
     """Every edit is needed, and the proof sees it without running anything."""
     made = decided(name)
-    info = remember(made)
-    assert not prove(rewrite(made.trace, made.plan, info)).open
+    assert not prove(rewritten(made)).open
     for edit in made.plan.edits:
         others = tuple(e for e in made.plan.edits if e is not edit)
         lame = dataclasses.replace(made.plan, edits=others)
-        found = {f.node for f in prove(rewrite(made.trace, lame, info)).open}
+        found = {f.node for f in prove(rewritten(dataclasses.replace(made, plan=lame))).open}
         assert edit.node in found, f"{edit} is missing and not noticed; open: {found}"
 
 
@@ -64,7 +62,7 @@ def test_a_wrong_scale_is_named(name: str) -> None:
 
     lame = dataclasses.replace(made.plan, edits=tuple(map(halved, made.plan.edits)))
     scaled = {e.node for e in made.plan.edits if e.factor}
-    found = {f.node for f in prove(rewrite(made.trace, lame, remember(made))).open}
+    found = {f.node for f in prove(rewritten(dataclasses.replace(made, plan=lame))).open}
     assert found == scaled
     assert scaled
 

@@ -90,7 +90,7 @@ def balance(
     trace, inputs = trace_call(row, call, live, gated)
     analysis = analyze(trace, book)
     plan = decide(trace, analysis, book, on_unknown)
-    module = rewrite(trace, plan, {"sites": sites(trace, analysis, balanced=True)})
+    module = rewrite(trace, plan, sites(trace, analysis, balanced=True))
     require_same_graph(module, trace)
     return Balanced(call, tuple(live), inputs, analysis, plan, module)
 

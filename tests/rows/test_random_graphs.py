@@ -21,7 +21,7 @@ from libragrad_fx import ledger as accounts
 from libragrad_fx.analyze import analyze
 from libragrad_fx.errors import CaptureError
 from libragrad_fx.module import CapturedModule
-from libragrad_fx.pipeline import Decision, remember
+from libragrad_fx.pipeline import Decision, rewritten
 from libragrad_fx.plan import plan as decide
 from libragrad_fx.proof import prove
 from libragrad_fx.rewrite import erase, first_difference, rewrite, spell
@@ -90,8 +90,8 @@ def make(recipe: Recipe) -> Made | None:
         plan = decide(trace, analysis, BOOK, "keep")
     except CaptureError:
         return None
-    info = remember(Decision(trace, analysis, plan))
-    return Made(recipe, trace, inputs, analysis, plan, rewrite(trace, plan, info))
+    module = rewritten(Decision(trace, analysis, plan))
+    return Made(recipe, trace, inputs, analysis, plan, module)
 
 
 def run(module: CapturedModule, inputs: list[torch.Tensor]) -> tuple[list[Any], list[torch.Tensor]]:
@@ -137,9 +137,9 @@ def named(made: Made) -> set[str]:
 
 def residuals_are_what_autograd_lacks(made: Made) -> None:
     """Under autograd nodes break the law; their residuals say by how much, and nothing is lost."""
-    info = {"sites": accounts.sites(made.trace, made.analysis, balanced=False)}
+    listed = accounts.sites(made.trace, made.analysis, balanced=False)
     try:
-        account = account_of(made, rewrite(made.trace, None, info))
+        account = account_of(made, rewrite(made.trace, None, listed))
     except RuntimeError as e:  # a cut that only the balanced backward makes
         assert "derivative for" in str(e)  # noqa: PT017
         return
