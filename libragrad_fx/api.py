@@ -10,9 +10,12 @@ from typing import Any, Literal
 
 import torch
 
-from libragrad_fx.birth import reference, require_balanced, require_same
-from libragrad_fx.capture import FIXED, Free, example_call, infer_inputs
-from libragrad_fx.cuts import CutModule, foreign, ledger_of_pieces, transform_in_pieces
+from libragrad_fx.account.birth import reference, require_balanced, require_same
+from libragrad_fx.account.certificate import certify
+from libragrad_fx.account.ledger import ledger, share_as_run
+from libragrad_fx.capture.examples import example_call, infer_inputs
+from libragrad_fx.capture.free import FIXED, Free
+from libragrad_fx.capture.state import untouched
 from libragrad_fx.errors import (
     CaptureError,
     ExportError,
@@ -21,15 +24,14 @@ from libragrad_fx.errors import (
     UnknownOpError,
     VerificationError,
 )
-from libragrad_fx.ledger import ledger, share_as_run
-from libragrad_fx.module import CapturedModule, Tree
-from libragrad_fx.pipeline import ONE_AT_A_TIME, Decision, balance, decide, plain
-from libragrad_fx.state import untouched
-from libragrad_fx.tape import transform_by_tape
+from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.module.changes import Tree
+from libragrad_fx.module.variants import Origin, fitting
+from libragrad_fx.pieces.dynamo import CutModule, foreign, ledger_of_pieces, transform_in_pieces
+from libragrad_fx.pieces.tape import transform_by_tape
+from libragrad_fx.stages import ONE_AT_A_TIME, Decision, balance, decide, plain
 from libragrad_fx.target import Arguments, as_call, largest
 from libragrad_fx.types import Certificate, Ledger, Plan
-from libragrad_fx.variants import Origin, fitting
-from libragrad_fx.verify import certify
 from libragrad_fx.viz import graph as pictures
 from libragrad_fx.viz.write import check_path, write
 

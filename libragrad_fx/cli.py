@@ -30,7 +30,7 @@ from typer.core import TyperGroup
 
 import libragrad_fx as lg
 from libragrad_fx import models
-from libragrad_fx.capture import infer_inputs
+from libragrad_fx.capture.examples import infer_inputs
 from libragrad_fx.errors import (
     CustomBackwardWarning,
     CutWarning,
@@ -144,7 +144,7 @@ def demo(
     One self-contained HTML file: plain and balanced heat maps of a vision transformer and a mixer,
     their errors, the certificates, and every change that was made to the backward.
     """
-    from libragrad_fx import demo as builder  # its dependencies are an extra
+    from libragrad_fx.demo import build as builder  # its dependencies are an extra
 
     with _working("two models") as say:
         text = builder.page(images, say)

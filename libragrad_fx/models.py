@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from libragrad_fx.capture import infer_inputs
+from libragrad_fx.capture.examples import infer_inputs
 from libragrad_fx.errors import InputError
 from libragrad_fx.extras import need
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from libragrad_fx import demo_data
-from libragrad_fx.demo_data import MODELS, SIZE, demo_model_info, load_demo_model, scenes
+from libragrad_fx.demo import data as demo_data
+from libragrad_fx.demo.data import MODELS, SIZE, demo_model_info, load_demo_model, scenes
 from libragrad_fx.errors import InputError, LibraGradError
 
 SPLITS = ("train", "test")

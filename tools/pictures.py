@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 import libragrad_fx as lg
-from libragrad_fx import demo_data
+from libragrad_fx.demo import data as demo_data
 from libragrad_fx.viz.flow import bottlenecks, imbalance, streams, strongest_paths
 from libragrad_fx.viz.write import write
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from libragrad_fx.demo_data import MODELS, SIZE, build_model, normalise, scenes
+from libragrad_fx.demo.data import MODELS, SIZE, build_model, normalise, scenes
 
 # 36 patches: few tokens keep an epoch short on a CPU
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from libragrad_fx.attribution.methods import METHODS, Attribution, attribute
-from libragrad_fx.module import blocks, called_modules
+from libragrad_fx.module.walk import blocks, called_modules
 
 __all__ = ["METHODS", "Attribution", "attribute", "blocks", "called_modules"]

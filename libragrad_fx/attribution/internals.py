@@ -16,10 +16,11 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from libragrad_fx.analyze import aten_op
+from libragrad_fx.account.ledger import Running, flat_arguments, site_bias
+from libragrad_fx.decide.roles import aten_op
 from libragrad_fx.errors import InputError
-from libragrad_fx.ledger import Running, flat_arguments, site_bias
-from libragrad_fx.module import CapturedModule, called_modules
+from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.module.walk import called_modules
 from libragrad_fx.ops import insert
 from libragrad_fx.target import Target, as_call, differentiable, inexact, select_each, undisturbed
 from libragrad_fx.types import Site

@@ -11,9 +11,10 @@ import torch
 from libragrad_fx.attribution import maps
 from libragrad_fx.attribution.internals import Internals, observe
 from libragrad_fx.errors import InputError
-from libragrad_fx.module import CapturedModule, blocks
+from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.module.variants import fitting
+from libragrad_fx.module.walk import blocks
 from libragrad_fx.target import Target, product
-from libragrad_fx.variants import fitting
 
 METHODS = ("input_x_gradient", "fullgrad_plus")
 Term = tuple[str, torch.Tensor]  # a node or a module path, and its (B, ...) share of the output

@@ -16,14 +16,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 import libragrad_fx as lg
+from libragrad_fx.account.certificate import casts
+from libragrad_fx.account.proof import prove
 from libragrad_fx.coverage.suites import SUITES, Subject
-from libragrad_fx.cuts import CutModule
 from libragrad_fx.errors import LibraGradError
-from libragrad_fx.pipeline import decide, rewritten
-from libragrad_fx.proof import prove
-from libragrad_fx.rewrite import require_same_graph
+from libragrad_fx.pieces.dynamo import CutModule
+from libragrad_fx.rewrite.erase import require_same_graph
+from libragrad_fx.stages import decide, rewritten
 from libragrad_fx.target import as_call
-from libragrad_fx.verify import casts
 
 TOLERANCE = 1e-9  # float64, relative (see Result)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from libragrad_fx import models
-from libragrad_fx.capture import infer_inputs
+from libragrad_fx.capture.examples import infer_inputs
 from libragrad_fx.coverage.unfilled import unfilled
 from libragrad_fx.extras import need
 from libragrad_fx.target import middle

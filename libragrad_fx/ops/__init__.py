@@ -1,4 +1,8 @@
-"""Balanced twins by name: tensors in, tensors out, no graph. ``ops.yaml`` refers to these names."""
+"""Balanced twins by name, and what a rewrite may insert: tensors in, tensors out, no graph.
+
+Comes in: the arguments of an ATen op. Goes out: its result, with a balanced backward.
+May import: ``graph``. Begin with ``twin``, then ``activation``. ``ops.yaml`` names what is in ``TWINS``.
+"""
 
 from __future__ import annotations
 

@@ -113,6 +113,18 @@ def probe(*args: Any, _output: Any, _args: tuple[Any, ...], **kwargs: Any) -> An
     return _output
 
 
+def leaf(structure: Any, index: int) -> Any:
+    """Leaf ``index`` of a structure, in pytree order."""
+    return pytree.tree_leaves(structure)[index]
+
+
+def probed(node: torch.fx.Node) -> Any:
+    """What a probe, or a leaf of what one returns, is in the graph; None for any other node."""
+    if node.target is leaf:
+        return leaf(node.args[0].kwargs["_output"], node.args[1])  # type: ignore[union-attr,arg-type]
+    return node.kwargs.get("_output") if node.op == "call_module" else None
+
+
 _AGAIN = "For such a call transform(model, inputs) again with an example of it."
 
 

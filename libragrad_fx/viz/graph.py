@@ -18,14 +18,14 @@ from typing import Any
 import networkx as nx
 import torch
 
-from libragrad_fx.analyze import operands
+from libragrad_fx.account.ledger import ledger
+from libragrad_fx.decide.roles import operands
 from libragrad_fx.errors import InputError
 from libragrad_fx.graph.origin import module_path, source_line
 from libragrad_fx.graph.schema import op_name
-from libragrad_fx.ledger import ledger
-from libragrad_fx.module import CapturedModule
+from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops import insert
-from libragrad_fx.rewrite import unedited
+from libragrad_fx.rewrite.edits import unedited
 from libragrad_fx.types import Edit, LedgerRow
 
 SIDES = ("plain", "balanced")

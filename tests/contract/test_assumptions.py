@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import libragrad_fx as lg
-from libragrad_fx.cuts import CutModule
 from libragrad_fx.errors import CutWarning, GuardError, InputError, ModeError
+from libragrad_fx.pieces.dynamo import CutModule
 
 F64 = torch.float64
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import libragrad_fx as lg
-from libragrad_fx.cuts import CutModule
 from libragrad_fx.errors import CaptureError, CutWarning, InputError
+from libragrad_fx.pieces.dynamo import CutModule
 
 
 class Branching(nn.Module):

@@ -40,8 +40,9 @@ from torch.utils import _pytree as pytree
 from typer.testing import CliRunner, Result
 
 import libragrad_fx as lg
-from libragrad_fx import models, rulebook
+from libragrad_fx import models
 from libragrad_fx.cli import app
+from libragrad_fx.decide import rulebook
 from libragrad_fx.errors import (
     CaptureError,
     InputError,
@@ -50,7 +51,7 @@ from libragrad_fx.errors import (
     RuleError,
     UnknownOpError,
 )
-from libragrad_fx.module import CapturedModule
+from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.target import select_each
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from libragrad_fx import demo, demo_data
 from libragrad_fx.cli import app
+from libragrad_fx.demo import build as demo
+from libragrad_fx.demo import data as demo_data
 from libragrad_fx.viz import heatmap
 from libragrad_fx.viz.page import Example, Page, Panel, Section, Summary, number, percent, render
 

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import libragrad_fx as lg
-from libragrad_fx.module import CapturedModule
-from libragrad_fx.rulebook import rules_folder
+from libragrad_fx.decide.rulebook import rules_folder
+from libragrad_fx.module.captured import CapturedModule
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}

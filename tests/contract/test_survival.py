@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import libragrad_fx as lg
 from libragrad_fx.errors import ModeError
-from libragrad_fx.module import CapturedModule
+from libragrad_fx.module.captured import CapturedModule
 
 SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 5}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -11,7 +11,7 @@ import torch
 
 import libragrad_fx as lg
 from libragrad_fx.errors import ModeError
-from libragrad_fx.module import CapturedModule
+from libragrad_fx.module.captured import CapturedModule
 from tests.models import reference as ref
 
 TARGET = 3

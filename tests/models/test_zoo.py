@@ -9,14 +9,15 @@ import pytest
 import torch
 
 import libragrad_fx as lg
-from libragrad_fx import rulebook
-from libragrad_fx.analyze import analyze
-from libragrad_fx.capture import capture, example_call
+from libragrad_fx.account.ledger import ledger, sites
+from libragrad_fx.capture.examples import example_call
+from libragrad_fx.capture.export import capture
+from libragrad_fx.capture.normal import normalize
+from libragrad_fx.decide import rulebook
+from libragrad_fx.decide.plan import plan
+from libragrad_fx.decide.roles import analyze
 from libragrad_fx.errors import GateOutputWarning, UnknownOpError
-from libragrad_fx.ledger import ledger, sites
-from libragrad_fx.normalize import normalize
-from libragrad_fx.plan import plan
-from libragrad_fx.rewrite import rewrite
+from libragrad_fx.rewrite.edits import rewrite
 from libragrad_fx.types import Action, PolicyRow, Trace
 from tests.models.zoo import ZOO, build
 

@@ -12,7 +12,7 @@ from torch import nn
 import libragrad_fx as lg
 from libragrad_fx.attribution import maps
 from libragrad_fx.errors import InputError
-from libragrad_fx.module import CapturedModule
+from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.target import select_each
 
 F64 = torch.float64

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import libragrad_fx as lg
-from libragrad_fx.module import blocks
+from libragrad_fx.module.walk import blocks
 
 F64 = torch.float64
 

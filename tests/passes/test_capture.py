@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import libragrad_fx as lg
-from libragrad_fx.capture import capture, example_call
+from libragrad_fx.capture.examples import example_call
+from libragrad_fx.capture.export import capture
+from libragrad_fx.capture.normal import normalize
 from libragrad_fx.errors import CaptureError, CustomBackwardWarning, InputError, UnknownOpError
-from libragrad_fx.normalize import normalize
 from libragrad_fx.types import Trace
 
 F64 = torch.float64

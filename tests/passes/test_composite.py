@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import libragrad_fx as lg
-from libragrad_fx import capture
-from libragrad_fx.cuts import CutModule
+from libragrad_fx.capture import export as capture
+from libragrad_fx.pieces.dynamo import CutModule
 
 F = nn.functional
 COMPOSITES = {

@@ -12,9 +12,9 @@ from torch import nn
 
 import libragrad_fx as lg
 from libragrad_fx.errors import ModeError
-from libragrad_fx.execute import bound
 from libragrad_fx.graph.notes import note
 from libragrad_fx.ops import TWINS
+from libragrad_fx.optimise.execute import bound
 from tests.passes.test_lean import assert_same
 
 F64 = torch.float64

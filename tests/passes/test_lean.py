@@ -15,14 +15,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import libragrad_fx as lg
 from libragrad_fx.bench import Operations
 from libragrad_fx.errors import GateOutputWarning
-from libragrad_fx.execute import bound
-from libragrad_fx.module import CapturedModule
+from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops import TWINS
 from libragrad_fx.ops.attention import scaled_dot_product_attention
-from libragrad_fx.ops.graft import graft, whole
 from libragrad_fx.ops.insert import is_scale
-from libragrad_fx.ops.product import halved_mul
-from libragrad_fx.rewrite import erase, spell
+from libragrad_fx.optimise.execute import bound
+from libragrad_fx.optimise.graft import graft, whole
+from libragrad_fx.optimise.product import halved_mul
+from libragrad_fx.rewrite.erase import erase, spell
 from tests.models.zoo import ZOO, build
 
 F64 = torch.float64

@@ -14,11 +14,12 @@ from torch.fx import Graph, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 import libragrad_fx as lg
-from libragrad_fx import narrow, rulebook
 from libragrad_fx.bench import Operations
-from libragrad_fx.module import CapturedModule
-from libragrad_fx.narrow import is_row
-from libragrad_fx.rewrite import erase, spell
+from libragrad_fx.decide import rulebook
+from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.optimise import narrow
+from libragrad_fx.optimise.narrow import is_row
+from libragrad_fx.rewrite.erase import erase, spell
 from libragrad_fx.types import OpFacts
 from tests.passes.test_lean import assert_same, backward
 from tests.samples import Call, call_of, calls

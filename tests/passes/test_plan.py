@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 import libragrad_fx as lg
-from libragrad_fx.capture import capture, example_call
+from libragrad_fx.capture.examples import example_call
+from libragrad_fx.capture.export import capture
+from libragrad_fx.capture.normal import normalize
 from libragrad_fx.errors import VerificationError
-from libragrad_fx.normalize import normalize
-from libragrad_fx.rewrite import erase, first_difference, require_same_graph, rewrite, spell
+from libragrad_fx.rewrite.edits import rewrite
+from libragrad_fx.rewrite.erase import erase, first_difference, require_same_graph, spell
 
 
 class SwiGlu(nn.Module):

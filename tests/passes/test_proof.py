@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import libragrad_fx as lg
+from libragrad_fx.account.certificate import _tolerance
+from libragrad_fx.account.ledger import dot, sites
+from libragrad_fx.account.proof import prove
 from libragrad_fx.errors import GateOutputWarning
-from libragrad_fx.ledger import dot, sites
-from libragrad_fx.pipeline import Decision, balance, decide, rewritten
-from libragrad_fx.proof import prove
+from libragrad_fx.stages import Decision, balance, decide, rewritten
 from libragrad_fx.types import Certificate, Edit, Ledger, LedgerRow
-from libragrad_fx.verify import _tolerance
 from tests.models.zoo import ZOO, build
 
 timm = pytest.importorskip("timm")

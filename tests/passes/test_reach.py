@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import libragrad_fx as lg
-from libragrad_fx import rulebook
+from libragrad_fx.decide import rulebook
 from libragrad_fx.errors import RuleError, UnknownOpError
 from libragrad_fx.types import Kind
 from tests.rows.one_op import balance

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from libragrad_fx.analyze import analyze
+from libragrad_fx.account.ledger import ledger, sites
+from libragrad_fx.decide.plan import plan as decide
+from libragrad_fx.decide.roles import analyze
+from libragrad_fx.decide.rulebook import RuleBook
 from libragrad_fx.graph.schema import bind
-from libragrad_fx.ledger import ledger, sites
-from libragrad_fx.module import CapturedModule, Record
+from libragrad_fx.module.captured import CapturedModule, Record
 from libragrad_fx.ops import insert
-from libragrad_fx.plan import plan as decide
-from libragrad_fx.rewrite import require_same_graph, rewrite
-from libragrad_fx.rulebook import RuleBook
+from libragrad_fx.rewrite.edits import rewrite
+from libragrad_fx.rewrite.erase import require_same_graph
 from libragrad_fx.target import inexact
 from libragrad_fx.types import Analysis, Ledger, OpFacts, Plan, Trace
 from tests.samples import Call

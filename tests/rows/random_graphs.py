@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from libragrad_fx import rulebook
+from libragrad_fx.decide import rulebook
 from libragrad_fx.graph.schema import bind
-from libragrad_fx.module import CapturedModule, Record, shell_tree
+from libragrad_fx.module.captured import CapturedModule, Record
+from libragrad_fx.module.shells import shell_tree
 from libragrad_fx.ops import insert
 from libragrad_fx.target import inexact
 from libragrad_fx.types import Kind, ModuleCall, OpFacts, Trace

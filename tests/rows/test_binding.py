@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import libragrad_fx as lg
-from libragrad_fx import rulebook
+from libragrad_fx.decide import rulebook
 from libragrad_fx.graph.notes import note
 from libragrad_fx.ops.binding import binding, same_calls
 from libragrad_fx.types import OpFacts

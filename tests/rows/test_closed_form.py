@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from libragrad_fx import rulebook
 from libragrad_fx.bench import Operations
+from libragrad_fx.decide import rulebook
 from libragrad_fx.ops import TWINS
 from libragrad_fx.ops import attention as attention_twins
 from tests.samples import call_of, positive, randn

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import libragrad_fx as lg
-from libragrad_fx import rulebook
-from libragrad_fx.analyze import analyze
+from libragrad_fx.decide import rulebook
+from libragrad_fx.decide.roles import analyze
 from libragrad_fx.errors import UnknownOpError
 from libragrad_fx.ops import TWINS
 from libragrad_fx.ops.bias import bias

@@ -17,14 +17,15 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from torch.fx import Node
 
-from libragrad_fx import ledger as accounts
-from libragrad_fx.analyze import analyze
+from libragrad_fx.account import ledger as accounts
+from libragrad_fx.account.proof import prove
+from libragrad_fx.decide.plan import plan as decide
+from libragrad_fx.decide.roles import analyze
 from libragrad_fx.errors import CaptureError
-from libragrad_fx.module import CapturedModule
-from libragrad_fx.pipeline import Decision, rewritten
-from libragrad_fx.plan import plan as decide
-from libragrad_fx.proof import prove
-from libragrad_fx.rewrite import erase, first_difference, rewrite, spell
+from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.rewrite.edits import rewrite
+from libragrad_fx.rewrite.erase import erase, first_difference, spell
+from libragrad_fx.stages import Decision, rewritten
 from libragrad_fx.target import inexact, product
 from libragrad_fx.types import Analysis, Kind, Ledger, Plan, Role, Trace
 from tests.rows.random_graphs import BOOK, Recipe, Step, build, recipes

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from libragrad_fx import rulebook
+from libragrad_fx.decide import rulebook
 from tests.samples import Call, call_of, is_float, opinfos
 
 EXPECT = Path(__file__).parent / "expect" / "unruled.txt"

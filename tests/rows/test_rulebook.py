@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from libragrad_fx import rulebook
+from libragrad_fx.decide import rulebook
 from libragrad_fx.errors import RuleError
 from libragrad_fx.types import Kind
 

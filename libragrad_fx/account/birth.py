@@ -1,0 +1,376 @@
+"""The check at birth: a transformed model is run against its original before anyone gets it.
+
+The original runs twice before it is traced: that fills its caches with real tensors, gives the reference,
+and shows what a graph cannot hold (state that forward leaves behind, random numbers of Python's). The
+result then runs twice on the same inputs and under the same seeds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from libragrad_fx.account.certificate import compare, tolerance_of
+from libragrad_fx.account.ledger import ledger
+from libragrad_fx.capture.examples import without_cache
+from libragrad_fx.capture.state import Snapshot, untouched
+from libragrad_fx.errors import CaptureError, LibraGradError, VerificationError
+from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.module.variants import fits
+from libragrad_fx.ops import insert
+from libragrad_fx.target import Arguments, differentiable, inexact, moving, undisturbed
+from libragrad_fx.types import Ledger
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What the original returned for the example: the leaves of the first call and of the second, and
+    which of them required a gradient.
+
+    unfit: why no graph can stand for the model, if so
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[Sequence[Any], Sequence[Any]]
+    differentiable: Sequence[bool]
+    unfit: str | None
+
+
+def reference(model: torch.nn.Module, args: Any, kwargs: Any) -> Reference | None:
+    """Run ``model`` twice as its user calls it; None where there are no numbers to run on.
+
+    Raises:
+        CaptureError: the model fails on these inputs.
+    """
+    tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))]
+    if any(
+        isinstance(t, torch.Tensor) and (t.is_meta or isinstance(t, FakeTensor)) for t in tensors
+    ):
+        return None
+    kwargs, _ = without_cache(model, dict(kwargs))
+    try:
+        drawn: list[str] = []
+        first = _run(model, args, kwargs, drawn)
+        between = Snapshot(model)
+        second = _run(model, args, kwargs)
+    except Exception as e:
+        raise CaptureError(
+            f"{type(model).__name__} itself fails on the example inputs: {type(e).__name__}: {e}"
+        ) from e
+    unfit = None
+    if state := _read(model, between.changes(), args, kwargs):
+        unfit = (
+            f"each forward changes {', '.join(state[:4])}, and a graph would keep what it is now"
+        )
+    elif drawn:
+        unfit = (
+            f"it draws random numbers from {' and '.join(drawn)}, and a graph would keep one draw"
+        )
+    elif (found := _difference(first, second)) is not None:
+        unfit = f"it gives two answers for one input and one seed ({found})"
+    flags = [isinstance(t, torch.Tensor) and t.requires_grad for t in first]
+    kept = [*map(_detached, first)], [*map(_detached, second)]
+    return Reference(tuple(args), dict(kwargs), kept, flags, unfit)
+
+
+class _Watched(list[Any]):
+    """A list that knows whether somebody read it, beside appending to it."""
+
+    was_read = False
+
+
+def _noting(name: str) -> Any:
+    def method(self: _Watched, *args: Any) -> Any:
+        self.was_read = True
+        return getattr(list, name)(self, *args)
+
+    return method
+
+
+for _name in (
+    "__getitem__", "__iter__", "__len__", "__contains__", "__eq__", "__add__", "__mul__",
+    "__delitem__", "__setitem__", "pop", "index", "count", "copy", "clear", "remove",
+):  # fmt: skip
+    setattr(_Watched, _name, _noting(_name))
+
+
+def _read(model: torch.nn.Module, changed: Sequence[str], args: Any, kwargs: Any) -> list[str]:
+    """Of what each forward changes, all but what it sets anew, and the lists that it appends to and never
+    reads."""
+    places = {
+        f"{path}.{key}".lstrip("."): (vars(m), key)
+        for path, m in model.named_modules()
+        for key, value in vars(m).items()
+        if type(value) is list
+    }
+    changed = [n for n in changed if not _is_overwritten(model, n, args, kwargs)]
+    watched = {name: places[name] for name in changed if name in places}
+    if not watched:
+        return changed
+    before = {name: holder[key] for name, (holder, key) in watched.items()}
+    for holder, key in watched.values():
+        holder[key] = _Watched(holder[key])
+    try:
+        _run(model, args, kwargs)
+        idle = {
+            n for n, (holder, key) in watched.items() if not getattr(holder[key], "was_read", True)
+        }
+    finally:
+        for name, (holder, key) in watched.items():
+            holder[key] = before[name]
+    return [n for n in changed if n not in idle]
+
+
+def _is_overwritten(model: torch.nn.Module, name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a forward sets an attribute before it reads it: it can do without."""
+    path, _, key = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return False
+    for holder in (vars(module), module._buffers):
+        if key in holder:
+            kept = holder.pop(key)
+            try:
+                _run(model, args, kwargs)
+            except Exception:  # it asked for it, or cannot run without
+                return False
+            else:
+                return key in holder
+            finally:
+                holder[key] = kept
+    return False
+
+
+def require_same(model: torch.nn.Module, module: torch.nn.Module, known: Reference) -> None:
+    """Raise ``VerificationError`` unless ``module`` gives what the original gave, twice.
+
+    A graph with free lengths is compared for another length as well. One with a free batch is compared for
+    a batch of one; where that differs, it is not used for one.
+    """
+    for time, wanted in zip(("first", "second"), known.outputs, strict=True):
+        try:
+            found = _run(module, known.args, known.kwargs)
+        except LibraGradError:
+            raise
+        except Exception as e:
+            raise VerificationError(
+                f"the result fails where {type(model).__name__} does not: {type(e).__name__}: {e}"
+            ) from e
+        flags = [isinstance(t, torch.Tensor) and t.requires_grad for t in found]
+        difference = _difference(wanted, found)
+        if difference is not None:
+            raise VerificationError(
+                f"the {time} forward of the result is not that of {type(model).__name__}: {difference}."
+                " Capture lost something that the model does"
+                f"{f' ({known.unfit})' if known.unfit else ''}."
+            )
+        if flags != list(known.differentiable):
+            lost = [
+                i for i, (a, b) in enumerate(zip(known.differentiable, flags, strict=True)) if a > b
+            ]
+            raise VerificationError(
+                f"of {type(model).__name__}'s outputs, number {', '.join(map(str, lost or [0]))}"
+                f" {'has lost its gradient' if lost else 'has a gradient that it should not have'}"
+            )
+    if isinstance(module, CapturedModule):
+        _require_same_lengths(model, module, known)
+        if not _same_for_one(model, module, known):
+            _refuse_one(module)
+
+
+def require_balanced(module: CapturedModule, known: Reference) -> None:
+    """Raise ``VerificationError`` unless the account of one backward closes at the input."""
+    made = module.history
+    if made.plan.unbalanced or made.plan.unknown or made.gate_outputs:
+        return  # it is known not to close, or not for every output
+    account = ledger(module, Arguments(known.args, known.kwargs), everything)
+    require_closed(account, tolerance_of([module], known.args, known.kwargs, account))
+
+
+def require_closed(account: Ledger, allowed: float) -> None:
+    """Raise ``VerificationError`` unless input and biases add up to the output."""
+    if account.completeness_error <= allowed:
+        return
+    worst = account.worst(1)[0] if account.rows else None
+    named = (
+        f" The largest residual is {worst.residual:.3g}, of {worst.node} ({worst.op})."
+        if worst
+        else ""
+    )
+    raise VerificationError(
+        f"the balanced backward does not close: output {account.output:.6g}, input {account.input:.6g}"
+        f" and bias {account.bias:.6g} (error {account.completeness_error:.3g}, allowed {allowed:.3g})."
+        f"{named} Either a row says of its op what is not so for these inputs, or a part of the model"
+        " hides its ops from the capture."
+    )
+
+
+def everything(output: Any) -> Any:
+    """All that a gradient comes back from, summed with weights: plain sums of a norm's output are 0."""
+    leaves = [t for t in pytree.tree_leaves(output) if inexact(t) and t.requires_grad]
+    return sum(map(_weighted, leaves))
+
+
+def _weighted(t: torch.Tensor) -> torch.Tensor:
+    t = t.abs() if t.is_complex() else t
+    weights = torch.arange(t.numel(), dtype=torch.float64, device=t.device).cos().view(t.shape)
+    return (t.double() * weights).sum()
+
+
+def _run(
+    model: torch.nn.Module, args: Any, kwargs: Any, drawn: list[str] | None = None
+) -> list[Any]:
+    """The leaves of a forward under grad mode, with fixed seeds and inputs that require grad.
+
+    drawn: gets the names of the generators beside PyTorch's that it draws from
+    """
+    with undisturbed(model), differentiable(), _seeded(drawn):
+        # copies, as a model may write into what it gets
+        args, kwargs = pytree.tree_map(_given, (tuple(args), dict(kwargs)))
+        return [*map(_plain, pytree.tree_leaves(model(*args, **kwargs)))]
+
+
+def _given(x: Any) -> Any:
+    return moving(x).clone() if isinstance(x, torch.Tensor) else x
+
+
+def _plain(x: Any) -> Any:
+    """A leaf of an output; of what is no number, its type: another object is returned at each call."""
+    if isinstance(
+        x, (torch.Tensor, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+    ):
+        return x
+    return type(x)
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, torch.Tensor) else x
+
+
+def _difference(a: Sequence[Any], b: Sequence[Any]) -> str | None:
+    equal, distance, ulp = compare(a, b)
+    if equal:
+        return None
+    i = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if not compare([x], [y])[0]), 0)
+    said = [_said(x[i]) if i < len(x) else "nothing" for x in (a, b)]
+    return f"{said[0]} and {said[1]}, {distance:.3g} apart at most, {ulp} ulp"
+
+
+def _said(x: Any) -> str:
+    if not isinstance(x, torch.Tensor):
+        return f"{x!r:.40}"
+    norm = x.detach().abs().double().sum().item() if x.numel() and not x.is_complex() else 0.0
+    return f"{tuple(x.shape)} with Σ|y| = {norm:.9g}"
+
+
+@contextlib.contextmanager
+def _seeded(drawn: list[str] | None = None) -> Iterator[None]:
+    kept = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)  # ``undisturbed`` puts it back
+    start = _generators()
+    try:
+        yield
+        if drawn is not None:
+            drawn += [name for name, state in _generators().items() if state != start[name]]
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+
+
+def _generators() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()
+    return {"random": random.getstate(), "numpy.random": (name, bytes(keys), *rest)}  # type: ignore[arg-type]
+
+
+# --- other sizes: a batch of one, of which export says nothing, and other lengths
+
+
+def _free_axes(module: CapturedModule, known: Reference) -> list[tuple[int, list[int]]]:
+    """Of each tensor among the leaves of a call: its place, and which of its axes are free."""
+    guards = [n for n in module.graph.nodes if n.target is insert.guard]
+    leaves = pytree.tree_leaves((known.args, dict(known.kwargs)))
+    tensors = [i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor)]
+    if len(tensors) != len(guards):
+        return []
+    shapes: Any = [n.args[2] for n in guards]
+    free = [[axis for axis, size in enumerate(shape) if isinstance(size, str)] for shape in shapes]
+    return list(zip(tensors, free, strict=True))
+
+
+def _resized(
+    known: Reference, change: Callable[[int, torch.Tensor], torch.Tensor]
+) -> tuple[Any, Any]:
+    leaves, spec = pytree.tree_flatten((known.args, dict(known.kwargs)))
+    changed = [change(i, t) if isinstance(t, torch.Tensor) else t for i, t in enumerate(leaves)]
+    return pytree.tree_unflatten(changed, spec)
+
+
+def _same_for_one(model: torch.nn.Module, module: CapturedModule, known: Reference) -> bool:
+    axes = dict(_free_axes(module, known))
+    leaves = pytree.tree_leaves((known.args, dict(known.kwargs)))
+    if all(len(leaves[i]) == 1 for i, free in axes.items() if 0 in free):
+        return True  # nothing is free, or it was compared just now
+    args, kwargs = _resized(known, lambda i, t: t[:1] if 0 in axes[i] else t)
+    try:
+        with untouched(model):
+            wanted = _run(model, args, kwargs)
+        return _difference(wanted, _run(module, args, kwargs)) is None
+    except Exception:  # the model cannot be called with one sample, which its own call will say
+        return False
+
+
+def _require_same_lengths(model: torch.nn.Module, module: CapturedModule, known: Reference) -> None:
+    """Raise ``VerificationError`` if more than the batch is free, and no other size is seen to be right."""
+    axes = {i: [a for a in free if a] for i, free in _free_axes(module, known)}
+    if not any(axes.values()):
+        return
+    for change in (_halved, _doubled):
+        args, kwargs = _resized(known, lambda i, t, by=change: by(t, axes[i]))
+        if not fits(module, args, kwargs):
+            continue
+        try:
+            with untouched(model):
+                wanted = _run(model, args, kwargs)
+        except Exception:  # the model does not take this size
+            continue
+        difference = _difference(wanted, _run(module, args, kwargs))
+        if difference is None:
+            return
+        raise VerificationError(
+            f"with another length it is not {type(model).__name__}: {difference}"
+        )
+    raise VerificationError(f"{type(model).__name__} takes no other length to compare it for")
+
+
+def _halved(t: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+    for axis in axes:
+        t = t.narrow(axis, 0, t.shape[axis] - t.shape[axis] // 2)
+    return t
+
+
+def _doubled(t: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+    for axis in axes:
+        t = torch.cat([t, t], axis)
+    return t
+
+
+def _refuse_one(module: CapturedModule) -> None:
+    for graph in module.graphs():
+        for node in graph.nodes:
+            if node.target is insert.guard:
+                node.args = (*node.args[:5], 2)
+    lean = module.lean
+    module.recompile()
+    module._run_lean(lean)

@@ -1,0 +1,212 @@
+"""Is it true? Every promise of a transform, checked on one input, and the certificate of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from libragrad_fx.account.proof import prove
+from libragrad_fx.capture.state import same, untouched
+from libragrad_fx.errors import InputError
+from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.rewrite.erase import erase, first_difference
+from libragrad_fx.target import as_call, differentiable, inexact, moving, undisturbed
+from libragrad_fx.types import Certificate, Finding, Ledger
+
+_SAME_SIZE = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+
+
+def certify(
+    model: torch.nn.Module,
+    module: torch.nn.Module,
+    pieces: Mapping[str, CapturedModule],
+    inputs: Any,
+    account: Ledger,
+    found: Sequence[Finding] = (),
+    cuts: Sequence[str] = (),
+    tolerance: float | None = None,
+    share: float | None = None,
+) -> Certificate:
+    """Check the promises of a transform on one input (see ``libragrad_fx.verify``).
+
+    pieces:  the captured graphs by name: ``module`` itself under "", or those that it is made of
+    account: of ``module`` on ``inputs``
+    found:   what is known to be unbalanced beside the graphs
+    share:   what the input carries by ``module``'s own backward, which takes shorter ways
+    """
+    args, kwargs = as_call(inputs)
+    forced = {name: False for p in pieces.values() for name in p.record.forced}
+    equal, difference, ulp = forward_equal(model, module, args, {**forced, **kwargs})
+    histories = [p.history for p in pieces.values()]
+    plans = [h.plan for h in histories]
+    proofs = [prove(p) for p in pieces.values()]
+    left = {f.node: None for f in found}
+    balanced: Counter[str] = Counter()
+    for name, made, proof in zip(pieces, plans, proofs, strict=True):
+        open_ = (
+            *made.unbalanced,
+            *made.unknown,
+            *proof.open,
+            *prove(pieces[name], as_run=True).open,
+        )
+        left |= {f"{name}/{f.node}" if name else f.node: None for f in open_}
+        balanced.update(proof.balanced)
+    worst = account.worst(1)
+    leaves = pytree.tree_leaves((args, kwargs))
+    like = next((t for t in leaves if isinstance(t, torch.Tensor)), None)
+    dtype = next((p.dtype for p in module.parameters()), like.dtype if like is not None else None)
+    return Certificate(
+        forward_equal=equal,
+        max_abs_difference=difference,
+        max_ulp=ulp,
+        erased_equal=all(
+            first_difference(erase(g), p.history.original) is None
+            for p in pieces.values()
+            for g in p.graphs()
+        ),
+        proof=dict(balanced.most_common()),
+        unbalanced=tuple(left),
+        worst_residual=abs(worst[0].residual) if worst else 0.0,
+        worst_node=worst[0].node if worst else "",
+        output=account.output,
+        input_share=account.input,
+        bias_share=account.bias,
+        share_as_run=share,
+        completeness_error=account.completeness_error,
+        boundaries=account.boundaries,
+        rows=account.rows,
+        cuts=tuple(cuts),
+        tolerance=_tolerance(_dtypes(module, args, kwargs), pieces.values(), account)
+        if tolerance is None
+        else tolerance,
+        edits=sum(len(p.edits) for p in plans),
+        nodes=sum(len(h.original) for h in histories),
+        policy=plans[0].policy,
+        digest=plans[0].digest,
+        dtype=str(dtype),
+        device=str(like.device) if like is not None else "cpu",
+        versions={p: importlib.metadata.version(p) for p in ("torch", "libragrad-fx")},
+    )
+
+
+def casts(module: CapturedModule) -> dict[torch.dtype, str]:
+    """The float dtypes that live nodes of a graph cast to, and where each is first met."""
+    live: dict[str, str] = {s.node: s.source for s in module.record.sites}
+    found: dict[torch.dtype, str] = {}
+    for n in module.graph.nodes:
+        for a in (*n.args, *n.kwargs.values()) if n.name in live else ():
+            if isinstance(a, torch.dtype) and (a.is_floating_point or a.is_complex):
+                found.setdefault(a.to_real(), live[n.name])
+    return found
+
+
+def tolerance_of(
+    pieces: Sequence[CapturedModule], args: Any, kwargs: Any, account: Ledger
+) -> float:
+    """As ``certify`` takes it where nothing else is asked for."""
+    dtypes = [d for p in pieces for d in _dtypes(p, args, kwargs)]
+    return _tolerance(dtypes, pieces, account)
+
+
+def _dtypes(module: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.dtype]:
+    """The float dtypes that a call starts with: the first parameter's, and its inputs'."""
+    leaves = [t for t in pytree.tree_leaves((args, dict(kwargs))) if inexact(t)]
+    first = next((p for p in module.parameters() if inexact(p)), None)
+    return [t.dtype.to_real() for t in ([] if first is None else [first]) + leaves]
+
+
+def _tolerance(
+    dtypes: Iterable[torch.dtype], pieces: Iterable[CapturedModule], account: Ledger
+) -> float:
+    """What rounding may leave: a thousand ulp of the largest flow through a node (8 in half
+    precision), in the coarsest dtype that is computed in.
+    """
+    used = {*dtypes, *(d for p in pieces for d in casts(p))}
+    used |= {torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
+    eps = max((torch.finfo(d).eps for d in used), default=torch.finfo(torch.float32).eps)
+    ulp = 1e3 if eps < 1e-5 else 8  # half precision is summed in float32, and has few ulp to give
+    largest = max((abs(r.out) for r in account.rows), default=0.0)
+    return ulp * eps * max(abs(account.output), abs(account.input), abs(account.bias), largest)
+
+
+def forward_equal(
+    model: torch.nn.Module, module: torch.nn.Module, args: Any, kwargs: Any
+) -> tuple[bool, float, int]:
+    """Whether both give the same bits under grad mode with inputs that require grad; and if not, the
+    largest difference, as it is and in steps between neighbouring floats.
+
+    The model's state (batch-norm statistics) and the random state are left as they were.
+    """
+    outputs = []
+    for m in (model, module):
+        with undisturbed(m), untouched(getattr(m, "_model", m)), differentiable():
+            torch.manual_seed(0)
+            given = pytree.tree_map(moving, (args, dict(kwargs)))
+            outputs.append(pytree.tree_leaves(m(*given[0], **given[1])))
+    return compare(*outputs)
+
+
+def compare(a: Sequence[Any], b: Sequence[Any]) -> tuple[bool, float, int]:
+    """As ``forward_equal``, of two lists of leaves."""
+    if len(a) != len(b):
+        return False, math.nan, 0
+    pairs = list(zip(map(_as_real, a), map(_as_real, b), strict=True))
+    if all(_same_bits(a, b) for a, b in pairs):
+        return True, 0.0, 0
+    comparable = [(a, b) for a, b in pairs if isinstance(a, torch.Tensor) and a.shape == b.shape]
+    return (
+        False,
+        max((_distance(a, b) for a, b in comparable), default=math.nan),
+        max((_ulp(a, b) for a, b in comparable), default=0),
+    )
+
+
+def _as_real(x: Any) -> Any:
+    return torch.view_as_real(x.resolve_conj()) if torch.is_tensor(x) and x.is_complex() else x
+
+
+def _same_bits(a: Any, b: Any) -> bool:
+    """Bit for bit: -0.0 is not 0.0, and a nan is the nan at its place, whatever its payload."""
+    if not isinstance(a, torch.Tensor):
+        return a is b or _same(a, b)
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(_bits(a), _bits(b))
+
+
+def _same(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b) or same(a, b)  # two caches of equal tensors are no equal objects
+    except RuntimeError as e:
+        raise InputError(
+            f"the output holds a {type(a).__name__}, whose tensors cannot be reached: register it with"
+            " torch.utils._pytree (register_dataclass)"
+        ) from e
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    x = x.detach().masked_fill(x.isnan(), 0).contiguous()
+    return x.view(_SAME_SIZE[x.element_size()])
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    if a.numel() == 0:
+        return 0.0
+    return float((a.detach().double() - b.detach().double()).abs().nan_to_num().max())
+
+
+def _ulp(a: torch.Tensor, b: torch.Tensor) -> int:
+    """How many floats lie between the two, at most: their bits as integers, in order of size."""
+    if a.numel() == 0 or a.dtype != b.dtype or not a.is_floating_point():
+        return 0
+    lowest = torch.iinfo(_SAME_SIZE[a.element_size()]).min
+    i, j = (torch.where(x < 0, lowest - x, x) for x in (_bits(a), _bits(b)))
+    return int((i.double() - j.double()).abs().max())

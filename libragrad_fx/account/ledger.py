@@ -1,0 +1,445 @@
+"""The account of one backward, node by node.
+
+The law at a node: ``⟨y, g⟩ = Σ⟨a_i, r_i(g)⟩ + ⟨bias(op), g⟩`` over the operands that depend on the
+model's input. ``r_i(g)`` is what this node alone sends to operand i, so every edge of the graph gets
+an alias whose gradient is that; ``bias(op)`` is computed from the op (``ops.bias``), never as a rest.
+
+The sums are taken while one backward runs, and what a node needed for its sums is let go with it:
+an account costs a small multiple of the backward it describes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from libragrad_fx.decide.roles import (
+    aten_op,
+    kind_of,
+    live_operands,
+    members,
+    operands,
+    tensor_arguments,
+)
+from libragrad_fx.errors import InputError
+from libragrad_fx.graph.notes import note
+from libragrad_fx.graph.origin import module_path, source_line
+from libragrad_fx.graph.schema import bind, op_name, spread
+from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.module.walk import blocks
+from libragrad_fx.ops import bias as biases
+from libragrad_fx.ops import insert
+from libragrad_fx.ops.function import same
+from libragrad_fx.ops.insert import is_end, is_scale, probed
+from libragrad_fx.target import (
+    Target,
+    as_call,
+    differentiable,
+    inexact,
+    moving,
+    product,
+    select,
+    undisturbed,
+)
+from libragrad_fx.types import (
+    Analysis,
+    Boundary,
+    Flow,
+    Kind,
+    Ledger,
+    LedgerRow,
+    OpFacts,
+    Role,
+    Site,
+    Trace,
+)
+
+_EXPLICIT = {Kind.LINEAR, Kind.PRODUCT, Kind.NORMALISER, Kind.RECURRENT, Kind.EMBEDDING}
+_OUTPUT = "output"
+
+
+def sites(trace: Trace, analysis: Analysis, balanced: bool) -> tuple[Site, ...]:
+    """The nodes that a gradient passes: the live ones, or under autograd all that see the input."""
+    found = []
+    symbol = next(
+        (s.shape[0] for s in trace.inputs if s.shape and isinstance(s.shape[0], str)), None
+    )
+    for node in trace.graph.nodes:
+        fact = analysis.facts.get(node.name)
+        if fact is None and not isinstance(node.target, torch._ops.OpOverload):
+            continue  # getitem, guard: they hand on what they get
+        if analysis.roles[node.name] < Role.GATE or (balanced and node.name not in analysis.live):
+            continue
+        if balanced:
+            live = tuple(live_operands(node, analysis))
+        else:
+            named = operands(node, fact.operands if fact else tensor_arguments(node))
+            live = tuple(k for k, n in named if analysis.roles[n.name] >= Role.GATE)
+        explicit = fact is not None and kind_of(node, fact) in _EXPLICIT
+        bias = None if fact is None else _bias_name(node, fact, live)
+        where = (module_path(node), source_line(node))
+        value = node.meta.get("val")
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        batch = tuple(_batch_axis(v, symbol) for v in values)
+        starts = fact is not None and fact.kind is Kind.EMBEDDING and not live
+        name = op_name(node.target)
+        found.append(Site(node.name, name, *where, live, bias, explicit, batch, starts))
+    return tuple(found)
+
+
+def _batch_axis(value: Any, symbol: str | None) -> int | None:
+    """The first axis whose traced size is the batch size or a multiple of it."""
+    if symbol is None or not isinstance(value, torch.Tensor):
+        return 0
+    mentions = (i for i, d in enumerate(value.shape) if symbol in re.findall(r"\w+", str(d)))
+    return next(mentions, None)
+
+
+def _bias_name(node: Node, fact: OpFacts, live: Sequence[str]) -> str | None:
+    """How the node's own constant is computed; None where it is zero by its form."""
+    if fact.bias != "at_zero":
+        return None if fact.bias == "none" else fact.bias
+    if fact.kind in (Kind.GATED, Kind.GATE_SOURCE):
+        return None if fact.at_zero == 0 else "at_zero"
+    multiplied = (*fact.factors, *fact.denominator)
+    if live and not any(k.partition("[")[0] in (*fact.stream, *multiplied) for k in live):
+        return None  # what only modulates has no zero to measure from
+    if fact.kind is Kind.PRODUCT and not any(k.partition("[")[0] in multiplied for k in live):
+        return "at_zero"  # only its offset is live: the product is a constant
+    added = any(k not in live and m != 0 for k, m in members(node, fact.stream))
+    return "at_zero" if fact.constant or added else None
+
+
+# --- running a graph with every edge in view
+
+
+class Running(torch.fx.Interpreter):
+    """Runs a graph node by node, called as the module is: see ``flat_arguments``."""
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """As fx has it, but for ``*args``, whose value is one of the arguments here."""
+        return next(self.args_iter)
+
+
+class Recorder(Running):
+    """Runs a graph; every operand of every site is an alias of its own, whose gradient is noted.
+
+    A host and the nodes inserted for it are one unit: operands are taken before a scale that was
+    put on them, the output behind a scale that was put on it.
+
+    leaves: for a module that is one graph of several, the inputs of the whole model; what comes from
+        another graph is then part of its gradient, and not a source.
+    """
+
+    def __init__(
+        self, module: CapturedModule, leaves: Sequence[torch.Tensor] | None = None
+    ) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.extra_traceback = False  # an op's own error is enough
+        self.leaves = leaves
+        self.table: dict[str, Site] = {s.node: s for s in module.record.sites}
+        table = self.table
+        self.rows = {n.name: _Row() for n in module.graph.nodes if n.name in table}
+        self.rows[_OUTPUT] = _Row()
+        self.sources: list[torch.Tensor] = []
+        inputs = {n.name for n in module.graph.nodes if n.target is insert.guard}
+        self.starts = inputs | {s.node for s in table.values() if s.starts}
+        self.origin = _origins(module, table)
+        self.scaled = {
+            n.args[0].name
+            for n in module.graph.nodes
+            if is_scale(n) and note(n).host == n.args[0].name
+        }
+
+    def run_node(self, n: Node) -> Any:
+        if n.target is insert.guard:
+            x = super().run_node(n)
+            if self.leaves is not None and not any(x is t for t in self.leaves):
+                self.starts.discard(n.name)
+                return x
+            return self._source(x)
+        if is_scale(n) and not is_end(n):
+            return self._scale(n)
+        if n.op == "output" or n.target == "output_structure":
+            return self._returned(n)
+        site = self.table.get(n.name)
+        if site is None:
+            return super().run_node(n)
+        values = self.fetch_args_kwargs_from_env(n)
+        if site.starts:  # an embedding indexed by the input: the signal starts here
+            self.rows.pop(n.name)
+            return self._source(n.target(*values[0], **values[1]))  # type: ignore[operator]
+        row = self.rows[n.name]
+        inside = {m for m in n.all_input_nodes if is_scale(m) and note(m).host == n.name}
+        named = [(k, m) for k, m in operands(n, tensor_arguments(n)) if m not in inside]
+        if site.bias is not None:
+            row.bias = lambda: site_bias(site, n, *values)
+        producers = {k: self.origin.get(m, "") for k, m in named if k in site.live}
+        args, kwargs = _aliased(n, *values, producers, row.operand)
+        y = n.target(*args, **kwargs)  # type: ignore[operator]
+        return y if n.name in self.scaled else row.watch(y)
+
+    def _source(self, x: Any) -> Any:
+        if isinstance(x, (tuple, list)):  # an embedding bag gives four tensors
+            return tuple(map(self._source, x))
+        if inexact(x):
+            if self.leaves is None or not any(x is t for t in self.leaves):
+                x = x.detach().requires_grad_()
+            self.sources.append(x)
+        return x
+
+    def _scale(self, n: Node) -> Any:
+        (x, factor), _ = self.fetch_args_kwargs_from_env(n)
+        host, inner = note(n).host, n.args[0]
+        row = self.rows[host]
+        if inner.name == host:  # type: ignore[union-attr]
+            return row.watch(insert.scale(x, factor))
+        return insert.scale(row.operand(x, self.origin.get(inner, "")), factor)  # type: ignore[arg-type]
+
+    def _returned(self, n: Node) -> Any:
+        """What the model returns; the target is the last consumer in the account."""
+        row = self.rows[_OUTPUT]
+        args: Any = map_arg(n.args, lambda m: row.operand(self.env[m], self.origin.get(m, "")))  # type: ignore[arg-type]
+        if n.op == "output":
+            return args[0]
+        return self.module.get_submodule("output_structure")(*args)
+
+
+def _origins(module: CapturedModule, table: Mapping[str, Site]) -> dict[Node, str]:
+    """Which site's output, or which input of the model, a node hands on unchanged."""
+    found: dict[Node, str] = {}
+    for n in module.graph.nodes:
+        if n.name in table or n.target is insert.guard:
+            found[n] = n.name
+            continue
+        own = n.args[0] if n.args and n.op != "call_module" else None
+        handed = probed(n) or own
+        if isinstance(handed, Node) and handed in found:
+            found[n] = found[handed]
+    return found
+
+
+class _Row:
+    """The sums of one site, filled while the backward runs. By producer, ``flows`` are Σ⟨a, r(g)⟩
+    and ``squares`` Σ‖r(g)‖²."""
+
+    def __init__(self) -> None:
+        self.out = self.constant = 0.0
+        self.flows: dict[str, float] = {}
+        self.squares: dict[str, float] = {}
+        self.bias: Callable[[], Any] | None = None
+
+    def operand(self, x: Any, producer: str) -> Any:
+        """An alias of ``x`` for this site alone; its gradient is r_i(g)."""
+        if not (isinstance(x, torch.Tensor) and x.requires_grad):
+            return x
+        alias, held = same(x), [x.detach()]
+
+        def note(g: torch.Tensor | None) -> None:
+            value = held.pop()  # let go of it: the rest of the backward does not need it
+            flow, square = (0.0, 0.0) if g is None else (dot(value, g), dot(g, g))
+            self.flows[producer] = self.flows.get(producer, 0.0) + flow
+            self.squares[producer] = self.squares.get(producer, 0.0) + square
+
+        alias.register_hook(note)
+        return alias
+
+    def watch(self, y: Any) -> Any:
+        """Note ⟨y, g⟩ and ⟨bias, g⟩ when the gradient of ``y`` (a tensor or several) is complete."""
+        ys = y if isinstance(y, (tuple, list)) else (y,)
+        for i, t in enumerate(ys):
+            if isinstance(t, torch.Tensor) and t.requires_grad:
+                t.register_hook(self._note([t.detach()], i))
+        return y
+
+    def _note(self, held: list[torch.Tensor], index: int) -> Any:
+        def note(g: torch.Tensor | None) -> None:
+            value = held.pop()
+            if g is None:  # autograd's zero: a pruned path ends below
+                return
+            self.out += dot(value, g)
+            bias = self.bias() if self.bias else None
+            if isinstance(bias, (tuple, list)):
+                bias = bias[index]
+            elif self.bias:
+                self.bias = None
+            if bias is not None:
+                self.constant += dot(bias.expand_as(g), g)
+
+        return note
+
+
+def dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    """⟨a, b⟩ accumulated in float64; what gets no gradient counts nothing, were it infinite."""
+    products = product(a, b)
+    total = float(products.sum())
+    if math.isnan(total):  # a pool's padding of -inf, a mask: inf times 0
+        total = float(products.masked_fill_((a == 0) | (b == 0), 0.0).sum())
+    return total
+
+
+def _aliased(
+    n: Node, args: Any, kwargs: Any, producers: Mapping[str, str], alias: Callable[[Any, str], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments in schema order, an alias for each operand that ``producers`` names."""
+    op = aten_op(n)
+
+    def place(name: str, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [place(f"{name}[{i}]", v) for i, v in enumerate(value)]
+        return alias(value, producers[name]) if name in producers else value
+
+    return spread(op, {k: place(k, v) for k, v in bind(op, args, kwargs).items()})
+
+
+def site_bias(site: Site, n: Node, args: Any, kwargs: Any) -> Any:
+    """The constant of one site, shaped like its output (or None)."""
+    if site.bias is None:
+        return None
+    return biases.bias(site.bias, aten_op(n), site.live, args, kwargs)
+
+
+# --- the account
+
+
+def ledger(module: CapturedModule, inputs: Any, target: Target = None) -> Ledger:
+    """The account of one backward of a captured module, balanced or not, node by node.
+
+    Args:
+        inputs: as ``module`` takes them: a tensor, a tuple, or a dict of keyword arguments.
+        target: what to explain, see ``target.select_each``.
+    """
+    with differentiable(), undisturbed(module):
+        args, kwargs = as_call(inputs)
+        recorder = Recorder(module)
+        output = recorder.run(*flat_arguments(module, args, kwargs))
+        return settle([("", recorder)], output, target)
+
+
+def share_as_run(module: torch.nn.Module, inputs: Any, target: Target = None) -> float | None:
+    """⟨x, ∂f/∂x⟩ by the graph that runs and not by the one that is accounted for; None where nothing
+    comes back. Where the signal starts behind the inputs (embeddings of tokens), x is what starts it.
+    """
+    leaves, spec = pytree.tree_flatten(as_call(inputs))
+    with differentiable(), undisturbed(module):
+        leaves = [moving(x) for x in leaves]
+        sources = [x for x in leaves if inexact(x)]
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        if isinstance(module, CapturedModule) and module.record.starts:
+            running = _Started(module)
+            output = running.run(*flat_arguments(module, args, kwargs))
+            sources += running.sources
+        else:
+            output = module(*args, **kwargs)
+        scalar = select(output, target)
+        if not sources or not scalar.requires_grad:
+            return None
+        grads = torch.autograd.grad(scalar, sources, allow_unused=True)
+    pairs = zip(sources, grads, strict=True)
+    return sum(dot(x.detach(), g) for x, g in pairs if g is not None)
+
+
+class _Started(Running):
+    """Runs the graph that runs; what starts the signal there is noted as a source."""
+
+    def __init__(self, module: CapturedModule) -> None:
+        graph = module.graph if module.lean is None else module.lean
+        super().__init__(module, garbage_collect_values=True, graph=graph)
+        self.extra_traceback = False
+        self.starts: frozenset[str] = module.record.starts
+        self.sources: list[torch.Tensor] = []
+
+    def run_node(self, n: Node) -> Any:
+        y = super().run_node(n)
+        if n.name not in self.starts:
+            return y
+        return pytree.tree_map(self._source, y)
+
+    def _source(self, x: Any) -> Any:
+        if not inexact(x):
+            return x
+        self.sources.append(x.detach().requires_grad_())
+        return self.sources[-1]
+
+
+def settle(
+    recorders: Sequence[tuple[str, Recorder]], output: Any, target: Target,
+    leaves: Sequence[torch.Tensor] = (),
+) -> Ledger:  # fmt: skip
+    """Run the backward of what was recorded, one graph or several by name, and add it up."""
+    scalar = select(output, target)
+    started = {id(x): x for x in leaves if inexact(x)}
+    started |= {id(x): x for _, r in recorders for x in r.sources}
+    sources = list(started.values())
+    grads = torch.autograd.grad(scalar, sources, allow_unused=True)
+    pairs = zip(sources, grads, strict=True)
+    carried = sum(dot(x.detach(), g) for x, g in pairs if g is not None)
+    total = float(scalar.detach())
+    rows: list[LedgerRow] = []
+    for name, recorder in recorders:
+        found = recorder.rows
+        sites = [s for s in recorder.table.values() if s.node in found]
+        if not name:  # one graph: the target is the last that reads
+            found[_OUTPUT].out = total
+            sites.append(Site(_OUTPUT, "target", "", "", (), None, False, ()))
+        rows += [_row(s, name, found[s.node], recorder.starts) for s in sites]
+    whole = recorders[0][1] if len(recorders) == 1 and not recorders[0][0] else None
+    boundaries = tuple(_boundaries(whole, total)) if whole else ()
+    return Ledger(tuple(rows), total, carried, sum(r.bias for r in rows), boundaries)
+
+
+def _row(site: Site, name: str, row: _Row, starts: set[str]) -> LedgerRow:
+    flows = {
+        at: sum(v for k, v in row.flows.items() if (k in starts) is at) for at in (True, False)
+    }
+    residual = row.out - flows[False] - flows[True] - row.constant
+    node = f"{name}/{site.node}" if name else site.node
+    return LedgerRow(
+        node, site.op, site.module, site.source, row.out, flows[False], flows[True], row.constant, residual,
+        tuple(Flow(k, flow, math.sqrt(row.squares[k])) for k, flow in row.flows.items()),
+    )  # fmt: skip
+
+
+def _boundaries(recorder: Recorder, total: float) -> Iterator[Boundary]:
+    """Completeness behind each block: what crosses there, and the constants that come after it.
+
+    A signal that starts after the block (the other tower of a model with two) counts as crossing.
+    """
+    module: CapturedModule = recorder.module  # type: ignore[assignment]
+    place = {n.name: i for i, n in enumerate(module.graph.nodes)}
+    ends = {n.target: i for i, n in enumerate(module.graph.nodes) if "_output" in n.kwargs}
+    for path in blocks(module):
+        end = ends[path]
+        after = [r for k, r in recorder.rows.items() if place.get(k, len(place)) > end]
+        crossing = sum(
+            flow
+            for r in after
+            for producer, flow in r.flows.items()
+            if place[producer] <= end or producer in recorder.starts
+        )
+        constants = sum(r.constant for r in after)
+        yield Boundary(path, crossing, constants, abs(total - crossing - constants))
+
+
+def flat_arguments(module: CapturedModule, args: Any, kwargs: Any) -> list[Any]:
+    """The call's arguments in the order of the graph's placeholders, defaults filled in."""
+    names = [n for n in module.graph.nodes if n.op == "placeholder"]
+    star = next((n for n in names if str(n.target).startswith("*")), None)
+    plain = [n for n in names if n is not star]
+    count = len(plain) if star is None else names.index(star)
+    given = dict(zip((n.name for n in plain[:count]), args, strict=False)) | dict(kwargs)
+    if unknown := set(given) - {n.name for n in plain}:
+        raise InputError(f"forward takes no {', '.join(sorted(unknown))}")
+    missing = [n.name for n in plain if n.name not in given and not n.args]
+    if missing or (star is None and len(args) > count):
+        raise InputError(f"the inputs do not fit forward({', '.join(n.name for n in names)})")
+    if star is not None:
+        given[star.name] = tuple(args[count:])
+    return [given[n.name] if n.name in given else n.args[0] for n in names]

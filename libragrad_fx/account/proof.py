@@ -1,0 +1,209 @@
+"""The static proof: every node that a gradient passes is balanced by its kind, or is named.
+
+It reads the rewritten graph alone, not the plan that made it, and asks of each node which operands
+its gradient goes to. What is said of a kind or of a twin is proved numerically, row by row, in
+``tests/rows``; here it is put together.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter
+from collections.abc import Container, Mapping
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from libragrad_fx.decide.flow import hands_on, passes, reach
+from libragrad_fx.decide.roles import (
+    finding,
+    is_affine,
+    is_inexact,
+    kind_of,
+)
+from libragrad_fx.graph.notes import note
+from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.ops import insert
+from libragrad_fx.ops.insert import LEAN, is_scale, probed
+from libragrad_fx.optimise.graft import graft, idle, whole
+from libragrad_fx.optimise.product import halved_mul
+from libragrad_fx.types import Finding, History, Kind, OpFacts, Proof, Role
+
+_BY_KIND = {
+    Kind.LINEAR: "linear in what carries",
+    Kind.ATTENTION: "attention with weights that do not depend on the input",
+    Kind.HOMOGENEOUS: "homogeneous of degree 1",
+    Kind.SATURATING: "the identity or a constant",
+}
+_BY_TWIN = {
+    Kind.GATED: "gated activation, its gate held by a twin",
+    Kind.GATE_SOURCE: "nonlinearity that carries, its secant taken by a twin",
+    Kind.NORMALISER: "normaliser, 1/sigma held by a twin",
+    Kind.ATTENTION: "attention, its weights held by a twin",
+    Kind.LINEAR: "linear, its output that is a gate scaled by a twin",
+    Kind.RECURRENT: "recurrent layer, its gates held by a twin",
+}
+
+
+_ONCE = ", if no two of its indices coincide"  # of two, autograd answers both and one is kept
+
+
+def prove(module: CapturedModule, as_run: bool = False) -> Proof:
+    """Go through ``module``'s graph, or the leaner one that runs in its place; see ``Proof``."""
+    history = module.history
+    graph, facts = module.graph, history.facts
+    if as_run and module.lean is not None:
+        graph, facts = module.lean, history.lean_facts
+    moving = _moving(graph, history, module.record.starts, facts)
+    reasons: Counter[str] = Counter()
+    open_: list[Finding] = []
+    reached = _reached(graph, moving, facts, history.gate_outputs)
+    for node in reached:
+        if hands_on(node) and node.target is not graft:
+            continue
+        reason, problem = _judge(node, facts, moving, reached)
+        if reason:
+            reasons[reason] += 1
+        else:
+            open_.append(finding(node, problem, "the plan says why: plan.explain(node)"))
+    return Proof(dict(reasons.most_common()), tuple(open_))
+
+
+def _moving(
+    graph: Graph, history: History, starting: frozenset[str], facts: Mapping[str, OpFacts]
+) -> set[Node]:
+    """Nodes whose value has a gradient that leads back to the model's input."""
+    moving: set[Node] = set()
+    for node in graph.nodes:
+        fact = facts.get(node.name)
+        if node.target is insert.guard:
+            still = history.roles.get(node.name) is Role.STATIC
+            starts = is_inexact(node) and not still
+        elif fact is not None and fact.kind is Kind.EMBEDDING:
+            starts = node.name in starting
+        else:
+            cut = insert.is_end(node) or (fact is not None and fact.kind is Kind.CUT)
+            zero = node.name in history.zeros  # a product with zero sends zeros back
+            starts = not (cut or zero) and bool(passes(node, fact, moving))
+            starts = starts and (is_inexact(node) or hands_on(node))
+        if starts:
+            moving.add(node)
+    return moving
+
+
+def _reached(
+    graph: Graph, moving: set[Node], facts: Mapping[str, OpFacts], skip: frozenset[str]
+) -> dict[Node, None]:
+    """The moving nodes from which a gradient of an output arrives, in graph order."""
+    final = next(n for n in graph.nodes if n.op == "output")
+    results = [
+        m
+        for n in final.all_input_nodes
+        for m in (n.all_input_nodes if n.target == "output_structure" else [n])
+    ]
+    seen = reach([n for n in results if n in moving and _source_name(n) not in skip], facts, moving)
+    return {n: None for n in graph.nodes if n in seen}
+
+
+def _source_name(node: Node) -> str:
+    """The node that an output reads, seen through probes."""
+    while isinstance(behind := probed(node), Node):
+        node = behind
+    return node.name
+
+
+def _judge(
+    node: Node, facts: Mapping[str, OpFacts], moving: set[Node], reached: Container[Node]
+) -> tuple[str, str]:
+    """(why a node is balanced, "") or ("", why it is not known to be)."""
+    fact = facts.get(node.name)
+    if node.target is graft:  # the gradient of its value goes to the operands of a product
+        factors = sum(n in moving for n in node.args[1:3])
+        if factors < 2:
+            return "part of a product with one factor that carries", ""
+        return _scaled(node, facts, 1 / factors, "part of a product, scaled", "both factors carry")
+    if fact is None:
+        return "", "no fact says how its output depends on its operands"
+    kind = kind_of(node, fact)
+    sends = {k for k, _ in passes(node, fact, moving)}
+    groups = {k: {s for s in sends if s.partition("[")[0] in getattr(fact, k)} for k in _GROUPS}
+    if kind is Kind.EMBEDDING:
+        if len(sends) < 2:
+            return "embedding indexed by the input: the signal starts", ""
+        return _scaled(
+            node, facts, 0.5, "rows times weights, scaled by 1/2", "both count its gradient", False
+        )
+    if stray := sends - groups["stream"] - groups["factors"] - groups["denominator"]:
+        return "", f"{', '.join(sorted(stray))} gets a gradient, though it only modulates"
+    if (
+        fact.gate_outputs
+        and not hasattr(node.target, "aten_op")
+        and any(u.args[1] in fact.gate_outputs for u in node.users if u in reached)
+    ):
+        return "", "an output of it that is a gate carries"
+    if node.target is halved_mul:
+        both = len(sends) == 2
+        return (
+            ("product of 2 values, halved", "")
+            if both
+            else ("", "it halves the gradient of one value")
+        )
+    if hasattr(node.target, "aten_op") and node.target not in (whole, idle):
+        return _BY_TWIN[kind], ""
+    if fact.degree == 1:
+        return "of degree 1 about its constant", ""
+    if fact.degree is not None:
+        wanted = 1 / fact.degree
+        reason = f"homogeneous of degree {fact.degree:g}, scaled by its inverse"
+        return _scaled(node, facts, wanted, reason, f"its gradient is not scaled by {wanted:g}")
+    if groups["denominator"]:
+        if sends == groups["denominator"]:
+            return _scaled(
+                node, facts, -1.0, "reciprocal, scaled by -1", "a divisor gets a gradient"
+            )
+        return "", "a divisor gets a gradient beside what it divides"
+    factors = len(groups["factors"])
+    if kind is Kind.PRODUCT and factors > 1:
+        reason = f"product of {factors} values, scaled by 1/{factors}"
+        problem = f"a product of {factors} values counts its gradient {factors} times"
+        return _scaled(node, facts, 1 / factors, reason, problem, whole=not groups["stream"])
+    if kind is Kind.PRODUCT:
+        return "product with one factor that carries", ""
+    if kind in _BY_KIND:
+        unsure = sends & set(fact.once) and not is_affine(node, fact)
+        return _BY_KIND[kind] + (_ONCE if unsure else ""), ""
+    return "", f"a {kind} op is not balanced under autograd"
+
+
+def _behind_a_join(node: Node, facts: Mapping[str, OpFacts]) -> list[Any]:
+    """The factor of a scale behind what joins a value with others: equal scales of them are one there."""
+    while len(node.users) == 1:
+        (node,) = node.users
+        if is_scale(node):
+            return [node.args[1]] if note(node).rule == LEAN else []
+        fact = facts.get(node.name)
+        if node.target is not operator.getitem and (fact is None or fact.kind is not Kind.LINEAR):
+            break
+    return []
+
+
+_GROUPS = ("stream", "factors", "gate", "denominator")
+
+
+def _scaled(
+    node: Node,
+    facts: Mapping[str, OpFacts],
+    wanted: float,
+    reason: str,
+    problem: str,
+    whole: bool = True,
+) -> tuple[str, str]:
+    """Whether a node's output, or each operand that carries, is scaled by the factor wanted."""
+    mine = lambda n: is_scale(n) and note(n).host == node.name  # noqa: E731
+    outer = [n.args[1] for n in node.users if mine(n)] or _behind_a_join(node, facts)
+    inner = [n.args[1] for n in node.all_input_nodes if mine(n)]
+    if outer:
+        inner = outer if whole and not inner and len(node.users) == 1 else []
+    good = bool(inner) and all(math.isclose(f, wanted) for f in inner)  # type: ignore[arg-type]
+    return (reason, "") if good else ("", problem)

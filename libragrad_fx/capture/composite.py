@@ -1,0 +1,144 @@
+"""Composite ops that have no fact, written out in ops that have.
+
+PyTorch can do it for a whole program, by tracing it once more: that costs several times the export.
+Here each op is traced alone, on the values of its node.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from libragrad_fx.graph.alias import functional, is_composite, is_fresh
+from libragrad_fx.target import inexact
+
+Known = Callable[[Any], bool]
+Parts = dict[Any, Callable[..., Any]]
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+@functools.cache
+def aten_ops() -> tuple[torch._ops.OpOverload, ...]:
+    """Every op of PyTorch."""
+    names = (n for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::"))
+    split = (n.removeprefix("aten::").partition(".") for n in names)
+    packets = ((getattr(torch.ops.aten, name, None), overload) for name, _, overload in split)
+    found: Any = (getattr(packet, overload or "default", None) for packet, overload in packets)
+    return tuple(op for op in found if op is not None)
+
+
+def in_parts(known: Known) -> Parts:
+    """What writes out each composite op of PyTorch that has no fact, by PyTorch's own kernel.
+
+    known: whether an op has a fact
+    """
+    unknown = (op for op in aten_ops() if is_composite(op) and not known(op))
+    return {op: functools.partial(_called, op) for op in unknown}
+
+
+def _called(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call ``op``'s kernel while its ops are traced. A kernel that fills a tensor beside them (quantile
+    does, and the unpacking of sequences) is no graph, and its op is traced as one."""
+    graph = get_proxy_mode().tracer.graph  # type: ignore[union-attr]
+    before = len(graph.nodes)
+    result = op._op_dk(_COMPOSITE, *args, **kwargs)
+    made = [*graph.nodes][before:]
+    if not any(_is_unfilled(n, made) for n in made):
+        return result
+    for node in reversed(made):
+        if _is_write(node):  # the others are dead code, or (``to``) another name of an operand
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
+    return NotImplemented
+
+
+def _is_unfilled(node: Node, made: Sequence[Node]) -> bool:
+    """Whether a node is a tensor without values, into which none of the nodes behind it writes."""
+    if not getattr(node.target, "_opname", "").startswith(("empty", "new_empty")):
+        return False
+    names = {node}  # of one memory
+    for other in made:
+        if names.isdisjoint(other.all_input_nodes):
+            continue
+        if _is_write(other):
+            return False
+        if not is_fresh(other):
+            names.add(other)
+    return True
+
+
+def _is_write(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def write_out(graph: Graph, parts: Parts, known: Known) -> None:
+    """Replace every op that has ``parts`` by them, where all of those have a fact."""
+    for node in [n for n in graph.nodes if n.target in parts and _is_pure(n)]:
+        found = _traced(node, parts)
+        if found is not None and all(known(functional(op) or op) for op in _ops(found)):
+            _replace(node, found)
+
+
+def _is_pure(node: Node) -> bool:
+    op: Any = node.target
+    made = pytree.tree_leaves(node.meta.get("val"))
+    return not op._schema.is_mutable and any(isinstance(v, torch.Tensor) for v in made)
+
+
+def _traced(node: Node, parts: Parts) -> Graph | None:
+    """The ops that ``node``'s op calls, over the nodes that it is given; None if it is no graph."""
+    given = node.all_input_nodes
+    values = [n.meta["val"] for n in given]
+
+    def call(*found: Any) -> Any:
+        args, kwargs = map_arg((node.args, node.kwargs), dict(zip(given, found, strict=True)).get)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    mode = detect_fake_mode(values)
+    if mode is None:
+        return None
+    try:
+        with torch.no_grad(), mode:
+            trace = make_fx(call, parts, pre_dispatch=True, _error_on_data_dependent_ops=False)
+            graph = trace(*values).graph
+    except (RuntimeError, TypeError, ValueError):  # it looks at the values of its tensors
+        return None
+    graph.eliminate_dead_code(lambda n: n.op != "call_function" or _is_write(n))
+    return None if any(n.op == "get_attr" for n in graph.nodes) else graph
+
+
+def _ops(graph: Graph) -> set[Any]:
+    """The ops of a graph that make floating-point tensors of tensors."""
+    return {
+        n.target
+        for n in graph.nodes
+        if isinstance(n.target, torch._ops.OperatorBase)
+        and any(isinstance(v.meta.get("val"), torch.Tensor) for v in n.all_input_nodes)
+        and any(map(inexact, pytree.tree_leaves(n.meta.get("val"))))
+    }
+
+
+def _replace(node: Node, parts: Graph) -> None:
+    graph = node.graph
+    arguments = (n for n in parts.nodes if n.op == "placeholder")
+    env = dict(zip(arguments, node.all_input_nodes, strict=True))
+    with graph.inserting_before(node):
+        result = graph.graph_copy(parts, env)
+    where = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+    for new in (env[n] for n in parts.nodes if n.op == "call_function"):
+        new.meta = {**new.meta, **where}
+    for user in list(node.users):
+        if isinstance(result, (tuple, list)):  # of which exported graphs look members up
+            user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index,arg-type]
+            graph.erase_node(user)
+        else:
+            user.replace_input_with(node, result)  # type: ignore[arg-type]
+    graph.erase_node(node)

@@ -1,0 +1,194 @@
+"""What surrounds an export, so that it sees what an eager call sees, and is put back afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.nn.modules import module as _modules
+from torch.utils import _pytree as pytree
+
+from libragrad_fx.capture.fit import library
+from libragrad_fx.ops.insert import observe
+
+_CHECKPOINT = "torch.utils.checkpoint"
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One module call, as its forward hook saw it: structures whose tensors carry observe marks."""
+
+    path: str
+    arguments: tuple[list[Any], pytree.TreeSpec]
+    output: tuple[list[Any], pytree.TreeSpec]
+
+
+@contextlib.contextmanager
+def export_state() -> Iterator[None]:
+    """Grad mode on, autocast off, no fused inference path: the graph of a forward under autograd."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    quiet = logging.root.manager.disable
+    torch.backends.mha.set_fastpath_enabled(False)
+    logging.disable(
+        logging.CRITICAL
+    )  # a failing export logs its graph; the error says what matters
+    try:
+        with contextlib.ExitStack() as stack:
+            for device in (
+                "cpu",
+                "cuda",
+            ):  # the casts of a surrounding autocast are not the model's
+                stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            yield
+    finally:
+        logging.disable(quiet)
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def traced_as_run() -> Iterator[None]:
+    """The state of an export, for a model that is recorded while it runs."""
+    with export_state(), global_hooks_kept(), custom_functions([]):
+        yield
+
+
+@contextlib.contextmanager
+def as_if_eager() -> Iterator[None]:
+    """Models that ask whether they are exported may choose other ops, and with them other bits.
+
+    ``is_compiling`` is left as it is: libraries ask it to keep traced tensors out of their caches.
+    Dynamo notes which functions it knows when it is first imported, and must not note the stand-in.
+    """
+    importlib.import_module("torch._dynamo")
+    with mock.patch.object(torch.compiler, "is_exporting", return_value=False):
+        yield
+
+
+@contextlib.contextmanager
+def observed(model: torch.nn.Module, calls: list[Call]) -> Iterator[None]:
+    """Mark the tensors of every submodule call, through a global hook: the model gets none."""
+    paths = {id(m): name for name, m in model.named_modules() if m is not model}
+
+    def hook(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if id(module) not in paths or torch._C._are_functorch_transforms_active():
+            return  # inside a vmap, what a module sees is no tensor of the graph
+        call = len(calls)
+        sides = [pytree.tree_flatten((args, kwargs)), pytree.tree_flatten(output)]
+        named = [
+            (t, f"{place}{i}")
+            for place, (leaves, _) in zip("ao", sides, strict=True)
+            for i, t in enumerate(leaves)
+            if isinstance(t, torch.Tensor)
+        ]
+        if named:
+            observe([t for t, _ in named], [p for _, p in named], call)
+        kept = [([None if isinstance(x, torch.Tensor) else x for x in s[0]], s[1]) for s in sides]
+        calls.append(Call(paths[id(module)], kept[0], kept[1]))
+
+    handle = _modules.register_module_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def global_hooks_kept() -> Iterator[None]:
+    """PyTorch keeps the flag of a removed hook, and (2.11) hooks of an export that failed."""
+    found = [v for k, v in vars(_modules).items() if k.startswith("_global_")]
+    tables = [(t, dict(t)) for t in found if isinstance(t, dict)]
+    try:
+        yield
+    finally:
+        for table, before in tables:
+            table.clear()
+            table.update(before)
+
+
+@contextlib.contextmanager
+def custom_functions(found: list[str]) -> Iterator[None]:
+    """Notice user-written ``autograd.Function``s: tracing keeps their forward and not their backward.
+
+    ``Function.apply`` may have been looked up before (``swish = Swish.apply``). Each call looks up
+    ``forward``, so that is watched.
+    """
+    here = threading.get_ident()
+
+    def look_up(cls: Any, name: str) -> Any:
+        value = type.__getattribute__(cls, name)
+        return watched(cls, value) if name == "forward" and threading.get_ident() == here else value
+
+    def watched(cls: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if library(cls) != "torch":
+                found.append(f"{cls.__module__}.{cls.__qualname__}")
+            with _grad_mode_unseen(), _data_seen():
+                return forward(*args, **kwargs)
+
+        return run
+
+    meta = torch.autograd.function.FunctionMeta
+    with mock.patch.object(meta, "__getattribute__", look_up), _reentrant_checkpoints():
+        yield
+
+
+@contextlib.contextmanager
+def _reentrant_checkpoints() -> Iterator[None]:
+    """A reentrant checkpoint is the function that it calls, which may have regions in another grad mode."""
+    apply = inspect.getattr_static(torch.autograd.Function, "apply")
+
+    def run(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__ == _CHECKPOINT and callable(args[0]):
+            return args[0](
+                *args[2:]
+            )  # (function, whether to keep the random state, *its arguments)
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    with mock.patch.object(torch.autograd.Function, "apply", classmethod(run)):
+        yield
+
+
+@contextlib.contextmanager
+def _grad_mode_unseen() -> Iterator[None]:
+    """Grad mode switches without a trace of it.
+
+    It is off inside a Function, which no trace shows. So a ``no_grad`` in there ends, for the trace,
+    with grad mode off, and everything behind the Function would be detached.
+    """
+    switch = torch._C._set_grad_enabled
+
+    def unseen(mode: bool) -> None:
+        with torch._C.DisableTorchFunction():
+            switch(mode)
+
+    with mock.patch.object(torch._C, "_set_grad_enabled", unseen):
+        yield
+
+
+@contextlib.contextmanager
+def _data_seen() -> Iterator[None]:
+    """``x.data`` is ``x``, for this thread.
+
+    Inside a Function nothing is differentiated, and the two are one tensor but for the count of writes.
+    A trace sees what is written to ``x``.
+    """
+    plain, here = torch.Tensor.data, threading.get_ident()
+
+    def get(x: torch.Tensor) -> torch.Tensor:
+        return x if threading.get_ident() == here else plain.__get__(x)  # type: ignore[attr-defined]
+
+    seen = property(get, plain.__set__)  # type: ignore[attr-defined]
+    with mock.patch.object(torch.Tensor, "data", seen):
+        yield

@@ -1,0 +1,220 @@
+"""``nn.Module`` (+ example inputs) -> ``torch.export`` program: the only file that knows export.
+
+What export alone would lose is put into the graph first: ``no_grad`` regions (its decomposition
+step drops them) become ``detach`` nodes, and every module call leaves marks on its arguments and
+outputs, from which the module tree of the result is rebuilt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.utils._sympy.printers import PythonPrinter
+
+from libragrad_fx.capture.composite import in_parts, write_out
+from libragrad_fx.capture.context import (
+    Call,
+    as_if_eager,
+    custom_functions,
+    export_state,
+    global_hooks_kept,
+    observed,
+)
+from libragrad_fx.capture.examples import without_cache
+from libragrad_fx.capture.free import (
+    USUAL,
+    Free,
+    batch_of_two,
+    by_name,
+    freed,
+)
+from libragrad_fx.capture.inplace import drop_idle, rename
+from libragrad_fx.capture.state import untouched
+from libragrad_fx.errors import CustomBackwardWarning, ExportError
+from libragrad_fx.graph.schema import bind
+from libragrad_fx.target import inexact
+
+_PYTHON = PythonPrinter()
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """An exported, functional program, with what export does not keep beside it.
+
+    conditions: what export took for granted of the free sizes, as Python over the names of symbols
+    """
+
+    program: ExportedProgram
+    conditions: tuple[str, ...]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    forced: frozenset[str]
+    calls: tuple[Call, ...]
+    notes: tuple[str, ...]
+
+
+def capture(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    known: Callable[[Any], bool] = lambda op: True,
+    module_calls: bool = True,
+    free: Free = USUAL,
+) -> Capture:
+    """Export ``model`` and make it functional. The model is left as it was, whatever happens.
+
+    Args:
+        args, kwargs: the call (see ``example_call``).
+        known: whether an op has a fact; a composite op that has none is written out in its parts.
+        free: which sizes are free.
+        module_calls: record every call of a submodule; without, the result's tree has no hooks.
+
+    Raises:
+        ExportError: export refuses it.
+    """
+    with untouched(model):
+        kwargs, forced = without_cache(model, dict(kwargs))
+        if free.batch:
+            args, kwargs = batch_of_two(args, kwargs)
+        calls: list[Call] = []
+        custom: list[str] = []
+        watched = observed(model, calls) if module_calls else contextlib.nullcontext()
+        with export_state(), global_hooks_kept(), watched, custom_functions(custom):
+            try:
+                with as_if_eager():
+                    program, conditions = _export(model, args, kwargs, known, free)
+            except ExportError:  # eagerly it asks for tensor values; it may have a way without
+                calls.clear()
+                program, conditions = _export(model, args, kwargs, known, free)
+    notes: tuple[str, ...] = ()
+    if custom:
+        text = (
+            f"{', '.join(sorted(set(custom)))}: a user-written autograd.Function was traced through; "
+            "its forward is kept, its own backward is replaced by that of the ops it calls"
+        )
+        warnings.warn(text, CustomBackwardWarning, stacklevel=3)
+        notes = (text,)
+    return Capture(program, conditions, args, kwargs, forced, tuple(calls), notes)
+
+
+def _export(
+    model: torch.nn.Module, args: Any, kwargs: Any, known: Callable[[Any], bool], free: Free
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    shapes = by_name(model, *free.axes(args, kwargs)) if free.batch else None
+    if shapes is not None:
+        given = by_name(model, args, kwargs)
+        shapes |= {name: freed(name, given.get(name), spec) for name, spec in free.named.items()}
+    try:
+        with warnings.catch_warnings(), _hushed():
+            warnings.simplefilter("ignore")
+            made = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            _detach_no_grad_regions(made)
+            found = _conditions(made)
+            program = _functional(made, known)
+            return program, tuple(dict.fromkeys([*found, *_conditions(program)]))
+    except Exception as e:
+        # neither is of use to a user: whom to write to, what export named a tensor
+        said = re.sub(r"[^.]*(file an issue|lifted_tensor)[^.]*\.?", "", _first_line(e))
+        if "mutat" in said or "in-place" in said or "in place" in said:
+            said = "it writes in place into a tensor that is not its own"
+        raise ExportError(
+            f"torch.export could not capture {type(model).__name__}: {said}\n"
+            "  Usual causes: control flow on tensor values, a cache or a custom class among inputs or"
+            " outputs, numpy inside forward. Capture the part that is a plain function of tensors, or"
+            " rewrite the branch with torch.where."
+        ) from e
+
+
+def size_of(size: Any) -> int | str:
+    """One entry of a traced shape: a number, or what it is in symbols."""
+    if isinstance(size, int):
+        return size
+    expr = size.node.expr
+    return int(expr) if expr.is_number else _PYTHON.doprint(expr)
+
+
+def _conditions(program: ExportedProgram) -> list[str]:
+    """What the trace took for granted of free sizes: each branch taken on one, and their ranges."""
+    values = (n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder")
+    sizes: list[Any] = [d for t in values if isinstance(t, torch.Tensor) for d in t.shape]
+    free = [d for d in sizes if isinstance(size_of(d), str)]
+    if not free:
+        return []
+    env = free[0].node.shape_env
+    symbols = set().union(*(d.node.expr.free_symbols for d in free))
+    found = [g.expr.xreplace(env.replacements) for g in env.guards]
+    for symbol in symbols & set(env.var_to_range):
+        bounds = env.var_to_range[symbol]
+        found += [symbol >= bounds.lower] if bounds.lower > 2 else []  # 2: see ``insert.guard``
+        found += [symbol <= bounds.upper] if bounds.upper.is_Integer else []
+    # what holds of other symbols only was decided when those became numbers
+    known = [e for e in found if getattr(e, "free_symbols", None) and e.free_symbols <= symbols]
+    return sorted({_PYTHON.doprint(e) for e in known})
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """An export that fails prints its graph; what the model itself printed is handed on if not."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        yield
+    sys.stdout.write(said.getvalue())
+
+
+def _functional(program: ExportedProgram, known: Callable[[Any], bool]) -> ExportedProgram:
+    """The program without in-place writes, and without regions in another mode.
+
+    Where it has none of them it is left as it is: the pass costs several times the export.
+    """
+    parts = in_parts(known)
+    for again in (True, False):
+        write_out(program.graph, parts, known)
+        rename(program.graph)
+        if again and any(map(_writes, program.graph.nodes)):
+            drop_idle(program.graph)
+            program = program.run_decompositions({})
+    return program
+
+
+def _writes(node: torch.fx.Node) -> bool:
+    """Whether a node writes in place, or begins or ends a region in another mode or under a ``vmap``."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    if getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    values = bind(node.target, node.args, node.kwargs)
+    # a norm that writes its statistics does not say so in its schema
+    norm = values.get("training") or values.get("use_input_stats")
+    return node.target._schema.is_mutable or bool(norm)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else '(no message)'}"
+
+
+def _detach_no_grad_regions(program: ExportedProgram) -> None:
+    """``no_grad`` regions come as sub-graphs and are flattened without a trace: detach around them."""
+    module = program.graph_module
+    for node in list(module.graph.nodes):
+        if getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled" or node.args[0]:
+            continue
+        for user in list(node.users):
+            if inexact(user.meta.get("val")):
+                with module.graph.inserting_after(user):
+                    cut = module.graph.call_function(torch.ops.aten.detach.default, (user,))
+                cut.meta = dict(user.meta)
+                user.replace_all_uses_with(cut, delete_user_cb=lambda u, cut=cut: u is not cut)
+    module.recompile()

@@ -1,0 +1,52 @@
+"""In-place ops of an exported graph as plain ones, where no other name of the tensor is read later.
+
+PyTorch can make any program functional, by tracing it once more: that costs twice the export. What
+most networks write in place is the fresh result of a convolution or a norm (``relu_``, ``+=``), and
+there a rename does it. Everything else is left for PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+from libragrad_fx.graph.alias import functional, is_fresh
+
+aten = torch.ops.aten
+_DROPOUTS = {aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout}
+
+
+def rename(graph: Graph) -> None:
+    """Replace every in-place op of ``graph`` for which it is safe; the others stay."""
+    place = {n: i for i, n in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        plain = functional(node.target) if node.args and isinstance(node.args[0], Node) else None
+        if plain is None or not _is_safe(node, place):
+            continue
+        target = node.args[0]
+        assert isinstance(target, Node)
+        node.target = plain
+        for user in list(target.users):
+            if place[user] > place[node]:
+                user.replace_input_with(target, node)
+
+
+def drop_idle(graph: Graph) -> None:
+    """Take out every dropout that drops nothing. It returns its argument itself, and its schema does
+    not say: PyTorch (2.11) would lose what is written to that by its other name."""
+    for node in list(graph.nodes):
+        packet = getattr(node.target, "_overloadpacket", None)
+        if packet in _DROPOUTS and (not node.args[2] or node.args[1] == 0):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
+
+
+def _is_safe(node: Node, place: dict[Node, int]) -> bool:
+    """Whether what is written to has no other name that is read later, and keeps its dtype."""
+    target = node.args[0]
+    assert isinstance(target, Node)
+    operands = [n.meta.get("val") for n in node.all_input_nodes]
+    dtypes = {v.dtype for v in operands if isinstance(v, torch.Tensor)}
+    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point or not is_fresh(target):
+        return False
+    return all(is_fresh(u) for u in target.users if place[u] < place[node])

@@ -1,0 +1,462 @@
+"""Exported program -> ``Trace``: a plain functional graph in one vocabulary, with the model's face.
+
+The normal form keeps every op that computes, node for node. It differs from the exported graph
+where that one would not run as the model runs: parameters are looked up, arguments and outputs have
+their original structure, ``view`` is ``reshape`` (a kernel may choose other strides than the one
+traced), batch norm is the public op (so that it picks the kernel the model picks, and updates its
+statistics itself), and ``copy``, which autograd refuses, is a cast and an expansion.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from libragrad_fx.capture.context import Call
+from libragrad_fx.capture.export import Capture, size_of
+from libragrad_fx.errors import CaptureError, ExportError
+from libragrad_fx.graph.origin import source_line
+from libragrad_fx.graph.schema import bind
+from libragrad_fx.module.captured import CapturedModule, Record
+from libragrad_fx.module.shells import Structure, shell_tree
+from libragrad_fx.ops import insert
+from libragrad_fx.types import ArgSpec, ModuleCall, Trace
+
+aten = torch.ops.aten
+_CONSTANT_TYPES = (int, float, bool, str, type(None), torch.dtype, torch.device)
+_BUILTIN_NODES = (tuple, list, dict, type(None))
+_WRITES = {"slice_scatter", "select_scatter", "diagonal_scatter"}
+_DROPPED = {
+    "_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range",
+    "sym_constrain_range_for_size",
+}  # fmt: skip
+_BATCH_NORMS = {
+    "_native_batch_norm_legit_no_training", "_native_batch_norm_legit_functional",
+    "_native_batch_norm_legit",
+}  # fmt: skip
+
+
+def normalize(model: torch.nn.Module, captured: Capture) -> Trace:
+    """Build the normal form of ``captured`` on shells of ``model``'s modules.
+
+    Raises:
+        CaptureError: the program writes into its inputs.
+        ExportError: it holds sub-graphs (``cond``, ``scan``).
+    """
+    return _Normaliser(model, captured).run()
+
+
+class _Normaliser:
+    """One pass over the exported graph; ``env`` maps its node names to nodes of the new graph."""
+
+    def __init__(self, model: torch.nn.Module, captured: Capture) -> None:
+        self.model, self.captured = model, captured
+        self.program = captured.program
+        self.graph = Graph()
+        self.env: dict[str, Any] = {}
+        self.pins: list[str] = []
+        self.specs: list[ArgSpec] = []
+        self.guards: list[Node] = []
+        self.marks: dict[int, dict[str, Node]] = {}
+        self.after: dict[int, Node] = {}
+        self.root = torch.nn.Module()
+        self.root.__dict__.update(vars(_root_shell(model)))
+        self.last: Node | None = None
+
+    def run(self) -> Trace:
+        self._inputs()
+        self._parameters()
+        for node in self.program.graph.nodes:
+            if node.op == "call_function":
+                self._op(node)
+            elif node.op == "get_attr":
+                raise ExportError(
+                    f"the graph holds a sub-graph ({', '.join(str(u.target) for u in node.users)});"
+                    " control flow as a higher-order op is not handled: use torch.where"
+                )
+        self._outputs()
+        calls = tuple(filter(None, (self._call(i, c) for i, c in enumerate(self.captured.calls))))
+        _drop_unused_lookups(self.graph, calls)
+        forced = tuple(sorted(self.captured.forced))
+        record = Record(self.model.training, tuple(dict.fromkeys(self.pins)), forced)
+        module = CapturedModule(self.root, self.graph, record)
+        return Trace(module, tuple(self.specs), calls, self.captured.notes)
+
+    # --- arguments
+
+    def _inputs(self) -> None:
+        """Placeholders named like ``forward``'s parameters; tensors inside containers are looked up."""
+        given = [
+            s for s in self.program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT
+        ]
+        parameters = list(inspect.signature(self.model.forward).parameters.values())
+        training = self.graph.create_node("get_attr", "training", name="training")
+        values = {
+            s.name: s.meta.get("val") for s in self.program.graph.nodes if s.op == "placeholder"
+        }
+        by_param: dict[str, list[tuple[Any, Any, Any]]] = {
+            name: [] for name in _passed(parameters, self.captured.args, self.captured.kwargs)
+        }
+        leaves = pytree.tree_flatten_with_path((self.captured.args, dict(self.captured.kwargs)))[0]
+        for spec, (path, leaf) in zip(given, leaves, strict=True):
+            name, keys = _parameter(parameters, path)
+            by_param[name].append((keys, leaf, spec.arg))
+        placeholders = self._placeholders(by_param)
+        self._structures(placeholders, parameters)
+        for name, found in by_param.items():
+            for keys, leaf, arg in found:
+                value: Any = placeholders[name]
+                for key in keys:
+                    value = self._look_up(value, key)
+                text = name + "".join(map(str, keys))
+                if isinstance(leaf, torch.Tensor):
+                    mode = (training, self.model.training)
+                    self.env[arg.name] = self._guard(value, text, values[arg.name], mode)
+                elif isinstance(arg, ConstantArgument) and isinstance(leaf, _CONSTANT_TYPES):
+                    self.graph.call_function(insert.constant, (value, text, leaf))
+                else:
+                    raise CaptureError(
+                        f"{text} is a {type(leaf).__name__}: not a tensor, not a constant"
+                    )
+        self._sizes()
+
+    def _structures(
+        self, placeholders: Mapping[str, Node], parameters: Sequence[inspect.Parameter]
+    ) -> None:
+        """What is looked up in containers is there; what else they hold would be ignored."""
+        passed = _passed(parameters, self.captured.args, self.captured.kwargs)
+        stars = {p.name: "*" for p in parameters if p.kind is p.VAR_POSITIONAL}
+        for name, value in passed.items():
+            if name in placeholders and (text := insert.outline(value)) != "*":
+                facts = (placeholders[name], stars.get(name, "") + name, text)
+                self.graph.call_function(insert.structure, facts)
+
+    def _sizes(self) -> None:
+        """One node that checks what export found out of the free sizes of the inputs."""
+        conditions, names, labels, values = [*self.captured.conditions], [], [], []
+        for spec, node in zip(self.specs, self.guards, strict=True):
+            for axis, size in enumerate(spec.shape):
+                if isinstance(size, int):
+                    continue
+                name = size if size.isidentifier() and size not in names else f"size{len(names)}"
+                if name != size:  # the same size twice, or one that depends on another
+                    conditions.append(f"{name} == {size}")
+                names.append(name)
+                labels.append(f"{spec.path}.shape[{axis}]")
+                values.append((node, axis))
+        if conditions:
+            found = [self._size(*v) for v in values]
+            facts = (tuple(conditions), tuple(names), tuple(labels))
+            self.graph.call_function(insert.sizes, (*facts, *found))
+
+    def _size(self, node: Node, axis: int) -> Node:
+        size = self.graph.call_function(aten.sym_size.int, (node, axis))
+        size.meta["val"] = node.meta["val"].shape[axis]
+        return size
+
+    def _placeholders(self, used: Mapping[str, Any]) -> dict[str, Node]:
+        """One placeholder a parameter of ``forward``, in its order, with its default; unused ones are
+        guarded. None stands in where Python wants a default and there is none, or none that generated
+        code can spell: the guard of what is used refuses it."""
+        found: dict[str, Node] = {}
+        unused: list[tuple[str, Any]] = []
+        optional = False
+        parameters = inspect.signature(self.model.forward).parameters
+        order = [*parameters.values()]
+        for extra in (n for n in used if n not in parameters):
+            order.append(inspect.Parameter(extra, inspect.Parameter.KEYWORD_ONLY))
+        fixed = [p.replace(default=False) if p.name in self.captured.forced else p for p in order]
+        for p in fixed:
+            if p.kind is p.VAR_POSITIONAL:
+                found[p.name] = self.graph.create_node("placeholder", f"*{p.name}", name=p.name)
+                if p.name not in used:
+                    facts = (found[p.name], f"*{p.name}", insert.outline(()))
+                    self.graph.call_function(insert.structure, facts)
+            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                continue
+            given = p.default is not p.empty
+            given = given or p.name not in parameters  # a keyword of **kwargs may be left out
+            default = (p.default if _has_default(p) else None,) if given or optional else ()
+            optional = optional or bool(default)
+            if default or p.name in used:
+                found[p.name] = self.graph.create_node("placeholder", p.name, default, name=p.name)
+            if default and p.name not in used:
+                unused.append((p.name, *default))
+        for name, value in unused:
+            self.graph.call_function(insert.constant, (found[name], name, value))
+        return found
+
+    def _look_up(self, value: Node, key: Any) -> Node:
+        if isinstance(key, (pytree.SequenceKey, pytree.MappingKey)):
+            at = key.idx if isinstance(key, pytree.SequenceKey) else key.key
+            return self.graph.call_function(operator.getitem, (value, at))
+        return self.graph.call_function(getattr, (value, key.name))
+
+    def _guard(self, value: Node, path: str, fake: torch.Tensor, mode: Any) -> Node:
+        spec = ArgSpec(path, tuple(map(size_of, fake.shape)), insert.dtype_name(fake))
+        node = self.graph.call_function(insert.guard, (value, path, spec.shape, spec.dtype, mode))
+        self.specs.append(spec)
+        self.guards.append(node)
+        node.meta["val"] = fake
+        self.last = node
+        return node
+
+    # --- parameters, buffers, constants
+
+    def _parameters(self) -> None:
+        # a weight of a class of its own (quantised) comes as the plain tensors that it is made of
+        constants = ChainMap(self.program.constants, self.program.state_dict)
+        fakes = {
+            n.name: n.meta.get("val") for n in self.program.graph.nodes if n.op == "placeholder"
+        }
+        for spec in self.program.graph_signature.input_specs:
+            if spec.kind in (InputKind.USER_INPUT, InputKind.TOKEN):
+                continue
+            target = spec.target
+            if spec.kind is InputKind.CONSTANT_TENSOR or not _has(self.root, target):
+                target = f"constant_{spec.arg.name}".replace(".", "_")
+                value: Any = constants[str(spec.target)]
+                self.root.register_buffer(
+                    target, value if value.is_leaf else value.detach(), persistent=False
+                )
+            node = self.graph.create_node("get_attr", str(target))
+            node.meta["val"] = fakes[spec.arg.name]
+            self.env[spec.arg.name] = node
+
+    # --- ops
+
+    def _op(self, node: Node) -> None:
+        name = getattr(node.target, "_opname", "")
+        args, kwargs = self._new(node.args), self._new(node.kwargs)
+        if node.target is insert.observe:
+            values, places, call = args
+            self.marks[call] = dict(zip(places, values, strict=True))
+            if self.last is not None:
+                self.after[call] = self.last
+            return
+        self._pin(node)
+        if name in _DROPPED:
+            return
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise ExportError(f"the graph holds a higher-order op ({node.target}): not handled")
+        if name in _BATCH_NORMS:
+            self.env[node.name] = self._emit(
+                aten.batch_norm.default, _batch_norm(name, args), {}, node
+            )
+        elif node.target is operator.getitem and _is_batch_norm(node.args[0]):
+            self.env[node.name] = args[0] if args[1] == 0 else None
+        elif name in ("view", "_unsafe_view") and node.target is not aten.view.dtype:
+            self.env[node.name] = self._emit(aten.reshape.default, args, kwargs, node)
+        elif name == "div" and kwargs.get("rounding_mode", "") is None:
+            self.env[node.name] = self._emit(aten.div.Tensor, args, {}, node)
+        elif name == "sgn" and not node.meta["val"].is_complex():  # of real numbers they are one op
+            self.env[node.name] = self._emit(aten.sign.default, args, {}, node)
+        elif name in ("var_mean", "std_mean"):
+            self.env[node.name] = self._emit(*_corrected(node.target, args, kwargs), node)
+        elif name in _WRITES and node.meta["val"].is_complex():
+            self.env[node.name] = self._complex_write(node, *args, **kwargs)
+        elif name == "copy":
+            self.env[node.name] = self._copy(node, *args[:2])
+        else:
+            self.env[node.name] = self._emit(node.target, args, kwargs, node)
+
+    def _emit(self, target: Any, args: Any, kwargs: Any, like: Node) -> Node:
+        new = self.graph.create_node("call_function", target, args, kwargs, like.name)
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in like.meta:
+                new.meta[key] = like.meta[key]
+        new.meta["val"] = like.meta.get("val")
+        if target is aten.batch_norm.default and isinstance(new.meta["val"], (tuple, list)):
+            new.meta["val"] = new.meta["val"][0]
+        self.last = new
+        return new
+
+    def _complex_write(self, node: Node, x: Node, part: Node, *where: Any, **rest: Any) -> Node:
+        """A write into a part of complex numbers, as one of pairs: PyTorch has no derivative of the
+        functional form, though it has one of the write in place that it stands for."""
+        pairs = [self._pairs(node, v) for v in (x, part)]
+        if node.target is aten.diagonal_scatter.default:  # the diagonal is the last axis
+            pairs[1] = self._made(node, aten.transpose.int, pairs[1], -1, -2)
+        rank, given = node.meta["val"].ndim, bind(node.target, (x, part, *where), rest)  # type: ignore[arg-type]
+        places = [v % rank if k.startswith("dim") else v for k, v in given.items()]
+        written = self._made(node, node.target, *pairs, *places[2:])
+        return self._emit(aten.view_as_complex.default, (written,), {}, node)
+
+    def _pairs(self, node: Node, x: Node) -> Node:
+        plain = self._made(node, aten.resolve_conj.default, x)
+        return self._made(node, aten.view_as_real.default, plain)
+
+    def _made(self, like: Node, target: Any, *args: Any) -> Node:
+        """An op that the exported graph has not."""
+        new = self._emit(target, args, {}, like)
+        new.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]))
+        return new
+
+    def _copy(self, node: Node, into: Node, source: Node) -> Node:
+        """``copy(into, source)``: the source, in the dtype and shape of what it overwrites."""
+        want, have = node.meta["val"], source.meta["val"]
+        if want.dtype != have.dtype or want.device != have.device:
+            options = {"dtype": want.dtype, "device": want.device}
+            source = self._emit(aten._to_copy.default, (source,), options, node)
+        if tuple(want.shape) != tuple(have.shape):
+            source = self._emit(aten.expand_as.default, (source, into), {}, node)
+        return source
+
+    def _pin(self, node: Node) -> None:
+        """A float dtype in the graph: a cast, or the assertion export leaves where it dropped one."""
+        literals = [*node.args, *node.kwargs.values()]
+        if any(
+            isinstance(a, torch.dtype) and (a.is_floating_point or a.is_complex) for a in literals
+        ):
+            self.pins.append(source_line(node) or node.name)
+
+    def _new(self, args: Any) -> Any:
+        return map_arg(args, lambda n: self.env[n.name])
+
+    # --- outputs
+
+    def _outputs(self) -> None:
+        results = self._new(next(n for n in self.program.graph.nodes if n.op == "output").args[0])
+        leaves: list[Any] = []
+        for spec, value in zip(self.program.graph_signature.output_specs, results, strict=True):
+            if spec.kind is OutputKind.USER_OUTPUT:
+                leaves.append(
+                    value if isinstance(value, Node) else getattr(spec.arg, "value", value)
+                )
+            elif spec.kind is OutputKind.BUFFER_MUTATION:
+                if isinstance(value, Node):  # batch norm updates its own statistics
+                    buffer = self.graph.create_node("get_attr", str(spec.target))
+                    kept = self.graph.call_function(aten.detach.default, (value,))
+                    self.graph.call_function(aten.copy_.default, (buffer, kept))
+            else:
+                own = spec.target in dict(self.model.named_parameters())
+                given = spec.target in inspect.signature(self.model.forward).parameters
+                name = f" ({spec.target})" if own or given else ""
+                raise CaptureError(
+                    f"{type(self.model).__name__}.forward writes into"
+                    f" {'its parameter' if own else 'an input'} in place{name}:"
+                    f" {'a graph cannot change its weights' if own else 'clone it first'}"
+                )
+        self.graph.output(self._structure(leaves, self.program.call_spec.out_spec))
+
+    def _structure(self, leaves: Sequence[Any], spec: Any) -> Any:
+        if _spelled(spec):
+            return pytree.tree_unflatten(list(leaves), spec)
+        if not hasattr(self.root, "output_structure"):
+            self.root.add_module("output_structure", Structure(spec))
+        return self.graph.create_node("call_module", "output_structure", tuple(leaves))
+
+    def _call(self, index: int, call: Call) -> ModuleCall | None:
+        """A module call in terms of graph nodes; None if none of its outputs is in the graph."""
+        marks, after = self.marks.get(index, {}), self.after.get(index)
+        sides = []
+        for place, (leaves, spec) in (("a", call.arguments), ("o", call.output)):
+            filled = [marks.get(f"{place}{i}", x) for i, x in enumerate(leaves)]
+            if not _spelled(spec):
+                return None
+            sides.append(pytree.tree_unflatten([_name(x) for x in filled], spec))
+        if after is None or not any(place.startswith("o") for place in marks):
+            return None
+        (args, kwargs), output = sides
+        return ModuleCall(call.path, after.name, args, kwargs, output)
+
+
+def _name(value: Any) -> Any:
+    if isinstance(value, Node):
+        return value
+    return value if isinstance(value, _CONSTANT_TYPES) else None
+
+
+def _spelled(spec: pytree.TreeSpec) -> bool:
+    """Whether fx can write the structure down: tuples, lists and dicts of leaves."""
+    return spec.is_leaf() or (
+        spec.type in _BUILTIN_NODES and all(_spelled(c) for c in spec.children())
+    )
+
+
+def _root_shell(model: torch.nn.Module) -> torch.nn.Module:
+    shells = shell_tree(model)
+    root = torch.nn.Module()
+    root.__dict__.update({k: v for k, v in vars(model).items() if "hooks" not in k})
+    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+        root.__dict__[name] = type(vars(model)[name])(vars(model)[name])
+    root.__dict__["_modules"] = {
+        k: None if c is None else shells[id(c)] for k, c in model._modules.items()
+    }
+    return root
+
+
+def _has_default(p: inspect.Parameter) -> bool:
+    """Whether a parameter has a default that generated code can spell."""
+    return p.default in ((), []) or isinstance(p.default, _CONSTANT_TYPES)
+
+
+def _parameter(
+    parameters: Sequence[inspect.Parameter], path: tuple[Any, ...]
+) -> tuple[str, tuple[Any, ...]]:
+    """Where a leaf of ``(args, kwargs)`` is found: a parameter of ``forward``, and keys into it."""
+    side, key, *rest = path
+    if side.idx == 1:
+        return key.key, tuple(rest)
+    for at, p in enumerate(parameters[: key.idx + 1]):
+        if p.kind is p.VAR_POSITIONAL:
+            return p.name, (pytree.SequenceKey(key.idx - at), *rest)
+    return parameters[key.idx].name, tuple(rest)
+
+
+def _has(root: torch.nn.Module, target: str | None) -> bool:
+    try:
+        operator.attrgetter(target or "")(root)
+    except AttributeError:
+        return False
+    return True
+
+
+def _passed(
+    parameters: Sequence[inspect.Parameter], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by the name of the parameter that takes them, as in ``_parameter``."""
+    found: dict[str, Any] = {}
+    for at, value in enumerate(args):
+        name, keys = _parameter(parameters, (pytree.SequenceKey(0), pytree.SequenceKey(at)))
+        found[name] = (*found.get(name, ()), value) if keys else value
+    return {**found, **kwargs}
+
+
+def _corrected(target: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The overload that the others of an op of two moments come down to."""
+    x, *given = bind(target, args, kwargs).items()
+    given = dict(given)
+    if "unbiased" in given:
+        given["correction"] = int(given.pop("unbiased"))
+    axes = (x[1], given.pop("dim", None))
+    return target._overloadpacket.correction, axes, given
+
+
+def _is_batch_norm(node: Any) -> bool:
+    return isinstance(node, Node) and getattr(node.target, "_opname", "") in _BATCH_NORMS
+
+
+def _batch_norm(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of the public op; whether cuDNN may be used is a flag of the moment."""
+    x, weight, bias, *rest = args
+    mean, var = (None, None) if len(rest) == 3 else rest[:2]
+    training = False if name.endswith("no_training") else rest[-3]
+    return (x, weight, bias, mean, var, training, *rest[-2:], torch.backends.cudnn.enabled)
+
+
+def _drop_unused_lookups(graph: Graph, calls: Sequence[ModuleCall]) -> None:
+    """What no op reads and no submodule is handed: a hook gets the arguments of its call."""
+    handed = set(pytree.tree_leaves([(c.args, dict(c.kwargs), c.output) for c in calls]))
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users and node not in handed:
+            graph.erase_node(node)

@@ -1,0 +1,369 @@
+"""Roles of all values, and what the balanced gradient will pass through: an abstract interpretation.
+
+Forwards, every value gets a role from the roles of its operands. Backwards from the outputs, a node
+is *demanded* if a gradient reaches it without crossing a gate operand. A gate source that is
+demanded is no gate after all (a tanh MLP, an LSTM's cell): the least gate-like ones are relabelled
+as carrying the signal and everything is recomputed, until nothing changes. Relabelling only grows,
+so this ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Container, Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from libragrad_fx.decide.rulebook import RuleBook
+from libragrad_fx.graph.origin import module_path, source_line
+from libragrad_fx.graph.schema import bind, op_name
+from libragrad_fx.ops import insert
+from libragrad_fx.target import inexact
+from libragrad_fx.types import Analysis, Finding, Kind, OpFacts, Role, Trace
+
+_RANK_ODD, _RANK_RECIPROCAL, _RANK_GATE_ONLY = 1, 4, 5
+_GROUPS = ("stream", "factors", "gate", "denominator")
+_SIZES = {  # they read a shape, not a value
+    torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.aten.sym_numel.default,
+    torch.ops.aten.sym_storage_offset.default,
+}  # fmt: skip
+_ZEROS = {"aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default"}
+
+
+def analyze(
+    trace: Trace, book: RuleBook, all_carry: bool = False, static: Container[str] = ()
+) -> Analysis:
+    """Roles, live nodes and gaps of a captured graph. Touches nothing.
+
+    all_carry: every output is read by what comes after, so none may be left alone as a gate.
+    static:    arguments that no signal comes in by.
+    """
+    return _Analyzer(trace, book, all_carry, static).run()
+
+
+def members(node: Node, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """(operand, what is given for it) for the named schema arguments; list members as ``name[i]``."""
+    values = bind(aten_op(node), node.args, node.kwargs)
+    found: list[tuple[str, Any]] = []
+    for name in names:
+        value = values.get(name)
+        if isinstance(value, (list, tuple)):
+            found.extend((f"{name}[{i}]", v) for i, v in enumerate(value))
+        else:
+            found.append((name, value))
+    return [(k, v) for k, v in found if v is not None]
+
+
+def operands(node: Node, names: tuple[str, ...]) -> list[tuple[str, Node]]:
+    """``members`` that are computed: (operand, producing node)."""
+    return [(k, v) for k, v in members(node, names) if isinstance(v, Node)]
+
+
+def is_affine(node: Node, fact: OpFacts) -> bool:
+    """Whether a literal of this call makes the op affine (batch norm that does not train)."""
+    return _says(node, fact.affine_if)
+
+
+def _says(node: Node, wanted: Mapping[str, Any]) -> bool:
+    """Whether a call has all the literal arguments that are wanted, of which there are some."""
+    values = bind(aten_op(node), node.args, node.kwargs) if wanted else {}
+    return bool(wanted) and all(values[k] == v for k, v in wanted.items())
+
+
+def kind_of(node: Node, fact: OpFacts) -> Kind:
+    return Kind.LINEAR if is_affine(node, fact) else fact.kind
+
+
+def is_inexact(node: Node) -> bool:
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return any(map(inexact, values))
+
+
+@dataclasses.dataclass
+class _Analyzer:
+    trace: Trace
+    book: RuleBook
+    all_carry: bool
+    static: Container[str]
+
+    def __post_init__(self) -> None:
+        self.nodes = list(self.trace.graph.nodes)
+        self.facts: dict[str, OpFacts] = {}
+        self.groups: dict[str, dict[str, list[tuple[str, Node]]]] = {}
+        for node in self.nodes:
+            fact = self.book.fact(node.target) if _is_op(node) else None
+            if fact is not None and not _says(node, fact.unless):
+                self.facts[node.name] = fact
+                self.groups[node.name] = {g: operands(node, getattr(fact, g)) for g in _GROUPS}
+        self.zeros = self._zeros()
+        self.relabelled: set[str] = set()
+        self.roles: dict[str, Role] = {}
+
+    def run(self) -> Analysis:
+        while True:
+            self._assign_roles()
+            demanded, gates = self._demand()
+            sources = [n for n in demanded if self._is_source(n) and n.name not in self.relabelled]
+            if not sources:
+                break
+            least = min(map(self._rank, sources))
+            self.relabelled |= {n.name for n in sources if self._rank(n) == least}
+        return Analysis(
+            roles=self.roles,
+            facts=self.facts,
+            live=frozenset(n.name for n in demanded),
+            relabelled=frozenset(self.relabelled),
+            gate_outputs=gates,
+            gate_heads=tuple(n.name for n in self._heads() if n.name in self.relabelled),
+            zeros=frozenset(self.zeros),
+            unruled=tuple(
+                self._unruled(n) for n in self.nodes if n in demanded and self._unknown(n)
+            ),
+        )
+
+    # --- forwards
+
+    def _assign_roles(self) -> None:
+        for node in self.nodes:
+            self.roles[node.name] = self._role(node)
+
+    def _role(self, node: Node) -> Role:
+        if node.op in ("placeholder", "get_attr", "output") or node.target in _SIZES:
+            return Role.STATIC
+        if node.target is insert.guard:
+            if str(node.args[1]) in self.static:
+                return Role.STATIC
+            return Role.VALUE if is_inexact(node) else Role.CUT
+        inputs = [self.roles[n.name] for n in self._read(node)]
+        joined = max(inputs, default=Role.STATIC)
+        if joined is Role.STATIC or node.name in self.zeros:
+            return Role.STATIC
+        if node.target is operator.getitem:
+            return self._getitem_role(node, joined)
+        fact = self.facts.get(node.name)
+        if fact is not None and fact.kind is Kind.EMBEDDING:
+            return Role.VALUE
+        if not is_inexact(node):
+            return Role.CUT
+        if fact is None:
+            return Role.VALUE if joined >= Role.GATE else Role.CUT
+        return min(joined, Role.CUT) if fact.kind is Kind.CUT else self._op_role(node, fact, joined)
+
+    def _read(self, node: Node) -> list[Node]:
+        """The nodes whose values a node depends on: not those that only tell a shape or a dtype."""
+        fact = self.facts.get(node.name)
+        if fact is None or not fact.like:
+            return node.all_input_nodes
+        skip = {n for _, n in operands(node, fact.like)}
+        kept = {n for _, n in operands(node, fact.operands)}
+        return [n for n in node.all_input_nodes if n not in skip or n in kept]
+
+    def _op_role(self, node: Node, fact: OpFacts, joined: Role) -> Role:
+        carried = max(self._of(node, "stream"), self._of(node, "factors"))
+        if kind_of(node, fact) is Kind.GATE_SOURCE and carried is Role.VALUE:
+            return Role.VALUE if node.name in self.relabelled else Role.GATE
+        if carried <= Role.CUT and self._gates(node) >= Role.GATE:
+            return Role.VALUE if node.name in self.relabelled else Role.GATE
+        return carried if carried >= Role.GATE else min(joined, Role.CUT)
+
+    def _getitem_role(self, node: Node, joined: Role) -> Role:
+        if not is_inexact(node):
+            return Role.CUT
+        gated = self._gate_output(node) and node.name not in self.relabelled
+        return Role.GATE if gated and joined is Role.VALUE else joined
+
+    def _gate_output(self, node: Node) -> bool:
+        """Whether a getitem takes the one of several outputs that is a gate."""
+        fact = self.facts.get(getattr(node.args[0], "name", ""))
+        return fact is not None and node.args[1] in fact.gate_outputs
+
+    def _of(self, node: Node, group: str) -> Role:
+        return max(
+            (self.roles[n.name] for _, n in self.groups[node.name][group]), default=Role.STATIC
+        )
+
+    def _gates(self, node: Node) -> Role:
+        return max(self._of(node, "gate"), self._of(node, "denominator"))
+
+    def _zeros(self) -> set[str]:
+        """Values that are zero whatever the input: a product with one of them is constant."""
+        zeros: set[str] = set()
+        for node in self.nodes:
+            fact = self.facts.get(node.name)
+            name = op_name(node.target) if _is_op(node) else ""
+            filled = name == "aten.full.default" and node.args[1] == 0
+            if name in _ZEROS or filled:
+                zeros.add(node.name)
+            elif fact is not None and (groups := self.groups[node.name]):
+                nothing = all(_is_zero(m, zeros) for _, m in members(node, fact.stream))
+                if fact.kind is Kind.PRODUCT:
+                    nothing &= any(n.name in zeros for _, n in groups["factors"])
+                if nothing and fact.kind in (Kind.PRODUCT, Kind.LINEAR) and not fact.constant:
+                    zeros.add(node.name)
+        return zeros
+
+    # --- backwards
+
+    def _results(self) -> list[Node]:
+        """The nodes that the model returns, out of whatever structure."""
+        found = self.nodes[-1].all_input_nodes
+        return [m for n in found for m in (n.all_input_nodes if n.op == "call_module" else [n])]
+
+    def _heads(self) -> list[Node]:
+        """The gate sources that the model returns, seen through reshapes: a softmax, a sigmoid."""
+        heads = []
+        for node in self._results():
+            while (fact := self.facts.get(node.name)) and fact.kind is Kind.LINEAR:
+                carriers = self.carriers(node)
+                if len(carriers) != 1 or len(node.all_input_nodes) != 1 or fact.constant:
+                    break
+                if any(m is not carriers[0][1] and m != 0 for _, m in members(node, fact.stream)):
+                    break  # it adds something: what comes out is no gate
+                node = carriers[0][1]
+            if fact is not None and fact.kind is Kind.GATE_SOURCE and fact.rank > _RANK_ODD:
+                heads.append(node)
+        return heads
+
+    def _demand(self) -> tuple[set[Node], tuple[str, ...]]:
+        """Nodes that a balanced gradient reaches, and outputs left alone because they are gates."""
+        results = self._results()
+        values = [n for n in results if self.roles[n.name] is Role.VALUE]
+        gated = [n for n in results if self.roles[n.name] is Role.GATE]
+        demanded: set[Node] = set()
+        first = next(filter(is_inexact, results), None)  # what is explained where nobody says
+        ends = [
+            n for n in gated if self.all_carry or not values or (n is first and self._is_end(n))
+        ]
+        gated = [n for n in gated if n not in ends]
+        stack = values + ends
+        while stack:
+            node = stack.pop()
+            if node in demanded or self.roles[node.name] < Role.GATE:
+                continue
+            demanded.add(node)
+            stack.extend(n for _, n in self.carriers(node))
+        return demanded, tuple(n.name for n in gated)
+
+    def _is_end(self, result: Node) -> bool:
+        """Whether a gate that the model returns modulates nothing inside: it can be a value for all."""
+        seen: set[Node] = set()
+        stack = [result]
+        while stack:
+            node = stack.pop()
+            seen.add(node)
+            if not self._is_source(node):
+                stack += [n for _, n in self.carriers(node) if self.roles[n.name] is Role.GATE]
+        readers = {u for n in seen for u in n.users} - seen
+        return all(u.op in ("output", "call_module") for u in readers)
+
+    def carriers(self, node: Node) -> list[tuple[str, Node]]:
+        """The operands through which a demanded node passes its gradient on."""
+        groups = self.groups.get(node.name)
+        if groups is None:
+            return [(n.name, n) for n in node.all_input_nodes if self.roles[n.name] >= Role.GATE]
+        return _carriers(groups, self.roles)
+
+    def _is_source(self, node: Node) -> bool:
+        if self.roles[node.name] is not Role.GATE:
+            return False
+        if node.target is operator.getitem:
+            return self._gate_output(node)
+        return node.name in self.groups and any(
+            self.roles[n.name] is Role.VALUE for _, n in self.carriers(node)
+        )
+
+    def _rank(self, node: Node) -> int:
+        fact = self.facts.get(node.name)
+        if fact is None:  # one output of several
+            return _RANK_GATE_ONLY
+        if fact.kind is Kind.GATE_SOURCE:
+            return fact.rank
+        return _RANK_RECIPROCAL if self._of(node, "denominator") >= Role.GATE else _RANK_GATE_ONLY
+
+    # --- gaps
+
+    def _unknown(self, node: Node) -> bool:
+        passes = node.target in (operator.getitem, insert.guard) or node.op == "call_module"
+        return not passes and bool(node.name not in self.facts or self._unnamed(node))
+
+    def _unnamed(self, node: Node) -> list[str]:
+        """Live operands that the op's row does not speak of: they would be neither ruled nor stopped."""
+        fact = self.facts.get(node.name)
+        if fact is None or fact.kind is Kind.CUT:
+            return []
+        found = operands(
+            node, tuple(a for a in tensor_arguments(node) if a not in (*fact.operands, *fact.like))
+        )
+        return [k for k, n in found if self.roles[n.name] >= Role.GATE]
+
+    def _unruled(self, node: Node) -> Finding:
+        op = op_name(node.target)
+        if unnamed := self._unnamed(node):
+            where = self.facts[node.name].where
+            return finding(
+                node,
+                f"{', '.join(unnamed)} depends on the input, and its row ({where}) does not name it",
+                "name it in a row of your own: stream, factors, gate or denominator",
+            )
+        tensors = [k for k, _ in operands(node, tensor_arguments(node))] if _is_op(node) else []
+        packet = op.rsplit(".", 1)[0]
+        return finding(
+            node,
+            "no fact says how its output depends on its operands, and the gradient passes through it",
+            f'add a row: {{op: {packet}, kind: …, stream: [{", ".join(tensors)}], why: "…"}} with'
+            " transform(..., rules=FILE), or accept autograd's gradient with on_unknown='keep'",
+        )
+
+
+def finding(node: Node, problem: str, remedy: str) -> Finding:
+    """A finding at ``node``, with its place in the user's code."""
+    return Finding(
+        node.name, op_name(node.target), module_path(node), source_line(node), problem, remedy
+    )
+
+
+def tensor_arguments(node: Node) -> tuple[str, ...]:
+    """Names of all arguments in an op's schema."""
+    return tuple(a.name for a in aten_op(node)._schema.arguments)
+
+
+def aten_op(node: Node) -> torch._ops.OpOverload:
+    """The ATen op of a node, also where a twin stands for it."""
+    return getattr(node.target, "aten_op", node.target)  # type: ignore[return-value]
+
+
+def _is_op(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload)
+
+
+def _is_zero(value: Any, zeros: Container[str]) -> bool:
+    return value.name in zeros if isinstance(value, Node) else value == 0
+
+
+def live_operands(node: Node, analysis: Analysis) -> Mapping[str, Node]:
+    """Operands of a live node through which the gradient flows, by schema name."""
+    fact = analysis.facts.get(node.name)
+    if fact is None:
+        return {n.name: n for n in node.all_input_nodes if n.name in analysis.live}
+    groups = {g: operands(node, getattr(fact, g)) for g in _GROUPS}
+    return {k: n for k, n in _carriers(groups, analysis.roles) if n.name in analysis.live}
+
+
+def _carriers(
+    groups: Mapping[str, list[tuple[str, Node]]], roles: Mapping[str, Role]
+) -> list[tuple[str, Node]]:
+    """The operands through which a demanded node passes its gradient on: what it adds, the factors
+    that carry; what modulates only if nothing else depends on the input.
+    """
+
+    def live(*names: str) -> list[tuple[str, Node]]:
+        found = [pair for name in names for pair in groups[name]]
+        return [(k, n) for k, n in found if roles[n.name] >= Role.GATE]
+
+    factors = live("factors")
+    values = [(k, n) for k, n in factors if roles[n.name] is Role.VALUE]
+    return live("stream") + (values or factors) or live("gate", "denominator")

@@ -1,0 +1,296 @@
+"""``rules/*.yaml`` -> ``RuleBook``: strict, and every complaint starts with ``file:line``."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from libragrad_fx.errors import RuleError
+from libragrad_fx.graph.schema import op_name
+from libragrad_fx.ops import TWINS
+from libragrad_fx.ops.bias import BIASES
+from libragrad_fx.types import Action, Kind, Location, OpFacts, PolicyRow
+
+SITES = ("value", "values", "gate", "denominator")
+_LISTS = ("stream", "factors", "gate", "denominator", "like", "once", "gate_outputs")
+_NUMBER = (int, float)
+_ADDED = {"constant": True}  # of a linear op that no test has seen: it may add something of its own
+_HUGE = 1e6  # no degree, rank or value at zero comes near it; nan is not below it
+_TYPES: dict[str, tuple[type, ...]] = {
+    "op": (str,), "vjp": (str,), "bias": (str,), "rank": (int,), "degree": _NUMBER,
+    "at_zero": _NUMBER, "affine_if": (Mapping,), "unless": (Mapping,), "registered_by": (str,),
+    "constant": (bool,),
+}  # fmt: skip
+_UNREADABLE = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+_FIELDS = {f.name for f in dataclasses.fields(OpFacts)} - {"where"}
+
+
+def rules_folder() -> Path:
+    """The shipped rules: inside the wheel, or at the top of the checkout."""
+    here = Path(__file__).resolve().parents[1]
+    return next(p for p in (here / "rules", here.parent / "rules") if p.is_dir())
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleBook:
+    """Facts about ops, and one policy over them."""
+
+    facts: Mapping[str, OpFacts]
+    rows: Mapping[tuple[Kind, str], PolicyRow]
+    policy: str
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of what the rules say (not of how the files are laid out), in hex."""
+        body = [_content(f) for f in self.facts.values()] + [
+            _content(r) for r in self.rows.values()
+        ]
+        return hashlib.sha256(json.dumps(sorted(body)).encode()).hexdigest()
+
+    def fact(self, target: Any) -> OpFacts | None:
+        """The row for an ATen overload: its own if there is one, else its packet's."""
+        name = op_name(target)
+        return self.facts.get(name) or self.facts.get(name.rsplit(".", 1)[0])
+
+    def without(self, row: PolicyRow) -> RuleBook:
+        """The same book with one policy row taken out (the control that a row is needed)."""
+        rows = {k: r for k, r in self.rows.items() if r != row}
+        return dataclasses.replace(self, rows=rows)
+
+    def extended(self, rules: str | Path | Iterable[Mapping[str, Any]]) -> RuleBook:
+        """The same book with rows added, from a file like ``ops.yaml`` or as mappings in code.
+
+        An added row replaces a shipped one for the same op.
+
+        Raises:
+            RuleError: a row is malformed, or names an op twice.
+        """
+        if isinstance(rules, (str, Path)):
+            rows = _load_facts(Path(rules), _ADDED)
+        elif not isinstance(rules, (list, tuple)) or not all(isinstance(r, Mapping) for r in rules):
+            raise RuleError(
+                f"<rules=>: rules are a YAML file or a list of mappings {{op: ..., kind: ...}}; got"
+                f" {rules!r:.80}"
+            )
+        else:
+            rows = _parse_facts(
+                [(dict(r), Location("<rules=>", i + 1)) for i, r in enumerate(rules)], _ADDED
+            )
+        return dataclasses.replace(self, facts={**self.facts, **rows})
+
+
+def load(policy: str | Path = "libra", rules: Any = None) -> RuleBook:
+    """The shipped facts under ``policy`` (a shipped name or a file), with ``rules`` added.
+
+    Raises:
+        RuleError: a file is malformed (``file:line`` first) or the policy does not exist.
+    """
+    folder = rules_folder()
+    file = Path(policy) if str(policy).endswith((".yaml", ".yml")) else folder / f"{policy}.yaml"
+    try:
+        known = file.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        known = False
+    if not known:
+        names = sorted(p.stem for p in folder.glob("*.yaml") if p.stem != "ops")
+        raise RuleError(
+            f"no policy {str(policy)!r:.80}: give one of {', '.join(names)}, or a .yaml file"
+        )
+    name, rows = _load_policy(file)
+    facts = _shipped_facts(folder / "ops.yaml", (folder / "ops.yaml").stat().st_mtime_ns)
+    book = RuleBook(facts, rows, name)
+    return book if rules is None else book.extended(rules)
+
+
+def _content(row: OpFacts | PolicyRow) -> str:
+    body = {k: v for k, v in dataclasses.asdict(row).items() if k not in ("where", "why", "cite")}
+    return json.dumps(body, sort_keys=True)
+
+
+@functools.cache
+def _shipped_facts(file: Path, changed: int) -> dict[str, OpFacts]:
+    """Parsed once, and again when the file changes: it is a third of a second, on every transform."""
+    return _load_facts(file)
+
+
+def _load_facts(file: Path, linear: Mapping[str, Any] | None = None) -> dict[str, OpFacts]:
+    node, where = _read(file)
+    if not isinstance(node, yaml.SequenceNode):
+        raise RuleError(f"{where}: a facts file is a list of rows, '- {{op: ..., kind: ...}}'")
+    return _parse_facts([_mapping(child, file) for child in node.value], linear)
+
+
+def _load_policy(file: Path) -> tuple[str, dict[tuple[Kind, str], PolicyRow]]:
+    node, where = _read(file)
+    body, _ = _mapping(node, file, deep=False)
+    if set(body) != {"policy", "rows"} or not isinstance(body["rows"], yaml.SequenceNode):
+        raise RuleError(
+            f"{where}: a policy file has two keys, 'policy' (its name) and 'rows' (a list)"
+        )
+    rows: dict[tuple[Kind, str], PolicyRow] = {}
+    for child in body["rows"].value:
+        values, at = _mapping(child, file)
+        row = _policy_row(values, at)
+        if (row.kind, row.site) in rows:
+            first = rows[row.kind, row.site].where
+            raise RuleError(f"{at}: unreachable row: {row.name} is already ruled at {first}")
+        rows[row.kind, row.site] = row
+    return str(_construct(body["policy"], where)), rows
+
+
+def _read(file: Path) -> tuple[yaml.Node, Location]:
+    try:
+        node = yaml.compose(file.read_text("utf-8"), Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as e:
+        line = e.problem_mark.line + 1 if e.problem_mark else 1
+        raise RuleError(f"{Location(str(file), line)}: not YAML: {e.problem}") from e
+    except (yaml.YAMLError, RecursionError) as e:
+        raise RuleError(f"{Location(str(file), 1)}: not YAML: {e}") from e
+    except (OSError, ValueError) as e:  # a name that no file can have, bytes that are no text
+        raise RuleError(f"{Location(str(file), 1)}: cannot be read: {e}") from e
+    if node is None:
+        raise RuleError(f"{Location(str(file), 1)}: the file is empty")
+    return node, Location(str(file), node.start_mark.line + 1)
+
+
+def _mapping(node: yaml.Node, file: Path, deep: bool = True) -> tuple[dict[str, Any], Location]:
+    """One YAML mapping with its line; a key given twice is an error (PyYAML would keep the last)."""
+    where = Location(str(file), node.start_mark.line + 1)
+    if not isinstance(node, yaml.MappingNode):
+        raise RuleError(f"{where}: expected a mapping '{{key: value, ...}}'")
+    found: dict[str, Any] = {}
+    for key_node, value in node.value:
+        key = str(_construct(key_node, where))
+        if key in found:
+            raise RuleError(f"{where}: key {key!r} is given twice")
+        found[key] = _construct(value, where) if deep else value
+    return found, where
+
+
+def _construct(node: yaml.Node, where: Location) -> Any:
+    """The value of a YAML node; a tag may ask for what its text is not (``!!int x``)."""
+    try:
+        return yaml.SafeLoader("").construct_object(node, deep=True)
+    except _UNREADABLE as e:
+        raise RuleError(f"{where}: cannot be read: {e}") from e
+
+
+def _parse_facts(
+    items: Iterable[tuple[dict[str, Any], Location]], linear: Mapping[str, Any] | None = None
+) -> dict[str, OpFacts]:
+    """linear: what a row of kind linear says where it does not say otherwise."""
+    facts: dict[str, OpFacts] = {}
+    for values, where in items:
+        if linear and values.get("kind") == Kind.LINEAR.value:
+            values = {**linear, **values}
+        row = _fact_row(values, where)
+        if row.op in facts:
+            raise RuleError(f"{where}: {row.op} already has a row at {facts[row.op].where}")
+        facts[row.op] = row
+    return facts
+
+
+def _fact_row(values: dict[str, Any], where: Location) -> OpFacts:
+    _keys(values, _FIELDS, {"op", "kind", "why"}, where)
+    lists = {k: tuple(values[k]) for k in _LISTS if isinstance(values.get(k), (list, tuple))}
+    for key in set(_LISTS) & set(values) - set(lists):
+        raise RuleError(f"{where}: {key!r} must be a list, got {values[key]!r}")
+    for key, found in lists.items():
+        wanted = int if key == "gate_outputs" else str
+        if not all(isinstance(v, wanted) and not isinstance(v, bool) for v in found):
+            raise RuleError(
+                f"{where}: {key!r} must be a list of {wanted.__name__}, got {values[key]!r}"
+            )
+    for key, types in _TYPES.items():
+        number = types != (bool,) and isinstance(values.get(key), _NUMBER)
+        if number and (isinstance(values[key], bool) or not abs(values[key]) < _HUGE):
+            raise RuleError(f"{where}: {key!r} must be a finite number, got {values[key]!r:.40}")
+        if key == "degree" and values.get(key) == 0:
+            raise RuleError(f"{where}: an op of degree 0 is of kind cut or gate_source")
+        if not isinstance(values.get(key), (*types, type(None))) or values.get("op") is None:
+            wanted = " or ".join(t.__name__ for t in types)
+            raise RuleError(f"{where}: {key!r} must be of type {wanted}, got {values.get(key)!r}")
+    rest = {k: v for k, v in values.items() if k not in _LISTS}
+    row = OpFacts(**{**rest, **lists, "kind": _enum(Kind, values["kind"], where), "where": where})
+    _check_schema(row)
+    if row.vjp is not None and row.vjp not in TWINS:
+        raise RuleError(
+            f"{where}: no balanced vjp {row.vjp!r}; there are {', '.join(sorted(TWINS))}"
+        )
+    if row.bias not in BIASES:
+        raise RuleError(f"{where}: no bias {row.bias!r}; there are {', '.join(sorted(BIASES))}")
+    if row.constant and row.kind is not Kind.LINEAR:
+        raise RuleError(
+            f"{where}: 'constant' is for linear ops; of a {row.kind} op, 'bias' says what it adds"
+        )
+    if not row.operands and row.kind is not Kind.CUT:
+        raise RuleError(
+            f"{where}: {row.op} names no operand (stream, factors, gate or denominator)"
+        )
+    return row
+
+
+def _check_schema(row: OpFacts) -> None:
+    """Every op named must exist and every argument named must be one of its tensors'."""
+    namespace, _, rest = row.op.partition(".")
+    packet, _, overload = rest.partition(".")
+    try:
+        found = getattr(getattr(torch.ops, namespace), packet)
+        overloads = [
+            getattr(found, overload or o) for o in ([overload] if overload else found.overloads())
+        ]
+    except AttributeError as e:
+        if row.registered_by is not None:
+            return  # of a library that is not in use: no graph holds it
+        raise RuleError(f"{row.where}: PyTorch {torch.__version__} has no op {row.op}") from e
+    arguments: dict[str, str] = {}
+    for a in (a for o in overloads for a in o._schema.arguments):
+        arguments[a.name] = f"{arguments.get(a.name, '')} {a.type}".strip()
+    for name in (*row.operands, *row.like):
+        kind = arguments.get(name, "Tensor")
+        if not any(tensor in kind for tensor in ("Tensor", "Scalar", "number", "float")):
+            raise RuleError(f"{row.where}: {name!r} of {row.op} is no tensor but {kind}")
+    for name in (*row.operands, *row.like, *row.once, *row.affine_if, *row.unless):
+        if name not in arguments:
+            raise RuleError(
+                f"{row.where}: {row.op} has no argument {name!r}; it has {', '.join(sorted(arguments))}"
+            )
+
+
+def _policy_row(values: dict[str, Any], where: Location) -> PolicyRow:
+    _keys(values, {"kind", "site", "action", "cite"}, {"kind", "site", "action", "cite"}, where)
+    if values["site"] not in SITES:
+        raise RuleError(f"{where}: site {values['site']!r} is none of {', '.join(SITES)}")
+    kind, action = _enum(Kind, values["kind"], where), _enum(Action, values["action"], where)
+    if kind is Kind.CUT:
+        raise RuleError(f"{where}: unreachable row: no gradient passes a cut")
+    if action is Action.CUT:
+        raise RuleError(
+            f"{where}: a cut is a fact about an op, not a policy: stop is what you want"
+        )
+    return PolicyRow(kind, values["site"], action, str(values["cite"]), where)
+
+
+def _keys(values: dict[str, Any], known: set[str], required: set[str], where: Location) -> None:
+    if unknown := set(values) - known:
+        raise RuleError(
+            f"{where}: unknown key {', '.join(sorted(map(str, unknown)))};"
+            f" known are {', '.join(sorted(known))}"
+        )
+    if missing := required - set(values):
+        raise RuleError(f"{where}: missing key {', '.join(sorted(missing))}")
+
+
+def _enum(cls: Any, value: Any, where: Location) -> Any:
+    try:
+        return cls(value)
+    except ValueError as e:
+        raise RuleError(f"{where}: {value!r} is none of {', '.join(c.value for c in cls)}") from e

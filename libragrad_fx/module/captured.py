@@ -1,0 +1,239 @@
+"""The ``GraphModule`` a user gets: a drop-in for the ``nn.Module`` that it was captured from.
+
+It differs from PyTorch's own exported module where that one is not a module any more: signature,
+``train/eval``, ``to``, pickling, and a module tree with the old names and classes whose forward
+hooks fire. Submodules are *shells*: same class, same attributes, the same parameters; their ops are
+inlined in the graph, and a probe node at the end of each call hands the true arguments and output
+to whoever listens.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.modules import module as _modules
+
+from libragrad_fx.errors import GuardError, InputError, ModeError
+from libragrad_fx.module.changes import Tree
+from libragrad_fx.module.pickling import graph_of, spelled
+from libragrad_fx.module.shells import CALLED
+from libragrad_fx.ops import insert
+from libragrad_fx.optimise.execute import bound, flattened
+from libragrad_fx.types import History, Plan, Site
+
+TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_OWN = ("record", "lean", "origin", "_tree", "_attributes", "_checks", "_constants")
+"""What a captured module keeps about itself, beside what it has from the model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a captured module remembers of how it was made; plain data, so that it pickles.
+
+    forced:  arguments of ``forward`` that capture gave as False (``use_cache``)
+    sites:   what the ledger needs to know of each node that a gradient passes
+    history: how the module was balanced; None of a plain trace
+    """
+
+    training: bool
+    dtype_pins: tuple[str, ...] = ()
+    forced: tuple[str, ...] = ()
+    sites: tuple[Site, ...] = ()
+    history: History | None = None
+
+    @property
+    def starts(self) -> frozenset[str]:
+        """Nodes at which the signal starts: embeddings indexed by the input."""
+        return frozenset(s.node for s in self.sites if s.starts)
+
+
+class CapturedModule(torch.fx.GraphModule):
+    """A graph with the face of the module it was captured from. ``capture.normal`` and ``rewrite`` make it."""
+
+    record: Record
+    lean: torch.fx.Graph | None
+    origin: Any
+    """What captures the original for other inputs (``variants.Origin``); None where it is not at hand."""
+
+    def __init__(
+        self, root: torch.nn.Module, graph: torch.fx.Graph, record: Record,
+        lean: torch.fx.Graph | None = None,
+    ) -> None:  # fmt: skip
+        """lean: the same forward and gradients with less work, for when nobody listens inside."""
+        super().__init__(torch.nn.Module(), torch.fx.Graph())
+        own = {*vars(self), *CALLED, *_OWN}
+        for key, value in vars(root).items():
+            if key in TREE:
+                self.__dict__[key] = copy.copy(value)
+            elif key not in own:
+                self.__dict__[key] = value
+        self.__dict__["training"] = record.training
+        self._attributes = tuple(k for k in vars(self) if k not in own)
+        self.record = record
+        self.origin = None
+        self._tree = Tree(self)
+        self.graph = graph
+        self._run_lean(lean)
+
+    def recompile(self) -> Any:
+        """As ``GraphModule``; a graph that was changed by hand runs as it is."""
+        self.__dict__["lean"] = None
+        code = super().recompile()
+        self._run(type(self).forward)
+        return code
+
+    def _run_lean(self, lean: torch.fx.Graph | None) -> None:
+        """Run ``lean``, unless somebody listens to a submodule or the module is exported again."""
+        if lean is None:
+            return
+        quick = bound(lean)
+        attributes, stand_ins = flattened(quick)
+        full = type(self).forward.__wrapped__  # type: ignore[attr-defined]
+        short = type(torch.fx.GraphModule(stand_ins, quick)).forward
+        heard = [
+            h
+            for m in self.modules()
+            if m is not self
+            for h in (m._forward_hooks, m._forward_pre_hooks)
+        ]
+        heard += [_modules._global_forward_hooks, _modules._global_forward_pre_hooks]
+
+        @torch.compiler.assume_constant_result
+        def is_heard() -> bool:
+            return any(heard)
+
+        @functools.wraps(full)
+        def forward(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_exporting() or is_heard():
+                return full(self, *args, **kwargs)
+            return short(attributes(self), *args, **kwargs)
+
+        forward.__wrapped__ = full  # type: ignore[attr-defined]
+        self._run(forward)
+        self.__dict__["lean"] = lean
+
+    def _run(self, body: Callable[..., Any]) -> None:
+        """Call ``body``; what its guards refuse is for a graph that was, or is now, captured for it."""
+        names = {n.name for n in self.graph.nodes if n.op == "placeholder"}
+
+        @functools.wraps(body)
+        def forward(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return body(self, *args, **kwargs)
+            if self.training is self.record.training:  # else a guard says so
+                self._tree.require_unchanged()
+            try:
+                if not kwargs.keys() <= names:
+                    raise GuardError(
+                        f"forward took no {', '.join(kwargs.keys() - names)} at capture"
+                    )
+                return body(self, *args, **kwargs)
+            except GuardError as refusal:
+                if self.origin is None:
+                    raise
+                other = self.origin.other(self, refusal, args, kwargs)
+            return other(*args, **kwargs)
+
+        forward.__wrapped__ = getattr(body, "__wrapped__", body)  # type: ignore[attr-defined]
+        type(self).forward = forward  # type: ignore[method-assign]
+
+    def graphs(self) -> tuple[torch.fx.Graph, ...]:
+        """The graph, and the one that runs in its place where nobody listens (``lean``)."""
+        return (self.graph,) if self.lean is None else (self.graph, self.lean)
+
+    @property
+    def plan(self) -> Plan | None:
+        """The ``Plan`` that made this module's backward; None for a plain trace."""
+        return self.record.history and self.record.history.plan
+
+    @property
+    def history(self) -> History:
+        """How the module was balanced.
+
+        Raises:
+            InputError: it is a plain trace.
+        """
+        if self.record.history is None:
+            raise InputError("a plain trace was not balanced: give the result of transform")
+        return self.record.history
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        before = anchor(self)
+        after = fn(before)
+        if after.dtype != before.dtype and self.record.dtype_pins:
+            raise ModeError(
+                f"the graph was captured in {before.dtype} and holds casts that may or may not follow"
+                f" a change to {after.dtype}: {', '.join(self.record.dtype_pins[:5])}. Convert the"
+                " model first and transform that: transform(model.to(dtype))."
+            )
+        unshare(self)
+        super()._apply(fn, recurse)
+        if after.dtype != before.dtype or after.device != before.device:
+            self.origin = None  # it has not been converted
+            _convert_literals(self, before.dtype, after)
+        self._tree = Tree(self)
+        return self
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (_state(self),)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__reduce__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
+        result = _rebuild(copy.deepcopy(_state(self), memo))
+        result.origin = None if self.origin is None else self.origin.copied()
+        memo[id(self)] = result
+        return result
+
+
+def anchor(module: torch.nn.Module) -> torch.Tensor:
+    """An empty tensor where and what the module's floating-point tensors are."""
+    tensors = (*module.parameters(), *module.buffers())
+    like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+    return torch.empty(0, dtype=like.dtype, device=like.device)
+
+
+def unshare(module: torch.nn.Module) -> None:
+    """New Parameter objects over the same storage: a conversion must not reach the user's model."""
+    fresh: dict[int, torch.nn.Parameter] = {}
+    for m in module.modules():
+        for name, p in m._parameters.items():
+            if p is not None:
+                if id(p) not in fresh:
+                    fresh[id(p)] = torch.nn.Parameter(p.detach(), p.requires_grad)
+                m._parameters[name] = fresh[id(p)]
+
+
+def _convert_literals(module: CapturedModule, old: torch.dtype, now: torch.Tensor) -> None:
+    """``arange(device=cpu)`` and the like are part of the captured graph and follow ``.to()``, and so
+    does the dtype that inputs have to have."""
+    for graph in module.graphs():
+        for node in graph.nodes:
+            if isinstance(node.kwargs.get("device"), torch.device):
+                node.kwargs = {**node.kwargs, "device": now.device}
+            if node.target is insert.guard and node.args[3] == str(old).removeprefix("torch."):
+                node.update_arg(3, insert.dtype_name(now))
+    lean = module.lean
+    module.recompile()
+    module._run_lean(lean)
+
+
+# --- pickling: fx would re-trace generated code, and lose the twins and all provenance on the way
+
+
+def _state(module: CapturedModule) -> dict[str, Any]:
+    root = {k: vars(module)[k] for k in (*TREE, *module._attributes)}
+    return {"root": root, "graphs": [*map(spelled, module.graphs())], "record": module.record}
+
+
+def _rebuild(state: dict[str, Any]) -> CapturedModule:
+    root = torch.nn.Module()
+    root.__dict__.update(state["root"])
+    graph, *lean = map(graph_of, state["graphs"])
+    return CapturedModule(root, graph, state["record"], *lean)

@@ -1,0 +1,95 @@
+"""Graphs as plain data: fx would trace generated code again, and lose the twins and all provenance."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx.node import map_aggregate
+
+from libragrad_fx.graph import notes
+from libragrad_fx.ops import TWINS, insert
+
+_INSERTS = {
+    insert.guard: "guard", insert.constant: "constant", insert.scale: "scale",
+    insert.probe: "probe", insert.structure: "structure", insert.sizes: "sizes",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ref:
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Constant:
+    name: str
+
+
+def spelled(graph: torch.fx.Graph) -> list[Any]:
+    return [
+        (n.op, n.name, _encode(n.target) if n.op == "call_function" else n.target,
+         _refs(n.args), _refs(n.kwargs), {k: _plain(n.meta[k]) for k in _KEPT if k in n.meta})
+        for n in graph.nodes
+    ]  # fmt: skip
+
+
+_KEPT = (notes.KEY, "nn_module_stack", "stack_trace")
+"""What is pickled of a node's ``meta``: our note, and where the node comes from in the user's code."""
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _refs(args: Any) -> Any:
+    def ref(a: Any) -> Any:
+        if isinstance(a, torch.memory_format):  # does not pickle in torch.save's protocol
+            return _Constant(str(a).removeprefix("torch."))
+        return _Ref(a.name) if isinstance(a, torch.fx.Node) else a
+
+    return map_aggregate(args, ref)
+
+
+def graph_of(nodes: list[Any]) -> torch.fx.Graph:
+    graph, by_name = torch.fx.Graph(), {}
+
+    def real(a: Any) -> Any:
+        if isinstance(a, _Constant):
+            return getattr(torch, a.name)
+        return by_name[a.name] if isinstance(a, _Ref) else a
+
+    for op, name, target, args, kwargs, meta in nodes:
+        target = _decode(target) if op == "call_function" else target
+        args, kwargs = map_aggregate(args, real), map_aggregate(kwargs, real)
+        node = graph.create_node(op, target, args, kwargs, name)
+        node.meta.update(meta)
+        by_name[name] = node
+    return graph
+
+
+def _encode(target: Any) -> tuple[str, str]:
+    if isinstance(target, torch._ops.OpOverload):
+        return "op", str(target)
+    if target in _INSERTS:
+        return "insert", _INSERTS[target]
+    if TWINS.get(getattr(target, "__name__", "")) is target:
+        return "twin", target.__name__
+    module = "operator" if target.__module__ == "_operator" else target.__module__
+    return "python", f"{module}:{target.__qualname__}"
+
+
+def _decode(code: tuple[str, str]) -> Any:
+    kind, name = code
+    if kind == "op":
+        return operator.attrgetter(name)(torch.ops)
+    if kind == "insert":
+        return getattr(insert, name)
+    if kind == "twin":
+        return TWINS[name]
+    module, _, qualified = name.partition(":")
+    return operator.attrgetter(qualified)(importlib.import_module(module))

@@ -1,0 +1,127 @@
+"""One transformed module, a graph for each kind of call: other shapes, containers, dtypes, constants.
+
+A graph holds for what its guards let through. For another call the original is captured again, as
+long as it is at hand, and the new graph is kept. All graphs of a module share its tree: its
+parameters, its submodules and their hooks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from libragrad_fx.errors import GuardError, LibraGradError
+from libragrad_fx.module.captured import TREE, CapturedModule
+from libragrad_fx.ops import insert
+from libragrad_fx.target import as_call
+
+_MOST = 64  # graphs that are kept; the one that was not called for longest is let go
+_CHECKS = (insert.guard, insert.constant, insert.structure, insert.sizes)
+Recapture = Callable[[Sequence[Any], Mapping[str, Any]], CapturedModule]
+
+
+class Origin:
+    """What a module was captured from, and the graphs that were made of it since."""
+
+    def __init__(self, recapture: Recapture) -> None:
+        self.recapture = recapture
+        self.variants: list[CapturedModule] = []
+        self._lock = threading.RLock()
+
+    def other(
+        self, module: CapturedModule, refusal: GuardError, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> CapturedModule:  # fmt: skip
+        """A graph for a call that ``module``'s own guards refused: a known one, or a new one.
+
+        Raises:
+            GuardError: ``refusal``, with what the capture of such a call failed with.
+        """
+        with self._lock:
+            for variant in self.variants:
+                _follow(variant, module)
+                if fits(variant, args, kwargs):
+                    self.variants.remove(variant)
+                    self.variants.insert(0, variant)
+                    return variant
+            try:
+                made = self.recapture(args, kwargs)
+            except (LibraGradError, RuntimeError, TypeError, ValueError, IndexError, KeyError) as e:
+                raise GuardError(f"{refusal}\n  Captured again for this call it failed: {e}") from e
+            self.variants = [_adopted(made, module), *self.variants[: _MOST - 1]]
+            return self.variants[0]
+
+    def copied(self) -> Origin:
+        """For a copy of the module, which has a tree of its own."""
+        return Origin(self.recapture)
+
+
+def refusal_of(
+    module: CapturedModule, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Exception | None:
+    """What a graph's guards say of a call; None where they let it through."""
+    check = vars(module).get("_checks")
+    if check is None:
+        check = module.__dict__["_checks"] = type(_checks(module.graph)).forward
+    try:
+        check(module, *args, **kwargs)
+    except (GuardError, TypeError) as e:  # TypeError: another signature
+        return e
+    return None
+
+
+def fits(module: CapturedModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a graph's guards let a call through."""
+    return refusal_of(module, args, kwargs) is None
+
+
+def fitting(module: Any, inputs: Any) -> Any:
+    """The graph that ``module`` runs for ``inputs``; ``module`` itself where it has one or none."""
+    if not isinstance(module, CapturedModule) or module.origin is None:
+        return module
+    args, kwargs = as_call(inputs)
+    refusal = refusal_of(module, args, kwargs)
+    if not isinstance(refusal, GuardError):
+        return module
+    return module.origin.other(module, refusal, args, kwargs)
+
+
+def _checks(graph: Graph) -> GraphModule:
+    """The part of ``graph`` that checks a call, alone."""
+    needed: set[Node] = set()
+    stack = [n for n in graph.nodes if n.target in _CHECKS]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack += node.all_input_nodes
+    part, env = Graph(), dict[Node, Node]()
+    for node in graph.nodes:
+        if node in needed or node.op == "placeholder":
+            env[node] = part.node_copy(node, env.__getitem__)
+    part.output(None)
+    return GraphModule({"training": False}, part)
+
+
+def _adopted(variant: CapturedModule, module: CapturedModule) -> CapturedModule:
+    """``variant``'s graph on ``module``'s tree: what a user replaces or hooks there is what runs."""
+    root = torch.nn.Module()
+    root.__dict__.update({k: vars(variant)[k] for k in (*TREE, *variant._attributes)})
+    root.__dict__["_modules"] = {**variant._modules, **module._modules}
+    own = [k for k in variant._modules if k not in module._modules or k == "output_structure"]
+    root._modules.update({k: variant._modules[k] for k in own})
+    made = CapturedModule(root, variant.graph, variant.record, variant.lean)
+    made.__dict__["_constants"] = {k for k in variant._buffers if k.startswith("constant_")}
+    return _follow(made, module)
+
+
+def _follow(variant: CapturedModule, module: CapturedModule) -> CapturedModule:
+    """Give a variant what hangs on ``module``'s root by now."""
+    variant._parameters.update(module._parameters)
+    own = vars(variant)["_constants"]
+    variant._buffers.update({k: b for k, b in module._buffers.items() if k not in own})
+    variant.training = module.training
+    return variant

@@ -1,0 +1,175 @@
+"""The graph as it is called: with shorter ways to say the same, and with memory written over that
+nobody reads again. It is made anew from the lean graph, which is what is kept and pickled."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import defaultdict, namedtuple
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.nn import functional as F
+
+from libragrad_fx.graph.notes import note
+from libragrad_fx.ops.binding import PRODUCTS, binding
+from libragrad_fx.ops.function import watched
+from libragrad_fx.optimise.gate import gated
+from libragrad_fx.optimise.graft import idle, whole
+from libragrad_fx.optimise.product import halved_mul
+
+
+def _in_place(plain: Callable[..., Any], over: Callable[..., Any]) -> Callable[..., Any]:
+    def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = args[0] if args else x
+        # what comes in may have other dtypes and sizes than at capture; autocast has others on the way
+        fits = not isinstance(y, torch.Tensor) or (y.dtype == x.dtype and y.shape == x.shape)
+        return (over if fits and not watched() else plain)(x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    call.__name__ = over.__name__
+    return call
+
+
+IN_PLACE = {
+    torch.ops.aten.relu.default: _in_place(torch.relu, torch.relu_),
+    torch.ops.aten.leaky_relu.default: _in_place(F.leaky_relu, F.leaky_relu_),
+    torch.ops.aten.add.Tensor: _in_place(torch.add, torch.Tensor.add_),
+}
+"""Ops whose gradient needs nothing that they write over (for ``hardtanh_``, autograd keeps a copy of it).
+Most networks call them so themselves."""
+
+
+def bound(graph: Graph) -> Graph:
+    """A copy of ``graph`` that calls bindings where it is marked, nothing at all for ``x[:]`` and for
+    idle dropouts, and writes over what nobody else reads."""
+    new = Graph()
+    new.output(new.graph_copy(graph, {}))
+    for node in [n for n in new.nodes if note(n).gate is not None]:
+        _gate(new, node)
+    for node in list(new.nodes):
+        read_out = any(user.op == "output" for user in node.users)
+        if node.target is idle or (node.target is whole and not read_out):
+            node.replace_all_uses_with(node.args[0])
+            new.erase_node(node)
+        elif note(node).over:
+            node.target = IN_PLACE.get(node.target) or node.target.over
+        elif note(node).bound:
+            node.target = binding(node.target)
+    _unbind(new)
+    return new
+
+
+def _gate(graph: Graph, node: Node) -> None:
+    """One node for an activation, its product with a value, and the halving of the gradient."""
+    at, over, halves = note(node).gate  # type: ignore[misc]
+    product: Any = node if node.target is halved_mul else node.args[0]
+    act = product.args[at]
+    given = [*product.args]
+    given[at] = act.args[0]
+    if halves is not None:
+        given = [_source(given[0])]
+    call = gated(act.target, at, over, halves)
+    with graph.inserting_before(node):
+        new = graph.call_function(call, (*given, *act.args[1:]), act.kwargs)
+    node.replace_all_uses_with(new)
+    _erase(graph, node)
+
+
+def _unbind(graph: Graph) -> None:
+    """One ``unbind`` for the places of an axis that are taken one by one, as the steps of a scan are: the
+    gradient of a ``select`` is as large as what it is taken from, and filled with zeros. Of an axis with
+    one place, ``squeeze`` takes it."""
+    groups: dict[Any, list[Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if (place := note(node).place) is not None:
+            axis, _, count = place
+            groups[node.args[0], axis, count].append(node)
+    for (x, axis, count), selects in groups.items():
+        if count == 1:
+            for node in selects:
+                node.target, node.args = torch.squeeze, (x, axis)
+        if not 2 <= len({note(n).place for n in selects}) >= count / 2:
+            continue
+        with graph.inserting_before(selects[0]):
+            all_places = graph.call_function(torch.unbind, (x, axis))
+        for node in selects:
+            node.target, node.args = operator.getitem, (all_places, note(node).place[1])  # type: ignore[index]
+
+
+def _source(node: Any) -> Node:
+    return node if node.target in PRODUCTS else _source(node.args[0])
+
+
+def _erase(graph: Graph, node: Node) -> None:
+    """A node that nobody reads, and what was there for it alone."""
+    read = node.all_input_nodes
+    graph.erase_node(node)
+    for n in read:
+        if n.op == "call_function" and not n.users:
+            _erase(graph, n)
+
+
+def flattened(graph: Graph) -> tuple[Callable[[torch.nn.Module], Any], dict[str, Any]]:
+    """Let ``graph`` name attributes by one name each, and take what is marked as fixed for such.
+
+    ``nn.Module`` looks for each part of ``layers.3.fc1.weight`` in Python, at every call: of a small
+    network that is a tenth of the time. Here each submodule is looked up once a call, and where
+    modules keep theirs, so that what a user replaces is seen.
+
+    Returns:
+        What looks the attributes up in a module, and a stand-in for each of them.
+    """
+    named = [n for n in graph.nodes if n.op in ("get_attr", "call_module")]
+    names = {str(n.target): f"a{i}" for i, n in enumerate(named)}
+    for node in named:
+        node.target = names[str(node.target)]
+    parents = [itertools.accumulate(p.split(".")[:-1], "{}.{}".format) for p in names]
+    modules = [(p, *p.rpartition(".")[::2]) for p in sorted(set(itertools.chain(*parents)))]
+    leaves = [p.rpartition(".")[::2] for p in names]
+    fixed, compute = _folded(graph)
+    every = [*names.values(), *fixed]
+    Attributes = namedtuple("Attributes", every)  # of plain objects, Dynamo knows not all
+
+    def attributes(root: torch.nn.Module) -> Any:
+        found: dict[str, Any] = {"": root}
+        for path, parent, name in modules:
+            found[path] = found[parent]._modules[name]
+        values = []
+        for parent, name in leaves:
+            own = found[parent]._parameters.get(name)
+            values.append(getattr(found[parent], name) if own is None else own)
+        return Attributes(*values, *compute())
+
+    return attributes, dict.fromkeys(every)
+
+
+def _folded(graph: Graph) -> tuple[list[str], Callable[[], Sequence[Any]]]:
+    """Move what is fixed out of ``graph``: names that it reads it by, and what computes it at first."""
+    inner, env = Graph(), dict[Node, Node]()
+    read = [n for n in graph.nodes if note(n).fixed and not all(note(u).fixed for u in n.users)]
+    for node in [n for n in graph.nodes if note(n).fixed]:
+        env[node] = inner.node_copy(node, env.__getitem__)
+    inner.output(tuple(env[n] for n in read))
+    names = [f"c{i}" for i in range(len(read))]
+    for node, name in zip(read, names, strict=True):
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.create_node("get_attr", name))
+    for node in reversed([*env]):
+        graph.erase_node(node)
+    make = torch.fx.GraphModule({}, inner).forward
+    held: dict[torch.dtype, Any] = {}  # constants may be made without a dtype
+
+    def compute() -> Sequence[Any]:
+        if not read:
+            return ()
+        if watched() or torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
+            return make()  # what such modes make of it is theirs
+        dtype = torch.get_default_dtype()
+        if dtype not in held:
+            with torch.inference_mode(False), torch.no_grad():
+                held[dtype] = make()
+        return held[dtype]  # type: ignore[no-any-return]
+
+    return names, compute

@@ -1,0 +1,330 @@
+"""Gradients of one row: what reads one token of many sends zeros to all the others.
+
+A head reads the class token, or a decoder's last one, out of the last block's result. Autograd fills
+the gradient of the other rows with zeros and takes them back through all that treats each row by
+itself: norms, projections, the MLP, the queries of attention. Here that is computed a second time,
+for the one row, and this is what a gradient comes back through. Values come from the whole, which is
+not recorded: of one row, kernels may round otherwise. Only what all rows go into, such as the keys
+and values of attention, gets its gradient as before.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from libragrad_fx.decide.flow import Facts, live, takes_gradient
+from libragrad_fx.graph.notes import Undo, annotate, note
+from libragrad_fx.graph.schema import bind
+from libragrad_fx.ops import insert
+from libragrad_fx.ops.binding import PRODUCTS
+from libragrad_fx.ops.insert import is_scale
+from libragrad_fx.optimise.graft import carried, idle
+from libragrad_fx.optimise.views import (
+    elements,
+    first,
+    in_example,
+    is_sized,
+    only_moves,
+    replay,
+    sizes,
+)
+from libragrad_fx.types import Kind, Location, OpFacts
+
+aten = torch.ops.aten
+_NARROW = "narrow"
+_SMALL = 2**16  # elements of a product's result, below which calls cost more than its zeros
+_FEW = 8  # rows, likewise
+_KEEPS = {"to", "_to_copy", "type_as"}  # the axes of their operand; pointwise but for their tags
+_OVER = {"softmax", "log_softmax", "mean", "sum", "amax", "amin", "logsumexp", "glu", "cumsum"}
+"""Ops in which only what differs along ``dim`` meets."""
+_SIZES = {"view", "_unsafe_view", "reshape"}  # told the sizes of their result
+_TAKES = {aten.slice.Tensor, aten.clone.default, aten.select.int}
+_TAKEN = OpFacts(
+    "aten.select", Kind.LINEAR, "one row of a value", Location(__name__, 1), stream=("self",)
+)
+_sdpa = aten.scaled_dot_product_attention.default
+
+Row = tuple[int, int]
+"""An axis, and the place along it (as in ``select``) of the only row that gets a gradient."""
+
+
+def narrow(graph: Graph, facts: Facts) -> Facts:
+    """Back-propagate through one row where only one is read; ``facts``, with those of what is added."""
+    alive = live(graph, facts)
+    rows, mouths = _rows(graph, alive, facts)
+    if not any(n.target in PRODUCTS and _is_large(n) for n in rows):
+        return facts
+    entries = {n for n in rows if _is_entry(n, rows, alive, facts)}
+    made: dict[Any, Node] = {}
+    named = dict(facts)
+    for node in [n for n in graph.nodes if n in rows]:
+        made[node, rows[node]] = new = _again(graph, node, rows[node], made)
+        if node.name in facts:
+            named[new.name] = facts[node.name]
+    read = [(mouth, made[x, rows[x]]) for mouth, x in mouths]
+    for node in entries:
+        _cut(graph, node, set(made.values()))
+    for mouth, row in read:
+        _join(graph, mouth, row)
+    for node in rows.keys() - entries:
+        _plain(graph, node)
+    added = (n for n in graph.nodes if is_row(n) and n.name not in named)
+    return named | {n.name: _TAKEN for n in added if n.target in _TAKES}
+
+
+def is_row(node: Node) -> bool:
+    """Whether a node computes one row again, for the gradient alone."""
+    return note(node).undo is Undo.DROP
+
+
+# --- where one row is enough
+
+
+def _rows(graph: Graph, alive: set[Node], facts: Facts) -> tuple[dict[Node, Row], list[Any]]:
+    """The nodes of which one row gets a gradient, with that row; and who reads it, out of which of them.
+
+    Each is made of one row of its operands, and of what has no rows or is there as a whole.
+    """
+    asked: dict[Node, set[Row | None]] = defaultdict(set)
+    rows: dict[Node, Row] = {}
+    readers: list[Node] = []
+    for node in reversed(graph.nodes):
+        if node not in alive:
+            continue
+        made_of: dict[Any, Row] | None = None
+        if (row := _read_row(node)) is not None:
+            made_of = {node.args[0]: row}
+            readers.append(node)
+        elif len(asked[node]) == 1 and (row := next(iter(asked[node]))) is not None:
+            made_of = _made_of(node, row)
+            if made_of is not None:
+                rows[node] = row
+        for operand in node.all_input_nodes:
+            if takes_gradient(node, operand, alive, facts):
+                asked[operand].add((made_of or {}).get(operand))
+    return rows, [(n, n.args[0]) for n in readers if n.args[0] in rows]
+
+
+def _read_row(node: Node) -> Row | None:
+    """The row of its operand that a node is, if it is one of many."""
+    if node.target not in (aten.select.int, aten.slice.Tensor):
+        return None
+    x, axis, place, *rest = bind(node.target, node.args, node.kwargs).values()  # type: ignore[arg-type]
+    if not isinstance(place, int) or not is_sized(x):
+        return None
+    if in_example(first(x).shape[axis]) < _FEW:
+        return None
+    one = not rest or (rest[0] == place + 1 if place != -1 else rest[0] in (None, sys.maxsize))
+    return (axis % len(sizes(x)), place) if one else None
+
+
+def _is_large(node: Node) -> bool:
+    return elements(node) > _SMALL
+
+
+def _is_entry(node: Node, rows: dict[Node, Row], alive: set[Node], facts: Facts) -> bool:
+    """Whether a gradient leaves the narrow part of the graph here, to more than parameters."""
+    return isinstance(node.meta["val"], torch.Tensor) and any(
+        n in alive and n.op != "get_attr" and takes_gradient(node, n, alive, facts)
+        for n in node.all_input_nodes
+        if n not in rows or not isinstance(n.meta["val"], torch.Tensor)
+    )
+
+
+# --- what a row is made of
+
+
+def _made_of(node: Node, row: Row) -> dict[Any, Row] | None:
+    """The operands of which one row makes ``row`` of a node, and that row; None if that is not known."""
+    op = _op(node)
+    source: Any = node.args[0] if node.args else None
+    if is_scale(node) or node.target in (operator.getitem, idle):
+        return {source: row}
+    if not isinstance(op, torch._ops.OpOverload) or op._schema.is_mutable:
+        return None
+    if not all(is_sized(n) for n in (node, *node.all_input_nodes) if hasattr(first(n), "shape")):
+        return None
+    if torch.Tag.nondeterministic_seeded in op.tags and op is not _sdpa:
+        return None
+    axis, place = row
+    if only_moves(node):
+        before = _axis_before(node, axis)
+        return None if before is None else {source: (before, place)}
+    if torch.Tag.pointwise in op.tags or op._opname in _KEEPS:
+        return _broadcast(node, row)
+    given = bind(op, node.args, node.kwargs)
+    found = _parted(node, given, axis - len(sizes(node)), place)
+    leaves = pytree.tree_leaves(list(given.values()))
+    if found is None or any(leaves.count(n) > 1 for n in found):  # one is there as a whole, too
+        return None
+    return {n: (len(sizes(n)) + back, place) for n, back in found.items()}
+
+
+def _op(node: Node) -> Any:
+    """What a node calls, or what that is the twin of."""
+    return getattr(node.target, "aten_op", node.target)
+
+
+def _axis_before(node: Node, axis: int) -> int | None:
+    """Where an axis of a view lies in its operand, if it is whole there and may be of one row."""
+    x: Any = node.args[0]
+    whole = torch.empty(sizes(x), device="meta")
+    view = first(replay(node, x, whole))
+    if view is None or view.shape[axis] == 1:
+        return None
+    steps = list(zip(whole.shape, whole.stride(), strict=True))
+    step = view.shape[axis], view.stride(axis)
+    if step not in steps:
+        return None
+    before = steps.index(step)
+    row = first(replay(node, x, whole.narrow(before, 0, 1), _resized(node, axis)))
+    want = [1 if i == axis else n for i, n in enumerate(view.shape)]
+    return before if row is not None and list(row.shape) == want else None
+
+
+def _resized(node: Node, axis: int) -> Any:
+    """The arguments of a view where an axis has one row."""
+    if getattr(node.target, "_opname", None) not in _SIZES:
+        return node.args
+    x, given, *rest = node.args
+    return (x, [1 if i == axis else n for i, n in enumerate(given)], *rest)  # type: ignore[arg-type]
+
+
+def _broadcast(node: Node, row: Row) -> dict[Any, Row]:
+    axis, place = row
+    found: dict[Any, Row] = {}
+    for n in node.all_input_nodes:
+        if isinstance(n.meta["val"], torch.Tensor):
+            own = axis - len(first(node).shape) + n.meta["val"].ndim
+            if own >= 0 and sizes(n)[own] == sizes(node)[axis]:
+                found[n] = own, place
+    return found
+
+
+def _parted(node: Node, given: dict[str, Any], back: int, place: int) -> dict[Any, int] | None:
+    """Operands that have the rows of a result, by the axis that they lie along, both from behind."""
+    name, (x, *others) = _op(node)._opname, given.values()
+    rank = len(sizes(x)) if isinstance(x, Node) else -1
+    if name == _sdpa._opname:
+        return _queries(given, place) if back == -2 else None
+    if name in ("matmul", "mm", "bmm"):
+        return {x: -2} if back == -2 and len(sizes(others[0])) == rank else None
+    meet: Any = [-1] if name == "linear" else None
+    if name in ("layer_norm", "rms_norm"):
+        meet = range(-len(given["normalized_shape"]), 0)
+    elif name in _OVER:
+        meet = given.get("dim")
+        meet = meet if isinstance(meet, list | tuple) else [meet]
+    if not meet or None in meet or len(sizes(node)) != rank:  # not known, all axes, one is gone
+        return None
+    return None if back in [d % rank - rank for d in meet] else {x: back}
+
+
+def _queries(given: dict[str, Any], place: int) -> dict[Any, int] | None:
+    """A row of attention's queries, and of its mask, if it sees all keys that the mask lets it."""
+    q, k = (given[x].meta["val"].shape[-2] for x in ("query", "key"))
+    last = place == -1 and str(q) == str(k)
+    if given["dropout_p"] > 0 or (given["is_causal"] and not last):
+        return None
+    mask = given["attn_mask"]
+    has_rows = mask is not None and len(sizes(mask)) > 1 and sizes(mask)[-2] > 1
+    return {given["query"]: -2} | ({mask: -2} if has_rows else {})
+
+
+# --- the row, computed again
+
+
+def _again(graph: Graph, node: Node, row: Row, made: dict[Any, Node]) -> Node:
+    """``row`` of a node, from rows of its operands."""
+    operands = _made_of(node, row)
+    assert operands is not None
+    if node.target is operator.getitem and (node.args[0], row) not in made:
+        return _taken(graph, node, row, node.next)
+
+    def part(n: Node) -> Node:
+        if n not in operands:
+            return n
+        if (n, operands[n]) not in made:
+            made[n, operands[n]] = _taken(graph, n, operands[n], node)
+        return made[n, operands[n]]
+
+    target = node.target
+    args, kwargs = map_arg((_resized(node, row[0]), dict(node.kwargs)), part)
+    if _op(node) is _sdpa:
+        given = bind(_sdpa, args, kwargs)
+        *args, scale, gqa = {**given, "is_causal": False}.values()  # the last row sees all keys
+        kwargs = {"scale": scale, "enable_gqa": gqa}
+    if target in (aten.view.default, aten._unsafe_view.default):
+        target = aten.reshape.default  # a row may lie in memory otherwise
+    with graph.inserting_after(node):
+        new = graph.call_function(target, tuple(args), kwargs)  # type: ignore[arg-type]
+    new.meta.update(node.meta)
+    annotate(new, undo=Undo.DROP)
+    value = node.meta["val"]
+    many = isinstance(value, list | tuple)
+    new.meta["val"] = [_like(v, row[0]) for v in value] if many else _like(value, row[0])
+    return new
+
+
+def _taken(graph: Graph, node: Node, row: Row, before: Node) -> Node:
+    """``row`` of a node's value, in memory of its own: the whole is let go."""
+    axis, place = row
+    end = sys.maxsize if place == -1 else place + 1
+    with graph.inserting_before(before):
+        part = graph.call_function(aten.slice.Tensor, (node, axis, place, end))
+        new = graph.call_function(aten.clone.default, (part,))
+    for n in (part, new):
+        n.meta["val"] = _like(node.meta["val"], axis)
+        annotate(n, undo=Undo.DROP)
+    return new
+
+
+def _like(value: torch.Tensor, axis: int) -> torch.Tensor:
+    return value.new_empty([1 if i == axis else n for i, n in enumerate(value.shape)])
+
+
+# --- the whole, not recorded
+
+
+def _cut(graph: Graph, node: Node, made: set[Node]) -> None:
+    """Behind a node, not before it: its kernel may depend on which operands need a gradient."""
+    with graph.inserting_after(node):
+        cut = graph.call_function(insert.stop, (node,))
+    cut.meta["val"] = node.meta["val"]
+    annotate(cut, rule=_NARROW, host=node.name, undo=Undo.PASS)
+    takers = {cut} | {n for n in node.users if made & n.users.keys()}
+    node.replace_all_uses_with(cut, delete_user_cb=lambda user: user not in takers)
+
+
+def _join(graph: Graph, mouth: Node, row: Node) -> None:
+    """The value of a row of the whole, with the gradient of the row that was computed again."""
+    path = row
+    with graph.inserting_before(mouth.next):
+        value = graph.call_function(insert.stop, (mouth,))
+        if mouth.target is aten.select.int:
+            path = graph.call_function(aten.select.int, (row, mouth.args[1], 0))
+            path.meta["val"] = mouth.meta["val"]
+            annotate(path, undo=Undo.DROP)
+        new = graph.call_function(carried, (value, path))
+    for n in (value, new):
+        n.meta["val"] = mouth.meta["val"]
+        annotate(n, rule=_NARROW, host=mouth.name, undo=Undo.PASS)
+    mouth.replace_all_uses_with(new, delete_user_cb=lambda user: user is not value)
+
+
+def _plain(graph: Graph, node: Node) -> None:
+    """What a node was before it was balanced: no gradient comes back through the whole."""
+    if is_scale(node):
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        graph.erase_node(node)
+    elif hasattr(node.target, "aten_op") and node.target is not idle:
+        node.target = _op(node)
+        annotate(node, rule="", host="")

@@ -1,0 +1,115 @@
+"""Does what the plan says and nothing else: inserts nodes that return what they get, or twins.
+
+``erase`` undoes it. ``require_same_graph`` proves by it that the forward is the original's, node for node;
+``torch.equal`` is only a check of that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from libragrad_fx.decide.roles import operands
+from libragrad_fx.graph.notes import Undo, annotate
+from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.ops import TWINS, insert
+from libragrad_fx.optimise.lean import lean
+from libragrad_fx.rewrite.erase import erase
+from libragrad_fx.rewrite.probes import insert_probes
+from libragrad_fx.types import Action, Edit, History, Plan, Site, Trace
+
+
+def rewrite(
+    trace: Trace, plan: Plan | None, sites: tuple[Site, ...] = (), history: History | None = None
+) -> CapturedModule:
+    """A new module: ``trace``'s graph with the plan's edits, and a probe for every module call.
+
+    plan:    None gives the captured model with autograd's own backward
+    sites:   what the ledger is to know of the result
+    history: where it is given, a leaner graph runs where nobody listens to submodules
+    """
+    source: CapturedModule = trace.module  # type: ignore[assignment]
+    graph, env = _copy(trace.graph)
+    by_name = {old.name: new for old, new in env.items()}
+    for edit in plan.edits if plan else ():
+        _apply(graph, by_name[edit.node], edit)
+    short = None
+    if history is not None:
+        short, facts = lean(_copy(graph)[0], history.facts)
+        history = dataclasses.replace(history, lean_facts=facts)
+    insert_probes(graph, trace.calls, by_name)
+    graph.lint()
+    record = dataclasses.replace(source.record, sites=sites, history=history)
+    return CapturedModule(_root(source), graph, record, short)
+
+
+def unedited(module: CapturedModule) -> CapturedModule:
+    """The plain trace that a balanced module was made of: the same parameters, autograd's backward."""
+    sites = module.record.history.plain_sites if module.record.history else module.record.sites
+    record = dataclasses.replace(module.record, sites=sites, history=None)
+    return CapturedModule(_root(module), erase(module.graph), record)
+
+
+def _copy(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
+    new, env = Graph(), dict[Node, Node]()
+    new.output(new.graph_copy(graph, env))
+    return new, env
+
+
+def _root(module: torch.nn.Module) -> torch.nn.Module:
+    """The module's tree under a fresh root: two results of one trace share parameters, not dicts."""
+    root = torch.nn.Module()
+    root.__dict__.update({k: v for k, v in vars(module).items() if "hooks" not in k})
+    return root
+
+
+def _apply(graph: Graph, node: Node, edit: Edit) -> None:
+    annotate(node, rule=edit.rule, host=node.name)
+    if edit.twin is not None:
+        node.target = TWINS[edit.twin]
+        return
+    added: tuple[Any, ...] = (insert.stop,) if edit.factor is None else (insert.scale, edit.factor)
+    if edit.action is Action.CUT and isinstance(node.meta["val"], torch.Tensor):
+        sources = [n for _, n in operands(node, edit.operands)]
+        _stand_for(graph, node, edit, insert.scale, 0.0, *sources)
+    elif not edit.operands:
+        _stand_for(graph, node, edit, *added)
+    for operand in edit.operands:
+        with graph.inserting_before(node):
+            _set_operand(node, operand, lambda n: _add(graph, node, edit, n, *added))
+
+
+def _stand_for(graph: Graph, node: Node, edit: Edit, *added: Any) -> None:
+    """What reads ``node`` reads what is added behind it."""
+    with graph.inserting_after(node):
+        new = _add(graph, node, edit, node, *added)
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+
+def _add(graph: Graph, host: Node, edit: Edit, x: Node, target: Any, *rest: Any) -> Node:
+    new = graph.call_function(target, (x, *rest))
+    new.meta = {k: host.meta[k] for k in ("nn_module_stack", "stack_trace") if k in host.meta}
+    new.meta["val"] = x.meta.get("val")
+    annotate(new, rule=edit.rule, host=host.name, undo=Undo.PASS)
+    return new
+
+
+def _set_operand(node: Node, operand: str, change: Callable[[Node], Node]) -> None:
+    """Replace one operand, given by schema name (``tensors[1]`` for a member of a list)."""
+    name, _, index = operand.partition("[")
+    schema = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    place = schema.index(name)
+    args, kwargs = list(node.args), dict(node.kwargs)
+    holder: Any = kwargs if name in kwargs else args
+    key: Any = name if name in kwargs else place
+    if index:
+        members = list(holder[key])
+        members[int(index[:-1])] = change(members[int(index[:-1])])
+        holder[key] = members
+    else:
+        holder[key] = change(holder[key])
+    node.args, node.kwargs = tuple(args), kwargs

@@ -1,0 +1,171 @@
+"""The stages before the public face: capture, normalize, analyze, plan, in order."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import threading
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from libragrad_fx.account.birth import Reference, reference
+from libragrad_fx.account.ledger import sites
+from libragrad_fx.capture.examples import example_call
+from libragrad_fx.capture.export import capture
+from libragrad_fx.capture.fit import require_fit
+from libragrad_fx.capture.free import FIXED, USUAL, Free, token_lengths
+from libragrad_fx.capture.normal import normalize
+from libragrad_fx.capture.state import copied, untouched
+from libragrad_fx.decide import rulebook
+from libragrad_fx.decide.plan import plan as make_plan
+from libragrad_fx.decide.roles import analyze
+from libragrad_fx.decide.rulebook import RuleBook
+from libragrad_fx.errors import ExportError, InputError
+from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.module.variants import fits
+from libragrad_fx.rewrite.edits import rewrite
+from libragrad_fx.rewrite.erase import require_same_graph, spell
+from libragrad_fx.types import Analysis, History, Plan, Trace
+
+ONE_AT_A_TIME = threading.RLock()  # torch.export changes global state while it traces
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """A captured model with everything decided about it and nothing done yet."""
+
+    trace: Trace
+    analysis: Analysis
+    plan: Plan
+    reference: Reference | None = None
+    free: Free = FIXED
+
+
+def decide(
+    model: torch.nn.Module,
+    inputs: Any,
+    policy: str | Path = "libra",
+    on_unknown: str = "raise",
+    rules: Any = None,
+    *,
+    module_calls: bool = True,
+    piece: bool = False,
+    static: Container[str] = (),
+    check: bool = True,
+    free: Free = USUAL,
+) -> Decision:
+    """Every stage before the rewrite.
+
+    piece: the model is a part of a larger one: its shapes are fixed, and every output carries.
+    static: arguments that no signal comes in by.
+    check: run the model before it is traced: see ``birth``.
+    free: which sizes are free, as far as the model lets them be.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"expected an nn.Module, got {type(model).__name__}")
+    if on_unknown not in ("raise", "keep"):
+        raise InputError(f"on_unknown must be 'raise' or 'keep', got {on_unknown!r}")
+    if isinstance(model, CapturedModule):
+        raise InputError("this module was captured already; give the original model")
+    book = rulebook.load(policy, rules)
+    with _collected_later(), ONE_AT_A_TIME:
+        require_fit(model)
+        with untouched(model):
+            args, kwargs = example_call(model, inputs)
+            known = reference(model, args, kwargs) if check and not piece else None
+            if known is not None and known.unfit:
+                raise ExportError(f"{type(model).__name__} is no graph: {known.unfit}")
+            trace, free = _traced(model, args, kwargs, book, module_calls, FIXED if piece else free)
+        analysis = analyze(trace, book, all_carry=piece, static=static)
+        return Decision(trace, analysis, make_plan(trace, analysis, book, on_unknown), known, free)
+
+
+def _traced(
+    model: torch.nn.Module, args: Any, kwargs: Any, book: RuleBook, module_calls: bool, free: Free
+) -> tuple[Trace, Free]:
+    """The model as a graph that takes at least the call that it was made from; what is free of it."""
+    is_known = lambda op: book.fact(op) is not None  # noqa: E731
+    subject = model
+    # export puts fake tensors into what it traces, for other threads to see
+    with contextlib.suppress(Exception):  # what cannot be copied is traced itself
+        subject = copied(model)
+    if not token_lengths(args, kwargs):
+        free = dataclasses.replace(free, lengths=False)
+    while True:
+        try:
+            found = capture(
+                subject, args, kwargs, known=is_known, module_calls=module_calls, free=free
+            )
+        except ExportError:
+            if not free.lengths:
+                raise
+            free = dataclasses.replace(free, lengths=False)
+            continue
+        trace = normalize(model, found)
+        _require_free(trace, free.named)
+        if not free.batch or fits(trace.module, args, kwargs):  # type: ignore[arg-type]
+            return trace, free
+        free = FIXED  # a batch of one was doubled, and Python looked at the batch
+
+
+def _require_free(trace: Trace, wanted: Mapping[str, Any]) -> None:
+    """Raise ``InputError`` if the model fixes a size that was to be free."""
+    sizes = {spec.path: spec.shape for spec in trace.inputs}
+    for name, axes in wanted.items():
+        for axis, label in axes.items() if name in sizes and isinstance(axes, Mapping) else ():
+            if isinstance(size := sizes[name][axis], int):
+                label = getattr(label, "__name__", label)
+                raise InputError(
+                    f"dynamic: {name}.shape[{axis}] ({label}) cannot be free: the model takes {size} alone"
+                    " there (or the example has one, which says nothing of others)"
+                )
+
+
+@contextlib.contextmanager
+def _collected_later() -> Iterator[None]:
+    """Without garbage collections: graphs are made of so many objects that a tenth of the time would go
+    into looking through them, again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def remember(made: Decision) -> History:
+    """What a balanced module keeps of how it was made."""
+    return History(
+        plan=made.plan,
+        original=spell(made.trace.graph),
+        plain_sites=sites(made.trace, made.analysis, balanced=False),
+        facts=dict(made.analysis.facts),
+        roles=dict(made.analysis.roles),
+        zeros=made.analysis.zeros,
+        gate_outputs=frozenset(made.analysis.gate_outputs),
+    )
+
+
+def rewritten(made: Decision) -> CapturedModule:
+    """The rewrite of a decision, not proved yet."""
+    listed = sites(made.trace, made.analysis, balanced=True)
+    return rewrite(made.trace, made.plan, listed, remember(made))
+
+
+def plain(made: Decision) -> CapturedModule:
+    """The captured model with autograd's own backward."""
+    listed = sites(made.trace, made.analysis, balanced=False)
+    return rewrite(made.trace, None, listed)
+
+
+def balance(made: Decision) -> CapturedModule:
+    """The rewrite of a decision, proved to leave the forward graph as it was."""
+    with _collected_later():
+        module = rewritten(made)
+        require_same_graph(module, made.trace)
+    return module
