@@ -293,6 +293,19 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one pass of the optimiser did.
+
+    changed: nodes that it added, marked or gave another target
+    noes:    why a node that it might have changed was left as it is
+    """
+
+    name: str
+    changed: tuple[str, ...]
+    noes: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
 class History:
     """How a balanced module was made: what is needed to account for it, to prove it and to undo it.
 
@@ -300,6 +313,7 @@ class History:
     plain_sites:  what the ledger needs to know of the captured graph under autograd
     facts:        by node of the rewritten graph, the row of its op
     lean_facts:   the same of the graph that runs where nobody listens
+    passes:       what each pass of the optimiser did to that graph, and why it left the rest
     zeros:        nodes whose value is zero, whatever the input
     gate_outputs: nodes that the model returns and that are gates
     """
@@ -312,6 +326,7 @@ class History:
     zeros: frozenset[str]
     gate_outputs: frozenset[str]
     lean_facts: Mapping[str, OpFacts] = dataclasses.field(default_factory=dict)
+    passes: tuple[Outcome, ...] = ()
 
 
 class Flow(NamedTuple):

@@ -359,7 +359,7 @@ BY_HAND: dict[str, list[Builder]] = {
     "aten.special_xlog1py": one(r(4, 5), lambda: positive(5)) + one(r(4, 5), 2.0),
     "aten.sgn": one(c(4, 5)),
     **{f"aten.{n}_mean.correction": one(r(4, 5), [1], correction=1) for n in ("std", "var")},
-    "aten.block_diag": one([r(2, 3), r(3, 4)]) + one([r(2, 3), r(4), r(())]),
+    "aten.block_diag": one([r(2, 3), r(3, 4)]) + one([r(2, 3), r(4), r(1, 1)]),
     "aten.linalg_multi_dot": one([r(2, 3), r(3, 4), r(4, 2)]) + one([r(2, 3), r(3, 4)]),
     "transformers.grouped_mm_fallback": one(r(5, 3), r(2, 3, 4), torch.tensor([2, 5])),
     "aten._unsafe_view": one(r(2, 6), [3, 4]),

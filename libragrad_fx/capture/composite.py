@@ -6,6 +6,7 @@ Here each op is traced alone, on the values of its node.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,25 +23,33 @@ from libragrad_fx.target import inexact
 
 Known = Callable[[Any], bool]
 Parts = dict[Any, Callable[..., Any]]
+_COPY = torch.ops.aten.copy_.default
+"""It has no fact: the normal form spells it as a cast and an expansion."""
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
-@functools.cache
-def aten_ops() -> tuple[torch._ops.OpOverload, ...]:
-    """Every op of PyTorch."""
-    names = (n for n in torch._C._dispatch_get_all_op_names() if n.startswith("aten::"))
-    split = (n.removeprefix("aten::").partition(".") for n in names)
-    packets = ((getattr(torch.ops.aten, name, None), overload) for name, _, overload in split)
-    found: Any = (getattr(packet, overload or "default", None) for packet, overload in packets)
-    return tuple(op for op in found if op is not None)
+def every_op() -> tuple[torch._ops.OpOverload, ...]:
+    """Every op of PyTorch, and of the libraries that have registered some by now."""
+    return _ops_named(tuple(torch._C._dispatch_get_all_op_names()))
+
+
+@functools.lru_cache(maxsize=1)
+def _ops_named(names: tuple[str, ...]) -> tuple[torch._ops.OpOverload, ...]:
+    found = []
+    for name in names:
+        space, _, rest = name.partition("::")
+        packet, _, overload = rest.partition(".")
+        with contextlib.suppress(AttributeError, RuntimeError):  # TorchScript's own have no packet
+            found.append(getattr(getattr(getattr(torch.ops, space), packet), overload or "default"))
+    return tuple(op for op in found if isinstance(op, torch._ops.OpOverload))
 
 
 def in_parts(known: Known) -> Parts:
-    """What writes out each composite op of PyTorch that has no fact, by PyTorch's own kernel.
+    """What writes out each composite op that has no fact, by its own kernel.
 
     known: whether an op has a fact
     """
-    unknown = (op for op in aten_ops() if is_composite(op) and not known(op))
+    unknown = (op for op in every_op() if is_composite(op) and not known(op))
     return {op: functools.partial(_called, op) for op in unknown}
 
 
@@ -83,7 +92,7 @@ def write_out(graph: Graph, parts: Parts, known: Known) -> None:
     """Replace every op that has ``parts`` by them, where all of those have a fact."""
     for node in [n for n in graph.nodes if n.target in parts and _is_pure(n)]:
         found = _traced(node, parts)
-        if found is not None and all(known(functional(op) or op) for op in _ops(found)):
+        if found is not None and all(known(functional(op) or op) for op in _ops(found) - {_COPY}):
             _replace(node, found)
 
 

@@ -53,7 +53,7 @@ class Record:
 
 
 class CapturedModule(torch.fx.GraphModule):
-    """A graph with the face of the module it was captured from. ``capture.normal`` and ``rewrite`` make it."""
+    """A graph with the face of the module it was captured from. ``capture`` and ``rewrite`` make it."""
 
     record: Record
     lean: torch.fx.Graph | None

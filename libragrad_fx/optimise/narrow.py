@@ -36,6 +36,7 @@ from libragrad_fx.optimise.views import (
     replay,
     sizes,
 )
+from libragrad_fx.optimise.work import Work
 from libragrad_fx.types import Kind, Location, OpFacts
 
 aten = torch.ops.aten
@@ -56,12 +57,15 @@ Row = tuple[int, int]
 """An axis, and the place along it (as in ``select``) of the only row that gets a gradient."""
 
 
-def narrow(graph: Graph, facts: Facts) -> Facts:
-    """Back-propagate through one row where only one is read; ``facts``, with those of what is added."""
+def narrow(work: Work) -> None:
+    """Back-propagate through one row where only one is read."""
+    graph, facts = work.graph, work.facts
     alive = live(graph, facts)
-    rows, mouths = _rows(graph, alive, facts)
+    rows, mouths = _rows(work, alive)
     if not any(n.target in PRODUCTS and _is_large(n) for n in rows):
-        return facts
+        for mouth, _ in mouths:
+            work.no(mouth, f"no product before it has more than {_SMALL} elements")
+        return
     entries = {n for n in rows if _is_entry(n, rows, alive, facts)}
     made: dict[Any, Node] = {}
     named = dict(facts)
@@ -69,6 +73,10 @@ def narrow(graph: Graph, facts: Facts) -> Facts:
         made[node, rows[node]] = new = _again(graph, node, rows[node], made)
         if node.name in facts:
             named[new.name] = facts[node.name]
+    again = {node.name: made[node, row] for node, row in rows.items()}
+    for new in again.values():  # a scale speaks of the row of its host
+        if (host := note(new).host) in again:
+            annotate(new, host=again[host].name)
     read = [(mouth, made[x, rows[x]]) for mouth, x in mouths]
     for node in entries:
         _cut(graph, node, set(made.values()))
@@ -77,7 +85,7 @@ def narrow(graph: Graph, facts: Facts) -> Facts:
     for node in rows.keys() - entries:
         _plain(graph, node)
     added = (n for n in graph.nodes if is_row(n) and n.name not in named)
-    return named | {n.name: _TAKEN for n in added if n.target in _TAKES}
+    work.facts = named | {n.name: _TAKEN for n in added if n.target in _TAKES}
 
 
 def is_row(node: Node) -> bool:
@@ -88,7 +96,7 @@ def is_row(node: Node) -> bool:
 # --- where one row is enough
 
 
-def _rows(graph: Graph, alive: set[Node], facts: Facts) -> tuple[dict[Node, Row], list[Any]]:
+def _rows(work: Work, alive: set[Node]) -> tuple[dict[Node, Row], list[Any]]:
     """The nodes of which one row gets a gradient, with that row; and who reads it, out of which of them.
 
     Each is made of one row of its operands, and of what has no rows or is there as a whole.
@@ -96,20 +104,22 @@ def _rows(graph: Graph, alive: set[Node], facts: Facts) -> tuple[dict[Node, Row]
     asked: dict[Node, set[Row | None]] = defaultdict(set)
     rows: dict[Node, Row] = {}
     readers: list[Node] = []
-    for node in reversed(graph.nodes):
+    for node in reversed(work.graph.nodes):
         if node not in alive:
             continue
-        made_of: dict[Any, Row] | None = None
+        made_of: dict[Any, Row] | str = ""
         if (row := _read_row(node)) is not None:
             made_of = {node.args[0]: row}
             readers.append(node)
         elif len(asked[node]) == 1 and (row := next(iter(asked[node]))) is not None:
             made_of = _made_of(node, row)
-            if made_of is not None:
+            if isinstance(made_of, str):
+                work.no(node, made_of)
+            else:
                 rows[node] = row
         for operand in node.all_input_nodes:
-            if takes_gradient(node, operand, alive, facts):
-                asked[operand].add((made_of or {}).get(operand))
+            if takes_gradient(node, operand, alive, work.facts):
+                asked[operand].add(None if isinstance(made_of, str) else made_of.get(operand))
     return rows, [(n, n.args[0]) for n in readers if n.args[0] in rows]
 
 
@@ -142,29 +152,31 @@ def _is_entry(node: Node, rows: dict[Node, Row], alive: set[Node], facts: Facts)
 # --- what a row is made of
 
 
-def _made_of(node: Node, row: Row) -> dict[Any, Row] | None:
-    """The operands of which one row makes ``row`` of a node, and that row; None if that is not known."""
+def _made_of(node: Node, row: Row) -> dict[Any, Row] | str:
+    """The operands of which one row makes ``row`` of a node, and that row; or why that is not known."""
     op = _op(node)
     source: Any = node.args[0] if node.args else None
     if is_scale(node) or node.target in (operator.getitem, idle):
         return {source: row}
     if not isinstance(op, torch._ops.OpOverload) or op._schema.is_mutable:
-        return None
+        return "what it computes is not known"
     if not all(is_sized(n) for n in (node, *node.all_input_nodes) if hasattr(first(n), "shape")):
-        return None
+        return "data decides a size of it"
     if torch.Tag.nondeterministic_seeded in op.tags and op is not _sdpa:
-        return None
+        return "it draws random numbers"
     axis, place = row
     if only_moves(node):
         before = _axis_before(node, axis)
-        return None if before is None else {source: (before, place)}
+        return "it moves the axis" if before is None else {source: (before, place)}
     if torch.Tag.pointwise in op.tags or op._opname in _KEEPS:
         return _broadcast(node, row)
     given = bind(op, node.args, node.kwargs)
     found = _parted(node, given, axis - len(sizes(node)), place)
     leaves = pytree.tree_leaves(list(given.values()))
-    if found is None or any(leaves.count(n) > 1 for n in found):  # one is there as a whole, too
-        return None
+    if found is None:
+        return "one token of it is made of several"
+    if any(leaves.count(n) > 1 for n in found):
+        return "an operand is there as a whole, too"
     return {n: (len(sizes(n)) + back, place) for n, back in found.items()}
 
 
@@ -245,7 +257,7 @@ def _queries(given: dict[str, Any], place: int) -> dict[Any, int] | None:
 def _again(graph: Graph, node: Node, row: Row, made: dict[Any, Node]) -> Node:
     """``row`` of a node, from rows of its operands."""
     operands = _made_of(node, row)
-    assert operands is not None
+    assert isinstance(operands, dict)
     if node.target is operator.getitem and (node.args[0], row) not in made:
         return _taken(graph, node, row, node.next)
 

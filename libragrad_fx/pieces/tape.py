@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from libragrad_fx.account.birth import Reference
 from libragrad_fx.account.certificate import compare
-from libragrad_fx.capture.composite import aten_ops, in_parts
+from libragrad_fx.capture.composite import every_op, in_parts
 from libragrad_fx.capture.context import traced_as_run
 from libragrad_fx.capture.state import untouched
 from libragrad_fx.decide import rulebook
@@ -100,7 +100,7 @@ def _own_kernels() -> Iterator[None]:
     """PyTorch's kernels as a model runs them: for some ops tracing takes stand-ins that are written in
     Python, with other bits (a resize of pictures, recurrent layers)."""
     keys = {_COMPOSITE, torch._C.DispatchKey.Autograd}
-    ops = [op for op in aten_ops() if not keys.isdisjoint(op.py_kernels)]
+    ops = [op for op in every_op() if not keys.isdisjoint(op.py_kernels)]
     with contextlib.ExitStack() as stack:
         for op in ops:
             kept = {k: f for k, f in op.py_kernels.items() if k not in keys}

@@ -17,7 +17,7 @@ from libragrad_fx.decide.roles import operands
 from libragrad_fx.graph.notes import Undo, annotate
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops import TWINS, insert
-from libragrad_fx.optimise.lean import lean
+from libragrad_fx.optimise.passes import optimise
 from libragrad_fx.rewrite.erase import erase
 from libragrad_fx.rewrite.probes import insert_probes
 from libragrad_fx.types import Action, Edit, History, Plan, Site, Trace
@@ -39,8 +39,8 @@ def rewrite(
         _apply(graph, by_name[edit.node], edit)
     short = None
     if history is not None:
-        short, facts = lean(_copy(graph)[0], history.facts)
-        history = dataclasses.replace(history, lean_facts=facts)
+        short, facts, passes = optimise(_copy(graph)[0], history.facts)
+        history = dataclasses.replace(history, lean_facts=facts, passes=passes)
     insert_probes(graph, trace.calls, by_name)
     graph.lint()
     record = dataclasses.replace(source.record, sites=sites, history=history)

@@ -25,10 +25,14 @@ COMPOSITES = {
     "combinations": lambda y: torch.combinations(y[:, 0]),
     "triplet_margin_loss": lambda y: F.triplet_margin_loss(y, y.roll(1, 1), y.roll(2, 1)),
     "gradient": lambda y: torch.gradient(y, dim=1)[0],
+    "pad_sequence": lambda y: nn.utils.rnn.pad_sequence([y[0], y[1][:3]], padding_value=0.5),
+    "block_diag of a part": lambda y: torch.block_diag(y, y[:1]),
+    "tensor_split": lambda y: torch.tensor_split(y, 4, 1)[2],
+    "vander": lambda y: torch.vander(y[:, 0], 3),
     "concatenate": lambda y: torch.concatenate([y, y]) * (y.max() > 0).logical_or(y.min() > 0),
 }
 
-WRITE = {"quantile", "nanquantile", "combinations"}
+WRITE = {"quantile", "nanquantile", "combinations", "pad_sequence", "vander"}
 """Those whose kernels write in place into what may have another name."""
 
 
@@ -79,3 +83,17 @@ def test_the_program_is_not_traced_again(name: str, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(capture.ExportedProgram, "run_decompositions", traced_again)
     lg.transform(*made(name))
+
+
+def test_a_composite_op_of_another_library(request: pytest.FixtureRequest) -> None:
+    library = torch.library.Library("composite_of_tests", "FRAGMENT")
+    request.addfinalizer(library._destroy)
+    library.define("doubled(Tensor x) -> Tensor")
+    library.impl("doubled", lambda x: F.gelu(x.diff()) * 2, "CompositeImplicitAutograd")
+
+    class Custom(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.composite_of_tests.doubled(x.sin())
+
+    x = torch.randn(3, 6, dtype=torch.float64)
+    assert lg.verify(Custom(), lg.transform(Custom(), x), x, weighed).ok

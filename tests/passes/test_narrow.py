@@ -57,7 +57,7 @@ def claims(call: Call) -> list[tuple[int, int]]:
     if not isinstance(value, torch.Tensor) or not graph.nodes:
         return []
     axes = [a for a, n in enumerate(value.shape) if n > 1]
-    return [(a, p) for a in axes for p in (0, -1) if narrow._made_of(node, (a, p)) is not None]
+    return [(a, p) for a in axes for p in (0, -1) if isinstance(narrow._made_of(node, (a, p)), dict)]
 
 
 X = torch.randn(3, 4, 5, dtype=F64)

@@ -1,0 +1,166 @@
+"""Back-propagates through the live features of a product alone.
+
+Of the fused qkv projection v alone carries a gradient. Balanced, its backward would still go through all
+rows of the weight, with zeros for q and k, after views had gathered them into a tensor. Here the product's
+result is cut off. Behind the views that lead to a live part, a ``graft`` sends the gradient to the
+product's operands directly, through the part's own rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from libragrad_fx.decide.flow import Facts, live, takes_gradient
+from libragrad_fx.graph.notes import Undo, annotate
+from libragrad_fx.graph.schema import bind
+from libragrad_fx.ops import insert
+from libragrad_fx.ops.binding import PRODUCTS
+from libragrad_fx.ops.insert import LEAN
+from libragrad_fx.optimise.graft import graft
+from libragrad_fx.optimise.views import is_sized, only_moves, replay, sizes
+from libragrad_fx.optimise.work import Work
+
+
+def graft_live(work: Work) -> None:
+    """Cut off every product of which not all features get a gradient, and graft its live parts."""
+    graph = work.graph
+    alive = live(graph, work.facts)
+    found = list(_parts(work, alive))
+    taken = [[u for u in p.end.users if takes_gradient(u, p.end, alive, work.facts)] for p in found]
+    for part, users in zip(found, taken, strict=True):
+        operands, conv = _operands(part.product)
+        with graph.inserting_after(part.end):
+            new = graph.call_function(graft, (part.end, *operands, conv, part.order, part.rows))
+        new.meta["val"] = part.end.meta["val"]
+        annotate(new, rule=LEAN, host=part.product.name, undo=Undo.PASS)
+        for user in users:
+            user.replace_input_with(part.end, new)
+    for product in dict.fromkeys(p.product for p in found):
+        with graph.inserting_after(product):
+            cut = graph.call_function(insert.stop, (product,))
+        annotate(cut, rule=LEAN, host=product.name, undo=Undo.PASS)
+        product.replace_all_uses_with(cut, delete_user_cb=lambda u, cut=cut: u is not cut)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a product's result of which alone a gradient comes back.
+
+    end:   the node that holds it: what views and copies make of the result of ``product``
+    order: for each axis of the result, the axes of ``end`` that make it up
+    rows:  the result's features that ``end`` holds, in its order
+    """
+
+    end: Node
+    product: Node
+    order: tuple[tuple[int, ...], ...]
+    rows: slice | tuple[int, ...]
+
+
+def _parts(work: Work, alive: set[Node]) -> Iterator[Part]:
+    """The live parts of every product of which not all features get a gradient."""
+    for node in work.graph.nodes:
+        if node.target not in PRODUCTS or node not in alive:
+            continue
+        if not _has_features(node):
+            work.no(node, "its weight is no matrix of one group")
+            continue
+        if not is_sized(node):
+            work.no(node, "data decides a size of it")
+            continue
+        parts = _cover(node, node, alive, work.facts)
+        if isinstance(parts, str):
+            work.no(node, parts)
+            continue
+        features = sizes(node)[PRODUCTS[node.target]]
+        dead = features - sum(_count(p.rows) for p in parts)
+        # Each part costs one more matrix product in the backward, and one more sum into the gradient of
+        # the input. So a split must save a quarter of the features for each part beyond the first.
+        if parts and dead > 0 and dead >= features * (len(parts) - 1) / 4:
+            yield from parts
+        elif parts and dead > 0:
+            work.no(node, f"{len(parts)} live parts would cost more than {dead} of {features} save")
+        else:
+            work.no(node, "all its features get a gradient")
+
+
+def _has_features(product: Node) -> bool:
+    """Whether a row of the weight makes a feature: it is a matrix, of one group."""
+    (_, weight, _), conv = _operands(product)
+    return len(sizes(weight)) > 1 and conv[-1:] in ((), (1,))
+
+
+def _operands(product: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(input, weight, bias), and of a convolution stride, padding, dilation and groups."""
+    values = tuple(bind(product.target, product.args, product.kwargs).values())  # type: ignore[arg-type]
+    return values[:3], values[3:]
+
+
+def _cover(product: Node, node: Node, alive: set[Node], facts: Facts) -> list[Part] | str:
+    """Parts that hold all of ``node`` that gets a gradient, as small as views can make them; or why there
+    are none."""
+    parts: list[Part] = []
+    for user in node.users:
+        if not takes_gradient(user, node, alive, facts):
+            continue
+        inner = _cover(product, user, alive, facts) if only_moves(user) else "read as a whole"
+        if isinstance(inner, str):
+            whole = part_of(product, node)
+            return whole if isinstance(whole, str) else [whole]
+        parts += inner
+    return parts
+
+
+def part_of(product: Node, end: Node) -> Part | str:
+    """Where the elements of ``end`` lie in ``product``'s result. They are a part of it where every other
+    axis is whole and in order, and the features lie along axes of their own; otherwise why they are none.
+    """
+    whole = torch.empty(sizes(product), device="meta")
+    view = replay(end, product, whole)
+    if view is whole:
+        return "all its features get a gradient"
+    if not torch.is_tensor(view) or view._base is not whole or view.numel() == 0:
+        return f"{end.name} is no view of it"  # a list of parts, a copy, nothing
+    feature = PRODUCTS[product.target] % whole.ndim  # type: ignore[index]
+    axes = [_axis(whole, n, s) for n, s in zip(view.shape, view.stride(), strict=True)]
+    first, rest = divmod(int(view.storage_offset()), int(whole.stride(feature)))
+    if None in axes or rest or first >= whole.shape[feature]:
+        return f"an axis of {end.name} runs over several of its axes"
+    held: list[list[int]] = [[] for _ in whole.shape]
+    for i, axis in enumerate(axes):
+        held[axis].append(i)  # type: ignore[index]
+    for axis, size in enumerate(whole.shape):
+        steps = [(view.shape[i], view.stride(i)) for i in held[axis] if view.shape[i] > 1]
+        if axis != feature and steps != ([(size, whole.stride(axis))] if size > 1 else []):
+            return f"{end.name} holds a part of another axis than that of the features"
+    held[feature].sort(key=lambda i: -view.stride(i))
+    rows = [first]
+    for i in held[feature]:
+        step = view.stride(i) // whole.stride(feature)
+        rows = [r + k * step for r in rows for k in range(view.shape[i])]
+    return Part(end, product, tuple(map(tuple, held)), _as_slice(rows))
+
+
+def _as_slice(rows: list[int]) -> slice | tuple[int, ...]:
+    """A slice where they lie side by side: it copies no weights."""
+    together = rows == list(range(rows[0], rows[0] + len(rows)))
+    return slice(rows[0], rows[0] + len(rows)) if together else tuple(rows)
+
+
+def _count(rows: slice | tuple[int, ...]) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def _axis(whole: torch.Tensor, size: int, stride: int) -> int | None:
+    """The axis of a contiguous tensor that ``size`` steps of ``stride`` stay in."""
+    for axis, (n, step) in enumerate(zip(whole.shape, whole.stride(), strict=True)):
+        if size == 1 or (
+            stride % step == 0 and stride * (size - 1) < step * n and stride < step * n
+        ):
+            return axis
+    return None

@@ -1,0 +1,88 @@
+"""Finds gated activations with their product: one op does both, and keeps two tensors (``gate``)."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from libragrad_fx.graph.notes import annotate
+from libragrad_fx.ops.binding import PRODUCTS
+from libragrad_fx.optimise.features import Part, part_of
+from libragrad_fx.optimise.scales import halved
+from libragrad_fx.optimise.views import is_sized, sizes
+from libragrad_fx.optimise.work import Work
+
+_CUTS = {"chunk", "split", "split_with_sizes", "tensor_split", "slice", "narrow"}
+Gate = tuple[int, bool, tuple[int, bool] | None]
+
+
+def mark(work: Work) -> None:
+    """Mark each ``act(x) * y`` of half the gradient; what runs calls one op for it (``execute``)."""
+    for node in work.graph.nodes:
+        product = halved(node)
+        if product is None or not all(isinstance(a, Node) for a in product.args):
+            continue
+        found = _gate(product)
+        if isinstance(found, str):
+            work.no(node, found)
+        elif found is not None:
+            annotate(node, gate=found)
+
+
+def _gate(product: Node) -> Gate | str | None:
+    """How a product is ``act(x) * y``, in the words of ``gated``; why not; None without an activation."""
+    reason = None
+    for at in (0, 1):
+        act: Any = product.args[at]
+        value: Any = product.args[1 - at]
+        if not hasattr(act.target, "slopes"):
+            continue
+        if len(act.users) > 1:
+            reason = "its activation is read by others"
+        elif not _alike(act, value):
+            reason = "its factors have different shapes or dtypes"
+        else:
+            x, y = (value, act.args[0]) if at else (act.args[0], value)
+            over = x is not y and all(n.target in PRODUCTS and len(n.users) == 1 for n in (x, y))
+            halves = _halves(x, y, {act, product})
+            return at, over or halves is not None, halves
+    return reason
+
+
+def _alike(a: Node, b: Node) -> bool:
+    """Whether two values have one shape, whatever the sizes of the inputs, and one dtype."""
+    x, y = a.meta["val"], b.meta["val"]
+    return a is not b and str(x.shape) == str(y.shape) and x.dtype == y.dtype
+
+
+def _halves(x: Any, y: Any, readers: set[Node]) -> tuple[int, bool] | None:
+    """The axis of a product's result of which ``x`` and ``y`` are the halves, that only ``readers``
+    read, and whether ``x`` is the second of them."""
+    product = x
+    while product.target not in PRODUCTS:
+        if not _only_cuts(product):
+            return None
+        product = product.args[0]
+    if x is y or not is_sized(product) or _readers(product) != readers:
+        return None
+    parts = [part_of(product, n) for n in (x, y)]
+    axis = PRODUCTS[product.target] % len(sizes(product))
+    half = sizes(product)[axis] // 2
+    first, second = slice(0, half), slice(half, 2 * half)
+    rows = [p.rows if isinstance(p, Part) else None for p in parts]
+    return (axis, rows[0] == second) if rows in ([first, second], [second, first]) else None
+
+
+def _only_cuts(node: Node) -> bool:
+    """Whether a node's value is its operand between two places of one axis, or a list of such."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._opname in _CUTS
+    return node.target is operator.getitem
+
+
+def _readers(node: Node) -> set[Node]:
+    """What reads a value, or what is cut out of it."""
+    return {r for u in node.users for r in (_readers(u) if _only_cuts(u) else {u})}

@@ -1,0 +1,102 @@
+"""The passes in order. What they make of a balanced graph runs where nobody listens to submodules.
+
+The balanced graph says what the backward *is*. Much of what it would compute is zero, or the same at each
+call. Every pass leaves the forward and the gradients as they are, and may be left out:
+
+    LIBRAGRAD_PASSES_OFF=token,features   those two are left out
+    LIBRAGRAD_DEBUG=passes                prints what each pass did, and why it left the rest
+
+Probes, which are for listeners, are not in the graph that comes in.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+from torch.fx import Graph
+
+from libragrad_fx.decide.flow import Facts
+from libragrad_fx.errors import InputError
+from libragrad_fx.graph.notes import note
+from libragrad_fx.ops import binding
+from libragrad_fx.optimise import features, fuse, narrow, reuse, scales
+from libragrad_fx.optimise.work import Work
+from libragrad_fx.types import Outcome
+
+
+class Pass(NamedTuple):
+    """One pass. does: what it saves, in a line."""
+
+    name: str
+    run: Callable[[Work], None]
+    does: str
+
+
+PASSES = (
+    Pass("dropouts", reuse.dropouts, "a dropout that drops nothing is its argument"),
+    Pass("token", narrow.narrow, "where one token is read, the gradient comes back through it alone"),
+    Pass("features", features.graft_live, "a fused projection sends back its live features alone"),
+    Pass("halves", scales.halve, "a product and the halving of its gradient are one op"),
+    Pass("joins", scales.merge, "cat([s·a, s·b]) is s·cat([a, b]): one gradient scale in place of n"),
+    Pass("gates", fuse.mark, "a gated activation and its product are one op, which keeps two tensors"),
+    Pass("constants", reuse.constants, "what depends on no input and no parameter is computed once"),
+    Pass("slices", reuse.slices, "x[:] is x"),
+    Pass("steps", reuse.steps, "places taken one by one from an axis are unbound together"),
+    Pass("memory", reuse.memory, "an op writes over its operand where nobody reads that again"),
+    Pass("bindings", lambda work: binding.mark(work.graph), "an op is called by PyTorch's own function"),
+)  # fmt: skip
+
+
+def optimise(
+    graph: Graph, facts: Facts, off: Collection[str] | None = None
+) -> tuple[Graph, Facts, tuple[Outcome, ...]]:
+    """A graph with ``graph``'s forward and gradients that does less, the facts about its ops, and what
+    each pass did.
+
+    Args:
+        graph: balanced, without probes, with the traced values in ``meta["val"]``; it is changed.
+        facts: by node, the row of its op.
+        off: names of passes to leave out; by default those in ``LIBRAGRAD_PASSES_OFF``.
+
+    Raises:
+        InputError: no pass has such a name.
+    """
+    if off is None:
+        off = os.environ.get("LIBRAGRAD_PASSES_OFF", "").replace(",", " ").split()
+    names = [p.name for p in PASSES]
+    if unknown := [n for n in off if n not in names]:
+        raise InputError(f"there is no pass {', '.join(unknown)}; there are {', '.join(names)}")
+    done = []
+    for step in PASSES:
+        if step.name not in off:
+            work = Work(graph, facts)
+            before = _looks(graph)
+            step.run(work)
+            facts, after = work.facts, _looks(graph)
+            changed = [name for name, look in after.items() if before.get(name) != look]
+            done.append(Outcome(step.name, tuple(changed), work.noes))
+    graph.lint()
+    if "passes" in os.environ.get("LIBRAGRAD_DEBUG", ""):
+        print(explain(done))
+    return graph, facts, tuple(done)
+
+
+def explain(done: Sequence[Outcome]) -> str:
+    """What each pass changed, and how often it said no for which reason, as text."""
+    lines = []
+    for outcome in done:
+        does = next(p.does for p in PASSES if p.name == outcome.name)
+        lines.append(f"{outcome.name:<10} {len(outcome.changed):>5} nodes  {does}")
+        for reason, times in Counter(outcome.noes.values()).most_common():
+            first = next(n for n, r in outcome.noes.items() if r == reason)
+            lines.append(
+                f"{'':<10} {times:>5} left   {reason} ({first}{', …' if times > 1 else ''})"
+            )
+    return "\n".join(lines)
+
+
+def _looks(graph: Graph) -> dict[str, object]:
+    return {n.name: (n.target, note(n), tuple(n.all_input_nodes)) for n in graph.nodes}

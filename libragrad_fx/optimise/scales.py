@@ -1,0 +1,83 @@
+"""Fewer gradient scales: each is a call from Python and a pass over memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from libragrad_fx.graph.notes import Undo, annotate
+from libragrad_fx.ops import insert
+from libragrad_fx.ops.insert import LEAN, is_scale
+from libragrad_fx.optimise.product import halved_mul
+from libragrad_fx.optimise.views import elements, is_sized, only_moves
+from libragrad_fx.optimise.work import Work
+
+aten = torch.ops.aten
+_SMALL = 2**16  # elements, below which a call from Python costs more than a pass over memory
+_JOINS = {aten.stack.default, aten.cat.default}
+
+
+def halve(work: Work) -> None:
+    """``mul`` and a scale by 1/2 on its result become one twin, where a pass over memory costs more
+    than a call from Python."""
+    for scale in list(filter(is_scale, work.graph.nodes)):
+        host = halved(scale)
+        if host is None:
+            continue
+        if is_sized(host) and elements(host) <= _SMALL:
+            work.no(host, f"it has no more than {_SMALL} elements")
+            continue
+        host.target = halved_mul
+        annotate(host, rule=LEAN, host=host.name)
+        scale.replace_all_uses_with(host)
+        work.graph.erase_node(scale)
+
+
+def halved(node: Node) -> Node | None:
+    """The product of two real values whose result, of half the gradient, ``node`` is."""
+    if node.target is halved_mul:
+        return node
+    if not is_scale(node):
+        return None
+    host, factor, *_ = node.args
+    assert isinstance(host, Node)
+    alone = host.target is aten.mul.Tensor and factor == 0.5 and len(host.users) == 1
+    return host if alone and not host.meta["val"].is_complex() else None
+
+
+def merge(work: Work) -> None:
+    """cat([s·a, s·b]) becomes s·cat([a, b]): the steps of a scan have many equal scales."""
+    for node in [n for n in work.graph.nodes if n.target in _JOINS]:
+        reason = _merge(work.graph, node)
+        if reason is not None:
+            work.no(node, reason)
+
+
+def _merge(graph: Graph, join: Node) -> str | None:
+    joined: Any = join.args[0]
+    found = [_scale_above(x) for x in joined] if isinstance(joined, list | tuple) else []
+    scales = [s for s in found if s is not None]
+    if not scales:
+        return None
+    if len(scales) < max(2, len(found)):
+        return "not all that it joins has a gradient scale of its own"
+    if len({s.args[1:] for s in scales}) > 1:
+        return "what it joins is scaled by different factors"
+    with graph.inserting_after(join):
+        behind = graph.call_function(insert.scale, (join, *scales[0].args[1:]))
+    behind.meta["val"] = join.meta["val"]
+    annotate(behind, rule=LEAN, host=join.name, undo=Undo.PASS)
+    join.replace_all_uses_with(behind, delete_user_cb=lambda user: user is not behind)
+    for scale in dict.fromkeys(scales):
+        scale.replace_all_uses_with(scale.args[0])  # type: ignore[arg-type]
+        graph.erase_node(scale)
+    return None
+
+
+def _scale_above(node: Any) -> Node | None:
+    """The gradient scale that a value is read through, views and copies apart, and by nobody else."""
+    while len(node.users) == 1 and not is_scale(node) and only_moves(node):
+        node = node.args[0]
+    return node if is_scale(node) and len(node.users) == 1 and node.args[1] else None

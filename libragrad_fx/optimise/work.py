@@ -1,0 +1,25 @@
+"""What a pass works on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch.fx import Graph, Node
+
+from libragrad_fx.decide.flow import Facts
+
+
+@dataclasses.dataclass
+class Work:
+    """A graph that is being made to do less.
+
+    facts: by node, the row of its op; a pass adds those of what it adds
+    noes:  why a node that a pass might have changed was left as it is
+    """
+
+    graph: Graph
+    facts: Facts
+    noes: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def no(self, node: Node, reason: str) -> None:
+        self.noes[node.name] = reason
