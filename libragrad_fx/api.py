@@ -32,8 +32,6 @@ from libragrad_fx.pieces.tape import transform_by_tape
 from libragrad_fx.stages import ONE_AT_A_TIME, Decision, balance, decide, plain
 from libragrad_fx.target import Arguments, as_call, largest
 from libragrad_fx.types import Certificate, Ledger, Plan
-from libragrad_fx.viz import graph as pictures
-from libragrad_fx.viz.write import check_path, write
 
 
 def transform(
@@ -294,6 +292,8 @@ def visualize(
             nodes, no inputs to be inferred, nothing that joins, a number that is not finite.
         LibraGradError: ``pip install 'libragrad-fx[graph]'`` is missing.
     """
+    from libragrad_fx.viz.write import check_path, write
+
     check_path(path, view)
     if depth < 1:
         raise InputError(f"depth is at least 1, got {depth}")
@@ -306,6 +306,8 @@ def visualize(
 
 def gradient_graph(model: torch.nn.Module, inputs: Any = None, target: Any = None) -> Any:
     """The graph that ``visualize`` draws, as a ``networkx.DiGraph``: see ``viz.graph``."""
+    from libragrad_fx.viz import graph as pictures  # who draws nothing imports no networkx
+
     gm, inputs = _balanced_with_inputs(model, inputs)
     if target is None:
         args, kwargs = as_call(inputs)

@@ -11,7 +11,6 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import networkx as nx
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -108,6 +107,8 @@ def positions(
         sizes: node -> shape of its value in this run, of tensors and of tuples of them (``()``).
         floating: the inputs that carry a gradient.
     """
+    import networkx as nx  # who attributes nothing does not wait for it
+
     starts = module.record.starts
     signal: set[str] = set()
     shared: nx.Graph = nx.Graph()

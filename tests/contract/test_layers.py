@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,20 @@ def test_private_names_of_torch_are_listed() -> None:
         for name in private_names(path):
             found.setdefault(name, set()).add(room_of(path))
     assert found == PRIVATE
+
+
+def test_pictures_are_imported_by_who_draws() -> None:
+    code = (
+        "import sys, libragrad_fx;"
+        "print([m for m in sys.modules if m == 'networkx' or m.startswith('libragrad_fx.viz')])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"
+
+
+def test_the_architecture_page_is_of_this_code() -> None:
+    tool = ROOT.parent / "tools" / "architecture.py"
+    subprocess.run([sys.executable, tool, "--check"], cwd=ROOT.parent, check=True)
 
 
 def test_the_package_can_be_read_in_an_afternoon() -> None:
