@@ -187,7 +187,10 @@ def scaled_dot_product_attention(
     query, key = query.detach(), key.detach()
     extra = {"scale": scale, "enable_gqa": enable_gqa}
     named = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
-    # what is dropped cannot be recomputed; a compiler fuses it better; elsewhere one fused kernel
+    # PyTorch's own op, with q and k detached, is right everywhere. Ours saves memory, but
+    # - weights that a dropout has drawn cannot be computed again;
+    # - on other devices PyTorch's fused kernel is faster;
+    # - for few keys, and under a compiler, which fuses it better, there is nothing to save (``_is_cheap``).
     if dropout_p > 0 or query.device.type != "cpu" or _is_cheap(query, key):
         if named:  # it requires grad as before, and gets none
             attn_mask = insert.scale(attn_mask, 0.0)  # type: ignore[arg-type]

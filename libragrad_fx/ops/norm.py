@@ -190,16 +190,16 @@ def _batch_norm(
 
 layer_norm = twin(
     aten.layer_norm.default, _layer_norm, forward=_native_layer_norm, extras=("mean", "rstd"),
-    saves=("weight", "rstd", "mean", "input"), for_others=("mean", "input"),
+    saves=("weight", "rstd", "mean", "input"), if_params=("mean", "input"),
 )  # fmt: skip
 rms_norm = twin(
     aten.rms_norm.default, _rms_norm, forward=_rms_norm_kept, extras=("rstd",),
-    saves=("weight", "rstd", "input"), for_others=("input",),
+    saves=("weight", "rstd", "input"), if_params=("input",),
 )  # fmt: skip
 _SAVES = ("input", "weight")
 group_norm = twin(
     aten.group_norm.default, _group_norm, forward=_native_group_norm, extras=("mean", "rstd"),
-    saves=("weight", "rstd", "mean", "input"), for_others=("mean", "input"),
+    saves=("weight", "rstd", "mean", "input"), if_params=("mean", "input"),
 )  # fmt: skip
 instance_norm = twin(aten.instance_norm.default, _instance_norm, saves=_SAVES)
 batch_norm = twin(aten.batch_norm.default, _batch_norm, saves=_SAVES)

@@ -37,7 +37,7 @@ def twin(
     *,
     saves: Sequence[str],
     extras: Sequence[str] = (),
-    for_others: Sequence[str] = (),
+    if_params: Sequence[str] = (),
     compact: Sequence[str] = (),
     name: str | None = None,
     forward: Callable[..., Any] | None = None,
@@ -53,13 +53,13 @@ def twin(
     forward:    computes the same bits as ``op`` from the same arguments; ``op`` itself by default.
     extras:     names of what ``forward`` returns behind the op's output, for ``vjp`` alone; one that
                 ``saves`` names may be None.
-    for_others: what is saved only where an argument beside the first needs a gradient.
+    if_params:  what is saved only if an argument beside the first, a parameter, wants its gradient.
     compact:    what is saved as a copy where it is part of something larger, which is then let go.
     over:       as ``forward``, and may write over its first argument. The twin has a second form then,
                 ``twin.over``, for where nobody else reads that.
     """
     made = _Form(op, name or op._schema.name.split("::")[1], vjp, tuple(saves), tuple(extras),
-                 tuple(for_others), tuple(compact))  # fmt: skip
+                 tuple(if_params), tuple(compact))  # fmt: skip
     run = forward or binding(op) or op
     watched_by = _function(made, run), _custom_op(made, forward or op)
     call = _caller(made, _eager(made, run), *watched_by)
@@ -77,7 +77,7 @@ class _Form:
     vjp: Vjp
     saves: tuple[str, ...]
     extras: tuple[str, ...]
-    for_others: tuple[str, ...]
+    if_params: tuple[str, ...]
     compact: tuple[str, ...]
 
     @property
@@ -124,7 +124,7 @@ def _saver(form: _Form) -> Save:
     names, _, _ = signature(form.op)
     place = {n: i for i, n in enumerate((*names, "result", *form.extras))}
     every = [place[n] for n in form.saves]
-    few = [-1 if n in form.for_others else place[n] for n in form.saves]  # the last is None
+    few = [-1 if n in form.if_params else place[n] for n in form.saves]  # the last is None
     alone = [i for i, n in enumerate(form.saves) if n in form.compact]
     plain = [place[n] for n in form.plain]
     lists = form.lists

@@ -1,5 +1,7 @@
-"""The graph as it is called: with shorter ways to say the same, and with memory written over that
-nobody reads again. It is made anew from the lean graph, which is what is kept and pickled."""
+"""Generates the code that runs: bindings for ops, in place where the operand is dead, constants folded.
+
+It is made anew from the lean graph when a module is loaded; the lean graph is what is pickled.
+"""
 
 from __future__ import annotations
 

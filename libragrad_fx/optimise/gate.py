@@ -21,7 +21,7 @@ from libragrad_fx.optimise.product import halved_mul
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that cannot be differentiated by what it was computed from, which is not kept."""
+    """Raises on a second derivative: only slope·y/2 and act(x)/2 were saved, not x and y."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

@@ -317,7 +317,7 @@ def _cut(graph: Graph, node: Node, made: set[Node]) -> None:
 
 
 def _join(graph: Graph, mouth: Node, row: Node) -> None:
-    """The value of a row of the whole, with the gradient of the row that was computed again."""
+    """Forward: the token from the full tensor. Backward: into the token that was computed again."""
     path = row
     with graph.inserting_before(mouth.next):
         value = graph.call_function(insert.stop, (mouth,))
