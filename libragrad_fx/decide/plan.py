@@ -53,7 +53,8 @@ def plan(trace: Trace, analysis: Analysis, book: RuleBook, on_unknown: str = "ra
     unknown = (*analysis.unruled, *planner.unknown)
     if unknown and on_unknown == "raise":
         listing = "\n".join(str(f) for f in unknown)
-        raise UnknownOpError(f"{len(unknown)} ops on a live gradient path have no rule:\n{listing}")
+        many = f"{len(unknown)} ops" if len(unknown) > 1 else "1 op"
+        raise UnknownOpError(f"no rule balances {many} on a live gradient path:\n{listing}")
     notes = [*trace.notes, *_gate_notes(trace, analysis)]
     return Plan(
         policy=book.policy,

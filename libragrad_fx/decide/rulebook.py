@@ -29,6 +29,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "at_zero": _NUMBER, "affine_if": (Mapping,), "unless": (Mapping,), "registered_by": (str,),
     "constant": (bool,),
 }  # fmt: skip
+_BY_TWIN = {
+    Kind.GATED: Action.SECANT, Kind.GATE_SOURCE: Action.SECANT, Kind.RECURRENT: Action.SECANT,
+    Kind.NORMALISER: Action.FREEZE_SCALE,
+}  # fmt: skip
+"""What the twins of a kind do about a value that carries."""
 _UNREADABLE = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
 _FIELDS = {f.name for f in dataclasses.fields(OpFacts)} - {"where"}
 
@@ -101,8 +106,10 @@ def load(policy: str | Path = "libra", rules: Any = None) -> RuleBook:
         known = False
     if not known:
         names = sorted(p.stem for p in folder.glob("*.yaml") if p.stem != "ops")
+        looked = f" (looked in {Path.cwd()})" if file.suffix and not file.is_absolute() else ""
         raise RuleError(
-            f"no policy {str(policy)!r:.80}: give one of {', '.join(names)}, or a .yaml file"
+            f"no policy {str(policy)!r:.80}{looked}: give one of {', '.join(names)}, or a .yaml file"
+            " that there is"
         )
     name, rows = _load_policy(file)
     facts = _shipped_facts(folder / "ops.yaml", (folder / "ops.yaml").stat().st_mtime_ns)
@@ -250,7 +257,10 @@ def _check_schema(row: OpFacts) -> None:
     except AttributeError as e:
         if row.registered_by is not None:
             return  # of a library that is not in use: no graph holds it
-        raise RuleError(f"{row.where}: PyTorch {torch.__version__} has no op {row.op}") from e
+        raise RuleError(
+            f"{row.where}: no op {row.op} is registered in this process: write it as namespace.name"
+            " (mylib.fold), and import what registers it first"
+        ) from e
     arguments: dict[str, str] = {}
     for a in (a for o in overloads for a in o._schema.arguments):
         arguments[a.name] = f"{arguments.get(a.name, '')} {a.type}".strip()
@@ -276,7 +286,20 @@ def _policy_row(values: dict[str, Any], where: Location) -> PolicyRow:
         raise RuleError(
             f"{where}: a cut is a fact about an op, not a policy: stop is what you want"
         )
+    if action not in (able := _actions(kind, values["site"])):
+        raise RuleError(
+            f"{where}: {action} cannot be done to {kind}/{values['site']}: give {' or '.join(able)}"
+        )
     return PolicyRow(kind, values["site"], action, str(values["cite"]), where)
+
+
+def _actions(kind: Kind, site: str) -> list[Action]:
+    """What a plan can do about a site."""
+    if site in ("gate", "denominator"):
+        return [Action.KEEP, Action.STOP]
+    if site == "values":
+        return [Action.KEEP, Action.SCALE]
+    return [Action.KEEP, *([_BY_TWIN[kind]] if kind in _BY_TWIN else [])]
 
 
 def _keys(values: dict[str, Any], known: set[str], required: set[str], where: Location) -> None:

@@ -75,6 +75,13 @@ BAD_POLICIES = {
     "unknown action": ("policy: p\nrows:\n- {kind: linear, site: value, action: sing, cite: c}", 3, "sing"),
     "unknown site": ("policy: p\nrows:\n- {kind: linear, site: nowhere, action: keep, cite: c}", 3, "nowhere"),
     "site that is no word": ("policy: p\nrows:\n- {kind: linear, site: [gate], action: keep, cite: c}", 3, "gate"),
+    "an action that the kind cannot": (
+        "policy: p\nrows:\n- {kind: attention, site: value, action: scale, cite: c}", 3,
+        "scale cannot be done to attention/value: give keep",
+    ),
+    "an action that the site cannot": (
+        "policy: p\nrows:\n- {kind: gated, site: gate, action: secant, cite: c}", 3, "give keep or stop",
+    ),
     "unreachable row": (f"policy: p\nrows:\n- {ROW}\n- {ROW}", 4, "unreachable"),
     "a rule for cuts": ("policy: p\nrows:\n- {kind: cut, site: value, action: keep, cite: c}", 3, "unreachable"),
     "a cut as a policy": ("policy: p\nrows:\n- {kind: linear, site: value, action: cut, cite: c}", 3, "a fact about"),

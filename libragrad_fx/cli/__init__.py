@@ -1,0 +1,35 @@
+# ruff: noqa: I001
+"""The command line. Results go to stdout, what is said about them to stderr.
+
+Exit codes: 0 done; 1 a verification failed; 2 bad usage, or an error that one line explains.
+"""
+
+from __future__ import annotations
+
+# imported in the order of the help page
+from libragrad_fx.cli.demo import demo
+from libragrad_fx.cli.explain import explain
+from libragrad_fx.cli.plan import plan
+from libragrad_fx.cli.verify import verify
+from libragrad_fx.cli.audit import audit
+from libragrad_fx.cli.graph import graph
+from libragrad_fx.cli.bench import bench
+from libragrad_fx.cli.coverage import coverage
+from libragrad_fx.cli.options import app
+
+__all__ = [
+    "app",
+    "audit",
+    "bench",
+    "coverage",
+    "demo",
+    "explain",
+    "graph",
+    "main",
+    "plan",
+    "verify",
+]
+
+
+def main() -> None:
+    app(prog_name="libragrad")

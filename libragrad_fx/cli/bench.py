@@ -1,0 +1,66 @@
+"""``libragrad bench``: time the balanced backward against autograd's."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+
+import libragrad_fx as lg
+from libragrad_fx.cli.common import (
+    guessed_inputs,
+    load_model,
+    working,
+)
+from libragrad_fx.cli.options import (
+    ModelName,
+    Seed,
+    app,
+)
+from libragrad_fx.errors import (
+    InputError,
+)
+from libragrad_fx.target import middle, select
+
+
+@app.command(short_help="Time the balanced backward against autograd's.")
+def bench(
+    model: ModelName,
+    batch: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each side is run.")] = 10,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Leave parameters requiring gradients.")
+    ] = False,
+    seed: Seed = 0,
+) -> None:
+    """Run forward and backward to the input, plain and balanced in turns, and print what they cost.
+
+    "operations" is the share that is left of the plain side's matrix products: what the time would
+    be if nothing else cost anything.
+    """
+    from libragrad_fx.bench import HEAD, compare, gradient
+
+    torch.set_num_threads(threads)
+    module = load_model(model, False, None, seed).module
+    module.requires_grad_(weights)
+    with working("capturing the model") as say:
+        inputs = guessed_inputs(module, seed)
+        (x,) = inputs if isinstance(inputs, tuple) and len(inputs) == 1 else (None,)
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            raise InputError(
+                f"bench times the gradient of one image-like input; {model} takes others"
+            )
+        x = torch.randn(batch, *x.shape[1:], dtype=x.dtype)
+        gm = lg.transform(module, x)
+        say("timing")
+        sides = {
+            n: gradient(lambda z, m=m: select(m(z), middle))
+            for n, m in (("plain", module), ("balanced", gm))
+        }
+        found = compare(sides, x, rounds)
+    typer.echo(
+        f"{model}, {tuple(x.shape)}, {x.dtype}, {threads} threads, torch {torch.__version__}"
+    )
+    typer.echo("\n".join([HEAD, *(c.against(found[0]) for c in found)]))

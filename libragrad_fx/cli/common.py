@@ -1,0 +1,78 @@
+"""What several commands do: load a model, make inputs, write a file, show that work goes on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from torch.utils import _pytree as pytree
+
+from libragrad_fx import models
+from libragrad_fx.capture.examples import infer_inputs
+from libragrad_fx.errors import (
+    InputError,
+)
+from libragrad_fx.target import largest
+
+
+def load_model(name: str, pretrained: bool, checkpoint: Path | None, seed: int) -> models.Loaded:
+    with working(f"building {name}"):
+        loaded = models.resolve(name, pretrained, checkpoint, seed)
+    if loaded.weights == "random":
+        typer.echo(
+            f"note: the weights of {name} are random (--pretrained or --checkpoint)", err=True
+        )
+    return loaded
+
+
+@contextlib.contextmanager
+def working(what: str) -> Iterator[Any]:
+    """A spinner on a terminal, silence elsewhere. Yields a function that renames the work."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status(what) as status:
+        yield status.update
+
+
+def dtype_of(module: torch.nn.Module) -> torch.dtype:
+    found = (p.dtype for p in module.parameters() if p.is_floating_point())
+    return next(found, torch.float32)
+
+
+def guessed_inputs(module: torch.nn.Module, seed: int) -> Any:
+    torch.manual_seed(seed)
+    args, kwargs = infer_inputs(module)
+    dtype = dtype_of(module)  # a model that brings its own example brings it in its own dtype
+    return pytree.tree_map_only(
+        torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, kwargs or args
+    )
+
+
+def run_once(module: torch.nn.Module, inputs: Any) -> Any:
+    with torch.no_grad():
+        if isinstance(inputs, dict):
+            return module(**inputs)
+        return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
+
+
+def target_of(module: torch.nn.Module, inputs: Any, index: int | None) -> Any:
+    return index if index is not None else largest(run_once(module, inputs))
+
+
+def write_file(file: Path, content: Any) -> None:
+    """Write bytes, or let a function write, making the folder; an error is one line."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if callable(content):
+            content(file)
+        else:
+            file.write_bytes(content)
+    except OSError as e:
+        raise InputError(f"cannot write {str(file)!r}: {e.strerror or e}") from e

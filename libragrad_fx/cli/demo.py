@@ -1,0 +1,40 @@
+"""``libragrad demo``: write the demo page."""
+
+from __future__ import annotations
+
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from libragrad_fx.cli.common import (
+    working,
+    write_file,
+)
+from libragrad_fx.cli.options import (
+    app,
+)
+
+
+@app.command(short_help="Write a page that shows the difference; offline.")
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page.")] = Path(
+        "out/demo.html"
+    ),
+    images: Annotated[int, typer.Option(min=1, max=64, help="Pictures shown for each model.")] = 6,
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Write a page that shows the difference on two small trained models. Needs no network.
+
+    One self-contained HTML file: plain and balanced heat maps of a vision transformer and a mixer,
+    their errors, the certificates, and every change that was made to the backward.
+    """
+    from libragrad_fx.demo import build as builder  # its dependencies are an extra
+
+    with working("two models") as say:
+        text = builder.page(images, say)
+    write_file(output, text.encode())
+    typer.echo(f"wrote {output}")
+    if show:
+        webbrowser.open(output.resolve().as_uri())

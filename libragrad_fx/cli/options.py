@@ -1,0 +1,118 @@
+"""The command line itself: its options, and how it says what went wrong."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from typer.core import TyperGroup
+
+import libragrad_fx as lg
+from libragrad_fx.errors import (
+    CustomBackwardWarning,
+    CutWarning,
+    GateOutputWarning,
+    LibraGradError,
+)
+
+
+class _OneLineErrors(TyperGroup):
+    """The library's errors become one line and exit code 2; ``--debug`` shows where they arose."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _say_warning
+                return super().invoke(ctx)
+        except LibraGradError as e:
+            if ctx.params.get("debug"):
+                typer.echo("".join(traceback.format_exception(e)), err=True, nl=False)
+            typer.echo(f"error: {one_line(e)}", err=True)
+            raise typer.Exit(2) from e
+
+
+def _say_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, (CustomBackwardWarning, CutWarning, GateOutputWarning)):
+        typer.echo(f"warning: {one_line(message)}", err=True)
+
+
+def one_line(message: Any) -> str:
+    return " ".join(str(message).split())
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"libragrad {lg.__version__} (torch {torch.__version__})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the full traceback of an error.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version.")
+    ] = False,
+) -> None:
+    """Explain any PyTorch model with a balanced backward pass, at an unchanged forward.
+
+    A model is a timm name (vit_base_patch16_224), torchvision:NAME, or package.module:factory, a
+    function of yours that returns an nn.Module. Start with: libragrad demo
+    """
+
+
+ModelName = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="timm name, torchvision:NAME or package.module:factory."),
+]
+
+
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the published weights.")]
+
+
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Weights: safetensors, or a torch state dict (no code is run)."
+    ),
+]
+
+
+TargetIndex = Annotated[
+    int | None, typer.Option(min=0, help="Class to explain; the model's own answer if not given.")
+]
+
+
+Policy = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|FILE", help="What to balance, and how: libra, cp_lrp or a .yaml file."
+    ),
+]
+
+
+Rules = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Facts about more ops (grammar: rules/README.md)."),
+]
+
+
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of random weights and inputs.")]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -1,0 +1,48 @@
+"""``libragrad plan``: list what would change in the backward."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import libragrad_fx as lg
+from libragrad_fx.cli.common import (
+    load_model,
+    working,
+)
+from libragrad_fx.cli.options import (
+    Json,
+    ModelName,
+    Policy,
+    Rules,
+    app,
+)
+from libragrad_fx.errors import (
+    InputError,
+)
+
+
+@app.command(short_help="List what would change in the backward, and why.")
+def plan(
+    model: ModelName,
+    policy: Policy = "libra",
+    rules: Rules = None,
+    why: Annotated[str | None, typer.Option(metavar="NODE", help="Explain one node only.")] = None,
+    json: Json = False,
+) -> None:
+    """List what would change in a model's backward, node by node, with the rule and the reason."""
+    module = load_model(model, False, None, seed=0).module
+    with working("capturing the model"):
+        made = lg.plan(module, policy=policy, rules=rules)
+    if why is not None:
+        typer.echo(_explain_node(made, why))
+    else:
+        typer.echo(made.to_json() if json else str(made))
+
+
+def _explain_node(made: lg.Plan, node: str) -> str:
+    try:
+        return made.explain(node)
+    except KeyError as e:
+        raise InputError(e.args[0]) from e
