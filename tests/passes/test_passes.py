@@ -73,7 +73,11 @@ def balanced() -> torch.Tensor:
     return gradient(module, x)
 
 
-@pytest.mark.parametrize("off", [(), *((n,) for n in NAMES), NAMES], ids="-".join)
+@pytest.mark.parametrize(
+    "off",
+    [(), NAMES, *(pytest.param((n,), marks=pytest.mark.slow) for n in NAMES)],
+    ids=lambda off: "-".join(off) or "none",
+)
 def test_a_pass_can_be_left_out(off: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module, model, x = made(off, monkeypatch)
     assert torch.equal(module(x), model(x))
