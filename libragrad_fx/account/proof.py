@@ -16,12 +16,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from libragrad_fx.decide.flow import hands_on, passes, reach
-from libragrad_fx.decide.roles import (
-    finding,
-    is_affine,
-    is_inexact,
-    kind_of,
-)
+from libragrad_fx.decide.roles import finding, is_affine, is_inexact, kind_of
 from libragrad_fx.graph.notes import note
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops import insert

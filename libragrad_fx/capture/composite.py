@@ -19,13 +19,14 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.graph.alias import functional, is_composite, is_fresh
+from libragrad_fx.graph.origin import origin
 from libragrad_fx.target import inexact
 
 Known = Callable[[Any], bool]
 Parts = dict[Any, Callable[..., Any]]
 _COPY = torch.ops.aten.copy_.default
 """It has no fact: the normal form spells it as a cast and an expansion."""
-_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 def every_op() -> tuple[torch._ops.OpOverload, ...]:
@@ -58,7 +59,7 @@ def _called(op: Any, *args: Any, **kwargs: Any) -> Any:
     does, and the unpacking of sequences) is no graph, and its op is traced as one."""
     graph = get_proxy_mode().tracer.graph  # type: ignore[union-attr]
     before = len(graph.nodes)
-    result = op._op_dk(_COMPOSITE, *args, **kwargs)
+    result = op._op_dk(COMPOSITE, *args, **kwargs)
     made = [*graph.nodes][before:]
     if not any(_is_unfilled(n, made) for n in made):
         return result
@@ -141,9 +142,8 @@ def _replace(node: Node, parts: Graph) -> None:
     env = dict(zip(arguments, node.all_input_nodes, strict=True))
     with graph.inserting_before(node):
         result = graph.graph_copy(parts, env)
-    where = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
     for new in (env[n] for n in parts.nodes if n.op == "call_function"):
-        new.meta = {**new.meta, **where}
+        new.meta = {**new.meta, **origin(node)}
     for user in list(node.users):
         if isinstance(result, (tuple, list)):  # of which exported graphs look members up
             user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index,arg-type]

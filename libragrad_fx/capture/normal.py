@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.capture.context import Call
 from libragrad_fx.capture.export import Capture, size_of
 from libragrad_fx.errors import CaptureError, ExportError
-from libragrad_fx.graph.origin import source_line
+from libragrad_fx.graph.origin import origin, source_line
 from libragrad_fx.graph.schema import bind
 from libragrad_fx.module.captured import CapturedModule, Record
 from libragrad_fx.module.shells import Structure, shell_tree
@@ -271,9 +271,7 @@ class _Normaliser:
 
     def _emit(self, target: Any, args: Any, kwargs: Any, like: Node) -> Node:
         new = self.graph.create_node("call_function", target, args, kwargs, like.name)
-        for key in ("nn_module_stack", "stack_trace"):
-            if key in like.meta:
-                new.meta[key] = like.meta[key]
+        new.meta |= origin(like)
         new.meta["val"] = like.meta.get("val")
         if target is aten.batch_norm.default and isinstance(new.meta["val"], (tuple, list)):
             new.meta["val"] = new.meta["val"][0]

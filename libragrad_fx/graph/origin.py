@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from torch.fx import Node
+
+
+def origin(node: Node) -> dict[str, Any]:
+    """What a node's ``meta`` says of where it comes from, for a node that is put in its place."""
+    return {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
 
 
 def source_line(node: Node) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch.fx.node import map_aggregate
 
 from libragrad_fx.graph import notes
+from libragrad_fx.graph.origin import origin
 from libragrad_fx.ops import TWINS, insert
 
 _INSERTS = {
@@ -33,13 +34,15 @@ class _Constant:
 def spelled(graph: torch.fx.Graph) -> list[Any]:
     return [
         (n.op, n.name, _encode(n.target) if n.op == "call_function" else n.target,
-         _refs(n.args), _refs(n.kwargs), {k: _plain(n.meta[k]) for k in _KEPT if k in n.meta})
+         _refs(n.args), _refs(n.kwargs), {k: _plain(v) for k, v in _kept(n).items()})
         for n in graph.nodes
     ]  # fmt: skip
 
 
-_KEPT = (notes.KEY, "nn_module_stack", "stack_trace")
-"""What is pickled of a node's ``meta``: our note, and where the node comes from in the user's code."""
+def _kept(node: torch.fx.Node) -> dict[str, Any]:
+    """What is pickled of a node's ``meta``: our note, and where the node comes from in the user's code."""
+    noted = {notes.KEY: node.meta[notes.KEY]} if notes.KEY in node.meta else {}
+    return noted | origin(node)
 
 
 def _plain(value: Any) -> Any:

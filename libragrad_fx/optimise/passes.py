@@ -70,13 +70,14 @@ def optimise(
     if unknown := [n for n in off if n not in names]:
         raise InputError(f"there is no pass {', '.join(unknown)}; there are {', '.join(names)}")
     done = []
+    before = _looks(graph)
     for step in PASSES:
         if step.name not in off:
             work = Work(graph, facts)
-            before = _looks(graph)
             step.run(work)
             facts, after = work.facts, _looks(graph)
             changed = [name for name, look in after.items() if before.get(name) != look]
+            before = after
             done.append(Outcome(step.name, tuple(changed), work.noes))
     graph.lint()
     if "passes" in os.environ.get("LIBRAGRAD_DEBUG", ""):

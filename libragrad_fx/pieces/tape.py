@@ -24,12 +24,13 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from libragrad_fx.account.birth import Reference
 from libragrad_fx.account.certificate import compare
-from libragrad_fx.capture.composite import every_op, in_parts
+from libragrad_fx.capture.composite import COMPOSITE, every_op, in_parts
 from libragrad_fx.capture.context import traced_as_run
 from libragrad_fx.capture.state import untouched
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.rulebook import RuleBook
 from libragrad_fx.errors import CaptureError, CutWarning, LibraGradError, VerificationError
+from libragrad_fx.graph.origin import origin
 from libragrad_fx.pieces.dynamo import HELD, MOVES, STILL, CutModule, Run, prove_born
 from libragrad_fx.pieces.freeze import freeze, has_effect
 from libragrad_fx.rewrite.erase import spell
@@ -92,14 +93,11 @@ def record(model: nn.Module, args: Any, kwargs: Any, book: RuleBook) -> Tape:
     return Tape(*_parametric(traced), outputs, restore)
 
 
-_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
-
-
 @contextlib.contextmanager
 def _own_kernels() -> Iterator[None]:
     """PyTorch's kernels as a model runs them: for some ops tracing takes stand-ins that are written in
     Python, with other bits (a resize of pictures, recurrent layers)."""
-    keys = {_COMPOSITE, torch._C.DispatchKey.Autograd}
+    keys = {COMPOSITE, torch._C.DispatchKey.Autograd}
     ops = [op for op in every_op() if not keys.isdisjoint(op.py_kernels)]
     with contextlib.ExitStack() as stack:
         for op in ops:
@@ -145,7 +143,7 @@ def _parametric(traced: GraphModule) -> tuple[GraphModule, list[torch.Tensor]]:
         node.replace_all_uses_with(known[id(value)])
         graph.erase_node(node)
     for node in graph.nodes:  # where a tensor came from is of no use any more, and holds it
-        node.meta = {k: v for k, v in node.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        node.meta = origin(node)
     graph.lint()
     return GraphModule(nn.Module(), graph), held
 

@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 
 from libragrad_fx.decide.roles import operands
 from libragrad_fx.graph.notes import Undo, annotate
+from libragrad_fx.graph.origin import origin
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops import TWINS, insert
 from libragrad_fx.optimise.passes import optimise
@@ -92,7 +93,7 @@ def _stand_for(graph: Graph, node: Node, edit: Edit, *added: Any) -> None:
 
 def _add(graph: Graph, host: Node, edit: Edit, x: Node, target: Any, *rest: Any) -> Node:
     new = graph.call_function(target, (x, *rest))
-    new.meta = {k: host.meta[k] for k in ("nn_module_stack", "stack_trace") if k in host.meta}
+    new.meta = origin(host)
     new.meta["val"] = x.meta.get("val")
     annotate(new, rule=edit.rule, host=host.name, undo=Undo.PASS)
     return new

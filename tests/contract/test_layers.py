@@ -24,7 +24,7 @@ PRIVATE = {
     "torch._C.DisableTorchFunction": {"capture"},
     "torch._C.DispatchKey.Autograd": {"pieces"},
     "torch._C.DispatchKey.CompositeExplicitAutograd": {"pieces"},
-    "torch._C.DispatchKey.CompositeImplicitAutograd": {"capture", "pieces"},
+    "torch._C.DispatchKey.CompositeImplicitAutograd": {"capture"},
     "torch._C._TorchDispatchModeKey.PROXY": {"ops"},
     "torch._C._are_functorch_transforms_active": {"capture", "ops"},
     "torch._C._autograd._get_current_graph_task_keep_graph": {"ops"},
