@@ -72,6 +72,13 @@ class Location:
         return f"{self.file}:{self.line}"
 
 
+class Secant(NamedTuple):
+    """f'(0) and f(0) of a function f of one value. Where other arguments decide f(0), it is None."""
+
+    slope: float
+    at_zero: float | None
+
+
 @dataclasses.dataclass(frozen=True)
 class OpFacts:
     """One row of ``rules/ops.yaml``: what is true of an op (grammar in ``rules/README.md``)."""
@@ -88,6 +95,7 @@ class OpFacts:
     once: tuple[str, ...] = ()
     vjp: str | None = None
     at_zero: float | None = None
+    slope: float | None = None
     bias: str = "at_zero"
     rank: int = 0
     degree: float | None = None
@@ -101,6 +109,18 @@ class OpFacts:
     def operands(self) -> tuple[str, ...]:
         """Every argument through which a gradient could flow, by schema name."""
         return (*self.stream, *self.factors, *self.gate, *self.denominator)
+
+    @property
+    def secant(self) -> Secant | None:
+        """Of a function of one value: what its twin is made of."""
+        if self.slope is None:
+            return None
+        return Secant(float(self.slope), None if self.at_zero is None else float(self.at_zero))
+
+    @property
+    def twin(self) -> str | None:
+        """The name of the balanced twin, which a row names, or which is made for the op."""
+        return self.vjp if self.slope is None else self.op.split(".")[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +229,7 @@ class Edit:
     operands: tuple[str, ...]
     factor: float | None
     twin: str | None
+    secant: Secant | None
     rule: str
     reason: str
     module: str

@@ -132,7 +132,7 @@ class _Planner:
                     self._edit(node, row, names, reason)
                 else:
                     reason = "attention weights are held; v carries"
-                    self._edit(node, row, names, reason, twin=fact.vjp)
+                    self._edit(node, row, names, reason, fact=fact)
             else:
                 self._left(node, row, f"operand {', '.join(names)} depends on the input")
 
@@ -163,12 +163,12 @@ class _Planner:
         elif any(map(_is_complex, node.all_input_nodes)) and not _takes_complex(fact):
             problem = "it carries complex values, and its balanced vjp is for real ones"
             self.unknown.append(finding(node, problem, "compute on the real and imaginary parts"))
-        elif fact.vjp is None:
+        elif fact.twin is None:
             self.unknown.append(
-                finding(node, "its row names no balanced vjp", "add 'vjp:' to its row")
+                finding(node, "its row names no balanced vjp", "add 'slope:' or 'vjp:' to it")
             )
         else:
-            self._edit(node, row, (), self._reason(node, kind), twin=fact.vjp)
+            self._edit(node, row, (), self._reason(node, kind), fact=fact)
 
     def _product(self, node: Node, fact: OpFacts, row: PolicyRow, names: tuple[str, ...]) -> None:
         if row.action is not Action.SCALE:
@@ -207,13 +207,13 @@ class _Planner:
     def _gate_outputs(self, node: Node, fact: OpFacts) -> None:
         for user in node.users:
             if user.args[1] in fact.gate_outputs and user.name in self.live:
-                row = self._row(node, Kind.GATE_SOURCE, "value") if fact.vjp else None
+                row = self._row(node, Kind.GATE_SOURCE, "value") if fact.twin else None
                 if row is not None and row.action is Action.KEEP:
                     self._left(user, row, "an output that is a gate carries")
                     continue
                 if row is not None:
                     reason = "an output that is a gate carries: its secant, beside the others"
-                    self._edit(node, row, (), reason, twin=fact.vjp)
+                    self._edit(node, row, (), reason, fact=fact)
                     return
                 self.unknown.append(
                     finding(
@@ -256,13 +256,13 @@ class _Planner:
 
     def _edit(
         self, node: Node, row: PolicyRow, names: tuple[str, ...], reason: str,
-        *, factor: float | None = None, twin: str | None = None, action: Action | None = None,
+        *, factor: float | None = None, fact: OpFacts | None = None, action: Action | None = None,
     ) -> None:  # fmt: skip
         self.edits.append(
             Edit(
                 node=node.name, op=op_name(node.target), action=action or row.action, operands=names,
-                factor=factor, twin=twin, rule=row.name, reason=reason,
-                module=module_path(node), source=source_line(node),
+                factor=factor, twin=fact and fact.twin, secant=fact and fact.secant,
+                rule=row.name, reason=reason, module=module_path(node), source=source_line(node),
             )
         )  # fmt: skip
 

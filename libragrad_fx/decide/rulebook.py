@@ -26,8 +26,8 @@ _ADDED = {"constant": True}  # of a linear op that no test has seen: it may add 
 _HUGE = 1e6  # no degree, rank or value at zero comes near it; nan is not below it
 _TYPES: dict[str, tuple[type, ...]] = {
     "op": (str,), "vjp": (str,), "bias": (str,), "rank": (int,), "degree": _NUMBER,
-    "at_zero": _NUMBER, "affine_if": (Mapping,), "unless": (Mapping,), "registered_by": (str,),
-    "constant": (bool,),
+    "at_zero": _NUMBER, "slope": _NUMBER, "affine_if": (Mapping,), "unless": (Mapping,),
+    "registered_by": (str,), "constant": (bool,),
 }  # fmt: skip
 _BY_TWIN = {
     Kind.GATED: Action.SECANT, Kind.GATE_SOURCE: Action.SECANT, Kind.RECURRENT: Action.SECANT,
@@ -231,6 +231,11 @@ def _fact_row(values: dict[str, Any], where: Location) -> OpFacts:
     if row.vjp is not None and row.vjp not in TWINS:
         raise RuleError(
             f"{where}: no balanced vjp {row.vjp!r}; there are {', '.join(sorted(TWINS))}"
+        )
+    if row.slope is not None and (row.vjp is not None or len(row.operands) != 1 or not row.stream):
+        raise RuleError(
+            f"{where}: 'slope' makes the twin of a function of one value: name its operand as stream, no"
+            " other, and no 'vjp'"
         )
     if row.bias not in BIASES:
         raise RuleError(f"{where}: no bias {row.bias!r}; there are {', '.join(sorted(BIASES))}")

@@ -14,6 +14,7 @@ from torch.fx.node import map_aggregate
 from libragrad_fx.graph import notes
 from libragrad_fx.graph.origin import origin
 from libragrad_fx.ops import TWINS, insert
+from libragrad_fx.ops.activation import secant
 
 _INSERTS = {
     insert.guard: "guard", insert.constant: "constant", insert.scale: "scale",
@@ -75,21 +76,27 @@ def graph_of(nodes: list[Any]) -> torch.fx.Graph:
     return graph
 
 
-def _encode(target: Any) -> tuple[str, str]:
+def _encode(target: Any) -> tuple[str, Any]:
     if isinstance(target, torch._ops.OpOverload):
         return "op", str(target)
     if target in _INSERTS:
         return "insert", _INSERTS[target]
+    if (made_of := getattr(target, "secant", None)) is not None:
+        op, *numbers = made_of
+        return "secant", (str(op), *numbers)
     if TWINS.get(getattr(target, "__name__", "")) is target:
         return "twin", target.__name__
     module = "operator" if target.__module__ == "_operator" else target.__module__
     return "python", f"{module}:{target.__qualname__}"
 
 
-def _decode(code: tuple[str, str]) -> Any:
+def _decode(code: tuple[str, Any]) -> Any:
     kind, name = code
     if kind == "op":
         return operator.attrgetter(name)(torch.ops)
+    if kind == "secant":
+        op, *numbers = name
+        return secant(operator.attrgetter(op)(torch.ops), *numbers)
     if kind == "insert":
         return getattr(insert, name)
     if kind == "twin":

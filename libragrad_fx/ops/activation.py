@@ -9,6 +9,7 @@ Power functions have no finite ``f(0)`` in general; for them Euler's relation gi
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -36,13 +37,22 @@ def secant_slope(
     return torch.where(tiny, slope, (y - at_zero) / torch.where(tiny, 1.0, x))
 
 
-def _secant(
-    op: torch._ops.OpOverload, slope: float, at_zero: Callable[..., Any] | float = 0.0
-) -> Callable[..., Any]:
-    """Twin of a unary op. ``at_zero`` is f(0): a number, or a function of the op's parameters.
+_made: dict[Any, Callable[..., Any]] = {}
+_one_at_a_time = threading.Lock()
 
-    The slope is taken while input and output are at hand, and is all that is kept.
-    """
+
+def secant(op: torch._ops.OpOverload, slope: float, at_zero: float | None) -> Callable[..., Any]:
+    """The twin of an op of one value, made from its row, once: see ``types.Secant``."""
+    key = op, slope, at_zero
+    with _one_at_a_time:
+        if key not in _made:
+            _made[key] = _secant(*key)
+            _made[key].secant = key  # type: ignore[attr-defined]
+        return _made[key]
+
+
+def _secant(op: torch._ops.OpOverload, slope: float, at_zero: float | None) -> Callable[..., Any]:
+    """The slope is taken while input and output are at hand, and is all that is kept."""
     forward = _with_slope(op, slope, at_zero)
     stream = op._schema.arguments[0].name
 
@@ -55,29 +65,33 @@ def _secant(
         alike = spent() and slope.stride() == g.stride() and not slope.is_complex()
         return {stream: times_(slope, g) if alike else g * slope.conj()}
 
-    if at_zero != 0:  # it reads x once more
-        made = twin(op, vjp, forward=forward, extras=("slope",), saves=("slope",))
-    else:
-        made = twin(op, vjp, forward=forward, over=over, extras=("slope",), saves=("slope",))
+    once = at_zero == 0  # else it reads x once more, which may not be written over then
+    given: Any = {"forward": forward, "extras": ("slope",), "saves": ("slope",)}
+    made = twin(op, vjp, name=_label(op), over=over if once else None, **given)
+    if once:
         made.slopes = forward  # type: ignore[attr-defined]
     made.takes_complex = True  # type: ignore[attr-defined]
     return made
 
 
+def _label(op: torch._ops.OpOverload) -> str:
+    """A name that no other twin has: another library, overload or row may have this op's name."""
+    name = op._schema.name.split("::")[1]
+    same = sum(made[0]._schema.name.split("::")[1] == name for made in _made)
+    return name + (f"_{same + 1}" if same else "")
+
+
 def _with_slope(
-    op: torch._ops.OpOverload, slope: float, at_zero: Callable[..., Any] | float = 0.0
+    op: torch._ops.OpOverload, slope: float, at_zero: float | None
 ) -> Callable[..., Any]:
     """``op``, and the slope of its secant beside the result."""
-    names = [a.name for a in op._schema.arguments]
     call = binding(op) or op
 
     def forward(
         x: torch.Tensor, *args: Any, out: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         y = call(x, *args, **kwargs)
-        zero = at_zero
-        if callable(zero):
-            zero = zero(**dict(zip(names[1:], args, strict=False)), **kwargs)
+        zero = call(x.new_zeros(()), *args, **kwargs) if at_zero is None else at_zero
         return y, secant_slope(x, y, zero, slope, out)
 
     return forward
@@ -90,46 +104,8 @@ def _silu(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor) -> Grad
 
 _LINEAR_FROM = 40.0  # beyond, sigmoid(x) is 1 in every dtype
 
-gelu = _secant(aten.gelu.default, 0.5)
 silu = twin(aten.silu.default, _silu, saves=("self",))
-silu.slopes = _with_slope(aten.silu.default, 0.5)  # type: ignore[attr-defined]
-mish = _secant(aten.mish.default, 0.6)
-hardswish = _secant(aten.hardswish.default, 0.5)
-elu = _secant(aten.elu.default, 1.0)
-celu = _secant(aten.celu.default, 1.0)
-selu = _secant(aten.selu.default, 1.0507009873554805)
-tanh = _secant(aten.tanh.default, 1.0)
-tan = _secant(aten.tan.default, 1.0)
-sinh = _secant(aten.sinh.default, 1.0)
-sin = _secant(aten.sin.default, 1.0)
-asinh = _secant(aten.asinh.default, 1.0)
-atan = _secant(aten.atan.default, 1.0)
-asin = _secant(aten.asin.default, 1.0)
-atanh = _secant(aten.atanh.default, 1.0)
-erf = _secant(aten.erf.default, 2 / math.sqrt(math.pi))
-i0 = _secant(aten.i0.default, 0.0, 1.0)
-special_i1 = _secant(aten.special_i1.default, 0.5)
-special_entr = _secant(aten.special_entr.default, 0.0)
-erfinv = _secant(aten.erfinv.default, math.sqrt(math.pi) / 2)
-acos = _secant(aten.acos.default, -1.0, math.pi / 2)
-expm1 = _secant(aten.expm1.default, 1.0)
-log1p = _secant(aten.log1p.default, 1.0)
-exp = _secant(aten.exp.default, 1.0, 1.0)
-exp2 = _secant(aten.exp2.default, math.log(2), 1.0)
-cos = _secant(aten.cos.default, 0.0, 1.0)
-cosh = _secant(aten.cosh.default, 0.0, 1.0)
-sinc = _secant(aten.sinc.default, 0.0, 1.0)
-special_ndtr = _secant(aten.special_ndtr.default, 1 / math.sqrt(2 * math.pi), 0.5)
-erfc = _secant(aten.erfc.default, -2 / math.sqrt(math.pi), 1.0)
-sigmoid = _secant(aten.sigmoid.default, 0.25, 0.5)
-hardsigmoid = _secant(aten.hardsigmoid.default, 1 / 6, 0.5)
-log_sigmoid = _secant(aten.log_sigmoid.default, 0.5, -math.log(2))
-softplus = _secant(
-    aten.softplus.default, 0.5, lambda beta, threshold: math.log(2) / beta if threshold > 0 else 0.0
-)
-sqrt = _secant(aten.sqrt.default, 0.0)
-rsqrt = _secant(aten.rsqrt.default, 0.0)
-reciprocal = _secant(aten.reciprocal.default, 0.0)
+silu.slopes = _with_slope(aten.silu.default, 0.5, 0.0)  # type: ignore[attr-defined]
 
 
 def _square(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor) -> Grads:

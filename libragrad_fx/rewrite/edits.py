@@ -18,6 +18,7 @@ from libragrad_fx.graph.notes import Undo, annotate
 from libragrad_fx.graph.origin import origin
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops import TWINS, insert
+from libragrad_fx.ops.activation import secant
 from libragrad_fx.optimise.passes import optimise
 from libragrad_fx.rewrite.erase import erase
 from libragrad_fx.rewrite.probes import insert_probes
@@ -71,7 +72,8 @@ def _root(module: torch.nn.Module) -> torch.nn.Module:
 def _apply(graph: Graph, node: Node, edit: Edit) -> None:
     annotate(node, rule=edit.rule, host=node.name)
     if edit.twin is not None:
-        node.target = TWINS[edit.twin]
+        op: Any = node.target
+        node.target = TWINS[edit.twin] if edit.secant is None else secant(op, *edit.secant)
         return
     added: tuple[Any, ...] = (insert.stop,) if edit.factor is None else (insert.scale, edit.factor)
     if edit.action is Action.CUT and isinstance(node.meta["val"], torch.Tensor):

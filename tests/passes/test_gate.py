@@ -13,9 +13,9 @@ from torch import nn
 import libragrad_fx as lg
 from libragrad_fx.errors import ModeError
 from libragrad_fx.graph.notes import note
-from libragrad_fx.ops import TWINS
 from libragrad_fx.optimise.execute import bound
 from tests.passes.test_lean import assert_same
+from tests.rows.one_op import ALL_TWINS
 
 F64 = torch.float64
 B, N, C = 2, 5, 12
@@ -72,7 +72,7 @@ def gates(gm: Any) -> list[Any]:
 
 
 HELD = {"tanh", "erf", "sqrt", "rsqrt", "reciprocal"}  # as a factor they only modulate: no half
-ACTS = {name: twin.aten_op for name, twin in TWINS.items() if hasattr(twin, "slopes")}
+ACTS = {name: twin.aten_op for name, twin in ALL_TWINS.items() if hasattr(twin, "slopes")}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ import libragrad_fx as lg
 from libragrad_fx.bench import Operations
 from libragrad_fx.errors import GateOutputWarning
 from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.ops import TWINS
 from libragrad_fx.ops.attention import scaled_dot_product_attention
 from libragrad_fx.ops.insert import is_scale
 from libragrad_fx.optimise.execute import bound
@@ -24,6 +23,7 @@ from libragrad_fx.optimise.graft import graft, whole
 from libragrad_fx.optimise.product import halved_mul
 from libragrad_fx.rewrite.erase import erase, spell
 from tests.models.zoo import ZOO, build
+from tests.rows.one_op import ALL_TWINS
 
 F64 = torch.float64
 
@@ -210,13 +210,13 @@ class Mlp(nn.Module):
         return self.fc2(z.mT if isinstance(self.fc1, nn.Conv1d) else z).sum(1)
 
 
-OVER = {name: twin.over for name, twin in TWINS.items() if hasattr(twin, "over")}
+OVER = {name: twin.over for name, twin in ALL_TWINS.items() if hasattr(twin, "over")}
 
 
 @pytest.mark.parametrize(("name", "conv"), [*((name, False) for name in OVER), ("gelu", True)])
 def test_an_activation_writes_over_a_product_that_nobody_else_reads(name: str, conv: bool) -> None:
     x = torch.randn(B, N, C, dtype=F64)
-    gm = lg.transform(Mlp(TWINS[name].aten_op, conv, False).to(F64), x, on_unknown="keep")
+    gm = lg.transform(Mlp(ALL_TWINS[name].aten_op, conv, False).to(F64), x, on_unknown="keep")
     assert any(n.target is OVER[name] for n in bound(gm.lean).nodes)
     assert_same(gm, x)
 
@@ -509,12 +509,12 @@ def test_what_is_computed_once_is_not_written_over() -> None:
 
 def test_a_group_norms_gradient_keeps_its_memory_format() -> None:
     x = torch.randn(2, 6, 5, 4, dtype=F64).to(memory_format=torch.channels_last).requires_grad_()
-    y = TWINS["group_norm"](x, 2, None, None, 1e-5)
+    y = ALL_TWINS["group_norm"](x, 2, None, None, 1e-5)
     g = torch.randn_like(y)
     dx = torch.autograd.grad(y, x, g)[0]
     assert dx.is_contiguous(memory_format=torch.channels_last)
     flat = torch.autograd.grad(
-        TWINS["group_norm"](z := x.detach().contiguous().requires_grad_(), 2, None, None, 1e-5), z, g
+        ALL_TWINS["group_norm"](z := x.detach().contiguous().requires_grad_(), 2, None, None, 1e-5), z, g
     )[0]
     torch.testing.assert_close(dx, flat, rtol=1e-12, atol=1e-12)
 
@@ -569,7 +569,7 @@ def test_a_sum_is_written_over_where_it_fits_alone() -> None:
 @pytest.mark.parametrize("name", ["gelu", "tanh", "silu"])
 def test_second_derivatives_hold_the_slope(name: str) -> None:
     """What a slope is written over has a history; the slope is a constant."""
-    gm = lg.transform(Mlp(TWINS[name].aten_op, False, False).to(F64), torch.randn(B, N, C, dtype=F64))
+    gm = lg.transform(Mlp(ALL_TWINS[name].aten_op, False, False).to(F64), torch.randn(B, N, C, dtype=F64))
     x = torch.randn(B, N, C, dtype=F64, requires_grad=True)
     found = []
     for _ in range(2):

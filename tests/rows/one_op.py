@@ -13,15 +13,25 @@ from torch.fx import Graph, Node
 from libragrad_fx.account.ledger import ledger, sites
 from libragrad_fx.decide.plan import plan as decide
 from libragrad_fx.decide.roles import analyze
-from libragrad_fx.decide.rulebook import RuleBook
+from libragrad_fx.decide.rulebook import RuleBook, load
 from libragrad_fx.graph.schema import bind
 from libragrad_fx.module.captured import CapturedModule, Record
-from libragrad_fx.ops import insert
+from libragrad_fx.ops import TWINS, insert
+from libragrad_fx.ops.activation import secant
 from libragrad_fx.rewrite.edits import rewrite
 from libragrad_fx.rewrite.erase import require_same_graph
 from libragrad_fx.target import inexact
 from libragrad_fx.types import Analysis, Ledger, OpFacts, Plan, Trace
 from tests.samples import Call
+
+
+def _twin(row: OpFacts) -> Any:
+    packet = getattr(torch.ops.aten, row.op.split(".")[1])
+    return secant(packet.default, *row.secant) if row.secant else TWINS[row.vjp or ""]
+
+
+ALL_TWINS = {row.twin: _twin(row) for row in load().facts.values() if row.twin}
+"""Those that rows name, and those that are made from their row."""
 
 
 def tensors(call: Call, names: Iterable[str]) -> dict[str, torch.Tensor]:

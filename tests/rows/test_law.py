@@ -18,11 +18,10 @@ import libragrad_fx as lg
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.roles import analyze
 from libragrad_fx.errors import UnknownOpError
-from libragrad_fx.ops import TWINS
 from libragrad_fx.ops.bias import bias
 from libragrad_fx.target import inexact
 from libragrad_fx.types import Kind, Ledger, OpFacts, Role
-from tests.rows.one_op import Balanced, balance, cast, tensors, trace_call
+from tests.rows.one_op import ALL_TWINS, Balanced, balance, cast, tensors, trace_call
 from tests.samples import ELEMENTWISE, Call, calls
 
 BOOK = rulebook.load()
@@ -328,7 +327,7 @@ def test_edge_points(name: str) -> None:
     for points in (everywhere, everywhere.float(), everywhere.bfloat16(), everywhere[:0]):
         made = balance(BOOK, row, Call(op, (points, *ELEMENTWISE[name]), {}), ("self",))
         assert_same_bits(made, row)
-    fn = op if row.vjp is None else TWINS[row.vjp]
+    fn = op if row.twin is None else ALL_TWINS[row.twin]
     moving = x.clone().requires_grad_()
     y = fn(moving, *ELEMENTWISE[name])
     (r,) = torch.autograd.grad(y.sum(), moving)
