@@ -18,13 +18,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from libragrad_fx.ops.attention import COUNTED_AS
+
 Side = Callable[[torch.Tensor], object]
-aten = torch.ops.aten
-_COUNTED_AS = {  # not all versions of PyTorch have a formula for attention on a CPU
-    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        aten._scaled_dot_product_flash_attention_backward,
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +164,7 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
-        count = flop_registry.get(_COUNTED_AS.get(packet, packet))
+        count = flop_registry.get(COUNTED_AS.get(packet, packet))
         self.total += count(*args, **(kwargs or {}), out_val=out) if count else 0
         return out
 

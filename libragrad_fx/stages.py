@@ -88,7 +88,6 @@ def _traced(
     model: torch.nn.Module, args: Any, kwargs: Any, book: RuleBook, module_calls: bool, free: Free
 ) -> tuple[Trace, Free]:
     """The model as a graph that takes at least the call that it was made from; what is free of it."""
-    is_known = lambda op: book.fact(op) is not None  # noqa: E731
     subject = model
     # export puts fake tensors into what it traces, for other threads to see
     with contextlib.suppress(Exception):  # what cannot be copied is traced itself
@@ -97,9 +96,7 @@ def _traced(
         free = dataclasses.replace(free, lengths=False)
     while True:
         try:
-            found = capture(
-                subject, args, kwargs, known=is_known, module_calls=module_calls, free=free
-            )
+            found = capture(subject, args, kwargs, book=book, module_calls=module_calls, free=free)
         except ExportError:
             if not free.lengths:
                 raise

@@ -101,6 +101,11 @@ class OpFacts:
     degree: float | None = None
     gate_outputs: tuple[int, ...] = ()
     constant: bool = False
+    moves: str | None = None
+    rowwise: Mapping[str, int | str] = dataclasses.field(default_factory=dict)
+    fresh: bool = False
+    unread: bool = False
+    fill: float | str | None = None
     affine_if: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     unless: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     registered_by: str | None = None

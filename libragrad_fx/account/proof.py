@@ -20,9 +20,10 @@ from libragrad_fx.decide.roles import finding, is_affine, is_inexact, kind_of
 from libragrad_fx.graph.notes import note
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops import insert
+from libragrad_fx.ops.graft import graft
 from libragrad_fx.ops.insert import LEAN, is_scale, probed
-from libragrad_fx.optimise.graft import graft, idle, whole
-from libragrad_fx.optimise.product import halved_mul
+from libragrad_fx.ops.places import idle, whole
+from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.types import Finding, History, Kind, OpFacts, Proof, Role
 
 _BY_KIND = {

@@ -18,14 +18,13 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from libragrad_fx.decide.rulebook import RuleBook
 from libragrad_fx.graph.alias import functional, is_composite, is_fresh
 from libragrad_fx.graph.origin import origin
+from libragrad_fx.ops.spelling import COPY_INTO, is_empty
 from libragrad_fx.target import inexact
 
-Known = Callable[[Any], bool]
 Parts = dict[Any, Callable[..., Any]]
-_COPY = torch.ops.aten.copy_.default
-"""It has no fact: the normal form spells it as a cast and an expansion."""
 COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
@@ -45,23 +44,39 @@ def _ops_named(names: tuple[str, ...]) -> tuple[torch._ops.OpOverload, ...]:
     return tuple(op for op in found if isinstance(op, torch._ops.OpOverload))
 
 
-def in_parts(known: Known) -> Parts:
-    """What writes out each composite op that has no fact, by its own kernel.
+def write_out(graph: Graph, book: RuleBook) -> None:
+    """Replace every composite op that has no fact by its parts, where all of those have one."""
+    unknown = [n for n in graph.nodes if _is_unknown(n.target, book) and _is_pure(n)]
+    parts = in_parts(book) if unknown else {}
+    for node in unknown:
+        found = _traced(node, parts)
+        if found is not None and all(_is_known(op, book) for op in _ops(found)):
+            _replace(node, found)
 
-    known: whether an op has a fact
-    """
-    unknown = (op for op in every_op() if is_composite(op) and not known(op))
-    return {op: functools.partial(_called, op) for op in unknown}
+
+def _is_unknown(op: Any, book: RuleBook) -> bool:
+    return is_composite(op) and book.fact(op) is None
 
 
-def _called(op: Any, *args: Any, **kwargs: Any) -> Any:
+def _is_known(op: Any, book: RuleBook) -> bool:
+    """Whether an op has a fact; a copy, which has none, is spelled as other ops in the normal form."""
+    return op is COPY_INTO or book.fact(functional(op) or op) is not None
+
+
+def in_parts(book: RuleBook) -> Parts:
+    """What writes out each composite op that has no fact, by its own kernel."""
+    unknown = (op for op in every_op() if _is_unknown(op, book))
+    return {op: functools.partial(_called, book, op) for op in unknown}
+
+
+def _called(book: RuleBook, op: Any, *args: Any, **kwargs: Any) -> Any:
     """Call ``op``'s kernel while its ops are traced. A kernel that fills a tensor beside them (quantile
     does, and the unpacking of sequences) is no graph, and its op is traced as one."""
     graph = get_proxy_mode().tracer.graph  # type: ignore[union-attr]
     before = len(graph.nodes)
     result = op._op_dk(COMPOSITE, *args, **kwargs)
     made = [*graph.nodes][before:]
-    if not any(_is_unfilled(n, made) for n in made):
+    if not any(_is_unfilled(n, made, book) for n in made):
         return result
     for node in reversed(made):
         if _is_write(node):  # the others are dead code, or (``to``) another name of an operand
@@ -70,9 +85,9 @@ def _called(op: Any, *args: Any, **kwargs: Any) -> Any:
     return NotImplemented
 
 
-def _is_unfilled(node: Node, made: Sequence[Node]) -> bool:
+def _is_unfilled(node: Node, made: Sequence[Node], book: RuleBook) -> bool:
     """Whether a node is a tensor without values, into which none of the nodes behind it writes."""
-    if not getattr(node.target, "_opname", "").startswith(("empty", "new_empty")):
+    if not is_empty(node):
         return False
     names = {node}  # of one memory
     for other in made:
@@ -80,21 +95,13 @@ def _is_unfilled(node: Node, made: Sequence[Node]) -> bool:
             continue
         if _is_write(other):
             return False
-        if not is_fresh(other):
+        if not is_fresh(other, book.fact(other.target)):
             names.add(other)
     return True
 
 
 def _is_write(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def write_out(graph: Graph, parts: Parts, known: Known) -> None:
-    """Replace every op that has ``parts`` by them, where all of those have a fact."""
-    for node in [n for n in graph.nodes if n.target in parts and _is_pure(n)]:
-        found = _traced(node, parts)
-        if found is not None and all(known(functional(op) or op) for op in _ops(found) - {_COPY}):
-            _replace(node, found)
 
 
 def _is_pure(node: Node) -> bool:

@@ -13,14 +13,14 @@ import io
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.utils._sympy.printers import PythonPrinter
 
-from libragrad_fx.capture.composite import in_parts, write_out
+from libragrad_fx.capture.composite import write_out
 from libragrad_fx.capture.context import (
     Call,
     as_if_eager,
@@ -39,8 +39,11 @@ from libragrad_fx.capture.free import (
 )
 from libragrad_fx.capture.inplace import drop_idle, rename
 from libragrad_fx.capture.state import untouched
+from libragrad_fx.decide import rulebook
+from libragrad_fx.decide.rulebook import RuleBook
 from libragrad_fx.errors import CustomBackwardWarning, ExportError
 from libragrad_fx.graph.schema import bind
+from libragrad_fx.ops.insert import stop
 from libragrad_fx.target import inexact
 
 _PYTHON = PythonPrinter()
@@ -67,7 +70,7 @@ def capture(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
-    known: Callable[[Any], bool] = lambda op: True,
+    book: RuleBook | None = None,
     module_calls: bool = True,
     free: Free = USUAL,
 ) -> Capture:
@@ -75,13 +78,14 @@ def capture(
 
     Args:
         args, kwargs: the call (see ``example_call``).
-        known: whether an op has a fact; a composite op that has none is written out in its parts.
+        book: facts about ops, the shipped ones by default; a composite op that has none is written out.
         free: which sizes are free.
         module_calls: record every call of a submodule; without, the result's tree has no hooks.
 
     Raises:
         ExportError: export refuses it.
     """
+    book = rulebook.load() if book is None else book
     with untouched(model):
         kwargs, forced = without_cache(model, dict(kwargs))
         if free.batch:
@@ -92,10 +96,10 @@ def capture(
         with export_state(), global_hooks_kept(), watched, custom_functions(custom):
             try:
                 with as_if_eager():
-                    program, conditions = _export(model, args, kwargs, known, free)
+                    program, conditions = _export(model, args, kwargs, book, free)
             except ExportError:  # eagerly it asks for tensor values; it may have a way without
                 calls.clear()
-                program, conditions = _export(model, args, kwargs, known, free)
+                program, conditions = _export(model, args, kwargs, book, free)
     notes: tuple[str, ...] = ()
     if custom:
         text = (
@@ -108,7 +112,7 @@ def capture(
 
 
 def _export(
-    model: torch.nn.Module, args: Any, kwargs: Any, known: Callable[[Any], bool], free: Free
+    model: torch.nn.Module, args: Any, kwargs: Any, book: RuleBook, free: Free
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     shapes = by_name(model, *free.axes(args, kwargs)) if free.batch else None
     if shapes is not None:
@@ -120,7 +124,7 @@ def _export(
             made = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             _detach_no_grad_regions(made)
             found = _conditions(made)
-            program = _functional(made, known)
+            program = _functional(made, book)
             return program, tuple(dict.fromkeys([*found, *_conditions(program)]))
     except Exception as e:
         # neither is of use to a user: whom to write to, what export named a tensor
@@ -171,15 +175,14 @@ def _hushed() -> Iterator[None]:
     sys.stdout.write(said.getvalue())
 
 
-def _functional(program: ExportedProgram, known: Callable[[Any], bool]) -> ExportedProgram:
+def _functional(program: ExportedProgram, book: RuleBook) -> ExportedProgram:
     """The program without in-place writes, and without regions in another mode.
 
     Where it has none of them it is left as it is: the pass costs several times the export.
     """
-    parts = in_parts(known)
     for again in (True, False):
-        write_out(program.graph, parts, known)
-        rename(program.graph)
+        write_out(program.graph, book)
+        rename(program.graph, book)
         if again and any(map(_writes, program.graph.nodes)):
             drop_idle(program.graph)
             program = program.run_decompositions({})
@@ -214,7 +217,7 @@ def _detach_no_grad_regions(program: ExportedProgram) -> None:
         for user in list(node.users):
             if inexact(user.meta.get("val")):
                 with module.graph.inserting_after(user):
-                    cut = module.graph.call_function(torch.ops.aten.detach.default, (user,))
+                    cut = module.graph.call_function(stop, (user,))
                 cut.meta = dict(user.meta)
                 user.replace_all_uses_with(cut, delete_user_cb=lambda u, cut=cut: u is not cut)
     module.recompile()

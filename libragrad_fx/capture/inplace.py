@@ -10,18 +10,16 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from libragrad_fx.graph.alias import functional, is_fresh
-
-aten = torch.ops.aten
-_DROPOUTS = {aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout}
+from libragrad_fx.decide.rulebook import RuleBook
+from libragrad_fx.graph.alias import functional, is_fresh, is_idle_dropout
 
 
-def rename(graph: Graph) -> None:
+def rename(graph: Graph, book: RuleBook) -> None:
     """Replace every in-place op of ``graph`` for which it is safe; the others stay."""
     place = {n: i for i, n in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         plain = functional(node.target) if node.args and isinstance(node.args[0], Node) else None
-        if plain is None or not _is_safe(node, place):
+        if plain is None or not _is_safe(node, place, book):
             continue
         target = node.args[0]
         assert isinstance(target, Node)
@@ -35,18 +33,18 @@ def drop_idle(graph: Graph) -> None:
     """Take out every dropout that drops nothing. It returns its argument itself, and its schema does
     not say: PyTorch (2.11) would lose what is written to that by its other name."""
     for node in list(graph.nodes):
-        packet = getattr(node.target, "_overloadpacket", None)
-        if packet in _DROPOUTS and (not node.args[2] or node.args[1] == 0):
+        if is_idle_dropout(node):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph.erase_node(node)
 
 
-def _is_safe(node: Node, place: dict[Node, int]) -> bool:
+def _is_safe(node: Node, place: dict[Node, int], book: RuleBook) -> bool:
     """Whether what is written to has no other name that is read later, and keeps its dtype."""
     target = node.args[0]
     assert isinstance(target, Node)
     operands = [n.meta.get("val") for n in node.all_input_nodes]
     dtypes = {v.dtype for v in operands if isinstance(v, torch.Tensor)}
-    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point or not is_fresh(target):
+    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
         return False
-    return all(is_fresh(u) for u in target.users if place[u] < place[node])
+    names = [target, *(u for u in target.users if place[u] < place[node])]
+    return all(is_fresh(n, book.fact(n.target)) for n in names)

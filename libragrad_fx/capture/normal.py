@@ -2,13 +2,12 @@
 
 The normal form keeps every op that computes, node for node. It differs from the exported graph
 where that one would not run as the model runs: parameters are looked up, arguments and outputs have
-their original structure, ``view`` is ``reshape`` (a kernel may choose other strides than the one
-traced), batch norm is the public op (so that it picks the kernel the model picks, and updates its
-statistics itself), and ``copy``, which autograd refuses, is a cast and an expansion.
+their original structure, and some ops are spelled otherwise (``ops.spelling``).
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections import ChainMap
@@ -25,24 +24,14 @@ from libragrad_fx.capture.context import Call
 from libragrad_fx.capture.export import Capture, size_of
 from libragrad_fx.errors import CaptureError, ExportError
 from libragrad_fx.graph.origin import origin, source_line
-from libragrad_fx.graph.schema import bind
 from libragrad_fx.module.captured import CapturedModule, Record
 from libragrad_fx.module.shells import Structure, shell_tree
-from libragrad_fx.ops import insert
+from libragrad_fx.ops import insert, places
+from libragrad_fx.ops.spelling import COPY_INTO, Writer, says_nothing, written
 from libragrad_fx.types import ArgSpec, ModuleCall, Trace
 
-aten = torch.ops.aten
 _CONSTANT_TYPES = (int, float, bool, str, type(None), torch.dtype, torch.device)
 _BUILTIN_NODES = (tuple, list, dict, type(None))
-_WRITES = {"slice_scatter", "select_scatter", "diagonal_scatter"}
-_DROPPED = {
-    "_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range",
-    "sym_constrain_range_for_size",
-}  # fmt: skip
-_BATCH_NORMS = {
-    "_native_batch_norm_legit_no_training", "_native_batch_norm_legit_functional",
-    "_native_batch_norm_legit",
-}  # fmt: skip
 
 
 def normalize(model: torch.nn.Module, captured: Capture) -> Trace:
@@ -159,7 +148,7 @@ class _Normaliser:
             self.graph.call_function(insert.sizes, (*facts, *found))
 
     def _size(self, node: Node, axis: int) -> Node:
-        size = self.graph.call_function(aten.sym_size.int, (node, axis))
+        size = self.graph.call_function(places.SIZE, (node, axis))
         size.meta["val"] = node.meta["val"].shape[axis]
         return size
 
@@ -235,7 +224,6 @@ class _Normaliser:
     # --- ops
 
     def _op(self, node: Node) -> None:
-        name = getattr(node.target, "_opname", "")
         args, kwargs = self._new(node.args), self._new(node.kwargs)
         if node.target is insert.observe:
             values, places, call = args
@@ -244,70 +232,25 @@ class _Normaliser:
                 self.after[call] = self.last
             return
         self._pin(node)
-        if name in _DROPPED:
+        if says_nothing(node):
             return
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise ExportError(f"the graph holds a higher-order op ({node.target}): not handled")
-        if name in _BATCH_NORMS:
-            self.env[node.name] = self._emit(
-                aten.batch_norm.default, _batch_norm(name, args), {}, node
-            )
-        elif node.target is operator.getitem and _is_batch_norm(node.args[0]):
-            self.env[node.name] = args[0] if args[1] == 0 else None
-        elif name in ("view", "_unsafe_view") and node.target is not aten.view.dtype:
-            self.env[node.name] = self._emit(aten.reshape.default, args, kwargs, node)
-        elif name == "div" and kwargs.get("rounding_mode", "") is None:
-            self.env[node.name] = self._emit(aten.div.Tensor, args, {}, node)
-        elif name == "sgn" and not node.meta["val"].is_complex():  # of real numbers they are one op
-            self.env[node.name] = self._emit(aten.sign.default, args, {}, node)
-        elif name in ("var_mean", "std_mean"):
-            self.env[node.name] = self._emit(*_corrected(node.target, args, kwargs), node)
-        elif name in _WRITES and node.meta["val"].is_complex():
-            self.env[node.name] = self._complex_write(node, *args, **kwargs)
-        elif name == "copy":
-            self.env[node.name] = self._copy(node, *args[:2])
-        else:
-            self.env[node.name] = self._emit(node.target, args, kwargs, node)
+        emit, made = functools.partial(self._emit, node), functools.partial(self._made, node)
+        self.env[node.name] = written(node, args, kwargs, Writer(emit, made))
 
-    def _emit(self, target: Any, args: Any, kwargs: Any, like: Node) -> Node:
+    def _emit(self, like: Node, target: Any, args: Any, kwargs: Any) -> Node:
         new = self.graph.create_node("call_function", target, args, kwargs, like.name)
         new.meta |= origin(like)
         new.meta["val"] = like.meta.get("val")
-        if target is aten.batch_norm.default and isinstance(new.meta["val"], (tuple, list)):
-            new.meta["val"] = new.meta["val"][0]
         self.last = new
         return new
 
-    def _complex_write(self, node: Node, x: Node, part: Node, *where: Any, **rest: Any) -> Node:
-        """A write into a part of complex numbers, as one of pairs: PyTorch has no derivative of the
-        functional form, though it has one of the write in place that it stands for."""
-        pairs = [self._pairs(node, v) for v in (x, part)]
-        if node.target is aten.diagonal_scatter.default:  # the diagonal is the last axis
-            pairs[1] = self._made(node, aten.transpose.int, pairs[1], -1, -2)
-        rank, given = node.meta["val"].ndim, bind(node.target, (x, part, *where), rest)  # type: ignore[arg-type]
-        places = [v % rank if k.startswith("dim") else v for k, v in given.items()]
-        written = self._made(node, node.target, *pairs, *places[2:])
-        return self._emit(aten.view_as_complex.default, (written,), {}, node)
-
-    def _pairs(self, node: Node, x: Node) -> Node:
-        plain = self._made(node, aten.resolve_conj.default, x)
-        return self._made(node, aten.view_as_real.default, plain)
-
     def _made(self, like: Node, target: Any, *args: Any) -> Node:
         """An op that the exported graph has not."""
-        new = self._emit(target, args, {}, like)
+        new = self._emit(like, target, args, {})
         new.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]))
         return new
-
-    def _copy(self, node: Node, into: Node, source: Node) -> Node:
-        """``copy(into, source)``: the source, in the dtype and shape of what it overwrites."""
-        want, have = node.meta["val"], source.meta["val"]
-        if want.dtype != have.dtype or want.device != have.device:
-            options = {"dtype": want.dtype, "device": want.device}
-            source = self._emit(aten._to_copy.default, (source,), options, node)
-        if tuple(want.shape) != tuple(have.shape):
-            source = self._emit(aten.expand_as.default, (source, into), {}, node)
-        return source
 
     def _pin(self, node: Node) -> None:
         """A float dtype in the graph: a cast, or the assertion export leaves where it dropped one."""
@@ -333,8 +276,8 @@ class _Normaliser:
             elif spec.kind is OutputKind.BUFFER_MUTATION:
                 if isinstance(value, Node):  # batch norm updates its own statistics
                     buffer = self.graph.create_node("get_attr", str(spec.target))
-                    kept = self.graph.call_function(aten.detach.default, (value,))
-                    self.graph.call_function(aten.copy_.default, (buffer, kept))
+                    kept = self.graph.call_function(insert.stop, (value,))
+                    self.graph.call_function(COPY_INTO, (buffer, kept))
             else:
                 own = spec.target in dict(self.model.named_parameters())
                 given = spec.target in inspect.signature(self.model.forward).parameters
@@ -428,28 +371,6 @@ def _passed(
         name, keys = _parameter(parameters, (pytree.SequenceKey(0), pytree.SequenceKey(at)))
         found[name] = (*found.get(name, ()), value) if keys else value
     return {**found, **kwargs}
-
-
-def _corrected(target: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The overload that the others of an op of two moments come down to."""
-    x, *given = bind(target, args, kwargs).items()
-    given = dict(given)
-    if "unbiased" in given:
-        given["correction"] = int(given.pop("unbiased"))
-    axes = (x[1], given.pop("dim", None))
-    return target._overloadpacket.correction, axes, given
-
-
-def _is_batch_norm(node: Any) -> bool:
-    return isinstance(node, Node) and getattr(node.target, "_opname", "") in _BATCH_NORMS
-
-
-def _batch_norm(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments of the public op; whether cuDNN may be used is a flag of the moment."""
-    x, weight, bias, *rest = args
-    mean, var = (None, None) if len(rest) == 3 else rest[:2]
-    training = False if name.endswith("no_training") else rest[-3]
-    return (x, weight, bias, mean, var, training, *rest[-2:], torch.backends.cudnn.enabled)
 
 
 def _drop_unused_lookups(graph: Graph, calls: Sequence[ModuleCall]) -> None:

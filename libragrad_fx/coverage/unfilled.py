@@ -7,9 +7,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_DRAWS = {
-    "aten.normal_", "aten.uniform_", "aten.random_", "aten.bernoulli_", "aten.exponential_",
-}  # fmt: skip
 _LARGE = 1 << 16
 
 
@@ -28,7 +25,8 @@ class unfilled(TorchDispatchMode):
         name = str(func).rpartition(".")[0]
         if name.endswith("_") and args and isinstance(args[0], torch.Tensor):
             key = args[0].untyped_storage()._cdata
-            if key in self.skipped or (name in _DRAWS and args[0].numel() > _LARGE):
+            draws = torch.Tag.nondeterministic_seeded in func.tags
+            if key in self.skipped or (draws and args[0].numel() > _LARGE):
                 self.skipped.add(key)
                 return args[0]
         return func(*args, **(kwargs or {}))

@@ -26,11 +26,6 @@ from libragrad_fx.types import Analysis, Finding, Kind, OpFacts, Role, Trace
 
 _RANK_ODD, _RANK_RECIPROCAL, _RANK_GATE_ONLY = 1, 4, 5
 _GROUPS = ("stream", "factors", "gate", "denominator")
-_SIZES = {  # they read a shape, not a value
-    torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.aten.sym_numel.default,
-    torch.ops.aten.sym_storage_offset.default,
-}  # fmt: skip
-_ZEROS = {"aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default"}
 
 
 def analyze(
@@ -132,7 +127,7 @@ class _Analyzer:
             self.roles[node.name] = self._role(node)
 
     def _role(self, node: Node) -> Role:
-        if node.op in ("placeholder", "get_attr", "output") or node.target in _SIZES:
+        if node.op in ("placeholder", "get_attr", "output") or _reads_a_shape(node):
             return Role.STATIC
         if node.target is insert.guard:
             if str(node.args[1]) in self.static:
@@ -194,10 +189,10 @@ class _Analyzer:
         zeros: set[str] = set()
         for node in self.nodes:
             fact = self.facts.get(node.name)
-            name = op_name(node.target) if _is_op(node) else ""
-            filled = name == "aten.full.default" and node.args[1] == 0
-            if name in _ZEROS or filled:
-                zeros.add(node.name)
+            if fact is not None and fact.fill is not None:
+                values = bind(aten_op(node), node.args, node.kwargs)
+                if (values[fact.fill] if isinstance(fact.fill, str) else fact.fill) == 0:
+                    zeros.add(node.name)
             elif fact is not None and (groups := self.groups[node.name]):
                 nothing = all(_is_zero(m, zeros) for _, m in members(node, fact.stream))
                 if fact.kind is Kind.PRODUCT:
@@ -338,6 +333,11 @@ def aten_op(node: Node) -> torch._ops.OpOverload:
 
 def _is_op(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload)
+
+
+def _reads_a_shape(node: Node) -> bool:
+    returns = node.target._schema.returns if _is_op(node) else ()  # type: ignore[union-attr]
+    return bool(returns) and all(r.real_type.kind() == "SymIntType" for r in returns)
 
 
 def _is_zero(value: Any, zeros: Container[str]) -> bool:

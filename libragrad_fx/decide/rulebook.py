@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from libragrad_fx.ops.bias import BIASES
 from libragrad_fx.types import Action, Kind, Location, OpFacts, PolicyRow
 
 SITES = ("value", "values", "gate", "denominator")
+MOVES = ("view", "copy")
+_ROWWISE = re.compile(r"-\d+|all( but (-\d+|\w+|len\(\w+\)))?")
+_ARGUMENT = re.compile(r"all but (?:len\()?([a-zA-Z_]\w*)")
 _LISTS = ("stream", "factors", "gate", "denominator", "like", "once", "gate_outputs")
 _NUMBER = (int, float)
 _ADDED = {"constant": True}  # of a linear op that no test has seen: it may add something of its own
@@ -27,7 +31,8 @@ _HUGE = 1e6  # no degree, rank or value at zero comes near it; nan is not below 
 _TYPES: dict[str, tuple[type, ...]] = {
     "op": (str,), "vjp": (str,), "bias": (str,), "rank": (int,), "degree": _NUMBER,
     "at_zero": _NUMBER, "slope": _NUMBER, "affine_if": (Mapping,), "unless": (Mapping,),
-    "registered_by": (str,), "constant": (bool,),
+    "registered_by": (str,), "constant": (bool,), "moves": (str,), "rowwise": (Mapping,), "fresh": (bool,),
+    "unread": (bool,), "fill": (int, float, str),
 }  # fmt: skip
 _BY_TWIN = {
     Kind.GATED: Action.SECANT, Kind.GATE_SOURCE: Action.SECANT, Kind.RECURRENT: Action.SECANT,
@@ -237,6 +242,14 @@ def _fact_row(values: dict[str, Any], where: Location) -> OpFacts:
             f"{where}: 'slope' makes the twin of a function of one value: name its operand as stream, no"
             " other, and no 'vjp'"
         )
+    if row.moves not in (None, *MOVES):
+        raise RuleError(f"{where}: 'moves' is {' or '.join(MOVES)}, got {row.moves!r}")
+    for key, axes in row.rowwise.items():
+        if not _ROWWISE.fullmatch(str(axes)):
+            raise RuleError(
+                f"{where}: 'rowwise' says of {key} which axes: -2, all, 'all but -1', 'all but dim' or"
+                f" 'all but len(normalized_shape)'; got {axes!r}"
+            )
     if row.bias not in BIASES:
         raise RuleError(f"{where}: no bias {row.bias!r}; there are {', '.join(sorted(BIASES))}")
     if row.constant and row.kind is not Kind.LINEAR:
@@ -273,7 +286,10 @@ def _check_schema(row: OpFacts) -> None:
         kind = arguments.get(name, "Tensor")
         if not any(tensor in kind for tensor in ("Tensor", "Scalar", "number", "float")):
             raise RuleError(f"{row.where}: {name!r} of {row.op} is no tensor but {kind}")
-    for name in (*row.operands, *row.like, *row.once, *row.affine_if, *row.unless):
+    filled = [row.fill] if isinstance(row.fill, str) else []
+    told = [n for axes in row.rowwise.values() for n in _ARGUMENT.findall(str(axes))]
+    named = (*row.affine_if, *row.unless, *row.rowwise, *told, *filled)
+    for name in (*row.operands, *row.like, *row.once, *named):
         if name not in arguments:
             raise RuleError(
                 f"{row.where}: {row.op} has no argument {name!r}; it has {', '.join(sorted(arguments))}"

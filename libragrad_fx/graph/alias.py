@@ -7,34 +7,38 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-aten = torch.ops.aten
-_FRESH = {  # composite ops whose result is always a tensor of its own
-    aten.conv1d, aten.conv2d, aten.conv3d, aten.conv_transpose1d, aten.conv_transpose2d, aten.linear,
-    aten.batch_norm, aten.layer_norm, aten.group_norm, aten.instance_norm, aten.rms_norm, aten.matmul,
-}  # fmt: skip
+from libragrad_fx.types import OpFacts
 
 
 def functional(op: Any) -> torch._ops.OpOverload | None:
     """The op that computes what an in-place op writes; None if ``op`` is none such."""
-    if not (isinstance(op, torch._ops.OpOverload) and op.namespace == "aten"):
+    if not isinstance(op, torch._ops.OpOverload) or not op._schema.is_mutable:
         return None
-    if not op._schema.is_mutable or not op._opname.endswith("_"):
-        return None
-    packet = getattr(aten, op._opname[:-1], None)
+    space, _, name = op._schema.name.partition("::")
+    packet = getattr(getattr(torch.ops, space), name[:-1], None) if name.endswith("_") else None
     plain = getattr(packet, op._overloadname, None)
     names = [a.name for a in op._schema.arguments]
     same = plain is not None and [a.name for a in plain._schema.arguments] == names
     return plain if same else None
 
 
-def is_fresh(node: Node) -> bool:
-    """Whether an op's result shares no memory with its operands."""
+def is_fresh(node: Node, fact: OpFacts | None) -> bool:
+    """Whether an op's result shares no memory with its operands. fact: the row of the op."""
     op = getattr(node.target, "aten_op", node.target)  # what a twin is the twin of
     if not isinstance(op, torch._ops.OpOverload):
         return False
     if any(r.alias_info is not None for r in op._schema.returns):
         return False
-    return not is_composite(op) or op._overloadpacket in _FRESH
+    return not is_composite(op) or (fact is not None and fact.fresh)
+
+
+def is_idle_dropout(node: Node) -> bool:
+    """Whether a node is a dropout, of whatever kind, that drops nothing."""
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload):
+        return False
+    names = [a.name for a in op._schema.arguments]
+    return names == ["input", "p", "train"] and bool(node.args[1] == 0 or not node.args[2])
 
 
 def is_composite(op: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Balanced twins by name, and what a rewrite may insert: tensors in, tensors out, no graph.
+"""All that names an op: balanced twins, what a rewrite may insert, and how ops are spelled in a graph.
 
 Comes in: the arguments of an ATen op. Goes out: its result, with a balanced backward.
 May import: ``graph``. Begin with ``twin``, then ``activation``. ``ops.yaml`` names what is in ``TWINS``.

@@ -22,6 +22,12 @@ from libragrad_fx.ops.function import watched
 from libragrad_fx.ops.twin import Grads, times_, twin
 
 aten = torch.ops.aten
+COUNTED_AS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        aten._scaled_dot_product_flash_attention_backward,
+}  # fmt: skip
+"""Kernels for a CPU, of which not all versions of PyTorch count the operations, by those for a GPU."""
 _CHUNK = 64  # query rows at a time, of all heads
 _ROWS = 256  # query rows at a time at least, of so many heads that their block of P has
 _CACHED = 2**18  # elements a thread: 1 MiB of float32

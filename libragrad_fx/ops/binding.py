@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from libragrad_fx.graph.notes import annotate
+from libragrad_fx.ops.function import watched
 
 aten = torch.ops.aten
 
@@ -30,6 +32,35 @@ PRODUCTS = {
     aten.linear.default: -1, aten.conv1d.default: 1, aten.conv2d.default: 1,
 }  # fmt: skip
 """Products of a weight, with the axis of the result that its rows make."""
+
+
+def _in_place(plain: Callable[..., Any], over: Callable[..., Any]) -> Callable[..., Any]:
+    def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = args[0] if args else x
+        # what comes in may have other dtypes and sizes than at capture; autocast has others on the way
+        fits = not isinstance(y, torch.Tensor) or (y.dtype == x.dtype and y.shape == x.shape)
+        return (over if fits and not watched() else plain)(x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    call.__name__ = over.__name__
+    return call
+
+
+_IN_PLACE = {
+    aten.relu.default: _in_place(torch.relu, torch.relu_),
+    aten.leaky_relu.default: _in_place(F.leaky_relu, F.leaky_relu_),
+    aten.add.Tensor: _in_place(torch.add, torch.Tensor.add_),
+}
+"""Ops whose gradient needs nothing that they write over (for ``hardtanh_``, autograd keeps a copy of it).
+Most networks call them so themselves."""
+
+
+def in_place(node: Node) -> Callable[..., Any] | None:
+    """What does a node's op in the memory of its first operand, if that can be done."""
+    if node.target is aten.leaky_relu.default and not (len(node.args) < 2 or node.args[1] > 0):  # type: ignore[operator]
+        return None  # its backward asks the result for the sign of the operand
+    return _IN_PLACE.get(node.target)  # type: ignore[arg-type]
+
+
 _tried: dict[Any, bool] = {}
 
 

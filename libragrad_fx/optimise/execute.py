@@ -13,34 +13,13 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.nn import functional as F
 
 from libragrad_fx.graph.notes import note
-from libragrad_fx.ops.binding import PRODUCTS, binding
+from libragrad_fx.ops.binding import PRODUCTS, binding, in_place
 from libragrad_fx.ops.function import watched
-from libragrad_fx.optimise.gate import gated
-from libragrad_fx.optimise.graft import idle, whole
-from libragrad_fx.optimise.product import halved_mul
-
-
-def _in_place(plain: Callable[..., Any], over: Callable[..., Any]) -> Callable[..., Any]:
-    def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y = args[0] if args else x
-        # what comes in may have other dtypes and sizes than at capture; autocast has others on the way
-        fits = not isinstance(y, torch.Tensor) or (y.dtype == x.dtype and y.shape == x.shape)
-        return (over if fits and not watched() else plain)(x, *args, **kwargs)  # type: ignore[no-any-return]
-
-    call.__name__ = over.__name__
-    return call
-
-
-IN_PLACE = {
-    torch.ops.aten.relu.default: _in_place(torch.relu, torch.relu_),
-    torch.ops.aten.leaky_relu.default: _in_place(F.leaky_relu, F.leaky_relu_),
-    torch.ops.aten.add.Tensor: _in_place(torch.add, torch.Tensor.add_),
-}
-"""Ops whose gradient needs nothing that they write over (for ``hardtanh_``, autograd keeps a copy of it).
-Most networks call them so themselves."""
+from libragrad_fx.ops.gate import gated
+from libragrad_fx.ops.places import idle, whole
+from libragrad_fx.ops.product import halved_mul
 
 
 def bound(graph: Graph) -> Graph:
@@ -56,7 +35,7 @@ def bound(graph: Graph) -> Graph:
             node.replace_all_uses_with(node.args[0])
             new.erase_node(node)
         elif note(node).over:
-            node.target = IN_PLACE.get(node.target) or node.target.over
+            node.target = in_place(node) or node.target.over
         elif note(node).bound:
             node.target = binding(node.target)
     _unbind(new)

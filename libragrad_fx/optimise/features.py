@@ -20,8 +20,8 @@ from libragrad_fx.graph.notes import Undo, annotate
 from libragrad_fx.graph.schema import bind
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.binding import PRODUCTS
+from libragrad_fx.ops.graft import graft
 from libragrad_fx.ops.insert import LEAN
-from libragrad_fx.optimise.graft import graft
 from libragrad_fx.optimise.views import is_sized, only_moves, replay, sizes
 from libragrad_fx.optimise.work import Work
 
@@ -108,20 +108,22 @@ def _cover(product: Node, node: Node, alive: set[Node], facts: Facts) -> list[Pa
     for user in node.users:
         if not takes_gradient(user, node, alive, facts):
             continue
-        inner = _cover(product, user, alive, facts) if only_moves(user) else "read as a whole"
+        inner = (
+            _cover(product, user, alive, facts) if only_moves(user, facts) else "read as a whole"
+        )
         if isinstance(inner, str):
-            whole = part_of(product, node)
+            whole = part_of(product, node, facts)
             return whole if isinstance(whole, str) else [whole]
         parts += inner
     return parts
 
 
-def part_of(product: Node, end: Node) -> Part | str:
+def part_of(product: Node, end: Node, facts: Facts) -> Part | str:
     """Where the elements of ``end`` lie in ``product``'s result. They are a part of it where every other
     axis is whole and in order, and the features lie along axes of their own; otherwise why they are none.
     """
     whole = torch.empty(sizes(product), device="meta")
-    view = replay(end, product, whole)
+    view = replay(end, product, whole, facts)
     if view is whole:
         return "all its features get a gradient"
     if not torch.is_tensor(view) or view._base is not whole or view.numel() == 0:

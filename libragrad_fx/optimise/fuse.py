@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
-import torch
 from torch.fx import Node
 
+from libragrad_fx.decide.flow import Facts
 from libragrad_fx.graph.notes import annotate
 from libragrad_fx.ops.binding import PRODUCTS
 from libragrad_fx.optimise.features import Part, part_of
 from libragrad_fx.optimise.scales import halved
-from libragrad_fx.optimise.views import is_sized, sizes
+from libragrad_fx.optimise.views import is_sized, only_cuts, sizes
 from libragrad_fx.optimise.work import Work
 
-_CUTS = {"chunk", "split", "split_with_sizes", "tensor_split", "slice", "narrow"}
 Gate = tuple[int, bool, tuple[int, bool] | None]
 
 
@@ -25,14 +23,14 @@ def mark(work: Work) -> None:
         product = halved(node)
         if product is None or not all(isinstance(a, Node) for a in product.args):
             continue
-        found = _gate(product)
+        found = _gate(product, work.facts)
         if isinstance(found, str):
             work.no(node, found)
         elif found is not None:
             annotate(node, gate=found)
 
 
-def _gate(product: Node) -> Gate | str | None:
+def _gate(product: Node, facts: Facts) -> Gate | str | None:
     """How a product is ``act(x) * y``, in the words of ``gated``; why not; None without an activation."""
     reason = None
     for at in (0, 1):
@@ -47,7 +45,7 @@ def _gate(product: Node) -> Gate | str | None:
         else:
             x, y = (value, act.args[0]) if at else (act.args[0], value)
             over = x is not y and all(n.target in PRODUCTS and len(n.users) == 1 for n in (x, y))
-            halves = _halves(x, y, {act, product})
+            halves = _halves(x, y, {act, product}, facts)
             return at, over or halves is not None, halves
     return reason
 
@@ -58,17 +56,17 @@ def _alike(a: Node, b: Node) -> bool:
     return a is not b and str(x.shape) == str(y.shape) and x.dtype == y.dtype
 
 
-def _halves(x: Any, y: Any, readers: set[Node]) -> tuple[int, bool] | None:
+def _halves(x: Any, y: Any, readers: set[Node], facts: Facts) -> tuple[int, bool] | None:
     """The axis of a product's result of which ``x`` and ``y`` are the halves, that only ``readers``
     read, and whether ``x`` is the second of them."""
     product = x
     while product.target not in PRODUCTS:
-        if not _only_cuts(product):
+        if not only_cuts(product, facts):
             return None
         product = product.args[0]
-    if x is y or not is_sized(product) or _readers(product) != readers:
+    if x is y or not is_sized(product) or _readers(product, facts) != readers:
         return None
-    parts = [part_of(product, n) for n in (x, y)]
+    parts = [part_of(product, n, facts) for n in (x, y)]
     axis = PRODUCTS[product.target] % len(sizes(product))
     half = sizes(product)[axis] // 2
     first, second = slice(0, half), slice(half, 2 * half)
@@ -76,13 +74,6 @@ def _halves(x: Any, y: Any, readers: set[Node]) -> tuple[int, bool] | None:
     return (axis, rows[0] == second) if rows in ([first, second], [second, first]) else None
 
 
-def _only_cuts(node: Node) -> bool:
-    """Whether a node's value is its operand between two places of one axis, or a list of such."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._opname in _CUTS
-    return node.target is operator.getitem
-
-
-def _readers(node: Node) -> set[Node]:
+def _readers(node: Node, facts: Facts) -> set[Node]:
     """What reads a value, or what is cut out of it."""
-    return {r for u in node.users for r in (_readers(u) if _only_cuts(u) else {u})}
+    return {r for u in node.users for r in (_readers(u, facts) if only_cuts(u, facts) else {u})}

@@ -10,9 +10,11 @@ and values of attention, gets its gradient as before.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,11 +24,12 @@ from torch.utils import _pytree as pytree
 
 from libragrad_fx.decide.flow import Facts, live, takes_gradient
 from libragrad_fx.graph.notes import Undo, annotate, note
-from libragrad_fx.graph.schema import bind
+from libragrad_fx.graph.schema import bind, signature, spread
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.binding import PRODUCTS
+from libragrad_fx.ops.graft import carried
 from libragrad_fx.ops.insert import is_scale
-from libragrad_fx.optimise.graft import carried, idle
+from libragrad_fx.ops.places import idle, is_selection, only_place, take_one, taken
 from libragrad_fx.optimise.views import (
     elements,
     first,
@@ -39,19 +42,13 @@ from libragrad_fx.optimise.views import (
 from libragrad_fx.optimise.work import Work
 from libragrad_fx.types import Kind, Location, OpFacts
 
-aten = torch.ops.aten
 _NARROW = "narrow"
 _SMALL = 2**16  # elements of a product's result, below which calls cost more than its zeros
 _FEW = 8  # rows, likewise
-_KEEPS = {"to", "_to_copy", "type_as"}  # the axes of their operand; pointwise but for their tags
-_OVER = {"softmax", "log_softmax", "mean", "sum", "amax", "amin", "logsumexp", "glu", "cumsum"}
-"""Ops in which only what differs along ``dim`` meets."""
-_SIZES = {"view", "_unsafe_view", "reshape"}  # told the sizes of their result
-_TAKES = {aten.slice.Tensor, aten.clone.default, aten.select.int}
-_TAKEN = OpFacts(
-    "aten.select", Kind.LINEAR, "one row of a value", Location(__name__, 1), stream=("self",)
+_VIEW = OpFacts(
+    "row", Kind.LINEAR, "one row of a value", Location(__name__, 1), stream=("self",), moves="view"
 )
-_sdpa = aten.scaled_dot_product_attention.default
+_COPY = dataclasses.replace(_VIEW, moves="copy")
 
 Row = tuple[int, int]
 """An axis, and the place along it (as in ``select``) of the only row that gets a gradient."""
@@ -68,11 +65,11 @@ def narrow(work: Work) -> None:
         return
     entries = {n for n in rows if _is_entry(n, rows, alive, facts)}
     made: dict[Any, Node] = {}
-    named = dict(facts)
+    work.facts = dict(facts)
     for node in [n for n in graph.nodes if n in rows]:
-        made[node, rows[node]] = new = _again(graph, node, rows[node], made)
+        made[node, rows[node]] = new = _again(work, node, rows[node], made)
         if node.name in facts:
-            named[new.name] = facts[node.name]
+            work.facts[new.name] = facts[node.name]
     again = {node.name: made[node, row] for node, row in rows.items()}
     for new in again.values():  # a scale speaks of the row of its host
         if (host := note(new).host) in again:
@@ -81,11 +78,9 @@ def narrow(work: Work) -> None:
     for node in entries:
         _cut(graph, node, set(made.values()))
     for mouth, row in read:
-        _join(graph, mouth, row)
+        _join(work, mouth, row)
     for node in rows.keys() - entries:
         _plain(graph, node)
-    added = (n for n in graph.nodes if is_row(n) and n.name not in named)
-    work.facts = named | {n.name: _TAKEN for n in added if n.target in _TAKES}
 
 
 def is_row(node: Node) -> bool:
@@ -112,7 +107,7 @@ def _rows(work: Work, alive: set[Node]) -> tuple[dict[Node, Row], list[Any]]:
             made_of = {node.args[0]: row}
             readers.append(node)
         elif len(asked[node]) == 1 and (row := next(iter(asked[node]))) is not None:
-            made_of = _made_of(node, row)
+            made_of = _made_of(node, row, work.facts)
             if isinstance(made_of, str):
                 work.no(node, made_of)
             else:
@@ -125,14 +120,15 @@ def _rows(work: Work, alive: set[Node]) -> tuple[dict[Node, Row], list[Any]]:
 
 def _read_row(node: Node) -> Row | None:
     """The row of its operand that a node is, if it is one of many."""
-    if node.target not in (aten.select.int, aten.slice.Tensor):
+    if (found := taken(node)) is None:
         return None
-    x, axis, place, *rest = bind(node.target, node.args, node.kwargs).values()  # type: ignore[arg-type]
+    x, axis, place, end, _ = found
     if not isinstance(place, int) or not is_sized(x):
         return None
     if in_example(first(x).shape[axis]) < _FEW:
         return None
-    one = not rest or (rest[0] == place + 1 if place != -1 else rest[0] in (None, sys.maxsize))
+    last = place == -1 and end in (None, sys.maxsize)
+    one = is_selection(node) or last or (place != -1 and end == place + 1)
     return (axis % len(sizes(x)), place) if one else None
 
 
@@ -152,9 +148,9 @@ def _is_entry(node: Node, rows: dict[Node, Row], alive: set[Node], facts: Facts)
 # --- what a row is made of
 
 
-def _made_of(node: Node, row: Row) -> dict[Any, Row] | str:
+def _made_of(node: Node, row: Row, facts: Facts) -> dict[Any, Row] | str:
     """The operands of which one row makes ``row`` of a node, and that row; or why that is not known."""
-    op = _op(node)
+    op, fact = _op(node), facts.get(node.name)
     source: Any = node.args[0] if node.args else None
     if is_scale(node) or node.target in (operator.getitem, idle):
         return {source: row}
@@ -162,16 +158,20 @@ def _made_of(node: Node, row: Row) -> dict[Any, Row] | str:
         return "what it computes is not known"
     if not all(is_sized(n) for n in (node, *node.all_input_nodes) if hasattr(first(n), "shape")):
         return "data decides a size of it"
-    if torch.Tag.nondeterministic_seeded in op.tags and op is not _sdpa:
+    attends = fact is not None and fact.kind is Kind.ATTENTION
+    if torch.Tag.nondeterministic_seeded in op.tags and not attends:
         return "it draws random numbers"
     axis, place = row
-    if only_moves(node):
-        before = _axis_before(node, axis)
+    if only_moves(node, facts):
+        before = _axis_before(node, axis, facts)
         return "it moves the axis" if before is None else {source: (before, place)}
-    if torch.Tag.pointwise in op.tags or op._opname in _KEEPS:
+    if torch.Tag.pointwise in op.tags:
         return _broadcast(node, row)
-    given = bind(op, node.args, node.kwargs)
-    found = _parted(node, given, axis - len(sizes(node)), place)
+    given, back = bind(op, node.args, node.kwargs), axis - len(sizes(node))
+    if attends:
+        found = _queries(given, place) if back == -2 else None
+    else:
+        found = _parted(node, given, back, {} if fact is None else fact.rowwise)
     leaves = pytree.tree_leaves(list(given.values()))
     if found is None:
         return "one token of it is made of several"
@@ -185,11 +185,11 @@ def _op(node: Node) -> Any:
     return getattr(node.target, "aten_op", node.target)
 
 
-def _axis_before(node: Node, axis: int) -> int | None:
+def _axis_before(node: Node, axis: int, facts: Facts) -> int | None:
     """Where an axis of a view lies in its operand, if it is whole there and may be of one row."""
     x: Any = node.args[0]
     whole = torch.empty(sizes(x), device="meta")
-    view = first(replay(node, x, whole))
+    view = first(replay(node, x, whole, facts))
     if view is None or view.shape[axis] == 1:
         return None
     steps = list(zip(whole.shape, whole.stride(), strict=True))
@@ -197,14 +197,17 @@ def _axis_before(node: Node, axis: int) -> int | None:
     if step not in steps:
         return None
     before = steps.index(step)
-    row = first(replay(node, x, whole.narrow(before, 0, 1), _resized(node, axis)))
+    row = first(replay(node, x, whole.narrow(before, 0, 1), facts, _resized(node, axis, facts)))
     want = [1 if i == axis else n for i, n in enumerate(view.shape)]
     return before if row is not None and list(row.shape) == want else None
 
 
-def _resized(node: Node, axis: int) -> Any:
-    """The arguments of a view where an axis has one row."""
-    if getattr(node.target, "_opname", None) not in _SIZES:
+def _resized(node: Node, axis: int, facts: Facts) -> Any:
+    """The arguments of a node where an axis of its result has one row; a view may be told its sizes."""
+    if not only_moves(node, facts) or node.target is operator.getitem:
+        return node.args
+    _, told, *_ = [*signature(_op(node))[0], "", ""]
+    if told not in ("size", "shape"):
         return node.args
     x, given, *rest = node.args
     return (x, [1 if i == axis else n for i, n in enumerate(given)], *rest)  # type: ignore[arg-type]
@@ -221,23 +224,29 @@ def _broadcast(node: Node, row: Row) -> dict[Any, Row]:
     return found
 
 
-def _parted(node: Node, given: dict[str, Any], back: int, place: int) -> dict[Any, int] | None:
+def _parted(
+    node: Node, given: dict[str, Any], back: int, rowwise: Mapping[str, int | str]
+) -> dict[Any, int] | None:
     """Operands that have the rows of a result, by the axis that they lie along, both from behind."""
-    name, (x, *others) = _op(node)._opname, given.values()
-    rank = len(sizes(x)) if isinstance(x, Node) else -1
-    if name == _sdpa._opname:
-        return _queries(given, place) if back == -2 else None
-    if name in ("matmul", "mm", "bmm"):
-        return {x: -2} if back == -2 and len(sizes(others[0])) == rank else None
-    meet: Any = [-1] if name == "linear" else None
-    if name in ("layer_norm", "rms_norm"):
-        meet = range(-len(given["normalized_shape"]), 0)
-    elif name in _OVER:
-        meet = given.get("dim")
-        meet = meet if isinstance(meet, list | tuple) else [meet]
-    if not meet or None in meet or len(sizes(node)) != rank:  # not known, all axes, one is gone
-        return None
-    return None if back in [d % rank - rank for d in meet] else {x: back}
+    found = {}
+    for name, axes in rowwise.items():
+        x = given[name]
+        if len(sizes(x)) != len(sizes(node)) or back not in _apart(axes, given, len(sizes(x))):
+            return None
+        found[x] = back
+    return found or None
+
+
+def _apart(axes: int | str, given: dict[str, Any], rank: int) -> set[int]:
+    """The axes, from behind, along which rows stay apart; see ``rowwise`` in ``rules/README.md``."""
+    if isinstance(axes, int):
+        return {axes}
+    every, but = set(range(-rank, 0)), axes.removeprefix("all").removeprefix(" but ")
+    if but.startswith("len("):
+        return {a for a in every if a < -len(given[but[4:-1]])}
+    meet = given[but] if but in given else int(but) if but else []
+    meet = meet if isinstance(meet, list | tuple) else [meet]
+    return set() if None in meet else every - {d % rank - rank for d in meet}
 
 
 def _queries(given: dict[str, Any], place: int) -> dict[Any, int] | None:
@@ -254,30 +263,28 @@ def _queries(given: dict[str, Any], place: int) -> dict[Any, int] | None:
 # --- the row, computed again
 
 
-def _again(graph: Graph, node: Node, row: Row, made: dict[Any, Node]) -> Node:
+def _again(work: Work, node: Node, row: Row, made: dict[Any, Node]) -> Node:
     """``row`` of a node, from rows of its operands."""
-    operands = _made_of(node, row)
+    operands = _made_of(node, row, work.facts)
     assert isinstance(operands, dict)
     if node.target is operator.getitem and (node.args[0], row) not in made:
-        return _taken(graph, node, row, node.next)
+        return _taken(work, node, row, node.next)
 
     def part(n: Node) -> Node:
         if n not in operands:
             return n
         if (n, operands[n]) not in made:
-            made[n, operands[n]] = _taken(graph, n, operands[n], node)
+            made[n, operands[n]] = _taken(work, n, operands[n], node)
         return made[n, operands[n]]
 
-    target = node.target
-    args, kwargs = map_arg((_resized(node, row[0]), dict(node.kwargs)), part)
-    if _op(node) is _sdpa:
-        given = bind(_sdpa, args, kwargs)
-        *args, scale, gqa = {**given, "is_causal": False}.values()  # the last row sees all keys
-        kwargs = {"scale": scale, "enable_gqa": gqa}
-    if target in (aten.view.default, aten._unsafe_view.default):
-        target = aten.reshape.default  # a row may lie in memory otherwise
-    with graph.inserting_after(node):
-        new = graph.call_function(target, tuple(args), kwargs)  # type: ignore[arg-type]
+    args, kwargs = map_arg((_resized(node, row[0], work.facts), dict(node.kwargs)), part)
+    if (fact := work.facts.get(node.name)) and fact.kind is Kind.ATTENTION:
+        given = bind(_op(node), args, kwargs)
+        args, kwargs = spread(
+            _op(node), {**given, "is_causal": False}
+        )  # the last row sees all keys
+    with work.graph.inserting_after(node):
+        new = work.graph.call_function(node.target, tuple(args), kwargs)  # type: ignore[arg-type]
     new.meta.update(node.meta)
     annotate(new, undo=Undo.DROP)
     value = node.meta["val"]
@@ -286,16 +293,14 @@ def _again(graph: Graph, node: Node, row: Row, made: dict[Any, Node]) -> Node:
     return new
 
 
-def _taken(graph: Graph, node: Node, row: Row, before: Node) -> Node:
+def _taken(work: Work, node: Node, row: Row, before: Node) -> Node:
     """``row`` of a node's value, in memory of its own: the whole is let go."""
-    axis, place = row
-    end = sys.maxsize if place == -1 else place + 1
-    with graph.inserting_before(before):
-        part = graph.call_function(aten.slice.Tensor, (node, axis, place, end))
-        new = graph.call_function(aten.clone.default, (part,))
-    for n in (part, new):
-        n.meta["val"] = _like(node.meta["val"], axis)
+    with work.graph.inserting_before(before):
+        part, new = take_one(work.graph, node, *row)
+    for n, fact in ((part, _VIEW), (new, _COPY)):
+        n.meta["val"] = _like(node.meta["val"], row[0])
         annotate(n, undo=Undo.DROP)
+        work.facts[n.name] = fact
     return new
 
 
@@ -316,15 +321,16 @@ def _cut(graph: Graph, node: Node, made: set[Node]) -> None:
     node.replace_all_uses_with(cut, delete_user_cb=lambda user: user not in takers)
 
 
-def _join(graph: Graph, mouth: Node, row: Node) -> None:
+def _join(work: Work, mouth: Node, row: Node) -> None:
     """Forward: the token from the full tensor. Backward: into the token that was computed again."""
-    path = row
+    path, graph = row, work.graph
     with graph.inserting_before(mouth.next):
         value = graph.call_function(insert.stop, (mouth,))
-        if mouth.target is aten.select.int:
-            path = graph.call_function(aten.select.int, (row, mouth.args[1], 0))
+        if is_selection(mouth):
+            path = only_place(graph, row, mouth.args[1])
             path.meta["val"] = mouth.meta["val"]
             annotate(path, undo=Undo.DROP)
+            work.facts[path.name] = _VIEW
         new = graph.call_function(carried, (value, path))
     for n in (value, new):
         n.meta["val"] = mouth.meta["val"]

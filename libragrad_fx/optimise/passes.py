@@ -73,7 +73,7 @@ def optimise(
     before = _looks(graph)
     for step in PASSES:
         if step.name not in off:
-            work = Work(graph, facts)
+            work = Work(graph, dict(facts))
             step.run(work)
             facts, after = work.facts, _looks(graph)
             changed = [name for name, look in after.items() if before.get(name) != look]

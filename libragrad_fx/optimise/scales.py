@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
+from libragrad_fx.decide.flow import Facts
 from libragrad_fx.graph.notes import Undo, annotate
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.insert import LEAN, is_scale
-from libragrad_fx.optimise.product import halved_mul
+from libragrad_fx.ops.product import halved_mul, is_real_product
 from libragrad_fx.optimise.views import elements, is_sized, only_moves
 from libragrad_fx.optimise.work import Work
+from libragrad_fx.types import Kind, OpFacts
 
-aten = torch.ops.aten
 _SMALL = 2**16  # elements, below which a call from Python costs more than a pass over memory
-_JOINS = {aten.stack.default, aten.cat.default}
 
 
 def halve(work: Work) -> None:
@@ -43,21 +42,31 @@ def halved(node: Node) -> Node | None:
         return None
     host, factor, *_ = node.args
     assert isinstance(host, Node)
-    alone = host.target is aten.mul.Tensor and factor == 0.5 and len(host.users) == 1
-    return host if alone and not host.meta["val"].is_complex() else None
+    alone = factor == 0.5 and len(host.users) == 1
+    return host if alone and is_real_product(host) else None
 
 
 def merge(work: Work) -> None:
     """cat([s·a, s·b]) becomes s·cat([a, b]): the steps of a scan have many equal scales."""
-    for node in [n for n in work.graph.nodes if n.target in _JOINS]:
-        reason = _merge(work.graph, node)
+    for node in [n for n in work.graph.nodes if _is_join(work.facts.get(n.name))]:
+        reason = _merge(work.graph, node, work.facts)
         if reason is not None:
             work.no(node, reason)
 
 
-def _merge(graph: Graph, join: Node) -> str | None:
+def _is_join(fact: OpFacts | None) -> bool:
+    """Whether an op is linear in all that it is given together."""
+    return (
+        fact is not None
+        and fact.kind is Kind.LINEAR
+        and len(fact.operands) == 1
+        and not fact.constant
+    )
+
+
+def _merge(graph: Graph, join: Node, facts: Facts) -> str | None:
     joined: Any = join.args[0]
-    found = [_scale_above(x) for x in joined] if isinstance(joined, list | tuple) else []
+    found = [_scale_above(x, facts) for x in joined] if isinstance(joined, list | tuple) else []
     scales = [s for s in found if s is not None]
     if not scales:
         return None
@@ -76,8 +85,8 @@ def _merge(graph: Graph, join: Node) -> str | None:
     return None
 
 
-def _scale_above(node: Any) -> Node | None:
+def _scale_above(node: Any, facts: Facts) -> Node | None:
     """The gradient scale that a value is read through, views and copies apart, and by nobody else."""
-    while len(node.users) == 1 and not is_scale(node) and only_moves(node):
+    while len(node.users) == 1 and not is_scale(node) and only_moves(node, facts):
         node = node.args[0]
     return node if is_scale(node) and len(node.users) == 1 and node.args[1] else None

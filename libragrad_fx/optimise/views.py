@@ -5,32 +5,32 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from libragrad_fx.types import OpFacts
-
-aten = torch.ops.aten
-Facts = Mapping[str, OpFacts]
-VIEWS = {
-    "reshape", "view", "_unsafe_view", "permute", "transpose", "t", "mT", "unbind", "chunk", "split",
-    "split_with_sizes", "tensor_split", "slice", "select", "narrow", "unsqueeze", "squeeze", "flatten",
-    "unflatten", "movedim", "moveaxis", "swapaxes", "swapdims",
-}  # fmt: skip
-COPIES = {aten.contiguous.default, aten.clone.default}
+from libragrad_fx.decide.flow import Facts
 
 
-def only_moves(node: Node) -> bool:
+def only_moves(node: Node, facts: Facts) -> bool:
     """Whether a node's elements are those of its operand in another order, or some of them."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target in COPIES or (
-            node.target._opname in VIEWS and node.target is not aten.view.dtype
-        )
-    return node.target is operator.getitem
+    return node.target is operator.getitem or _moves(node, facts) is not None
+
+
+def _moves(node: Node, facts: Facts) -> str | None:
+    fact = facts.get(node.name)
+    return None if fact is None else fact.moves
+
+
+def only_cuts(node: Node, facts: Facts) -> bool:
+    """Whether a node's value lies between two places of an axis of its operand, or is a list of such."""
+    if node.target is operator.getitem or _moves(node, facts) != "view":
+        return node.target is operator.getitem
+    x, made = first(node.args[0]), node.meta["val"]
+    parts = made if isinstance(made, list | tuple) else [made]
+    return all(str(p.stride()) == str(x.stride()) for p in parts)
 
 
 def first(value: Any) -> Any:
@@ -70,7 +70,7 @@ def _number(value: Any) -> int:
     return int(expr.xreplace(chosen))
 
 
-def replay(end: Node, product: Node, whole: torch.Tensor, args: Any = None) -> Any:
+def replay(end: Node, product: Node, whole: torch.Tensor, facts: Facts, args: Any = None) -> Any:
     """The views that lead from a product to ``end``, on another tensor; ``args``: other ones of ``end``."""
 
     def value(n: Node) -> Any:
@@ -80,7 +80,7 @@ def replay(end: Node, product: Node, whole: torch.Tensor, args: Any = None) -> A
             return _number(n.meta["val"])
         if n.op != "call_function":
             raise RuntimeError("data decides this view")
-        if n.target in COPIES:
+        if _moves(n, facts) == "copy":
             return value(n.args[0])  # type: ignore[arg-type]
         own = n.args if args is None or n is not end else args
         own, kwargs = map_arg((own, dict(n.kwargs)), value)

@@ -71,7 +71,7 @@ def record(model: nn.Module, args: Any, kwargs: Any, book: RuleBook) -> Tape:
 
     tensors = [moving(leaves[i]).clone() for i in places]
     try:
-        parts = in_parts(lambda op: book.fact(op) is not None)
+        parts = in_parts(book)
         with traced_as_run(), _own_kernels(), _written_out():
             traced = make_fx(run, parts, pre_dispatch=True, _error_on_data_dependent_ops=False)(
                 *tensors

@@ -134,6 +134,24 @@ def test_private_names_of_torch_are_listed() -> None:
     assert found == PRIVATE
 
 
+def op_names(path: Path) -> set[str]:
+    """The ops that a file names: by attribute, by overload name or by the start of a string."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        name = dotted(node)
+        if name.startswith(("aten.", "torch.ops.aten")) or name.endswith("._opname"):
+            found.add(name)
+        elif isinstance(node, ast.Constant) and str(node.value).startswith(("aten.", "aten::", "_opname")):
+            found.add(str(node.value))
+    return found
+
+
+def test_ops_are_named_in_the_rule_book_and_in_their_room() -> None:
+    """What holds of an op is a key of its row; what is written for one op is in ``ops/``."""
+    named = {n: found for n, p in FILES.items() if room_of(p) != "ops" and (found := op_names(p))}
+    assert named == {}
+
+
 def test_pictures_are_imported_by_who_draws() -> None:
     code = (
         "import sys, libragrad_fx;"

@@ -17,10 +17,11 @@ from libragrad_fx.bench import Operations
 from libragrad_fx.errors import GateOutputWarning
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops.attention import scaled_dot_product_attention
+from libragrad_fx.ops.graft import graft
 from libragrad_fx.ops.insert import is_scale
+from libragrad_fx.ops.places import whole
+from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.optimise.execute import bound
-from libragrad_fx.optimise.graft import graft, whole
-from libragrad_fx.optimise.product import halved_mul
 from libragrad_fx.rewrite.erase import erase, spell
 from tests.models.zoo import ZOO, build
 from tests.rows.one_op import ALL_TWINS

@@ -19,12 +19,14 @@ from libragrad_fx.decide import rulebook
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.optimise import narrow
 from libragrad_fx.optimise.narrow import is_row
+from libragrad_fx.optimise.work import Work
 from libragrad_fx.rewrite.erase import erase, spell
 from libragrad_fx.types import OpFacts
 from tests.passes.test_lean import assert_same, backward
 from tests.samples import Call, call_of, calls
 
 F64 = torch.float64
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
 ROWS = tuple(rulebook.load().facts.values())
 
 
@@ -57,7 +59,14 @@ def claims(call: Call) -> list[tuple[int, int]]:
     if not isinstance(value, torch.Tensor) or not graph.nodes:
         return []
     axes = [a for a, n in enumerate(value.shape) if n > 1]
-    return [(a, p) for a in axes for p in (0, -1) if isinstance(narrow._made_of(node, (a, p)), dict)]
+    facts = facts_of(node)
+    places = [(a, p) for a in axes for p in (0, -1)]
+    return [place for place in places if isinstance(narrow._made_of(node, place, facts), dict)]
+
+
+def facts_of(node: Node) -> dict[str, OpFacts]:
+    fact = rulebook.load().fact(node.target)
+    return {} if fact is None else {node.name: fact}
 
 
 X = torch.randn(3, 4, 5, dtype=F64)
@@ -80,7 +89,7 @@ def test_a_row_is_made_of_rows(row: OpFacts) -> None:
     for call in all_calls(row):
         for axis, place in claims(call):
             graph, node, inputs = as_graph(call)
-            made = narrow._again(graph, node, (axis, place), {})
+            made = narrow._again(Work(graph, facts_of(node)), node, (axis, place), {})
             graph.output((node, made))
             whole, part = Interpreter(nn.Module(), graph=graph).run(*inputs)
             assert tuple(made.meta["val"].shape) == part.shape
@@ -88,10 +97,8 @@ def test_a_row_is_made_of_rows(row: OpFacts) -> None:
             torch.testing.assert_close(part, want, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
-MADE_OF_ROWS = (
-    narrow._OVER | narrow._SIZES - {"_unsafe_view"} | {"layer_norm", "rms_norm", "linear", "matmul"}
-    | {"mm", "bmm", "scaled_dot_product_attention", "to", "permute", "gelu", "add"}
-)  # fmt: skip
+MADE_OF_ROWS = {row.op.split(".")[1] for row in ROWS if row.rowwise} - {"_to_copy"}  # samples have none
+MADE_OF_ROWS |= {"view", "reshape", "permute", "scaled_dot_product_attention", "gelu", "add"}
 
 
 @pytest.mark.parametrize("name", sorted(MADE_OF_ROWS))
@@ -202,7 +209,7 @@ def test_one_token_is_read(read: str, written: bool, post: bool, trained: bool) 
 def test_causal(read: str, written: bool) -> None:
     gm = transformed(Reader(READS[read], written, False, True), tokens())
     assert has_rows(gm)  # of a fused causal attention only the last row sees all keys: the MLP's rows
-    attends = [n for n in gm.lean.nodes if getattr(n.target, "aten_op", 0) is narrow._sdpa]  # type: ignore[union-attr]
+    attends = [n for n in gm.lean.nodes if getattr(n.target, "aten_op", 0) is SDPA]  # type: ignore[union-attr]
     freely = [n for n in attends if is_row(n)]
     assert bool(freely) == (not written and read in ("last token", "kept as an axis"))
 

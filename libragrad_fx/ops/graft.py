@@ -121,21 +121,3 @@ _carried = quick(_Carried)
 def carried(value: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
     """``value`` itself; its gradient goes to ``path``, of the same shape and dtype."""
     return _carried(value, path)  # type: ignore[no-any-return]
-
-
-def whole(
-    x: torch.Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> torch.Tensor:
-    """``x[:]`` along an axis, whose gradient is not copied into zeros of the same size first."""
-    return same(x)
-
-
-whole.aten_op = torch.ops.aten.slice.Tensor  # type: ignore[attr-defined]
-
-
-def idle(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
-    """``x``: a dropout that drops nothing returns what it is given."""
-    return x
-
-
-idle.aten_op = torch.ops.aten.dropout.default  # type: ignore[attr-defined]

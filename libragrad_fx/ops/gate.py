@@ -16,8 +16,8 @@ import torch
 
 from libragrad_fx.errors import ModeError
 from libragrad_fx.ops.function import same, watched
+from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.ops.twin import spent, times_
-from libragrad_fx.optimise.product import halved_mul
 
 
 class _Once(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.fx import Node
 
 from libragrad_fx.ops.twin import Grads, twin
 
@@ -26,3 +27,8 @@ def _halved(
 
 halved_mul = twin(aten.mul.Tensor, _halved, saves=("self", "other"), name="halved_mul")
 halved_mul.__module__ = __name__  # where a pickle finds it
+
+
+def is_real_product(node: Node) -> bool:
+    """Whether a node is the elementwise product of two real values."""
+    return node.target is aten.mul.Tensor and not node.meta["val"].is_complex()

@@ -1,0 +1,71 @@
+"""Places of an axis: which ops take some, and what takes or names them in a graph that is rewritten."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Graph, Node
+
+from libragrad_fx.graph.schema import bind
+from libragrad_fx.ops.function import same
+
+aten = torch.ops.aten
+SIZE, RESHAPE = aten.sym_size.int, aten.reshape.default
+_SELECT, _SLICE, _COPY = aten.select.int, aten.slice.Tensor, aten.clone.default
+
+
+class Taken(NamedTuple):
+    """What a ``select`` or a ``slice`` takes of ``x``. end: None of a ``select``, which drops the axis."""
+
+    x: Node
+    axis: int
+    start: Any
+    end: Any
+    step: Any
+
+
+def taken(node: Node) -> Taken | None:
+    """What a node takes of its operand; None if it is neither a ``select`` nor a ``slice``."""
+    if node.target is _SELECT:
+        x, axis, place = bind(_SELECT, node.args, node.kwargs).values()
+        return Taken(x, axis, place, None, 1)
+    if node.target is _SLICE:
+        return Taken(*bind(_SLICE, node.args, node.kwargs).values())
+    return None
+
+
+def is_selection(node: Node) -> bool:
+    """Whether a node is one place of an axis, without the axis."""
+    return node.target is _SELECT
+
+
+def take_one(graph: Graph, x: Node, axis: int, place: int) -> tuple[Node, Node]:
+    """Nodes for one place of an axis, which stays: a view of it, and a copy, for which ``x`` may go."""
+    end = sys.maxsize if place == -1 else place + 1
+    part = graph.call_function(_SLICE, (x, axis, place, end))
+    return part, graph.call_function(_COPY, (part,))
+
+
+def only_place(graph: Graph, x: Node, axis: Any) -> Node:
+    """A node for ``x`` without an axis that has one place."""
+    return graph.call_function(_SELECT, (x, axis, 0))
+
+
+def whole(
+    x: torch.Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> torch.Tensor:
+    """``x[:]`` along an axis, whose gradient is not copied into zeros of the same size first."""
+    return same(x)
+
+
+whole.aten_op = _SLICE  # type: ignore[attr-defined]
+
+
+def idle(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    """``x``: a dropout that drops nothing returns what it is given."""
+    return x
+
+
+idle.aten_op = aten.dropout.default  # type: ignore[attr-defined]
