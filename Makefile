@@ -28,7 +28,7 @@ test: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check libragrad_fx tools
+	$(VENV)/bin/ruff format --check libragrad_fx tools zoo
 	$(VENV)/bin/pyright --pythonpath $(RUN)
 
 pictures: $(VENV)/installed

@@ -42,9 +42,10 @@ from tqdm.auto import tqdm
 import libragrad_fx as lg
 from libragrad_fx.bench import HEAD, Cost, Side, compare, gradient, race
 from libragrad_fx.coverage.check import generic
-from libragrad_fx.coverage.suites import SAMPLE, SUITES, build
+from libragrad_fx.coverage.suites import SUITES, build
 from libragrad_fx.ops import insert
 from libragrad_fx.target import as_call, inexact, middle, select
+from zoo import SAMPLE
 
 RESULTS = Path("docs/performance.jsonl")
 Forward = Callable[[torch.Tensor], torch.Tensor]

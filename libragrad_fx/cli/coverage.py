@@ -35,7 +35,9 @@ from libragrad_fx.errors import (
 def coverage(
     suite: Annotated[
         Literal["timm", "timm-all", "torchvision", "hf", "openclip", "community"] | None,
-        typer.Option(help="What to check. timm: the smallest model of every module."),
+        typer.Option(
+            help="What to check. timm: the smallest model of every module. hf, community: in a checkout."
+        ),
     ] = None,
     only: Annotated[
         str, typer.Option("--filter", metavar="GLOB", help="Only names that match: 'vit_*'.")
@@ -66,10 +68,10 @@ def coverage(
         raise InputError("nothing to do: give --suite, or --report to render what is there")
     if suite is not None:
         file = results / f"{suite}{'-static' if static else ''}.jsonl"
+        everything = cover.SUITES[suite].names()
         if not resume:
             file.unlink(missing_ok=True)
         done = {r.name for r in cover.read(file) if r.verdict not in cover.STOPPED}
-        everything = cover.SUITES[suite].names()
         names = {n: f for n, f in everything.items() if fnmatch.fnmatch(n, only) and n not in done}
         if not any(fnmatch.fnmatch(n, only) for n in everything):
             raise InputError(f"no name of {suite} matches {only!r}")

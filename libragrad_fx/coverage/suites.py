@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from libragrad_fx import models
 from libragrad_fx.capture.examples import infer_inputs
 from libragrad_fx.coverage.unfilled import unfilled
+from libragrad_fx.errors import LibraGradError
 from libragrad_fx.extras import need
 from libragrad_fx.target import middle
 
@@ -107,27 +109,9 @@ def _torchvision(name: str) -> Subject:
     model = models.resolve(f"torchvision:{name}").module
     if _torchvision_names()[name] != "detection backbone":
         return _subject(name, model)
-    side = 320 if "320" in name or name.startswith("ssd") else 224
-    return Subject(name, model.backbone, (torch.randn(2, 3, side, side),), middle)  # type: ignore[arg-type]
-
-
-# --- Hugging Face
-
-
-def _hugging_face_names() -> dict[str, str]:
-    need("transformers", "coverage")
-    from libragrad_fx.coverage.huggingface import ARCHITECTURES
-
-    return {n: a.family for n, a in ARCHITECTURES.items()}
-
-
-def _hugging_face(name: str) -> Subject:
-    from libragrad_fx.coverage.huggingface import ARCHITECTURES
-
-    found = ARCHITECTURES[name]
-    torch.manual_seed(0)
-    model = found.build().eval()
-    return Subject(name, model, found.inputs(model), found.target)
+    detector: Any = model
+    sides = detector.transform.fixed_size or (224, 224)  # SSD scales every image to one size
+    return Subject(name, detector.backbone, (torch.randn(2, 3, *sides),), middle)
 
 
 # --- OpenCLIP
@@ -164,20 +148,23 @@ def _open_clip(name: str) -> Subject:
     return Subject(name, _Tower(model, side).eval(), (inputs,), middle)
 
 
-# --- libraries of others
+# --- what the folder zoo/ lists
 
 
-def _community_names() -> dict[str, str]:
-    from libragrad_fx.coverage import community
+def _zoo(file: str) -> Any:
+    """``zoo/FILE.py``: the folder stands beside the package in a checkout, and is not in the wheel."""
+    try:
+        return importlib.import_module(f"zoo.{file}")
+    except ModuleNotFoundError as e:
+        raise LibraGradError(
+            f"the models of this suite are listed in zoo/{file}.py of the repository, which is not"
+            f" installed with the package ({e}): run `python -m libragrad_fx coverage` in a checkout"
+        ) from e
 
-    return community.names()
 
-
-def _community(name: str) -> Subject:
-    from libragrad_fx.coverage import community
-
-    model, args = community.build(name)
-    return Subject(name, model, args, middle)
+def _listed(file: str, package: str, about: str) -> Suite:
+    """A suite of ``zoo/FILE.py``, which is imported when names or a model are asked for."""
+    return Suite(lambda: _zoo(file).names(), lambda name: _zoo(file).build(name), package, about)
 
 
 SUITES: Mapping[str, Suite] = {
@@ -187,36 +174,13 @@ SUITES: Mapping[str, Suite] = {
         _torchvision_names, _torchvision, "torchvision",
         "every torchvision classifier, segmenter, video model and detection backbone",
     ),
-    "hf": Suite(
-        _hugging_face_names, _hugging_face, "transformers",
-        "Hugging Face architectures, from tiny configs",
-    ),
+    "hf": _listed("huggingface", "transformers", "Hugging Face architectures, from tiny configs"),
     "openclip": Suite(
         _open_clip_names, _open_clip, "open_clip_torch",
         "both towers of every OpenCLIP model, with unit-vector output",
     ),
-    "community": Suite(
-        _community_names, _community, "",
-        "small models of twenty libraries that strangers build on",
-    ),
+    "community": _listed("community", "", "small models of twenty libraries that strangers build on"),
 }  # fmt: skip
-
-
-SAMPLE = {
-    ("hf", "bert"): "post-norm encoder, from embeddings",
-    ("hf", "deberta-v2"): "disentangled attention",
-    ("hf", "llama"): "SwiGLU, rotary positions, RMSNorm in float32",
-    ("hf", "gpt-oss"): "attention sinks, clamped gates, experts",
-    ("hf", "t5"): "encoder and decoder, cross-attention, relative bias",
-    ("hf", "mamba"): "selective scan",
-    ("hf", "rwkv"): "recurrence with exponential gates",
-    ("hf", "swin"): "shifted windows",
-    ("hf", "wav2vec2"): "convolutions over sound, group norm",
-    ("timm-all", "test_efficientnet"): "squeeze-excite, batch norm",
-    ("timm-all", "test_nfnet"): "standardised weights, no norm",
-    ("torchvision", "shufflenet_v2_x0_5"): "channel shuffle",
-}
-"""One small model for each of a dozen mechanisms, by suite and name."""
 
 
 def build(suite: str, name: str, fill: bool = True) -> Subject:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from libragrad_fx import coverage as cover
 from libragrad_fx.cli import app
 from libragrad_fx.coverage import runner
 from libragrad_fx.coverage.check import generic
-from libragrad_fx.coverage.suites import SAMPLE, build
+from libragrad_fx.coverage.suites import build
 from libragrad_fx.coverage.unfilled import unfilled
 from libragrad_fx.errors import InputError
+from zoo import SAMPLE
 
 SLOW = {  # the slowest
     "mamba", "rwkv", "deberta-v2", "test_nfnet", "shufflenet_v2_x0_5", "gpt-oss", "swin",
@@ -131,6 +133,22 @@ def test_results_are_read_back_or_refused(tmp_path: Path) -> None:
         file.write_text(bad + "\n")
         with pytest.raises(InputError, match=r"r\.jsonl:1 is no coverage result"):
             list(cover.read(file))
+
+
+def test_a_suite_that_cannot_be_listed_keeps_its_results(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "zoo", None)  # as where there is no such folder
+    monkeypatch.delitem(sys.modules, "zoo.huggingface", raising=False)
+    file = tmp_path / "hf.jsonl"
+    file.write_text("{}\n")
+    options = ["--suite", "hf", "--no-resume", "--results", str(tmp_path)]
+    result = CliRunner().invoke(app, ["coverage", *options])
+    assert result.exit_code == 2
+    said = " ".join(result.output.split())
+    assert "zoo/huggingface.py" in said
+    assert "in a checkout" in said
+    assert file.read_text() == "{}\n"
 
 
 @pytest.mark.parametrize(

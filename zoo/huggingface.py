@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from libragrad_fx.coverage.suites import Subject
 from libragrad_fx.extras import need
 from libragrad_fx.target import first_tensor
 
@@ -522,3 +523,17 @@ _AUDIO = [
 ARCHITECTURES: dict[str, Architecture] = {
     a.name: a for a in (*_VISION, *_LANGUAGE, *_MULTIMODAL, *_AUDIO)
 }
+
+
+def names() -> dict[str, str]:
+    """Every architecture, with its family."""
+    need("transformers", "coverage")
+    return {n: a.family for n, a in ARCHITECTURES.items()}
+
+
+def build(name: str) -> Subject:
+    """An architecture in eval mode, with random weights."""
+    found = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    model = found.build().eval()
+    return Subject(name, model, found.inputs(model), found.target)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from libragrad_fx.coverage.suites import Subject
 from libragrad_fx.extras import need
+from libragrad_fx.target import middle
 
 Entry = tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]
 Models = Mapping[str, Entry]
@@ -594,8 +596,8 @@ def names() -> dict[str, str]:
     return {f"{library}/{n}": library for library, models in LIBRARIES.items() for n in models()}
 
 
-def build(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A model in eval mode, and the arguments to call it with."""
+def build(name: str) -> Subject:
+    """A model in eval mode, with random weights."""
     library, _, model = name.partition("/")
     make, inputs = LIBRARIES[library]()[model]
     torch.manual_seed(0)
@@ -603,4 +605,4 @@ def build(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     args = inputs()
     with torch.no_grad():
         module(*args)  # lazy layers get their sizes
-    return module, args
+    return Subject(name, module, args, middle)
