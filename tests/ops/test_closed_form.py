@@ -20,6 +20,7 @@ from libragrad_fx.ops import TWINS
 from libragrad_fx.ops import attention as attention_twins
 from tests.samples import call_of, positive, randn
 
+pytestmark = pytest.mark.usefixtures("no_attention_is_small")
 aten = torch.ops.aten
 TOLERANCE = 1e-10
 FACTS = {row.vjp: row for row in rulebook.load().facts.values() if row.vjp}

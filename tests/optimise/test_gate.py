@@ -15,7 +15,7 @@ from libragrad_fx.errors import ModeError
 from libragrad_fx.graph.notes import note
 from libragrad_fx.ops import TWINS
 from libragrad_fx.optimise.execute import bound
-from tests.passes.test_lean import assert_same
+from tests.optimise.test_lean import assert_same
 
 F64 = torch.float64
 B, N, C = 2, 5, 12
