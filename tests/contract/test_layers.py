@@ -79,6 +79,8 @@ def imports(path: Path) -> set[str]:
 
 def test_every_file_is_in_a_room() -> None:
     assert {room_of(p) for p in FILES.values()} == set().union(*ROOMS)
+    tests = {p.parent.name for p in (ROOT.parent / "tests").glob("*/test_*.py")}
+    assert tests <= set().union(*ROOMS) | {"contract", "models", "rows"}
 
 
 def test_imports_go_one_way_between_rooms() -> None:

@@ -6,5 +6,4 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _no_attention_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("libragrad_fx.ops.attention._SMALL", 0)
+def _ours(no_attention_is_small: None) -> None: ...

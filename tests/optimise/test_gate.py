@@ -14,7 +14,7 @@ import libragrad_fx as lg
 from libragrad_fx.errors import ModeError
 from libragrad_fx.graph.notes import note
 from libragrad_fx.optimise.execute import bound
-from tests.passes.test_lean import assert_same
+from tests.optimise.test_lean import assert_same
 from tests.rows.one_op import ALL_TWINS
 
 F64 = torch.float64

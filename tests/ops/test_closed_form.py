@@ -21,6 +21,7 @@ from libragrad_fx.ops import attention as attention_twins
 from tests.rows.one_op import ALL_TWINS
 from tests.samples import call_of, positive, randn
 
+pytestmark = pytest.mark.usefixtures("no_attention_is_small")
 aten = torch.ops.aten
 TOLERANCE = 1e-10
 Tensor = torch.Tensor

@@ -1,18 +1,13 @@
-"""The demo page stands alone, parses, escapes what it is given, and says what was computed."""
+"""The page stands alone, parses, escapes what it is given; the colours of a map say its sign."""
 
 from __future__ import annotations
 
 import dataclasses
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from libragrad_fx.cli import app
-from libragrad_fx.demo import build as demo
-from libragrad_fx.demo import data as demo_data
 from libragrad_fx.viz import heatmap
 from libragrad_fx.viz.page import Example, Page, Panel, Section, Summary, number, percent, render
 
@@ -99,44 +94,6 @@ def test_a_failed_certificate_is_said_to_have_failed() -> None:
 def test_numbers_of_any_size() -> None:
     said = [number(v) for v in (0.0, 0.5, 12.345, 0.0123, 1.2e-7, -3e-12)]
     assert said == ["0.00", "0.50", "12.35", "0.012", "1.2·10⁻⁷", "-3.0·10⁻¹²"]
-
-
-def test_demo_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "MEASURED", 4)
-    studied: list[demo.Study] = []
-    study = demo.study
-
-    def keep(name: str, scenes: demo_data.Scenes) -> demo.Study:
-        studied.append(study(name, scenes))
-        return studied[-1]
-
-    monkeypatch.setattr(demo, "study", keep)
-    file = tmp_path / "new" / "demo.html"
-    done = CliRunner().invoke(app, ["demo", "-o", str(file), "--images", "2"])
-    assert done.exit_code == 0, done.output
-    found = read(file.read_text("utf-8"))
-    assert [s.name for s in studied] == list(demo_data.MODELS)
-    for s in studied:
-        assert s.certificate.ok
-        assert str(s.certificate) in found.text
-        assert percent(demo_data.demo_model_info(s.name).test_accuracy, 1) in found.text
-        for (_, side), result in s.results.items():
-            assert number(result.errors.mean()) in found.text
-            assert percent(result.shares.mean()) in found.text
-            assert number(result.errors[1]) in found.text
-            assert (result.errors.mean() < 1e-4) <= (side == "balanced")
-        assert all(edit.node in found.text for edit in s.plan.edits)
-    assert found.tags.count("img") == 1 + 2 * 2 * 5
-
-
-# --- maps
-
-
-def test_share_in_box_counts_a_cut_patch_by_area() -> None:
-    values = np.array([[2.0, -9.0], [1.0, 1.0]])  # patches of 4x4 pixels
-    assert demo.share_in_box(values, [0, 0, 4, 4], 8) == pytest.approx(0.5)
-    assert demo.share_in_box(values, [0, 4, 2, 8], 8) == pytest.approx(0.125)
-    assert demo.share_in_box(-np.abs(values), [0, 0, 8, 8], 8) == 0
 
 
 def test_zero_is_neutral_and_signs_are_opposite() -> None:

@@ -22,7 +22,7 @@ from libragrad_fx.optimise.narrow import is_row
 from libragrad_fx.optimise.work import Work
 from libragrad_fx.rewrite.erase import erase, spell
 from libragrad_fx.types import OpFacts
-from tests.passes.test_lean import assert_same, backward
+from tests.optimise.test_lean import assert_same, backward
 from tests.samples import Call, call_of, calls
 
 F64 = torch.float64

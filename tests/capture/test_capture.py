@@ -152,7 +152,7 @@ def test_buffers_are_updated_like_the_models() -> None:
     ("model", "message"), [(Writes(), "in place"), (Branches(), "control flow")], ids=str
 )
 def test_refused_by_name(model: nn.Module, message: str) -> None:
-    """As one graph; ``transform`` alone has a second way (``tests/contract/test_cuts.py``)."""
+    """As one graph; ``transform`` alone has a second way (``tests/pieces/test_cuts.py``)."""
     with pytest.raises(CaptureError, match=message):
         lg.trace(model, torch.randn(2, 4))
 

@@ -309,14 +309,14 @@ def test_in_a_terminal(drawn: tuple[nn.Module, torch.Tensor, nx.DiGraph]) -> Non
 
 def test_on_the_command_line(tmp_path: Path) -> None:
     run = CliRunner().invoke
-    made = run(app, ["graph", "tests.contract.test_graph:only", "-o", str(tmp_path / "g.dot")])
+    made = run(app, ["graph", "tests.viz.test_graph:only", "-o", str(tmp_path / "g.dot")])
     assert made.exit_code == 0, made.output
     assert (tmp_path / "g.dot").read_text().startswith("digraph")
-    printed = run(app, ["graph", "tests.contract.test_graph:only"])
+    printed = run(app, ["graph", "tests.viz.test_graph:only"])
     assert "left when balanced" in printed.output
-    streams = run(app, ["graph", "tests.contract.test_graph:only", "--view", "streams"])
+    streams = run(app, ["graph", "tests.viz.test_graph:only", "--view", "streams"])
     assert "to biases so far" in streams.output
-    refused = run(app, ["graph", "tests.contract.test_graph:only", "-o", str(tmp_path / "g.bmp")])
+    refused = run(app, ["graph", "tests.viz.test_graph:only", "-o", str(tmp_path / "g.bmp")])
     assert refused.exit_code == 2
 
 

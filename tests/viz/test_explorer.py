@@ -18,7 +18,7 @@ import libragrad_fx as lg
 from libragrad_fx.viz.explorer import to_data, to_html
 from libragrad_fx.viz.graph import SIDES, groups
 from libragrad_fx.viz.paint import moved
-from tests.contract.test_graph import network
+from tests.viz.test_graph import network
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs: pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

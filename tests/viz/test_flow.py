@@ -20,8 +20,8 @@ from libragrad_fx.viz.flow import BRANCH, RESIDUAL, streams, strongest_paths
 from libragrad_fx.viz.graph import SIDES
 from libragrad_fx.viz.model_explorer import overlay, to_model_explorer
 from libragrad_fx.viz.strip import _BRANCHES, _gathered, streams_table
-from tests.contract.test_explorer import CHROMIUM, needs_browser, playwright
-from tests.contract.test_graph import network
+from tests.viz.test_explorer import CHROMIUM, needs_browser, playwright
+from tests.viz.test_graph import network
 
 F64 = torch.float64
 

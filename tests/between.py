@@ -1,0 +1,44 @@
+"""A function between a linear layer and the target, and what its transform must satisfy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import libragrad_fx as lg
+from tests.samples import randn
+
+Tensor = torch.Tensor
+X = randn(4, 6)
+
+
+class Between(nn.Module):
+    """A function of (B, 8) and of a parameter (5, 8), behind a linear layer."""
+
+    def __init__(self, f: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.f, self.fc, self.p = f, nn.Linear(6, 8), nn.Parameter(torch.randn(5, 8))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self.fc(x), self.p)
+
+
+def weighed(y: Any) -> Tensor:
+    y = next(t for t in torch.utils._pytree.tree_leaves(y) if t.requires_grad)
+    return (y * torch.arange(y.numel(), dtype=y.dtype).cos().view(y.shape)).sum()
+
+
+def certified(model: nn.Module, x: Any = X) -> Any:
+    module = lg.transform(model, x)
+    certificate = lg.verify(model, module, x, weighed)
+    assert certificate.ok, certificate
+    return module
+
+
+def of_pairs(y: Tensor) -> Tensor:
+    return torch.complex(y, y.flip(0))
