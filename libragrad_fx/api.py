@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import torch
 
-from libragrad_fx.account.birth import reference, require_balanced, require_same
+from libragrad_fx.account.birth import reference, require_balanced, require_same, require_same_sizes
 from libragrad_fx.account.certificate import certify
-from libragrad_fx.account.ledger import ledger, share_as_run
+from libragrad_fx.account.ledger import ledger, ledger_and_forward, share_as_run
 from libragrad_fx.capture.examples import example_call, infer_inputs
 from libragrad_fx.capture.free import FIXED, Free
 from libragrad_fx.capture.state import untouched
@@ -24,12 +24,12 @@ from libragrad_fx.errors import (
     UnknownOpError,
     VerificationError,
 )
-from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.module.captured import CapturedModule, InGraphs
 from libragrad_fx.module.changes import Tree
 from libragrad_fx.module.variants import Origin, fitting
-from libragrad_fx.pieces.dynamo import CutModule, foreign, ledger_of_pieces, transform_in_pieces
+from libragrad_fx.pieces.dynamo import CutModule, transform_in_pieces
 from libragrad_fx.pieces.tape import transform_by_tape
-from libragrad_fx.stages import ONE_AT_A_TIME, Decision, balance, decide, plain
+from libragrad_fx.stages import ONE_AT_A_TIME, balance, decide, plain
 from libragrad_fx.target import Arguments, as_call, largest
 from libragrad_fx.types import Certificate, Ledger, Plan
 
@@ -72,7 +72,7 @@ def transform(
         CaptureError, InputError, RuleError, UnknownOpError, VerificationError: see
             ``libragrad_fx.errors``.
     """
-    if isinstance(model, (CapturedModule, CutModule)):
+    if isinstance(model, InGraphs):
         return _again(model, policy, on_unknown, rules)
     options = {"policy": policy, "on_unknown": on_unknown, "rules": rules, "check": check}
     named = _named(model, dynamic)
@@ -128,7 +128,10 @@ def _one_graph(
     while True:
         made = decide(model, inputs, free=free, **options)
         try:
-            module = _born(model, made)
+            module = balance(made)
+            if made.reference is not None:
+                require_same(model, module, made.reference)
+                require_same_sizes(model, module, made.reference)
             break
         except VerificationError as e:
             free = made.free.fewer()
@@ -151,16 +154,7 @@ def _one_graph(
     return module
 
 
-def _born(model: torch.nn.Module, made: Decision) -> CapturedModule:
-    module = balance(made)
-    if made.reference is not None:
-        require_same(model, module, made.reference)
-    return module
-
-
-def _again(
-    module: CapturedModule | CutModule, policy: str | Path, on_unknown: str, rules: Any
-) -> CapturedModule | CutModule:
+def _again(module: Any, policy: str | Path, on_unknown: str, rules: Any) -> Any:
     """A balanced module balanced by the same policy is itself; by another, its model is needed."""
     made: Plan | None = module.plan
     same = made is not None and made.policy == policy and rules is None
@@ -204,7 +198,7 @@ def plan(
 
 def verify(
     model: torch.nn.Module,
-    module: CapturedModule | CutModule,
+    module: InGraphs,
     inputs: Any,
     target: Any = None,
     *,
@@ -224,38 +218,29 @@ def verify(
         raise InputError(f"expected the original nn.Module, got {type(model).__name__}")
     if not isinstance(tolerance, (int, float, type(None))):
         raise InputError(f"tolerance is a number or None, got {tolerance!r:.80}")
-    if not isinstance(module, (CapturedModule, CutModule)):
+    if not isinstance(module, InGraphs):
         raise InputError(
             "verify(model, module, inputs): the second is the result of transform,"
             f" not {type(module).__name__}"
         )
     module = fitting(module, inputs)
-    if isinstance(module, CutModule):
-        account, run = ledger_of_pieces(module, inputs, target)
-        pieces, found, cuts = run.pieces, foreign(run), module.cuts
-    elif module.plan is None:
+    if any(g.plan is None for g in module.captured_graphs.values()):
         raise InputError(
             "a plain trace promises nothing to verify; audit(module, inputs) accounts for it"
         )
-    else:
-        account, pieces, found, cuts = ledger(module, inputs, target), {"": module}, (), ()
-    starts_inside = any(p.record.starts for p in pieces.values())
-    cut = isinstance(module, CutModule)
-    share = None if cut and starts_inside else share_as_run(module, inputs, target)
-    return certify(model, module, pieces, inputs, account, found, cuts, tolerance, share)
+    account, forward = ledger_and_forward(module, inputs, target)
+    share = share_as_run(module, forward, inputs, target)
+    return certify(model, module, inputs, account, forward, share, tolerance)
 
 
 def audit(model: torch.nn.Module, inputs: Any, target: Any = None, *, rules: Any = None) -> Ledger:
     """Which nodes create or destroy gradient mass, for any model, balanced or not."""
-    if isinstance(model, CutModule):
-        return ledger_of_pieces(model, inputs, target)[0]
     try:
-        module = model if isinstance(model, CapturedModule) else trace(model, inputs, rules=rules)
+        module = model if isinstance(model, InGraphs) else trace(model, inputs, rules=rules)
     except ExportError as refusal:
-        cut = _other_rungs(
+        module = _other_rungs(
             model, inputs, refusal, "keep", True, balanced=False, policy="libra", rules=rules
         )
-        return ledger_of_pieces(cut, inputs, target)[0]
     return ledger(fitting(module, inputs), inputs, target)
 
 
@@ -319,7 +304,7 @@ def gradient_graph(model: torch.nn.Module, inputs: Any = None, target: Any = Non
 
 
 def _balanced_with_inputs(model: torch.nn.Module, inputs: Any) -> tuple[Any, Any]:
-    if isinstance(model, (CapturedModule, CutModule)):
+    if isinstance(model, InGraphs):
         if inputs is None:
             raise InputError(
                 "inputs=None works on an original model only; pass inputs for a transformed one"

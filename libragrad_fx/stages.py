@@ -25,7 +25,7 @@ from libragrad_fx.decide.plan import plan as make_plan
 from libragrad_fx.decide.roles import analyze
 from libragrad_fx.decide.rulebook import RuleBook
 from libragrad_fx.errors import ExportError, InputError
-from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.module.captured import CapturedModule, InGraphs
 from libragrad_fx.module.variants import fits
 from libragrad_fx.rewrite.edits import rewrite
 from libragrad_fx.rewrite.erase import require_same_graph, spell
@@ -69,7 +69,7 @@ def decide(
         raise InputError(f"expected an nn.Module, got {type(model).__name__}")
     if on_unknown not in ("raise", "keep"):
         raise InputError(f"on_unknown must be 'raise' or 'keep', got {on_unknown!r}")
-    if isinstance(model, CapturedModule):
+    if isinstance(model, InGraphs):
         raise InputError("this module was captured already; give the original model")
     book = rulebook.load(policy, rules)
     with _collected_later(), ONE_AT_A_TIME:

@@ -19,15 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.account.certificate import compare, tolerance_of
-from libragrad_fx.account.ledger import ledger
+from libragrad_fx.account.ledger import ledger_and_forward
 from libragrad_fx.capture.examples import without_cache
 from libragrad_fx.capture.state import Snapshot, untouched
 from libragrad_fx.errors import CaptureError, LibraGradError, VerificationError
-from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.module.captured import CapturedModule, InGraphs
 from libragrad_fx.module.variants import fits
 from libragrad_fx.ops import insert
 from libragrad_fx.target import Arguments, differentiable, inexact, moving, undisturbed
-from libragrad_fx.types import Ledger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,11 +151,7 @@ def _is_overwritten(model: torch.nn.Module, name: str, args: Any, kwargs: Any) -
 
 
 def require_same(model: torch.nn.Module, module: torch.nn.Module, known: Reference) -> None:
-    """Raise ``VerificationError`` unless ``module`` gives what the original gave, twice.
-
-    A graph with free lengths is compared for another length as well. One with a free batch is compared for
-    a batch of one; where that differs, it is not used for one.
-    """
+    """Raise ``VerificationError`` unless ``module`` gives what the original gave, twice."""
     for time, wanted in zip(("first", "second"), known.outputs, strict=True):
         try:
             found = _run(module, known.args, known.kwargs)
@@ -182,40 +177,35 @@ def require_same(model: torch.nn.Module, module: torch.nn.Module, known: Referen
                 f"of {type(model).__name__}'s outputs, number {', '.join(map(str, lost or [0]))}"
                 f" {'has lost its gradient' if lost else 'has a gradient that it should not have'}"
             )
-    if isinstance(module, CapturedModule):
-        _require_same_lengths(model, module, known)
-        if not _same_for_one(model, module, known):
-            _refuse_one(module)
 
 
-def require_balanced(module: CapturedModule, known: Reference) -> None:
+def require_same_sizes(model: torch.nn.Module, module: CapturedModule, known: Reference) -> None:
+    """As ``require_same``, for another length; what differs for a batch of one is not used for one."""
+    _require_same_lengths(model, module, known)
+    if not _same_for_one(model, module, known):
+        _refuse_one(module)
+
+
+def require_balanced(module: InGraphs, known: Reference) -> None:
     """Raise ``VerificationError`` unless the account of one backward closes at the input."""
-    made = module.history
-    if made.plan.unbalanced or made.plan.unknown or made.gate_outputs:
+    made = [g.history for g in module.captured_graphs.values()]
+    if any(h.plan.unbalanced or h.plan.unknown or h.gate_outputs for h in made):
         return  # it is known not to close, or not for every output
-    account = ledger(module, Arguments(known.args, known.kwargs), everything)
-    require_closed(account, tolerance_of([module], known.args, known.kwargs, account))
-
-
-def require_closed(account: Ledger, allowed: float) -> None:
-    """Raise ``VerificationError`` unless input and biases add up to the output."""
-    if account.completeness_error <= allowed:
+    account, forward = ledger_and_forward(module, Arguments(known.args, known.kwargs), _everything)
+    allowed = tolerance_of(forward, known.args, known.kwargs, account)
+    if forward.between or account.completeness_error <= allowed:
         return
-    worst = account.worst(1)[0] if account.rows else None
-    named = (
-        f" The largest residual is {worst.residual:.3g}, of {worst.node} ({worst.op})."
-        if worst
-        else ""
-    )
+    worst = account.worst(1)
+    named = [f" The largest residual is {r.residual:.3g}, of {r.node} ({r.op})." for r in worst]
     raise VerificationError(
         f"the balanced backward does not close: output {account.output:.6g}, input {account.input:.6g}"
         f" and bias {account.bias:.6g} (error {account.completeness_error:.3g}, allowed {allowed:.3g})."
-        f"{named} Either a row says of its op what is not so for these inputs, or a part of the model"
-        " hides its ops from the capture."
+        f"{''.join(named)} Either a row says of its op what is not so for these inputs, or a part of the"
+        " model hides its ops from the capture."
     )
 
 
-def everything(output: Any) -> Any:
+def _everything(output: Any) -> Any:
     """All that a gradient comes back from, summed with weights: plain sums of a norm's output are 0."""
     leaves = [t for t in pytree.tree_leaves(output) if inexact(t) and t.requires_grad]
     return sum(map(_weighted, leaves))

@@ -14,64 +14,40 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.account.proof import prove
 from libragrad_fx.capture.state import same, untouched
 from libragrad_fx.errors import InputError
-from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.rewrite.erase import erase, first_difference
+from libragrad_fx.module.captured import CapturedModule, Forward, InGraphs
+from libragrad_fx.rewrite.erase import erased_difference
 from libragrad_fx.target import as_call, differentiable, inexact, moving, undisturbed
-from libragrad_fx.types import Certificate, Finding, Ledger
+from libragrad_fx.types import Certificate, Ledger, Proof
 
 _SAME_SIZE = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 def certify(
-    model: torch.nn.Module,
-    module: torch.nn.Module,
-    pieces: Mapping[str, CapturedModule],
-    inputs: Any,
-    account: Ledger,
-    found: Sequence[Finding] = (),
-    cuts: Sequence[str] = (),
-    tolerance: float | None = None,
-    share: float | None = None,
-) -> Certificate:
+    model: torch.nn.Module, module: InGraphs, inputs: Any, account: Ledger, forward: Forward,
+    share: float | None, tolerance: float | None = None,
+) -> Certificate:  # fmt: skip
     """Check the promises of a transform on one input (see ``libragrad_fx.verify``).
 
-    pieces:  the captured graphs by name: ``module`` itself under "", or those that it is made of
-    account: of ``module`` on ``inputs``
-    found:   what is known to be unbalanced beside the graphs
+    account: of ``module`` on ``inputs``, by ``forward``
     share:   what the input carries by ``module``'s own backward, which takes shorter ways
     """
     args, kwargs = as_call(inputs)
-    forced = {name: False for p in pieces.values() for name in p.record.forced}
+    graphs = forward.graphs.values()
+    forced = {name: False for g in graphs for name in g.record.forced}
     equal, difference, ulp = forward_equal(model, module, args, {**forced, **kwargs})
-    histories = [p.history for p in pieces.values()]
-    plans = [h.plan for h in histories]
-    proofs = [prove(p) for p in pieces.values()]
-    left = {f.node: None for f in found}
-    balanced: Counter[str] = Counter()
-    for name, made, proof in zip(pieces, plans, proofs, strict=True):
-        open_ = (
-            *made.unbalanced,
-            *made.unknown,
-            *proof.open,
-            *prove(pieces[name], as_run=True).open,
-        )
-        left |= {f"{name}/{f.node}" if name else f.node: None for f in open_}
-        balanced.update(proof.balanced)
+    proofs = {name: prove(g) for name, g in forward.graphs.items()}
+    if tolerance is None:
+        tolerance = _tolerance(_dtypes(module, args, kwargs), graphs, account)
+    plans = [g.history.plan for g in graphs]
     worst = account.worst(1)
-    leaves = pytree.tree_leaves((args, kwargs))
-    like = next((t for t in leaves if isinstance(t, torch.Tensor)), None)
-    dtype = next((p.dtype for p in module.parameters()), like.dtype if like is not None else None)
+    dtype, device = _dtype_and_device(module, args, kwargs)
     return Certificate(
         forward_equal=equal,
         max_abs_difference=difference,
         max_ulp=ulp,
-        erased_equal=all(
-            first_difference(erase(g), p.history.original) is None
-            for p in pieces.values()
-            for g in p.graphs()
-        ),
-        proof=dict(balanced.most_common()),
-        unbalanced=tuple(left),
+        erased_equal=not any(erased_difference(g, g.history.original) for g in graphs),
+        proof=dict(sum((Counter(p.balanced) for p in proofs.values()), Counter()).most_common()),
+        unbalanced=_unbalanced(forward, proofs),
         worst_residual=abs(worst[0].residual) if worst else 0.0,
         worst_node=worst[0].node if worst else "",
         output=account.output,
@@ -81,37 +57,52 @@ def certify(
         completeness_error=account.completeness_error,
         boundaries=account.boundaries,
         rows=account.rows,
-        cuts=tuple(cuts),
-        tolerance=_tolerance(_dtypes(module, args, kwargs), pieces.values(), account)
-        if tolerance is None
-        else tolerance,
+        cuts=forward.cuts,
+        tolerance=tolerance,
         edits=sum(len(p.edits) for p in plans),
-        nodes=sum(len(h.original) for h in histories),
+        nodes=sum(len(g.history.original) for g in graphs),
         policy=plans[0].policy,
         digest=plans[0].digest,
-        dtype=str(dtype),
-        device=str(like.device) if like is not None else "cpu",
+        dtype=dtype,
+        device=device,
         versions={p: importlib.metadata.version(p) for p in ("torch", "libragrad-fx")},
     )
 
 
-def casts(module: CapturedModule) -> dict[torch.dtype, str]:
-    """The float dtypes that live nodes of a graph cast to, and where each is first met."""
-    live: dict[str, str] = {s.node: s.source for s in module.record.sites}
+def _unbalanced(forward: Forward, proofs: Mapping[str, Proof]) -> tuple[str, ...]:
+    """What plan and proof leave open, between the graphs and in each of them, by name."""
+    left = [f.node for f in forward.between]
+    for name, graph in forward.graphs.items():
+        plan = graph.history.plan
+        runs = prove(graph, as_run=True) if graph.lean is not None else proofs[name]
+        open_ = (*plan.unbalanced, *plan.unknown, *proofs[name].open, *runs.open)
+        left += [f"{name}/{f.node}" if name else f.node for f in open_]
+    return tuple(dict.fromkeys(left))
+
+
+def _dtype_and_device(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[str, str]:
+    """Of the first parameter, or else of the first tensor of the call; the device is the call's."""
+    like = next(filter(torch.is_tensor, pytree.tree_leaves((args, kwargs))), None)
+    dtype = next((p.dtype for p in module.parameters()), None if like is None else like.dtype)
+    return str(dtype), "cpu" if like is None else str(like.device)
+
+
+def casts(graphs: Iterable[CapturedModule]) -> dict[torch.dtype, str]:
+    """The float dtypes that live nodes of graphs cast to, and where each is met."""
     found: dict[torch.dtype, str] = {}
-    for n in module.graph.nodes:
-        for a in (*n.args, *n.kwargs.values()) if n.name in live else ():
-            if isinstance(a, torch.dtype) and (a.is_floating_point or a.is_complex):
-                found.setdefault(a.to_real(), live[n.name])
+    for graph in graphs:
+        live: dict[str, str] = {s.node: s.source for s in graph.record.sites}
+        for n in graph.graph.nodes:
+            for a in (*n.args, *n.kwargs.values()) if n.name in live else ():
+                if isinstance(a, torch.dtype) and (a.is_floating_point or a.is_complex):
+                    found.setdefault(a.to_real(), live[n.name])
     return found
 
 
-def tolerance_of(
-    pieces: Sequence[CapturedModule], args: Any, kwargs: Any, account: Ledger
-) -> float:
+def tolerance_of(forward: Forward, args: Any, kwargs: Any, account: Ledger) -> float:
     """As ``certify`` takes it where nothing else is asked for."""
-    dtypes = [d for p in pieces for d in _dtypes(p, args, kwargs)]
-    return _tolerance(dtypes, pieces, account)
+    graphs = forward.graphs.values()
+    return _tolerance([d for g in graphs for d in _dtypes(g, args, kwargs)], graphs, account)
 
 
 def _dtypes(module: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.dtype]:
@@ -122,12 +113,12 @@ def _dtypes(module: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.dtype
 
 
 def _tolerance(
-    dtypes: Iterable[torch.dtype], pieces: Iterable[CapturedModule], account: Ledger
+    dtypes: Iterable[torch.dtype], graphs: Iterable[CapturedModule], account: Ledger
 ) -> float:
     """What rounding may leave: a thousand ulp of the largest flow through a node (8 in half
     precision), in the coarsest dtype that is computed in.
     """
-    used = {*dtypes, *(d for p in pieces for d in casts(p))}
+    used = {*dtypes, *casts(graphs)}
     used |= {torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
     eps = max((torch.finfo(d).eps for d in used), default=torch.finfo(torch.float32).eps)
     ulp = 1e3 if eps < 1e-5 else 8  # half precision is summed in float32, and has few ulp to give
@@ -136,20 +127,23 @@ def _tolerance(
 
 
 def forward_equal(
-    model: torch.nn.Module, module: torch.nn.Module, args: Any, kwargs: Any
+    model: torch.nn.Module, module: InGraphs, args: Any, kwargs: Any
 ) -> tuple[bool, float, int]:
     """Whether both give the same bits under grad mode with inputs that require grad; and if not, the
     largest difference, as it is and in steps between neighbouring floats.
 
     The model's state (batch-norm statistics) and the random state are left as they were.
     """
-    outputs = []
-    for m in (model, module):
-        with undisturbed(m), untouched(getattr(m, "_model", m)), differentiable():
-            torch.manual_seed(0)
-            given = pytree.tree_map(moving, (args, dict(kwargs)))
-            outputs.append(pytree.tree_leaves(m(*given[0], **given[1])))
-    return compare(*outputs)
+
+    def leaves(m: torch.nn.Module) -> list[Any]:
+        torch.manual_seed(0)
+        given = pytree.tree_map(moving, (args, dict(kwargs)))
+        return pytree.tree_leaves(m(*given[0], **given[1]))
+
+    with undisturbed(model), untouched(model), differentiable():
+        wanted = leaves(model)
+    with module.unchanged(), differentiable():
+        return compare(wanted, leaves(module))
 
 
 def compare(a: Sequence[Any], b: Sequence[Any]) -> tuple[bool, float, int]:

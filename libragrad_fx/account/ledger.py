@@ -32,22 +32,13 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.graph.notes import note
 from libragrad_fx.graph.origin import module_path, source_line
 from libragrad_fx.graph.schema import bind, op_name, spread
-from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.module.captured import CapturedModule, Forward, InGraphs
 from libragrad_fx.module.walk import blocks
 from libragrad_fx.ops import bias as biases
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.function import same
 from libragrad_fx.ops.insert import is_end, is_scale, probed
-from libragrad_fx.target import (
-    Target,
-    as_call,
-    differentiable,
-    inexact,
-    moving,
-    product,
-    select,
-    undisturbed,
-)
+from libragrad_fx.target import Target, as_call, differentiable, inexact, moving, product, select
 from libragrad_fx.types import (
     Analysis,
     Boundary,
@@ -309,32 +300,46 @@ def site_bias(site: Site, n: Node, args: Any, kwargs: Any) -> Any:
 # --- the account
 
 
-def ledger(module: CapturedModule, inputs: Any, target: Target = None) -> Ledger:
-    """The account of one backward of a captured module, balanced or not, node by node.
+def ledger(module: InGraphs, inputs: Any, target: Target = None) -> Ledger:
+    """The account of one backward of a captured model, balanced or not, node by node.
 
     Args:
         inputs: as ``module`` takes them: a tensor, a tuple, or a dict of keyword arguments.
         target: what to explain, see ``target.select_each``.
     """
-    with differentiable(), undisturbed(module):
-        args, kwargs = as_call(inputs)
-        recorder = Recorder(module)
-        output = recorder.run(*flat_arguments(module, args, kwargs))
-        return settle([("", recorder)], output, target)
+    return ledger_and_forward(module, inputs, target)[0]
 
 
-def share_as_run(module: torch.nn.Module, inputs: Any, target: Target = None) -> float | None:
+def ledger_and_forward(module: InGraphs, inputs: Any, target: Target) -> tuple[Ledger, Forward]:
+    """As ``ledger``, and the forward that it is of."""
+    recorders: list[tuple[str, Recorder]] = []
+
+    def record(name: str, graph: CapturedModule, leaves: Any, args: Any, kwargs: Any) -> Any:
+        recorder = Recorder(graph, leaves)
+        recorders.append((name, recorder))
+        return recorder.run(*flat_arguments(graph, args, kwargs))
+
+    with differentiable(), module.unchanged():
+        forward = module.run_by(record, *as_call(inputs))
+        return settle(recorders, forward, target), forward
+
+
+def share_as_run(module: InGraphs, forward: Forward, inputs: Any, target: Target) -> float | None:
     """⟨x, ∂f/∂x⟩ by the graph that runs and not by the one that is accounted for; None where nothing
-    comes back. Where the signal starts behind the inputs (embeddings of tokens), x is what starts it.
+    comes back. Where the signal starts behind the inputs (embeddings of tokens), x is what starts it; None
+    where that is in one of several graphs. ``forward`` says which graphs run.
     """
+    starting = [g for g in forward.graphs.values() if g.record.starts]
+    if starting not in ([], [module]):
+        return None
     leaves, spec = pytree.tree_flatten(as_call(inputs))
-    with differentiable(), undisturbed(module):
+    with differentiable(), module.unchanged():
         leaves = [moving(x) for x in leaves]
         sources = [x for x in leaves if inexact(x)]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        if isinstance(module, CapturedModule) and module.record.starts:
-            running = _Started(module)
-            output = running.run(*flat_arguments(module, args, kwargs))
+        if starting:
+            running = _Started(starting[0])
+            output = running.run(*flat_arguments(starting[0], args, kwargs))
             sources += running.sources
         else:
             output = module(*args, **kwargs)
@@ -369,13 +374,10 @@ class _Started(Running):
         return self.sources[-1]
 
 
-def settle(
-    recorders: Sequence[tuple[str, Recorder]], output: Any, target: Target,
-    leaves: Sequence[torch.Tensor] = (),
-) -> Ledger:  # fmt: skip
+def settle(recorders: Sequence[tuple[str, Recorder]], forward: Forward, target: Target) -> Ledger:
     """Run the backward of what was recorded, one graph or several by name, and add it up."""
-    scalar = select(output, target)
-    started = {id(x): x for x in leaves if inexact(x)}
+    scalar = select(forward.output, target)
+    started = {id(x): x for x in forward.leaves if inexact(x)}
     started |= {id(x): x for _, r in recorders for x in r.sources}
     sources = list(started.values())
     grads = torch.autograd.grad(scalar, sources, allow_unused=True)
@@ -383,15 +385,15 @@ def settle(
     carried = sum(dot(x.detach(), g) for x, g in pairs if g is not None)
     total = float(scalar.detach())
     rows: list[LedgerRow] = []
+    boundaries: tuple[Boundary, ...] = ()
     for name, recorder in recorders:
         found = recorder.rows
         sites = [s for s in recorder.table.values() if s.node in found]
-        if not name:  # one graph: the target is the last that reads
+        if not name:  # the only graph: the target is the last that reads
+            boundaries = (*_boundaries(recorder, total),)
             found[_OUTPUT].out = total
             sites.append(Site(_OUTPUT, "target", "", "", (), None, False, ()))
         rows += [_row(s, name, found[s.node], recorder.starts) for s in sites]
-    whole = recorders[0][1] if len(recorders) == 1 and not recorders[0][0] else None
-    boundaries = tuple(_boundaries(whole, total)) if whole else ()
     return Ledger(tuple(rows), total, carried, sum(r.bias for r in rows), boundaries)
 
 

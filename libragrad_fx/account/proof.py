@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -40,8 +40,6 @@ _BY_TWIN = {
     Kind.LINEAR: "linear, its output that is a gate scaled by a twin",
     Kind.RECURRENT: "recurrent layer, its gates held by a twin",
 }
-
-
 _ONCE = ", if no two of its indices coincide"  # of two, autograd answers both and one is kept
 
 
@@ -123,53 +121,58 @@ def _judge(
         return "", "no fact says how its output depends on its operands"
     kind = kind_of(node, fact)
     sends = {k for k, _ in passes(node, fact, moving)}
-    groups = {k: {s for s in sends if s.partition("[")[0] in getattr(fact, k)} for k in _GROUPS}
     if kind is Kind.EMBEDDING:
         if len(sends) < 2:
             return "embedding indexed by the input: the signal starts", ""
-        return _scaled(
-            node, facts, 0.5, "rows times weights, scaled by 1/2", "both count its gradient", False
-        )
-    if stray := sends - groups["stream"] - groups["factors"] - groups["denominator"]:
+        reason = "rows times weights, scaled by 1/2"
+        return _scaled(node, facts, 0.5, reason, "both count its gradient", whole=False)
+    if stray := sends - _among(sends, (*fact.stream, *fact.factors, *fact.denominator)):
         return "", f"{', '.join(sorted(stray))} gets a gradient, though it only modulates"
-    if (
-        fact.gate_outputs
-        and not hasattr(node.target, "aten_op")
-        and any(u.args[1] in fact.gate_outputs for u in node.users if u in reached)
-    ):
+    twin = hasattr(node.target, "aten_op")
+    gates = () if twin else fact.gate_outputs
+    if gates and any(u.args[1] in gates for u in node.users if u in reached):
         return "", "an output of it that is a gate carries"
     if node.target is halved_mul:
-        both = len(sends) == 2
-        return (
-            ("product of 2 values, halved", "")
-            if both
-            else ("", "it halves the gradient of one value")
-        )
-    if hasattr(node.target, "aten_op") and node.target not in (whole, idle):
+        if len(sends) == 2:
+            return "product of 2 values, halved", ""
+        return "", "it halves the gradient of one value"
+    if twin and node.target not in (whole, idle):
         return _BY_TWIN[kind], ""
+    return _judge_under_autograd(node, kind, fact, sends, facts)
+
+
+def _judge_under_autograd(
+    node: Node, kind: Kind, fact: OpFacts, sends: set[str], facts: Mapping[str, OpFacts]
+) -> tuple[str, str]:
+    """As ``_judge``, of a node with autograd's own backward that sends gradients to ``sends``."""
     if fact.degree == 1:
         return "of degree 1 about its constant", ""
     if fact.degree is not None:
         wanted = 1 / fact.degree
         reason = f"homogeneous of degree {fact.degree:g}, scaled by its inverse"
         return _scaled(node, facts, wanted, reason, f"its gradient is not scaled by {wanted:g}")
-    if groups["denominator"]:
-        if sends == groups["denominator"]:
-            return _scaled(
-                node, facts, -1.0, "reciprocal, scaled by -1", "a divisor gets a gradient"
-            )
-        return "", "a divisor gets a gradient beside what it divides"
-    factors = len(groups["factors"])
+    if divisors := _among(sends, fact.denominator):
+        if sends != divisors:
+            return "", "a divisor gets a gradient beside what it divides"
+        reason = "reciprocal, scaled by -1"
+        return _scaled(node, facts, -1.0, reason, "a divisor gets a gradient")
+    factors = len(_among(sends, fact.factors))
     if kind is Kind.PRODUCT and factors > 1:
         reason = f"product of {factors} values, scaled by 1/{factors}"
         problem = f"a product of {factors} values counts its gradient {factors} times"
-        return _scaled(node, facts, 1 / factors, reason, problem, whole=not groups["stream"])
+        alone = not _among(sends, fact.stream)
+        return _scaled(node, facts, 1 / factors, reason, problem, whole=alone)
     if kind is Kind.PRODUCT:
         return "product with one factor that carries", ""
     if kind in _BY_KIND:
         unsure = sends & set(fact.once) and not is_affine(node, fact)
         return _BY_KIND[kind] + (_ONCE if unsure else ""), ""
     return "", f"a {kind} op is not balanced under autograd"
+
+
+def _among(sends: set[str], arguments: Collection[str]) -> set[str]:
+    """Those of the operands (``tensors[0]``) that are of one of the arguments (``tensors``)."""
+    return {s for s in sends if s.partition("[")[0] in arguments}
 
 
 def _behind_a_join(node: Node, facts: Mapping[str, OpFacts]) -> list[Any]:
@@ -184,17 +187,10 @@ def _behind_a_join(node: Node, facts: Mapping[str, OpFacts]) -> list[Any]:
     return []
 
 
-_GROUPS = ("stream", "factors", "gate", "denominator")
-
-
 def _scaled(
-    node: Node,
-    facts: Mapping[str, OpFacts],
-    wanted: float,
-    reason: str,
-    problem: str,
+    node: Node, facts: Mapping[str, OpFacts], wanted: float, reason: str, problem: str,
     whole: bool = True,
-) -> tuple[str, str]:
+) -> tuple[str, str]:  # fmt: skip
     """Whether a node's output, or each operand that carries, is scaled by the factor wanted."""
     mine = lambda n: is_scale(n) and note(n).host == node.name  # noqa: E731
     outer = [n.args[1] for n in node.users if mine(n)] or _behind_a_join(node, facts)

@@ -11,7 +11,7 @@ import torch
 from libragrad_fx.attribution import maps
 from libragrad_fx.attribution.internals import Internals, observe
 from libragrad_fx.errors import InputError
-from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.module.captured import CapturedModule, one_graph
 from libragrad_fx.module.variants import fitting
 from libragrad_fx.module.walk import blocks
 from libragrad_fx.target import Target, product
@@ -73,12 +73,12 @@ def attribute(
     """
     if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"no method {method!r}; there are {', '.join(METHODS)}")
-    if not isinstance(module, CapturedModule):
-        raise InputError(
-            f"attribute needs a captured graph, and {type(module).__name__} is none: give it the result"
-            " of transform(model). A model that had to be cut into several graphs has no such maps;"
-            " its balanced input gradient, torch.autograd.grad(gm(x)[...], x), does what it says"
-        )
+    module = one_graph(
+        module,
+        "attribute needs a captured graph, and {} is none: give it the result"
+        " of transform(model). A model that had to be cut into several graphs has no such maps;"
+        " its balanced input gradient, torch.autograd.grad(gm(x)[...], x), does what it says",
+    )
     if isinstance(layers, str) or not isinstance(layers, (Sequence, type(None))):
         raise InputError(f"layers is a list of module paths, got {layers!r}")
     module = fitting(module, inputs)

@@ -20,7 +20,6 @@ from libragrad_fx.account.certificate import casts
 from libragrad_fx.account.proof import prove
 from libragrad_fx.coverage.suites import SUITES, Subject
 from libragrad_fx.errors import LibraGradError
-from libragrad_fx.pieces.dynamo import CutModule
 from libragrad_fx.stages import balance, decide
 from libragrad_fx.target import as_call
 
@@ -114,8 +113,7 @@ def _numeric(blank: Result, subject: Subject) -> Result:
         e / scale
         for e in (found.completeness_error, found.worst_residual, behind, run - found.input_share)
     ]
-    pieces = gm.pieces.values() if isinstance(gm, CutModule) else [gm]
-    coarse = {d: at for piece in pieces for d, at in casts(piece).items()}
+    coarse = casts(gm.captured_graphs.values())
     coarse.pop(torch.float64, None)
     if model is subject.model:
         coarse[torch.float32] = "the model, which does not run in float64"

@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from libragrad_fx.module.pickling import graph_of, spelled
 from libragrad_fx.module.shells import CALLED
 from libragrad_fx.ops import insert
 from libragrad_fx.optimise.execute import bound, flattened
-from libragrad_fx.types import History, Plan, Site
+from libragrad_fx.target import undisturbed
+from libragrad_fx.types import Finding, History, Plan, Site
 
 TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _OWN = ("record", "lean", "origin", "_tree", "_attributes", "_checks", "_constants")
@@ -52,13 +54,52 @@ class Record:
         return frozenset(s.node for s in self.sites if s.starts)
 
 
-class CapturedModule(torch.fx.GraphModule):
+RunGraph = Callable[[str, "CapturedModule", Sequence[torch.Tensor] | None, Any, Any], Any]
+"""Runs a graph: gets its name, itself, ``Forward.leaves`` (None if it is the only graph), args, kwargs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """One forward of a model in graphs.
+
+    graphs:  what ran, by name; of a model in one graph, that one under ""
+    leaves:  of a model in several, its inputs as the first of them got them
+    between: ops that depend on the input and ran between the graphs, where no rule reaches
+    cuts:    where the graphs end
+    """
+
+    output: Any
+    graphs: Mapping[str, CapturedModule]
+    leaves: Sequence[torch.Tensor] = ()
+    between: tuple[Finding, ...] = ()
+    cuts: tuple[str, ...] = ()
+
+
+class InGraphs(torch.nn.Module):
+    """A model in one captured graph (``CapturedModule``), or in several with its Python between them."""
+
+    origin: Any = None
+    """What captures the original for other inputs (``variants.Origin``); None where it is not at hand."""
+
+    @property
+    def captured_graphs(self) -> Mapping[str, CapturedModule]:
+        """All graphs that were captured so far, named as in ``Forward``."""
+        raise NotImplementedError
+
+    def run_by(self, run: RunGraph, args: Any, kwargs: Any) -> Forward:
+        """A forward in which ``run`` runs each graph."""
+        raise NotImplementedError
+
+    def unchanged(self) -> AbstractContextManager[Any]:
+        """Whatever a forward changes is put back: buffers, the random state, what Python keeps."""
+        return undisturbed(self)
+
+
+class CapturedModule(torch.fx.GraphModule, InGraphs):
     """A graph with the face of the module it was captured from. ``capture`` and ``rewrite`` make it."""
 
     record: Record
     lean: torch.fx.Graph | None
-    origin: Any
-    """What captures the original for other inputs (``variants.Origin``); None where it is not at hand."""
 
     def __init__(
         self, root: torch.nn.Module, graph: torch.fx.Graph, record: Record,
@@ -66,7 +107,7 @@ class CapturedModule(torch.fx.GraphModule):
     ) -> None:  # fmt: skip
         """lean: the same forward and gradients with less work, for when nobody listens inside."""
         super().__init__(torch.nn.Module(), torch.fx.Graph())
-        own = {*vars(self), *CALLED, *_OWN}
+        own = {*vars(self), *vars(InGraphs), *vars(CapturedModule), *CALLED, *_OWN}
         for key, value in vars(root).items():
             if key in TREE:
                 self.__dict__[key] = copy.copy(value)
@@ -152,6 +193,13 @@ class CapturedModule(torch.fx.GraphModule):
         return self.record.history and self.record.history.plan
 
     @property
+    def captured_graphs(self) -> Mapping[str, CapturedModule]:
+        return {"": self}
+
+    def run_by(self, run: RunGraph, args: Any, kwargs: Any) -> Forward:
+        return Forward(run("", self, None, args, kwargs), {"": self})
+
+    @property
     def history(self) -> History:
         """How the module was balanced.
 
@@ -190,6 +238,14 @@ class CapturedModule(torch.fx.GraphModule):
         result.origin = None if self.origin is None else self.origin.copied()
         memo[id(self)] = result
         return result
+
+
+def one_graph(module: Any, refusal: str = "") -> CapturedModule:
+    """``module``, if it is captured in one graph; else an ``InputError`` (``refusal``, of its class)."""
+    if not isinstance(module, CapturedModule):
+        refusal = refusal or "expected the result of transform or trace, got {}"
+        raise InputError(refusal.format(type(module).__name__))
+    return module
 
 
 def anchor(module: torch.nn.Module) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch.fx.passes.split_module import split_module
 from torch.utils.checkpoint import checkpoint
 
 from libragrad_fx.errors import InputError
-from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.module.captured import CapturedModule, one_graph
 
 
 class _Segment(torch.nn.Module):
@@ -43,10 +43,8 @@ def checkpointed(gm: CapturedModule, segments: int | None = None) -> GraphModule
     Raises:
         InputError: ``gm`` was not captured, or ``segments`` is less than one or too many.
     """
-    if not isinstance(gm, CapturedModule):
-        raise InputError(f"expected the result of transform or trace, got {type(gm).__name__}")
     graph = Graph()
-    graph.output(graph.graph_copy(gm.lean or gm.graph, {}))
+    graph.output(graph.graph_copy(one_graph(gm).lean or gm.graph, {}))
     inside = [n for n in graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
     count = math.isqrt(max(1, len(inside) // 10)) if segments is None else segments
     if not isinstance(count, int) or not 1 <= count <= len(inside):

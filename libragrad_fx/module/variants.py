@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from libragrad_fx.errors import GuardError, LibraGradError
-from libragrad_fx.module.captured import TREE, CapturedModule
+from libragrad_fx.module.captured import TREE, CapturedModule, InGraphs, one_graph
 from libragrad_fx.ops import insert
 from libragrad_fx.target import as_call
 
@@ -78,12 +78,12 @@ def fits(module: CapturedModule, args: Sequence[Any], kwargs: Mapping[str, Any])
     return refusal_of(module, args, kwargs) is None
 
 
-def fitting(module: Any, inputs: Any) -> Any:
-    """The graph that ``module`` runs for ``inputs``; ``module`` itself where it has one or none."""
-    if not isinstance(module, CapturedModule) or module.origin is None:
+def fitting(module: InGraphs, inputs: Any) -> Any:
+    """The graph that ``module`` runs for ``inputs``; ``module`` itself where no other can be had."""
+    if module.origin is None:
         return module
     args, kwargs = as_call(inputs)
-    refusal = refusal_of(module, args, kwargs)
+    refusal = refusal_of(one_graph(module), args, kwargs)
     if not isinstance(refusal, GuardError):
         return module
     return module.origin.other(module, refusal, args, kwargs)

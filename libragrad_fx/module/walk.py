@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
-from libragrad_fx.errors import InputError
-from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.module.captured import CapturedModule, one_graph
 
 
 def called_modules(module: CapturedModule) -> list[str]:
     """Paths of the submodules whose calls are in the graph, in order of their ends."""
-    if not isinstance(module, CapturedModule):
-        raise InputError(f"expected the result of transform or trace, got {type(module).__name__}")
-    return [
-        str(n.target) for n in module.graph.nodes if n.op == "call_module" and "_output" in n.kwargs
-    ]
+    nodes = one_graph(module).graph.nodes
+    return [str(n.target) for n in nodes if n.op == "call_module" and "_output" in n.kwargs]
 
 
 def blocks(module: CapturedModule) -> list[str]:

@@ -9,19 +9,18 @@ on the other is taken for a value there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.account.birth import Reference, everything, require_closed, require_same
-from libragrad_fx.account.certificate import tolerance_of
-from libragrad_fx.account.ledger import Recorder, flat_arguments, settle
+from libragrad_fx.account.birth import Reference, require_balanced, require_same
 from libragrad_fx.capture.state import copied, untouched
 from libragrad_fx.decide import rulebook
 from libragrad_fx.errors import (
@@ -32,15 +31,13 @@ from libragrad_fx.errors import (
     VerificationError,
 )
 from libragrad_fx.graph.origin import short_place
-from libragrad_fx.module.captured import TREE, CapturedModule, unshare
+from libragrad_fx.module.captured import TREE, CapturedModule, Forward, InGraphs, RunGraph, unshare
 from libragrad_fx.stages import balance, decide, plain
-from libragrad_fx.target import Arguments, Target, as_call, differentiable, inexact, undisturbed
-from libragrad_fx.types import Finding, Ledger, Plan, Role
+from libragrad_fx.target import differentiable, inexact, undisturbed
+from libragrad_fx.types import Finding, Plan, Role
 
 _STATIC = "_libragrad_static"  # set on tensors that a graph returns and that no input reaches
 _LIMIT = {"recompile_limit": 256, "fail_on_recompile_limit_hit": True}
-
-
 MOVES, STILL, HELD = "moves", "still", "held"
 
 
@@ -69,15 +66,16 @@ class _Piece(nn.Module):
 
 @dataclasses.dataclass
 class Run:
-    """One forward of a cut module: which autograd nodes lead to the input, and what was run.
+    """A forward of a cut module: which autograd nodes lead to the input, and what has run.
 
     own: by ``id``, the model's parameters and buffers
+    by:  runs the pieces in place of their own forward
     """
 
     inputs: list[torch.Tensor]
     own: dict[int, torch.Tensor]
+    by: RunGraph | None
     moves: dict[Any, bool] = dataclasses.field(default_factory=dict)
-    recorders: list[tuple[str, Recorder]] | None = None
     pieces: dict[str, CapturedModule] = dataclasses.field(default_factory=dict)
     foreign: set[str] = dataclasses.field(default_factory=set)
     over: bool = False
@@ -110,7 +108,7 @@ class Run:
         return self.moves[node]
 
 
-class CutModule(nn.Module):
+class CutModule(InGraphs):
     """A model in several balanced graphs: same forward, same parameters, balanced backward.
 
     It runs the model's own Python, so control flow on tensor values works; each forward may run
@@ -188,8 +186,25 @@ class CutModule(nn.Module):
         output = self._forward(args, kwargs)[0]
         return output if wanted else pytree.tree_map_only(torch.Tensor, torch.detach, output)
 
-    def _forward(self, args: Any, kwargs: Any, record: bool = False) -> tuple[Any, Run]:
-        args, kwargs, run = self._started(args, kwargs, record)
+    @property
+    def captured_graphs(self) -> Mapping[str, CapturedModule]:
+        return self.pieces
+
+    def run_by(self, run: RunGraph, args: Any, kwargs: Any) -> Forward:
+        output, ran = self._forward(args, kwargs, run)
+        between = tuple(
+            Finding(name, name, "", "", "runs between two graphs", "make it traceable for Dynamo")
+            for name in sorted(ran.foreign)
+        )
+        return Forward(output, ran.pieces, ran.inputs, between, self.cuts)
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        with undisturbed(self), untouched(self._model):
+            yield
+
+    def _forward(self, args: Any, kwargs: Any, by: RunGraph | None = None) -> tuple[Any, Run]:
+        args, kwargs, run = self._started(args, kwargs, by)
         self._local.run = run
         try:
             with torch._dynamo.config.patch(_LIMIT):  # type: ignore[attr-defined]
@@ -209,15 +224,15 @@ class CutModule(nn.Module):
             )
         return output, run
 
-    def _started(self, args: Any, kwargs: Any, record: bool) -> tuple[Any, Any, Run]:
+    def _started(self, args: Any, kwargs: Any, by: RunGraph | None) -> tuple[Any, Any, Run]:
         """A call whose inputs all require grad, and the note of its run."""
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-        lone = lambda x: inexact(x) and (record or not x.requires_grad)  # noqa: E731
+        lone = lambda x: inexact(x) and (by is not None or not x.requires_grad)  # noqa: E731
         leaves = [x.detach().requires_grad_() if lone(x) else x for x in leaves]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         own = {id(t): t for t in (*self._model.parameters(), *self._model.buffers())}
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-        return args, kwargs, Run(tensors, own, recorders=[] if record else None)
+        return args, kwargs, Run(tensors, own, by)
 
     def _backend(self, body: torch.fx.GraphModule, examples: Any) -> Callable[..., Any]:
         reason = getattr(body, "compile_subgraph_reason", None)
@@ -281,12 +296,7 @@ class CutModule(nn.Module):
             outputs = body(*given)
         else:
             run.pieces[name] = piece
-            if run.recorders is None:
-                outputs = piece(*given)
-            else:
-                recorder = Recorder(piece, run.inputs)
-                run.recorders.append((name, recorder))
-                outputs = recorder.run(*flat_arguments(piece, given, {}))
+            outputs = run.by(name, piece, run.inputs, given, {}) if run.by else piece(*given)
         leaves = pytree.tree_leaves(outputs)
         for y in leaves:
             if isinstance(y, torch.Tensor) and y.requires_grad and piece is not None:
@@ -314,7 +324,7 @@ def transform_in_pieces(
     """
     module = CutModule(model, str(refusal).splitlines()[0], options, on_unknown, balanced)
     try:
-        with undisturbed(module), untouched(module._model), differentiable():
+        with module.unchanged(), differentiable():
             module._forward(args, kwargs)
         prove_born(model, module, known)
     except (CaptureError, UnknownOpError, VerificationError):
@@ -335,34 +345,7 @@ def prove_born(model: nn.Module, module: CutModule, known: Reference | None) -> 
     """The check at birth (``birth``) of a module in several graphs."""
     if known is None:
         return
-    with untouched(module._model):
+    with module.unchanged():
         require_same(model, module, known)
     if module.balanced and module.on_unknown == "raise":
-        _require_closed(module, known.args, known.kwargs)
-
-
-def _require_closed(module: CutModule, args: Any, kwargs: Any) -> None:
-    plans = [p.history.plan for p in module.pieces.values()]
-    if any(plan.unbalanced or plan.unknown for plan in plans):
-        return
-    account, run = ledger_of_pieces(module, Arguments(args, kwargs), everything)
-    pieces = [*run.pieces.values()]
-    if not foreign(run):
-        require_closed(account, tolerance_of(pieces, args, kwargs, account))
-
-
-def ledger_of_pieces(module: CutModule, inputs: Any, target: Target) -> tuple[Ledger, Run]:
-    """The account of one backward through all graphs of a cut module."""
-    with undisturbed(module), untouched(module._model), differentiable():
-        args, kwargs = as_call(inputs)
-        output, run = module._forward(args, kwargs, record=True)
-        account = settle(run.recorders or [], output, target, run.inputs)
-    return account, run
-
-
-def foreign(run: Run) -> tuple[Finding, ...]:
-    """The eager ops of a run as findings."""
-    return tuple(
-        Finding(name, name, "", "", "runs between two graphs", "make it traceable for Dynamo")
-        for name in sorted(run.foreign)
-    )
+        require_balanced(module, known)

@@ -26,11 +26,11 @@ from libragrad_fx.account.birth import Reference
 from libragrad_fx.account.certificate import compare
 from libragrad_fx.capture.composite import COMPOSITE, every_op, in_parts
 from libragrad_fx.capture.context import traced_as_run
-from libragrad_fx.capture.state import untouched
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.rulebook import RuleBook
 from libragrad_fx.errors import CaptureError, CutWarning, LibraGradError, VerificationError
 from libragrad_fx.graph.origin import origin
+from libragrad_fx.module.captured import RunGraph
 from libragrad_fx.pieces.dynamo import HELD, MOVES, STILL, CutModule, Run, prove_born
 from libragrad_fx.pieces.freeze import freeze, has_effect
 from libragrad_fx.rewrite.erase import spell
@@ -160,12 +160,12 @@ class TapeModule(CutModule):
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in super().__getstate__().items() if k not in ("_made", "_book")}
 
-    def _forward(self, args: Any, kwargs: Any, record: bool = False) -> tuple[Any, Run]:
-        args, kwargs, run = self._started(args, kwargs, record)
+    def _forward(self, args: Any, kwargs: Any, by: RunGraph | None = None) -> tuple[Any, Run]:
+        args, kwargs, run = self._started(args, kwargs, by)
         if self._book is None:
             self._book = rulebook.load(self.options["policy"], self.options["rules"])
         with undisturbed(self):  # what the graph draws and writes is drawn and written by the graph
-            tape = _recorded(self._model, args, kwargs, self._book)
+            tape = record(self._model, args, kwargs, self._book)
         given = [*run.inputs, *tape.held]
         with undisturbed(self):
             copies = [t.detach().clone() for t in given]
@@ -199,9 +199,6 @@ class TapeModule(CutModule):
         return tape.restore(outputs), run
 
 
-_recorded = record
-
-
 def transform_by_tape(
     model: nn.Module, args: Any, kwargs: Any, known: Reference | None, refusal: Exception,
     on_unknown: str, balanced: bool = True, **options: Any,
@@ -213,7 +210,7 @@ def transform_by_tape(
         UnknownOpError: an op has no rule.
     """
     module = TapeModule(model, str(refusal).splitlines()[0], options, on_unknown, balanced)
-    with undisturbed(module), untouched(module._model), differentiable():
+    with module.unchanged(), differentiable():
         module._forward(args, kwargs)
     if not module.pieces:
         raise CaptureError(f"{refusal}\n  No gradient path leads from its outputs to its inputs.")

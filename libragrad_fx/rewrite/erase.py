@@ -70,10 +70,13 @@ def first_difference(graph: Graph, original: Sequence[str]) -> str | None:
     return None if len(graph.nodes) == len(original) else "one has more nodes than the other"
 
 
+def erased_difference(module: CapturedModule, original: Sequence[str]) -> str | None:
+    """As ``first_difference``, of every graph that may run, its edits erased."""
+    differences = (first_difference(erase(graph), original) for graph in module.graphs())
+    return next(filter(None, differences), None)
+
+
 def require_same_graph(module: CapturedModule, trace: Trace) -> None:
     """Raise ``VerificationError`` unless erasing the edits gives the trace back, node for node."""
-    original = spell(trace.graph)
-    for edited in module.graphs():
-        difference = first_difference(erase(edited), original)
-        if difference is not None:
-            raise VerificationError(f"an edit changed the forward graph: {difference}")
+    if difference := erased_difference(module, spell(trace.graph)):
+        raise VerificationError(f"an edit changed the forward graph: {difference}")

@@ -23,7 +23,7 @@ from libragrad_fx.decide.roles import operands
 from libragrad_fx.errors import InputError
 from libragrad_fx.graph.origin import module_path, source_line
 from libragrad_fx.graph.schema import op_name
-from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.module.captured import CapturedModule, one_graph
 from libragrad_fx.ops import insert
 from libragrad_fx.rewrite.edits import unedited
 from libragrad_fx.types import Edit, LedgerRow
@@ -59,11 +59,9 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
     Raises:
         InputError: ``gm`` is not the result of a transform, or is in several graphs.
     """
-    if not isinstance(gm, CapturedModule) or gm.plan is None:
-        raise InputError(
-            f"a gradient graph is drawn of what transform returned, in one graph; got"
-            f" {type(gm).__name__}"
-        )
+    refusal = "a gradient graph is drawn of what transform returned, in one graph; got {}"
+    if (plan := one_graph(gm, refusal).plan) is None:
+        raise InputError(refusal.format(type(gm).__name__))
     plain = unedited(gm)
     accounts = {"plain": ledger(plain, inputs, target), "balanced": ledger(gm, inputs, target)}
     graph = nx.DiGraph(output={side: account.output for side, account in accounts.items()})
@@ -82,7 +80,7 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
                     graph.add_edge(producer, row.node, **dict.fromkeys(_CARRIED), scale=1.0)
                 graph.edges[producer, row.node].update({side: mass, NORMS[side]: norm})
     graph.remove_nodes_from(set(graph) - nx.ancestors(graph, "output") - {"output"})
-    for producer, node in _scaled(graph, plain.graph, gm.plan.edits):
+    for producer, node in _scaled(graph, plain.graph, plan.edits):
         graph.edges[producer, node]["scale"] = graph.nodes[node]["scale"]
     for node, chain in chains(graph).items():
         data = graph.nodes[node]

@@ -119,6 +119,15 @@ def test_misfits_are_named(inputs: tuple[Any, ...], message: str) -> None:
         gm(*inputs)
 
 
+@pytest.mark.parametrize("name", ["graphs", "run_by", "unchanged", "captured_graphs", "origin"])
+def test_attributes_may_have_names_that_are_ours(name: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)).double()
+    setattr(model, name, 3)
+    x = torch.randn(2, 3, dtype=torch.float64)
+    gm = pickle.loads(pickle.dumps(lg.transform(model, x)))
+    assert lg.verify(model, gm, x, 1).ok
+
+
 def test_a_graph_is_of_one_mode() -> None:
     gm = lg.transform(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).eval(), A)
     gm.train()

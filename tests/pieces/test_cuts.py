@@ -238,6 +238,37 @@ def test_methods_that_need_the_graph_say_so() -> None:
         lg.attribute(gm, x, target=1)
 
 
+class Counting(nn.Module):
+    """A forward that depends on how often it ran; its inner module has a name that is ours as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self._model, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.head(nn.functional.gelu(self._model(self.up(x)) * self.calls))
+
+
+def test_what_counts_its_calls_is_left_as_it_was() -> None:
+    model, x = Counting().double().eval(), torch.randn(2, 4, dtype=torch.float64)
+    gm = lg.transform(model, x)
+    for _ in range(2):
+        certificate = lg.verify(model, gm, x, target=1)
+        assert certificate.ok, str(certificate)
+        lg.audit(gm, x, target=1)
+    assert model.calls == gm._model.calls == 0
+
+
+def test_several_graphs_are_captured_already() -> None:
+    model, x, _ = branching()
+    gm = lg.transform(model, x)
+    for stage in (lg.plan, lg.trace):
+        with pytest.raises(InputError, match="captured already"):
+            stage(gm, x)
+
+
 class Broken(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.sum() > 0:
