@@ -15,8 +15,8 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from libragrad_fx.decide.flow import hands_on, passes, reach
-from libragrad_fx.decide.roles import finding, is_affine, is_inexact, kind_of
+from libragrad_fx.decide.flow import hands_on, is_inexact, passes, reached, results
+from libragrad_fx.decide.roles import finding, is_affine, kind_of
 from libragrad_fx.graph.notes import note
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops import insert
@@ -91,13 +91,8 @@ def _reached(
     graph: Graph, moving: set[Node], facts: Mapping[str, OpFacts], skip: frozenset[str]
 ) -> dict[Node, None]:
     """The moving nodes from which a gradient of an output arrives, in graph order."""
-    final = next(n for n in graph.nodes if n.op == "output")
-    results = [
-        m
-        for n in final.all_input_nodes
-        for m in (n.all_input_nodes if n.target == "output_structure" else [n])
-    ]
-    seen = reach([n for n in results if n in moving and _source_name(n) not in skip], facts, moving)
+    starts = [n for n in results(graph) if n in moving and _source_name(n) not in skip]
+    seen = reached(starts, facts, moving)
     return {n: None for n in graph.nodes if n in seen}
 
 

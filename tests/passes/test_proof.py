@@ -15,10 +15,10 @@ import torch
 
 import libragrad_fx as lg
 from libragrad_fx.account.certificate import _tolerance
-from libragrad_fx.account.ledger import dot, sites
+from libragrad_fx.account.ledger import dot
 from libragrad_fx.account.proof import prove
 from libragrad_fx.errors import GateOutputWarning
-from libragrad_fx.stages import Decision, balance, decide, rewritten
+from libragrad_fx.stages import Decision, balance, decide, plain, rewritten
 from libragrad_fx.types import Certificate, Edit, Ledger, LedgerRow
 from tests.models.zoo import ZOO, build
 
@@ -216,8 +216,8 @@ def test_infinite_values_without_gradient_count_nothing() -> None:
 
 def test_sites_of_a_plain_trace_hold_all_that_sees_the_input() -> None:
     made = decided("fused_attention")
-    balanced = {s.node for s in sites(made.trace, made.analysis, balanced=True)}
-    assert balanced < {s.node for s in sites(made.trace, made.analysis, balanced=False)}
+    balanced = {s.node for s in rewritten(made).record.sites}
+    assert balanced < {s.node for s in plain(made).record.sites}
 
 
 def test_an_error_is_measured_by_the_account_however_small() -> None:
