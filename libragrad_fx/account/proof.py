@@ -75,8 +75,8 @@ def _moving(
         if node.target is insert.guard:
             still = history.roles.get(node.name) is Role.STATIC
             starts = is_inexact(node) and not still
-        elif fact is not None and fact.kind is Kind.EMBEDDING:
-            starts = node.name in starting
+        elif node.name in starting:
+            starts = True
         else:
             cut = insert.is_end(node) or (fact is not None and fact.kind is Kind.CUT)
             zero = node.name in history.zeros  # a product with zero sends zeros back
@@ -119,8 +119,10 @@ def _judge(
     sends = {k for k, _ in passes(node, fact, moving)}
     groups = {k: {s for s in sends if s.partition("[")[0] in getattr(fact, k)} for k in _GROUPS}
     if kind is Kind.EMBEDDING:
-        if len(sends) < 2:
+        if not sends:
             return "embedding indexed by the input: the signal starts", ""
+        if len(sends) == 1:
+            return _BY_KIND[Kind.LINEAR], ""
         return _scaled(
             node, facts, 0.5, "rows times weights, scaled by 1/2", "both count its gradient", False
         )

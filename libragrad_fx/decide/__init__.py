@@ -1,5 +1,5 @@
 """What each value means for the gradient, and what is to be done about it: nothing is changed here.
 
 Comes in: a ``Trace``, and the rules. Goes out: an ``Analysis`` (roles, facts), then a ``Plan``.
-May import: ``graph``, ``ops``. Begin with ``roles``, then ``plan``; ``flow`` says where gradients go in any graph.
+May import: ``graph``, ``ops``. Begin with ``roles``, then ``plan``; ``flow`` says where gradients go.
 """

@@ -226,6 +226,28 @@ def test_an_error_is_measured_by_the_account_however_small() -> None:
     assert _tolerance([torch.float32], (), leak) < leak.completeness_error
 
 
+class Looked(torch.nn.Module):
+    """Rows that are computed from the input, taken from places that are fixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(4, 4)
+        self.register_buffer("at", torch.tensor([0, 2, 1]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.nn.functional.embedding(self.at, self.fc(x))
+        return torch.nn.functional.gelu(rows).sum(0, keepdim=True)
+
+
+def test_the_proof_goes_on_behind_an_embedding_whose_table_carries() -> None:
+    """Such a lookup starts no signal, it passes one on: what stands behind it has to be balanced."""
+    model, x = Looked().double(), torch.randn(3, 4, dtype=torch.float64)
+    proved = prove(lg.transform(model, x))
+    assert (proved.nodes, proved.open) == (4, ())
+    kept = prove(lg.transform(model, x, policy="cp_lrp"))
+    assert [f.node for f in kept.open] == ["gelu"]
+
+
 # --- the graph that runs is proved as well (C11)
 
 
