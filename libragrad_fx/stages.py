@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from libragrad_fx.account.birth import Reference, reference
-from libragrad_fx.account.ledger import sites
 from libragrad_fx.capture.examples import example_call
 from libragrad_fx.capture.export import capture
 from libragrad_fx.capture.fit import require_fit
@@ -24,6 +23,7 @@ from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.plan import plan as make_plan
 from libragrad_fx.decide.roles import analyze
 from libragrad_fx.decide.rulebook import RuleBook
+from libragrad_fx.decide.sites import sites
 from libragrad_fx.errors import ExportError, InputError
 from libragrad_fx.module.captured import CapturedModule, InGraphs
 from libragrad_fx.module.variants import fits
@@ -140,7 +140,7 @@ def remember(made: Decision) -> History:
     return History(
         plan=made.plan,
         original=spell(made.trace.graph),
-        plain_sites=sites(made.trace, made.analysis, balanced=False),
+        plain_sites=sites(made.trace.graph, made.trace.inputs, made.analysis),
         facts=dict(made.analysis.facts),
         roles=dict(made.analysis.roles),
         zeros=made.analysis.zeros,
@@ -150,14 +150,12 @@ def remember(made: Decision) -> History:
 
 def rewritten(made: Decision) -> CapturedModule:
     """The rewrite of a decision, not proved yet."""
-    listed = sites(made.trace, made.analysis, balanced=True)
-    return rewrite(made.trace, made.plan, listed, remember(made))
+    return rewrite(made.trace, made.plan, made.analysis, remember(made))
 
 
 def plain(made: Decision) -> CapturedModule:
     """The captured model with autograd's own backward."""
-    listed = sites(made.trace, made.analysis, balanced=False)
-    return rewrite(made.trace, None, listed)
+    return rewrite(made.trace, None, made.analysis)
 
 
 def balance(made: Decision) -> CapturedModule:

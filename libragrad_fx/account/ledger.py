@@ -11,7 +11,6 @@ an account costs a small multiple of the backward it describes.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,18 +19,9 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.decide.roles import (
-    aten_op,
-    kind_of,
-    live_operands,
-    members,
-    operands,
-    tensor_arguments,
-)
 from libragrad_fx.errors import InputError
 from libragrad_fx.graph.notes import note
-from libragrad_fx.graph.origin import module_path, source_line
-from libragrad_fx.graph.schema import bind, op_name, spread
+from libragrad_fx.graph.schema import aten_op, bind, operands, spread, tensor_arguments
 from libragrad_fx.module.captured import CapturedModule, Forward, InGraphs
 from libragrad_fx.module.walk import blocks
 from libragrad_fx.ops import bias as biases
@@ -39,73 +29,9 @@ from libragrad_fx.ops import insert
 from libragrad_fx.ops.function import same
 from libragrad_fx.ops.insert import is_end, is_scale, probed
 from libragrad_fx.target import Target, as_call, differentiable, inexact, moving, product, select
-from libragrad_fx.types import (
-    Analysis,
-    Boundary,
-    Flow,
-    Kind,
-    Ledger,
-    LedgerRow,
-    OpFacts,
-    Role,
-    Site,
-    Trace,
-)
+from libragrad_fx.types import Boundary, Flow, Ledger, LedgerRow, Site
 
-_EXPLICIT = {Kind.LINEAR, Kind.PRODUCT, Kind.NORMALISER, Kind.RECURRENT, Kind.EMBEDDING}
 _OUTPUT = "output"
-
-
-def sites(trace: Trace, analysis: Analysis, balanced: bool) -> tuple[Site, ...]:
-    """The nodes that a gradient passes: the live ones, or under autograd all that see the input."""
-    found = []
-    symbol = next(
-        (s.shape[0] for s in trace.inputs if s.shape and isinstance(s.shape[0], str)), None
-    )
-    for node in trace.graph.nodes:
-        fact = analysis.facts.get(node.name)
-        if fact is None and not isinstance(node.target, torch._ops.OpOverload):
-            continue  # getitem, guard: they hand on what they get
-        if analysis.roles[node.name] < Role.GATE or (balanced and node.name not in analysis.live):
-            continue
-        if balanced:
-            live = tuple(live_operands(node, analysis))
-        else:
-            named = operands(node, fact.operands if fact else tensor_arguments(node))
-            live = tuple(k for k, n in named if analysis.roles[n.name] >= Role.GATE)
-        explicit = fact is not None and kind_of(node, fact) in _EXPLICIT
-        bias = None if fact is None else _bias_name(node, fact, live)
-        where = (module_path(node), source_line(node))
-        value = node.meta.get("val")
-        values = value if isinstance(value, (tuple, list)) else (value,)
-        batch = tuple(_batch_axis(v, symbol) for v in values)
-        starts = fact is not None and fact.kind is Kind.EMBEDDING and not live
-        name = op_name(node.target)
-        found.append(Site(node.name, name, *where, live, bias, explicit, batch, starts))
-    return tuple(found)
-
-
-def _batch_axis(value: Any, symbol: str | None) -> int | None:
-    """The first axis whose traced size is the batch size or a multiple of it."""
-    if symbol is None or not isinstance(value, torch.Tensor):
-        return 0
-    mentions = (i for i, d in enumerate(value.shape) if symbol in re.findall(r"\w+", str(d)))
-    return next(mentions, None)
-
-
-def _bias_name(node: Node, fact: OpFacts, live: Sequence[str]) -> str | None:
-    """How the node's own constant is computed; None where it is zero by its form."""
-    if fact.bias != "at_zero":
-        return None if fact.bias == "none" else fact.bias
-    if fact.kind in (Kind.GATED, Kind.GATE_SOURCE):
-        return None if fact.at_zero == 0 else "at_zero"
-    multiplied = (*fact.factors, *fact.denominator)
-    if live and not any(k.partition("[")[0] in (*fact.stream, *multiplied) for k in live):
-        return None  # what only modulates has no zero to measure from
-    if fact.kind is Kind.PRODUCT and not any(k.partition("[")[0] in multiplied for k in live):
-        return "at_zero"  # only its offset is live: the product is a constant
-    added = any(k not in live and m != 0 for k, m in members(node, fact.stream))
-    return "at_zero" if fact.constant or added else None
 
 
 # --- running a graph with every edge in view
@@ -229,7 +155,7 @@ class _Row:
 
     def operand(self, x: Any, producer: str) -> Any:
         """An alias of ``x`` for this site alone; its gradient is r_i(g)."""
-        if not (isinstance(x, torch.Tensor) and x.requires_grad):
+        if not _moves(x):
             return x
         alias, held = same(x), [x.detach()]
 
@@ -244,13 +170,14 @@ class _Row:
 
     def watch(self, y: Any) -> Any:
         """Note ⟨y, g⟩ and ⟨bias, g⟩ when the gradient of ``y`` (a tensor or several) is complete."""
-        ys = y if isinstance(y, (tuple, list)) else (y,)
-        for i, t in enumerate(ys):
-            if isinstance(t, torch.Tensor) and t.requires_grad:
-                t.register_hook(self._note([t.detach()], i))
-        return y
+        if isinstance(y, (tuple, list)):
+            # one may be part of another inside the op, as an LSTM's cell is: readers have aliases
+            return [self._noted(same(t), i) if _moves(t) else t for i, t in enumerate(y)]
+        return self._noted(y, 0) if _moves(y) else y
 
-    def _note(self, held: list[torch.Tensor], index: int) -> Any:
+    def _noted(self, y: torch.Tensor, index: int) -> torch.Tensor:
+        held = [y.detach()]
+
         def note(g: torch.Tensor | None) -> None:
             value = held.pop()
             if g is None:  # autograd's zero: a pruned path ends below
@@ -264,7 +191,12 @@ class _Row:
             if bias is not None:
                 self.constant += dot(bias.expand_as(g), g)
 
-        return note
+        y.register_hook(note)
+        return y
+
+
+def _moves(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.requires_grad
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> float:

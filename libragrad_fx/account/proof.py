@@ -15,8 +15,8 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from libragrad_fx.decide.flow import hands_on, passes, reach
-from libragrad_fx.decide.roles import finding, is_affine, is_inexact, kind_of
+from libragrad_fx.decide.flow import hands_on, is_inexact, passes, reached, results
+from libragrad_fx.decide.roles import finding, is_affine, kind_of
 from libragrad_fx.graph.notes import note
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops import insert
@@ -74,8 +74,8 @@ def _moving(
         if node.target is insert.guard:
             still = history.roles.get(node.name) is Role.STATIC
             starts = is_inexact(node) and not still
-        elif fact is not None and fact.kind is Kind.EMBEDDING:
-            starts = node.name in starting
+        elif node.name in starting:
+            starts = True
         else:
             cut = insert.is_end(node) or (fact is not None and fact.kind is Kind.CUT)
             zero = node.name in history.zeros  # a product with zero sends zeros back
@@ -90,13 +90,8 @@ def _reached(
     graph: Graph, moving: set[Node], facts: Mapping[str, OpFacts], skip: frozenset[str]
 ) -> dict[Node, None]:
     """The moving nodes from which a gradient of an output arrives, in graph order."""
-    final = next(n for n in graph.nodes if n.op == "output")
-    results = [
-        m
-        for n in final.all_input_nodes
-        for m in (n.all_input_nodes if n.target == "output_structure" else [n])
-    ]
-    seen = reach([n for n in results if n in moving and _source_name(n) not in skip], facts, moving)
+    starts = [n for n in results(graph) if n in moving and _source_name(n) not in skip]
+    seen = reached(starts, facts, moving)
     return {n: None for n in graph.nodes if n in seen}
 
 
@@ -122,8 +117,10 @@ def _judge(
     kind = kind_of(node, fact)
     sends = {k for k, _ in passes(node, fact, moving)}
     if kind is Kind.EMBEDDING:
-        if len(sends) < 2:
+        if not sends:
             return "embedding indexed by the input: the signal starts", ""
+        if len(sends) == 1:
+            return _BY_KIND[Kind.LINEAR], ""
         reason = "rows times weights, scaled by 1/2"
         return _scaled(node, facts, 0.5, reason, "both count its gradient", whole=False)
     if stray := sends - _among(sends, (*fact.stream, *fact.factors, *fact.denominator)):

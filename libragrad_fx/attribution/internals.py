@@ -16,8 +16,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from libragrad_fx.account.ledger import Running, flat_arguments, site_bias
-from libragrad_fx.decide.roles import aten_op
 from libragrad_fx.errors import InputError
+from libragrad_fx.graph.schema import aten_op
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.walk import called_modules
 from libragrad_fx.ops import insert

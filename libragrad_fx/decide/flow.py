@@ -1,20 +1,32 @@
-"""Where gradients go: from a node to its operands, and from what a graph returns to everything."""
+"""Where gradients go in a graph as it stands: from a node to its operands, and from what it returns to all.
+
+``roles`` decides what a balanced gradient is to pass, before anything is changed. This reads what autograd
+does in a graph, plain, balanced or lean: an edge that an edit stopped, or that a twin does not answer, gets
+no gradient, which is a fact here and no tensor of zeros (as JAX's symbolic zeros).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.decide.roles import operands, tensor_arguments
+from libragrad_fx.graph.schema import operands, tensor_arguments
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.insert import is_scale, probed
-from libragrad_fx.types import Kind, OpFacts
+from libragrad_fx.target import inexact
+from libragrad_fx.types import Analysis, Kind, OpFacts, Role
 
 Facts = Mapping[str, OpFacts]
 """By node, the row of its op."""
+
+
+def is_inexact(node: Node) -> bool:
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return any(map(inexact, values))
 
 
 def hands_on(node: Node) -> bool:
@@ -36,22 +48,54 @@ def passes(node: Node, fact: OpFacts | None, moving: set[Node]) -> list[tuple[st
     return [(k, n) for k, n in operands(node, names) if n in moving]
 
 
-def reach(starts: Iterable[Node], facts: Facts, moving: set[Node]) -> set[Node]:
-    """Everything that a gradient of ``starts`` gets to over nodes of ``moving``."""
+def reach(starts: Iterable[Node], sends: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    """Everything that is got to from ``starts``, if each node leads to what it ``sends`` to."""
     stack, seen = list(starts), set[Node]()
     while stack:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            stack.extend(n for _, n in passes(node, facts.get(node.name), moving))
+            stack.extend(sends(node))
     return seen
+
+
+def reached(starts: Iterable[Node], facts: Facts, moving: set[Node]) -> set[Node]:
+    """Everything that a gradient of ``starts`` gets to over nodes of ``moving``."""
+    return reach(starts, lambda n: [m for _, m in passes(n, facts.get(n.name), moving)])
+
+
+def results(graph: Graph) -> list[Node]:
+    """The nodes that a graph returns, out of whatever structure."""
+    final = next(n for n in reversed(graph.nodes) if n.op == "output")
+    structured = lambda n: n.target == "output_structure"  # noqa: E731
+    return [m for n in final.all_input_nodes for m in (n.all_input_nodes if structured(n) else [n])]
 
 
 def live(graph: Graph, facts: Facts) -> set[Node]:
     """Nodes at which a gradient arrives, whether it leads to an input or to a parameter."""
     final = next(n for n in graph.nodes if n.op == "output")
     open_ = {n for n in graph.nodes if not insert.is_end(n)}
-    return {final} | reach(set(final.all_input_nodes) & open_, facts, open_)
+    return {final} | reached(set(final.all_input_nodes) & open_, facts, open_)
+
+
+def signal(graph: Graph, analysis: Analysis) -> dict[Node, tuple[str, ...]]:
+    """The nodes at which a gradient arrives that leads to the model's input, in graph order, and to which
+    of its operands each sends one."""
+    moving: set[Node] = set()
+    sent: dict[Node, tuple[str, ...]] = {}
+    for node in graph.nodes:
+        fact = analysis.facts.get(node.name)
+        sent[node] = tuple(k for k, _ in passes(node, fact, moving))
+        if node.target is insert.guard or (fact is not None and fact.kind is Kind.EMBEDDING):
+            leads = analysis.roles[node.name] is Role.VALUE
+        else:
+            cut = insert.is_end(node) or (fact is not None and fact.kind is Kind.CUT)
+            # a product with zero sends zeros
+            leads = bool(sent[node]) and not cut and node.name not in analysis.zeros
+        if leads and is_inexact(node):
+            moving.add(node)
+    arrived = reached(set(results(graph)) & moving, analysis.facts, moving)
+    return {n: names for n, names in sent.items() if n in arrived}
 
 
 def takes_gradient(user: Node, node: Node, alive: set[Node], facts: Facts) -> bool:

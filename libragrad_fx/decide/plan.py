@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
-from libragrad_fx.decide.roles import finding, is_inexact, kind_of, operands
+from libragrad_fx.decide.flow import is_inexact
+from libragrad_fx.decide.roles import finding, kind_of
 from libragrad_fx.decide.rulebook import RuleBook
 from libragrad_fx.errors import NoPathError, UnknownOpError
 from libragrad_fx.graph.origin import module_path, source_line
-from libragrad_fx.graph.schema import op_name
+from libragrad_fx.graph.schema import op_name, operands
 from libragrad_fx.ops import TWINS
 from libragrad_fx.types import (
     Action,

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from libragrad_fx.decide.flow import is_inexact, reach, results
 from libragrad_fx.decide.rulebook import RuleBook
 from libragrad_fx.graph.origin import module_path, source_line
-from libragrad_fx.graph.schema import bind, op_name
+from libragrad_fx.graph.schema import aten_op, bind, members, op_name, operands, tensor_arguments
 from libragrad_fx.ops import insert
-from libragrad_fx.target import inexact
 from libragrad_fx.types import Analysis, Finding, Kind, OpFacts, Role, Trace
 
 _RANK_ODD, _RANK_RECIPROCAL, _RANK_GATE_ONLY = 1, 4, 5
@@ -39,24 +39,6 @@ def analyze(
     return _Analyzer(trace, book, all_carry, static).run()
 
 
-def members(node: Node, names: tuple[str, ...]) -> list[tuple[str, Any]]:
-    """(operand, what is given for it) for the named schema arguments; list members as ``name[i]``."""
-    values = bind(aten_op(node), node.args, node.kwargs)
-    found: list[tuple[str, Any]] = []
-    for name in names:
-        value = values.get(name)
-        if isinstance(value, (list, tuple)):
-            found.extend((f"{name}[{i}]", v) for i, v in enumerate(value))
-        else:
-            found.append((name, value))
-    return [(k, v) for k, v in found if v is not None]
-
-
-def operands(node: Node, names: tuple[str, ...]) -> list[tuple[str, Node]]:
-    """``members`` that are computed: (operand, producing node)."""
-    return [(k, v) for k, v in members(node, names) if isinstance(v, Node)]
-
-
 def is_affine(node: Node, fact: OpFacts) -> bool:
     """Whether a literal of this call makes the op affine (batch norm that does not train)."""
     return _says(node, fact.affine_if)
@@ -70,12 +52,6 @@ def _says(node: Node, wanted: Mapping[str, Any]) -> bool:
 
 def kind_of(node: Node, fact: OpFacts) -> Kind:
     return Kind.LINEAR if is_affine(node, fact) else fact.kind
-
-
-def is_inexact(node: Node) -> bool:
-    value = node.meta.get("val")
-    values = value if isinstance(value, (tuple, list)) else (value,)
-    return any(map(inexact, values))
 
 
 @dataclasses.dataclass
@@ -203,64 +179,58 @@ class _Analyzer:
 
     # --- backwards
 
-    def _results(self) -> list[Node]:
-        """The nodes that the model returns, out of whatever structure."""
-        found = self.nodes[-1].all_input_nodes
-        return [m for n in found for m in (n.all_input_nodes if n.op == "call_module" else [n])]
-
     def _heads(self) -> list[Node]:
         """The gate sources that the model returns, seen through reshapes: a softmax, a sigmoid."""
         heads = []
-        for node in self._results():
+        for node in results(self.trace.graph):
             while (fact := self.facts.get(node.name)) and fact.kind is Kind.LINEAR:
                 carriers = self.carriers(node)
                 if len(carriers) != 1 or len(node.all_input_nodes) != 1 or fact.constant:
                     break
-                if any(m is not carriers[0][1] and m != 0 for _, m in members(node, fact.stream)):
+                if any(m is not carriers[0] and m != 0 for _, m in members(node, fact.stream)):
                     break  # it adds something: what comes out is no gate
-                node = carriers[0][1]
+                node = carriers[0]
             if fact is not None and fact.kind is Kind.GATE_SOURCE and fact.rank > _RANK_ODD:
                 heads.append(node)
         return heads
 
     def _demand(self) -> tuple[set[Node], tuple[str, ...]]:
         """Nodes that a balanced gradient reaches, and outputs left alone because they are gates."""
-        results = self._results()
-        values = [n for n in results if self.roles[n.name] is Role.VALUE]
-        gated = [n for n in results if self.roles[n.name] is Role.GATE]
-        demanded: set[Node] = set()
-        first = next(filter(is_inexact, results), None)  # what is explained where nobody says
+        returned = results(self.trace.graph)
+        values = [n for n in returned if self.roles[n.name] is Role.VALUE]
+        gated = [n for n in returned if self.roles[n.name] is Role.GATE]
+        first = next(filter(is_inexact, returned), None)  # what is explained where nobody says
         ends = [
             n for n in gated if self.all_carry or not values or (n is first and self._is_end(n))
         ]
-        gated = [n for n in gated if n not in ends]
-        stack = values + ends
-        while stack:
-            node = stack.pop()
-            if node in demanded or self.roles[node.name] < Role.GATE:
-                continue
-            demanded.add(node)
-            stack.extend(n for _, n in self.carriers(node))
-        return demanded, tuple(n.name for n in gated)
+        left = tuple(n.name for n in gated if n not in ends)
+        return reach(values + ends, self.carriers), left
 
     def _is_end(self, result: Node) -> bool:
         """Whether a gate that the model returns modulates nothing inside: it can be a value for all."""
-        seen: set[Node] = set()
-        stack = [result]
-        while stack:
-            node = stack.pop()
-            seen.add(node)
-            if not self._is_source(node):
-                stack += [n for _, n in self.carriers(node) if self.roles[n.name] is Role.GATE]
+
+        def gates(node: Node) -> list[Node]:
+            carriers = [] if self._is_source(node) else self.carriers(node)
+            return [n for n in carriers if self.roles[n.name] is Role.GATE]
+
+        seen = reach([result], gates)
         readers = {u for n in seen for u in n.users} - seen
         return all(u.op in ("output", "call_module") for u in readers)
 
-    def carriers(self, node: Node) -> list[tuple[str, Node]]:
-        """The operands through which a demanded node passes its gradient on."""
+    def carriers(self, node: Node) -> list[Node]:
+        """The operands through which a demanded node is to pass its gradient on: what it adds, the factors
+        that carry; what modulates only if nothing else depends on the input."""
         groups = self.groups.get(node.name)
         if groups is None:
-            return [(n.name, n) for n in node.all_input_nodes if self.roles[n.name] >= Role.GATE]
-        return _carriers(groups, self.roles)
+            return [n for n in node.all_input_nodes if self.roles[n.name] >= Role.GATE]
+
+        def live(*names: str) -> list[Node]:
+            found = [n for name in names for _, n in groups[name]]
+            return [n for n in found if self.roles[n.name] >= Role.GATE]
+
+        factors = live("factors")
+        values = [n for n in factors if self.roles[n.name] is Role.VALUE]
+        return live("stream") + (values or factors) or live("gate", "denominator")
 
     def _is_source(self, node: Node) -> bool:
         if self.roles[node.name] is not Role.GATE:
@@ -268,7 +238,7 @@ class _Analyzer:
         if node.target is operator.getitem:
             return self._gate_output(node)
         return node.name in self.groups and any(
-            self.roles[n.name] is Role.VALUE for _, n in self.carriers(node)
+            self.roles[n.name] is Role.VALUE for n in self.carriers(node)
         )
 
     def _rank(self, node: Node) -> int:
@@ -321,16 +291,6 @@ def finding(node: Node, problem: str, remedy: str) -> Finding:
     )
 
 
-def tensor_arguments(node: Node) -> tuple[str, ...]:
-    """Names of all arguments in an op's schema."""
-    return tuple(a.name for a in aten_op(node)._schema.arguments)
-
-
-def aten_op(node: Node) -> torch._ops.OpOverload:
-    """The ATen op of a node, also where a twin stands for it."""
-    return getattr(node.target, "aten_op", node.target)  # type: ignore[return-value]
-
-
 def _is_op(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload)
 
@@ -342,28 +302,3 @@ def _reads_a_shape(node: Node) -> bool:
 
 def _is_zero(value: Any, zeros: Container[str]) -> bool:
     return value.name in zeros if isinstance(value, Node) else value == 0
-
-
-def live_operands(node: Node, analysis: Analysis) -> Mapping[str, Node]:
-    """Operands of a live node through which the gradient flows, by schema name."""
-    fact = analysis.facts.get(node.name)
-    if fact is None:
-        return {n.name: n for n in node.all_input_nodes if n.name in analysis.live}
-    groups = {g: operands(node, getattr(fact, g)) for g in _GROUPS}
-    return {k: n for k, n in _carriers(groups, analysis.roles) if n.name in analysis.live}
-
-
-def _carriers(
-    groups: Mapping[str, list[tuple[str, Node]]], roles: Mapping[str, Role]
-) -> list[tuple[str, Node]]:
-    """The operands through which a demanded node passes its gradient on: what it adds, the factors
-    that carry; what modulates only if nothing else depends on the input.
-    """
-
-    def live(*names: str) -> list[tuple[str, Node]]:
-        found = [pair for name in names for pair in groups[name]]
-        return [(k, n) for k, n in found if roles[n.name] >= Role.GATE]
-
-    factors = live("factors")
-    values = [(k, n) for k, n in factors if roles[n.name] is Role.VALUE]
-    return live("stream") + (values or factors) or live("gate", "denominator")

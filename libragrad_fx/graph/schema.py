@@ -1,4 +1,4 @@
-"""Arguments of ops by the names in their schemas, and the names of the ops."""
+"""Arguments of ops by the names in their schemas: of a call, and of a node. And the names of the ops."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 
 def op_name(target: Any) -> str:
@@ -43,3 +44,31 @@ def spread(
     _, keyword, _ = signature(op)
     positional = tuple(v for k, v in values.items() if k not in keyword)
     return positional, {k: values[k] for k in keyword}
+
+
+def tensor_arguments(node: Node) -> tuple[str, ...]:
+    """Names of all arguments in an op's schema."""
+    return tuple(a.name for a in aten_op(node)._schema.arguments)
+
+
+def aten_op(node: Node) -> torch._ops.OpOverload:
+    """The ATen op of a node, also where a twin stands for it."""
+    return getattr(node.target, "aten_op", node.target)  # type: ignore[return-value]
+
+
+def members(node: Node, names: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """(operand, what is given for it) for the named schema arguments; list members as ``name[i]``."""
+    values = bind(aten_op(node), node.args, node.kwargs)
+    found: list[tuple[str, Any]] = []
+    for name in names:
+        value = values.get(name)
+        if isinstance(value, (list, tuple)):
+            found.extend((f"{name}[{i}]", v) for i, v in enumerate(value))
+        else:
+            found.append((name, value))
+    return [(k, v) for k, v in found if v is not None]
+
+
+def operands(node: Node, names: tuple[str, ...]) -> list[tuple[str, Node]]:
+    """``members`` that are computed: (operand, producing node)."""
+    return [(k, v) for k, v in members(node, names) if isinstance(v, Node)]

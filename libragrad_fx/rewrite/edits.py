@@ -13,46 +13,51 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from libragrad_fx.decide.roles import operands
+from libragrad_fx.decide.sites import sites
 from libragrad_fx.graph.notes import Undo, annotate
 from libragrad_fx.graph.origin import origin
+from libragrad_fx.graph.schema import operands
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops import TWINS, insert
 from libragrad_fx.ops.activation import secant
 from libragrad_fx.optimise.passes import optimise
 from libragrad_fx.rewrite.erase import erase
 from libragrad_fx.rewrite.probes import insert_probes
-from libragrad_fx.types import Action, Edit, History, Plan, Site, Trace
+from libragrad_fx.types import Action, Analysis, Edit, History, Plan, Trace
 
 
 def rewrite(
-    trace: Trace, plan: Plan | None, sites: tuple[Site, ...] = (), history: History | None = None
+    trace: Trace,
+    plan: Plan | None,
+    analysis: Analysis | None = None,
+    history: History | None = None,
 ) -> CapturedModule:
     """A new module: ``trace``'s graph with the plan's edits, and a probe for every module call.
 
-    plan:    None gives the captured model with autograd's own backward
-    sites:   what the ledger is to know of the result
-    history: where it is given, a leaner graph runs where nobody listens to submodules
+    plan:     None gives the captured model with autograd's own backward
+    analysis: what the ledger needs; without it the result has no account
+    history:  where it is given, a leaner graph runs where nobody listens to submodules
     """
     source: CapturedModule = trace.module  # type: ignore[assignment]
     graph, env = _copy(trace.graph)
     by_name = {old.name: new for old, new in env.items()}
     for edit in plan.edits if plan else ():
         _apply(graph, by_name[edit.node], edit)
+    found = sites(graph, trace.inputs, analysis) if analysis else ()
     short = None
     if history is not None:
         short, facts, passes = optimise(_copy(graph)[0], history.facts)
         history = dataclasses.replace(history, lean_facts=facts, passes=passes)
     insert_probes(graph, trace.calls, by_name)
     graph.lint()
-    record = dataclasses.replace(source.record, sites=sites, history=history)
+    record = dataclasses.replace(source.record, sites=found, history=history)
     return CapturedModule(_root(source), graph, record, short)
 
 
 def unedited(module: CapturedModule) -> CapturedModule:
     """The plain trace that a balanced module was made of: the same parameters, autograd's backward."""
-    sites = module.record.history.plain_sites if module.record.history else module.record.sites
-    record = dataclasses.replace(module.record, sites=sites, history=None)
+    plain = module.record.history.plain_sites if module.record.history else module.record.sites
+    record = dataclasses.replace(module.record, sites=plain, history=None)
     return CapturedModule(_root(module), erase(module.graph), record)
 
 

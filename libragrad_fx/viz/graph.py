@@ -19,10 +19,9 @@ import networkx as nx
 import torch
 
 from libragrad_fx.account.ledger import ledger
-from libragrad_fx.decide.roles import operands
 from libragrad_fx.errors import InputError
 from libragrad_fx.graph.origin import module_path, source_line
-from libragrad_fx.graph.schema import op_name
+from libragrad_fx.graph.schema import op_name, operands
 from libragrad_fx.module.captured import CapturedModule, one_graph
 from libragrad_fx.ops import insert
 from libragrad_fx.rewrite.edits import unedited

@@ -15,10 +15,10 @@ import torch
 
 import libragrad_fx as lg
 from libragrad_fx.account.certificate import _tolerance
-from libragrad_fx.account.ledger import dot, sites
+from libragrad_fx.account.ledger import dot
 from libragrad_fx.account.proof import prove
 from libragrad_fx.errors import GateOutputWarning
-from libragrad_fx.stages import Decision, balance, decide, rewritten
+from libragrad_fx.stages import Decision, balance, decide, plain, rewritten
 from libragrad_fx.types import Certificate, Edit, Ledger, LedgerRow
 from tests.models.zoo import ZOO, build
 
@@ -216,14 +216,36 @@ def test_infinite_values_without_gradient_count_nothing() -> None:
 
 def test_sites_of_a_plain_trace_hold_all_that_sees_the_input() -> None:
     made = decided("fused_attention")
-    balanced = {s.node for s in sites(made.trace, made.analysis, balanced=True)}
-    assert balanced < {s.node for s in sites(made.trace, made.analysis, balanced=False)}
+    balanced = {s.node for s in rewritten(made).record.sites}
+    assert balanced < {s.node for s in plain(made).record.sites}
 
 
 def test_an_error_is_measured_by_the_account_however_small() -> None:
     """A millionth that is lost of a millionth is not rounding: nothing is held against 1."""
     leak = Ledger(rows=(), output=1e-6, input=4e-7, bias=0.0)
     assert _tolerance([torch.float32], (), leak) < leak.completeness_error
+
+
+class Looked(torch.nn.Module):
+    """Rows that are computed from the input, taken from places that are fixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(4, 4)
+        self.register_buffer("at", torch.tensor([0, 2, 1]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.nn.functional.embedding(self.at, self.fc(x))
+        return torch.nn.functional.gelu(rows).sum(0, keepdim=True)
+
+
+def test_the_proof_goes_on_behind_an_embedding_whose_table_carries() -> None:
+    """Such a lookup starts no signal, it passes one on: what stands behind it has to be balanced."""
+    model, x = Looked().double(), torch.randn(3, 4, dtype=torch.float64)
+    proved = prove(lg.transform(model, x))
+    assert (proved.nodes, proved.open) == (4, ())
+    kept = prove(lg.transform(model, x, policy="cp_lrp"))
+    assert [f.node for f in kept.open] == ["gelu"]
 
 
 # --- the graph that runs is proved as well (C11)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import libragrad_fx as lg
-from libragrad_fx.account.ledger import ledger, sites
+from libragrad_fx.account.ledger import ledger
 from libragrad_fx.capture.examples import example_call
 from libragrad_fx.capture.export import capture
 from libragrad_fx.capture.normal import normalize
@@ -106,7 +106,7 @@ def test_no_row_is_dead(row: PolicyRow) -> None:
     for book in (BOOK, BOOK.without(row)):
         analysis = analyze(trace, book)
         made = plan(trace, analysis, book, on_unknown="keep")
-        gm = rewrite(trace, made, sites(trace, analysis, balanced=True))
+        gm = rewrite(trace, made, analysis)
         account = ledger(gm, x, target=1)
         errors.append(account.completeness_error / max(1, abs(account.output)))
     assert errors[0] <= TOLERANCE

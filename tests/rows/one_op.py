@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from libragrad_fx.account.ledger import ledger, sites
+from libragrad_fx.account.ledger import ledger
 from libragrad_fx.decide.plan import plan as decide
 from libragrad_fx.decide.roles import analyze
 from libragrad_fx.decide.rulebook import RuleBook, load
@@ -101,7 +101,7 @@ def balance(
     trace, inputs = trace_call(row, call, live, gated)
     analysis = analyze(trace, book)
     plan = decide(trace, analysis, book, on_unknown)
-    module = rewrite(trace, plan, sites(trace, analysis, balanced=True))
+    module = rewrite(trace, plan, analysis)
     require_same_graph(module, trace)
     return Balanced(call, tuple(live), inputs, analysis, plan, module)
 
