@@ -108,8 +108,8 @@ def streams(graph: nx.DiGraph) -> list[Join]:
 
 
 def _operands(graph: nx.DiGraph, flow: nx.DiGraph, node: str) -> list[tuple[str, str]]:
-    """The edges into a join; a sum of sums is one join."""
-    adds = lambda n: graph.nodes[n]["op"].startswith("aten.add.")  # noqa: E731
+    """The edges into a join; a sum of sums is one join, and so is what is linear of what is linear."""
+    adds = lambda n: graph.nodes[n]["kind"] == "linear"  # noqa: E731
     edges: list[tuple[str, str]] = []
     for a in flow.predecessors(node):
         inner = adds(node) and adds(a) and flow.in_degree(a) > 1 and flow.out_degree(a) == 1

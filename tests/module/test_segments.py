@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -9,8 +11,15 @@ from torch import nn
 import libragrad_fx as lg
 from libragrad_fx.bench import compare, gradient
 from libragrad_fx.errors import InputError
+from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.target import middle, select
 from tests.models.zoo import build
+
+
+@functools.cache
+def whole(name: str) -> tuple[nn.Module, torch.Tensor, CapturedModule]:
+    model, x = build(name)
+    return model, x, lg.transform(model, x)
 
 
 @pytest.mark.parametrize(
@@ -18,8 +27,7 @@ from tests.models.zoo import build
 )
 @pytest.mark.parametrize("segments", [None, 1, 5])
 def test_same_output_and_gradients_to_the_bit(name: str, segments: int | None) -> None:
-    model, x = build(name)
-    gm = lg.transform(model, x)
+    model, x, gm = whole(name)
     parts = lg.checkpointed(gm, segments)
     grads = []
     for module in (gm, parts):

@@ -16,6 +16,7 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.optimise.passes import PASSES, explain
 from libragrad_fx.rewrite.erase import erase, spell
+from libragrad_fx.stages import Decision, balance, decide
 
 NAMES = [p.name for p in PASSES]
 
@@ -54,14 +55,17 @@ def gradient(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(module(x)[:, 1].sum(), x)[0]
 
 
+@functools.cache
+def decided() -> Decision:
+    """What no pass has a part in, once for all."""
+    return decide(*subject())
+
+
 def made(
     off: Any, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[CapturedModule, nn.Module, torch.Tensor]:
     monkeypatch.setenv("LIBRAGRAD_PASSES_OFF", ",".join(off))
-    model, x = subject()
-    module = lg.transform(model, x)
-    assert isinstance(module, CapturedModule)
-    return module, model, x
+    return balance(decided()), *subject()
 
 
 @functools.cache
