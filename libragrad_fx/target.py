@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -174,6 +175,15 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.is_complex() or b.is_complex():
         return (a.to(torch.complex128).conj() * b).real
     return a.double() * b.double()
+
+
+def dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    """⟨a, b⟩ accumulated in float64; what gets no gradient counts nothing, were it infinite."""
+    products = product(a, b)
+    total = float(products.sum())
+    if math.isnan(total):  # a pool's padding of -inf, a mask: inf times 0
+        total = float(products.masked_fill_((a == 0) | (b == 0), 0.0).sum())
+    return total
 
 
 @contextlib.contextmanager

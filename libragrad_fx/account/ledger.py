@@ -11,7 +11,7 @@ an account costs a small multiple of the backward it describes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,33 +19,21 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.errors import InputError
+from libragrad_fx.account.observe import Observer, flat_arguments, site_bias, source_name
 from libragrad_fx.graph.notes import note
 from libragrad_fx.graph.schema import aten_op, bind, operands, spread, tensor_arguments
 from libragrad_fx.module.captured import CapturedModule, Forward, InGraphs
 from libragrad_fx.module.walk import blocks
-from libragrad_fx.ops import bias as biases
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.function import same
 from libragrad_fx.ops.insert import is_end, is_scale, probed
-from libragrad_fx.target import Target, as_call, differentiable, inexact, moving, product, select
+from libragrad_fx.target import Target, as_call, differentiable, dot, moving, select
 from libragrad_fx.types import Boundary, Flow, Ledger, LedgerRow, Site
 
 _OUTPUT = "output"
 
 
-# --- running a graph with every edge in view
-
-
-class Running(torch.fx.Interpreter):
-    """Runs a graph node by node, called as the module is: see ``flat_arguments``."""
-
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """As fx has it, but for ``*args``, whose value is one of the arguments here."""
-        return next(self.args_iter)
-
-
-class Recorder(Running):
+class Recorder(Observer):
     """Runs a graph; every operand of every site is an alias of its own, whose gradient is noted.
 
     A host and the nodes inserted for it are one unit: operands are taken before a scale that was
@@ -58,41 +46,35 @@ class Recorder(Running):
     def __init__(
         self, module: CapturedModule, leaves: Sequence[torch.Tensor] | None = None
     ) -> None:
-        super().__init__(module, garbage_collect_values=True)
-        self.extra_traceback = False  # an op's own error is enough
+        super().__init__(module)
         self.leaves = leaves
-        self.table: dict[str, Site] = {s.node: s for s in module.record.sites}
-        table = self.table
-        self.rows = {n.name: _Row() for n in module.graph.nodes if n.name in table}
-        self.rows[_OUTPUT] = _Row()
-        self.sources: list[torch.Tensor] = []
+        # an embedding that starts the signal is where the account ends
+        self.table: dict[str, Site] = {s.node: s for s in module.record.sites if not s.starts}
+        self.rows = {name: _Row() for name in (*self.table, _OUTPUT)}
         inputs = {n.name for n in module.graph.nodes if n.target is insert.guard}
-        self.starts = inputs | {s.node for s in table.values() if s.starts}
-        self.origin = _origins(module, table)
-        self.scaled = {
-            n.args[0].name
-            for n in module.graph.nodes
-            if is_scale(n) and note(n).host == n.args[0].name
-        }
+        self.starts = inputs | self.embeddings
+        self.origin = _origins(module, {*self.table, *self.starts})
+        scales: Any = [(n.args[0], note(n).host) for n in module.graph.nodes if is_scale(n)]
+        self.scaled = {x.name for x, host in scales if x.name == host}
 
-    def run_node(self, n: Node) -> Any:
-        if n.target is insert.guard:
-            x = super().run_node(n)
-            if self.leaves is not None and not any(x is t for t in self.leaves):
-                self.starts.discard(n.name)
-                return x
-            return self._source(x)
+    def started(self, n: Node, x: Any) -> Any:
+        if self.leaves is None or n.name in self.embeddings:
+            return super().started(n, x)
+        if not any(x is t for t in self.leaves):  # another graph computed it
+            self.starts.discard(n.name)
+        elif _moves(x):
+            self.sources[source_name(n)] = x
+        return x
+
+    def computed(self, n: Node) -> Any:
         if is_scale(n) and not is_end(n):
             return self._scale(n)
         if n.op == "output" or n.target == "output_structure":
             return self._returned(n)
         site = self.table.get(n.name)
         if site is None:
-            return super().run_node(n)
+            return super().computed(n)
         values = self.fetch_args_kwargs_from_env(n)
-        if site.starts:  # an embedding indexed by the input: the signal starts here
-            self.rows.pop(n.name)
-            return self._source(n.target(*values[0], **values[1]))  # type: ignore[operator]
         row = self.rows[n.name]
         inside = {m for m in n.all_input_nodes if is_scale(m) and note(m).host == n.name}
         named = [(k, m) for k, m in operands(n, tensor_arguments(n)) if m not in inside]
@@ -102,15 +84,6 @@ class Recorder(Running):
         args, kwargs = _aliased(n, *values, producers, row.operand)
         y = n.target(*args, **kwargs)  # type: ignore[operator]
         return y if n.name in self.scaled else row.watch(y)
-
-    def _source(self, x: Any) -> Any:
-        if isinstance(x, (tuple, list)):  # an embedding bag gives four tensors
-            return tuple(map(self._source, x))
-        if inexact(x):
-            if self.leaves is None or not any(x is t for t in self.leaves):
-                x = x.detach().requires_grad_()
-            self.sources.append(x)
-        return x
 
     def _scale(self, n: Node) -> Any:
         (x, factor), _ = self.fetch_args_kwargs_from_env(n)
@@ -129,15 +102,14 @@ class Recorder(Running):
         return self.module.get_submodule("output_structure")(*args)
 
 
-def _origins(module: CapturedModule, table: Mapping[str, Site]) -> dict[Node, str]:
+def _origins(module: CapturedModule, producers: Container[str]) -> dict[Node, str]:
     """Which site's output, or which input of the model, a node hands on unchanged."""
     found: dict[Node, str] = {}
     for n in module.graph.nodes:
-        if n.name in table or n.target is insert.guard:
+        if n.name in producers:
             found[n] = n.name
             continue
-        own = n.args[0] if n.args and n.op != "call_module" else None
-        handed = probed(n) or own
+        handed = probed(n) or (n.args[0] if n.args and n.op != "call_module" else None)
         if isinstance(handed, Node) and handed in found:
             found[n] = found[handed]
     return found
@@ -199,15 +171,6 @@ def _moves(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.requires_grad
 
 
-def dot(a: torch.Tensor, b: torch.Tensor) -> float:
-    """⟨a, b⟩ accumulated in float64; what gets no gradient counts nothing, were it infinite."""
-    products = product(a, b)
-    total = float(products.sum())
-    if math.isnan(total):  # a pool's padding of -inf, a mask: inf times 0
-        total = float(products.masked_fill_((a == 0) | (b == 0), 0.0).sum())
-    return total
-
-
 def _aliased(
     n: Node, args: Any, kwargs: Any, producers: Mapping[str, str], alias: Callable[[Any, str], Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -220,13 +183,6 @@ def _aliased(
         return alias(value, producers[name]) if name in producers else value
 
     return spread(op, {k: place(k, v) for k, v in bind(op, args, kwargs).items()})
-
-
-def site_bias(site: Site, n: Node, args: Any, kwargs: Any) -> Any:
-    """The constant of one site, shaped like its output (or None)."""
-    if site.bias is None:
-        return None
-    return biases.bias(site.bias, aten_op(n), site.live, args, kwargs)
 
 
 # --- the account
@@ -267,12 +223,12 @@ def share_as_run(module: InGraphs, forward: Forward, inputs: Any, target: Target
     leaves, spec = pytree.tree_flatten(as_call(inputs))
     with differentiable(), module.unchanged():
         leaves = [moving(x) for x in leaves]
-        sources = [x for x in leaves if inexact(x)]
+        sources = [x for x in leaves if _moves(x)]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         if starting:
-            running = _Started(starting[0])
+            running = Observer(starting[0], graph=starting[0].lean)
             output = running.run(*flat_arguments(starting[0], args, kwargs))
-            sources += running.sources
+            sources = [*running.sources.values()]
         else:
             output = module(*args, **kwargs)
         scalar = select(output, target)
@@ -283,34 +239,11 @@ def share_as_run(module: InGraphs, forward: Forward, inputs: Any, target: Target
     return sum(dot(x.detach(), g) for x, g in pairs if g is not None)
 
 
-class _Started(Running):
-    """Runs the graph that runs; what starts the signal there is noted as a source."""
-
-    def __init__(self, module: CapturedModule) -> None:
-        graph = module.graph if module.lean is None else module.lean
-        super().__init__(module, garbage_collect_values=True, graph=graph)
-        self.extra_traceback = False
-        self.starts: frozenset[str] = module.record.starts
-        self.sources: list[torch.Tensor] = []
-
-    def run_node(self, n: Node) -> Any:
-        y = super().run_node(n)
-        if n.name not in self.starts:
-            return y
-        return pytree.tree_map(self._source, y)
-
-    def _source(self, x: Any) -> Any:
-        if not inexact(x):
-            return x
-        self.sources.append(x.detach().requires_grad_())
-        return self.sources[-1]
-
-
 def settle(recorders: Sequence[tuple[str, Recorder]], forward: Forward, target: Target) -> Ledger:
     """Run the backward of what was recorded, one graph or several by name, and add it up."""
     scalar = select(forward.output, target)
-    started = {id(x): x for x in forward.leaves if inexact(x)}
-    started |= {id(x): x for _, r in recorders for x in r.sources}
+    started = {id(x): x for x in forward.leaves if _moves(x)}
+    started |= {id(x): x for _, r in recorders for x in r.sources.values()}
     sources = list(started.values())
     grads = torch.autograd.grad(scalar, sources, allow_unused=True)
     pairs = zip(sources, grads, strict=True)
@@ -360,20 +293,3 @@ def _boundaries(recorder: Recorder, total: float) -> Iterator[Boundary]:
         )
         constants = sum(r.constant for r in after)
         yield Boundary(path, crossing, constants, abs(total - crossing - constants))
-
-
-def flat_arguments(module: CapturedModule, args: Any, kwargs: Any) -> list[Any]:
-    """The call's arguments in the order of the graph's placeholders, defaults filled in."""
-    names = [n for n in module.graph.nodes if n.op == "placeholder"]
-    star = next((n for n in names if str(n.target).startswith("*")), None)
-    plain = [n for n in names if n is not star]
-    count = len(plain) if star is None else names.index(star)
-    given = dict(zip((n.name for n in plain[:count]), args, strict=False)) | dict(kwargs)
-    if unknown := set(given) - {n.name for n in plain}:
-        raise InputError(f"forward takes no {', '.join(sorted(unknown))}")
-    missing = [n.name for n in plain if n.name not in given and not n.args]
-    if missing or (star is None and len(args) > count):
-        raise InputError(f"the inputs do not fit forward({', '.join(n.name for n in names)})")
-    if star is not None:
-        given[star.name] = tuple(args[count:])
-    return [given[n.name] if n.name in given else n.args[0] for n in names]

@@ -52,11 +52,13 @@ def prove(module: CapturedModule, as_run: bool = False) -> Proof:
     moving = _moving(graph, history, module.record.starts, facts)
     reasons: Counter[str] = Counter()
     open_: list[Finding] = []
-    reached = _reached(graph, moving, facts, history.gate_outputs)
-    for node in reached:
+    kept = history.gate_outputs
+    starts = [n for n in results(graph) if n in moving and _source_name(n) not in kept]
+    arrived = reached(starts, facts, moving)
+    for node in (n for n in graph.nodes if n in arrived):
         if hands_on(node) and node.target is not graft:
             continue
-        reason, problem = _judge(node, facts, moving, reached)
+        reason, problem = _judge(node, facts, moving, arrived)
         if reason:
             reasons[reason] += 1
         else:
@@ -84,15 +86,6 @@ def _moving(
         if starts:
             moving.add(node)
     return moving
-
-
-def _reached(
-    graph: Graph, moving: set[Node], facts: Mapping[str, OpFacts], skip: frozenset[str]
-) -> dict[Node, None]:
-    """The moving nodes from which a gradient of an output arrives, in graph order."""
-    starts = [n for n in results(graph) if n in moving and _source_name(n) not in skip]
-    seen = reached(starts, facts, moving)
-    return {n: None for n in graph.nodes if n in seen}
 
 
 def _source_name(node: Node) -> str:

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from libragrad_fx.account.ledger import Running, flat_arguments, site_bias
+from libragrad_fx.account.observe import Observer, flat_arguments, site_bias, source_name
+from libragrad_fx.decide.flow import reach
 from libragrad_fx.errors import InputError
 from libragrad_fx.graph.schema import aten_op
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.walk import called_modules
 from libragrad_fx.ops import insert
-from libragrad_fx.target import Target, as_call, differentiable, inexact, select_each, undisturbed
+from libragrad_fx.target import Target, as_call, differentiable, select_each, undisturbed
 from libragrad_fx.types import Site
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+Term = tuple[Site, int | None, torch.Tensor, torch.Tensor]
+"""A site, which axis counts samples, its constant, and the output that it is part of, or its gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Internals:
     layers:  module path -> (h, df/dh) for the input h of each module asked for
     biases:  (site, axis, b, df/db) for the additive constants that are not upstream of the first
              layer; b and df/db have the shape of the op's output, ``axis`` counts its samples
-    shapes:  shapes of the values upstream of the first layer, in graph order
+    shapes:  shapes of the values upstream of the first layer, in graph order (``()`` for a tuple)
     before:  module path -> the nodes and inputs that the layer's input is computed from
     tokens:  node, input or module path -> the inputs whose positions it has (see ``positions``)
     """
@@ -44,7 +47,7 @@ class Internals:
     output: torch.Tensor
     inputs: Mapping[str, Pair]
     layers: Mapping[str, Pair]
-    biases: tuple[tuple[Site, int | None, torch.Tensor, torch.Tensor], ...]
+    biases: tuple[Term, ...]
     shapes: tuple[tuple[int, ...], ...]
     before: Mapping[str, frozenset[str]]
     tokens: Mapping[str, frozenset[str]]
@@ -69,29 +72,57 @@ def observe(
         InputError: no such layer, or the target does not fit.
     """
     taps = {path: layer_input(module, path) for path in layers}
+    wanted = {*taps.values()}
     first = next(iter(taps.values()), None)
     upstream = _ancestors(first) if first is not None else set()
+    # without layers, what starts the signal is an input, and no constant
+    sites = [s for s in module.record.sites if taps or not s.starts]
+    counted = {s.node: s for s in sites if biases and s.bias}
+    kept: dict[Node, torch.Tensor] = {}
+    sizes: dict[Node, tuple[int, ...]] = {}
+    terms: list[Term] = []
+
+    def tap(n: Node, y: Any) -> None:
+        if (shape := _shape(y)) is not None:
+            sizes[n] = shape
+        if n in wanted:
+            kept[n] = y
+        if n not in upstream and (site := counted.get(n.name)) is not None:
+            terms.extend(_terms(site, y, site_bias(site, n, *run.fetch_args_kwargs_from_env(n))))
+
     with differentiable(), undisturbed(module):
         args, kwargs = as_call(inputs)
-        watch = _Watch(module, set(taps.values()), upstream, biases)
-        each = select_each(watch.run(*flat_arguments(module, args, kwargs)), target)
-        wanted = [*watch.sources.values(), *(watch.kept[n] for n in taps.values())]
-        wanted += [t for *_, t in watch.terms]
-        grads = torch.autograd.grad(each.sum(), wanted, allow_unused=True)
-    found = iter([
-        (t.detach(), torch.zeros_like(t) if g is None else g) for t, g in zip(wanted, grads, strict=True)
-    ])  # fmt: skip
-    sources = {name: next(found) for name in watch.sources}
+        run = Observer(module, tap)
+        each = select_each(run.run(*flat_arguments(module, args, kwargs)), target)
+        values = [*run.sources.values(), *(kept[n] for n in taps.values()), *(t for *_, t in terms)]
+        found = iter(_pairs(each, values))
+    sources = {name: next(found) for name in run.sources}
     tapped = {path: next(found) for path in taps}
-    terms = tuple(
+    constants = tuple(
         (site, axis, _finite(b.expand_as(t), g), g)
-        for (site, axis, b, t), (_, g) in zip(watch.terms, found, strict=True)
+        for (site, axis, b, t), (_, g) in zip(terms, found, strict=True)
     )
-    before = {p: frozenset(map(_source_name, _ancestors(tap))) for p, tap in taps.items()}
-    where = positions(module, watch.sizes, sources)
-    tokens = {_source_name(n): names for n, names in where.items()}
-    tokens |= {p: where[tap] for p, tap in taps.items()}
-    return Internals(each.detach(), sources, tapped, terms, tuple(watch.shapes), before, tokens)
+    shapes = tuple(shape for n, shape in sizes.items() if n in upstream)
+    before = {p: frozenset(map(source_name, _ancestors(n))) for p, n in taps.items()}
+    where = positions(module, sizes, sources)
+    tokens = {source_name(n): names for n, names in where.items()}
+    tokens |= {p: where[n] for p, n in taps.items()}
+    return Internals(each.detach(), sources, tapped, constants, shapes, before, tokens)
+
+
+def _pairs(each: torch.Tensor, values: Sequence[torch.Tensor]) -> list[Pair]:
+    """Values with their gradients: zeros where none arrives."""
+    grads = torch.autograd.grad(each.sum(), values, allow_unused=True)
+    pairs = zip(values, grads, strict=True)
+    return [(t.detach(), torch.zeros_like(t) if g is None else g) for t, g in pairs]
+
+
+def _terms(site: Site, y: Any, bias: Any) -> Iterator[Term]:
+    """The constants of one site, and the outputs that they are part of."""
+    ys, bs = (v if isinstance(v, (tuple, list)) else (v,) for v in (y, bias))
+    for axis, t, b in zip(site.batch, ys, bs, strict=True):
+        if b is not None and t.requires_grad:
+            yield site, axis, b, t
 
 
 def positions(
@@ -118,7 +149,7 @@ def positions(
         map_arg(node.kwargs.get("_output", node.args), read.append)
         carried = [n for n in dict.fromkeys(read) if found[n]]
         if node.target is insert.guard:
-            found[node] = frozenset([_source_name(node)])
+            found[node] = frozenset([source_name(node)])
             signal |= found[node] & set(floating)
         elif _packet_name(node) in _MEET:
             found[node] = found[carried[0]] if carried else frozenset()
@@ -175,19 +206,8 @@ def _packet_name(node: Node) -> str:
     return getattr(aten_op(node), "_opname", "")
 
 
-def _source_name(node: Node) -> str:
-    return str(node.args[1]) if node.target is insert.guard else node.name
-
-
 def _ancestors(node: Node) -> set[Node]:
-    seen: set[Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return seen
+    return reach([node], lambda n: n.all_input_nodes)
 
 
 def _shape(y: Any) -> tuple[int, ...] | None:
@@ -195,57 +215,3 @@ def _shape(y: Any) -> tuple[int, ...] | None:
     if isinstance(y, torch.Tensor):
         return tuple(y.shape)
     return () if isinstance(y, (tuple, list)) else None
-
-
-class _Watch(Running):
-    """Runs the graph, keeping the values and constants whose gradients are wanted."""
-
-    def __init__(
-        self, module: CapturedModule, taps: set[Node], upstream: set[Node], biases: bool
-    ) -> None:
-        super().__init__(module)
-        self.extra_traceback = False  # an op's own error is enough
-        self.taps, self.upstream = taps, upstream
-        sites: Sequence[Site] = module.record.sites
-        self.started = {s.node for s in sites if s.starts}
-        # without layers, what starts the signal is an input, and no constant
-        skip = set() if taps else self.started
-        self.table = {s.node: s for s in sites if s.bias and biases and s.node not in skip}
-        self.kept: dict[Node, torch.Tensor] = {}
-        self.sources: dict[str, torch.Tensor] = {}
-        self.terms: list[tuple[Site, int | None, torch.Tensor, torch.Tensor]] = []
-        self.shapes: list[tuple[int, ...]] = []
-        self.sizes: dict[Node, tuple[int, ...]] = {}
-
-    def run_node(self, n: Node) -> Any:
-        y = super().run_node(n)
-        if n.target is insert.guard:
-            y = self._start(str(n.args[1]), y)
-        elif n.name in self.started:
-            y = self._start(n.name, y)
-        if (shape := _shape(y)) is not None:
-            self.sizes[n] = shape
-        if n in self.taps:
-            self.kept[n] = y
-        if n in self.upstream:
-            if isinstance(y, torch.Tensor):
-                self.shapes.append(tuple(y.shape))
-        elif (site := self.table.get(n.name)) is not None:
-            self._term(site, n, y)
-        return y
-
-    def _start(self, name: str, y: Any) -> Any:
-        """``y`` as a leaf of the gradient; of several outputs (an embedding bag's) the first."""
-        if isinstance(y, (tuple, list)):
-            return (self._start(name, y[0]), *y[1:])
-        if inexact(y):
-            self.sources[name] = y = y.detach().requires_grad_()
-        return y
-
-    def _term(self, site: Site, n: Node, y: Any) -> None:
-        bias = site_bias(site, n, *self.fetch_args_kwargs_from_env(n))
-        ys = y if isinstance(y, (tuple, list)) else (y,)
-        bs = bias if isinstance(bias, (tuple, list)) else (bias,)
-        for axis, t, b in zip(site.batch, ys, bs, strict=True):
-            if b is not None and t.requires_grad:
-                self.terms.append((site, axis, b, t))

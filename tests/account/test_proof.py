@@ -15,10 +15,10 @@ import torch
 
 import libragrad_fx as lg
 from libragrad_fx.account.certificate import _tolerance
-from libragrad_fx.account.ledger import dot
 from libragrad_fx.account.proof import prove
 from libragrad_fx.errors import GateOutputWarning
 from libragrad_fx.stages import Decision, balance, decide, plain, rewritten
+from libragrad_fx.target import dot
 from libragrad_fx.types import Certificate, Edit, Ledger, LedgerRow
 from tests.models.zoo import ZOO, build
 
@@ -235,16 +235,16 @@ class Looked(torch.nn.Module):
         self.register_buffer("at", torch.tensor([0, 2, 1]))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = torch.nn.functional.embedding(self.at, self.fc(x))
+        rows = torch.nn.functional.embedding(self.get_buffer("at"), self.fc(x))
         return torch.nn.functional.gelu(rows).sum(0, keepdim=True)
 
 
 def test_the_proof_goes_on_behind_an_embedding_whose_table_carries() -> None:
     """Such a lookup starts no signal, it passes one on: what stands behind it has to be balanced."""
     model, x = Looked().double(), torch.randn(3, 4, dtype=torch.float64)
-    proved = prove(lg.transform(model, x))
+    proved = prove(balance(decide(model, x)))
     assert (proved.nodes, proved.open) == (4, ())
-    kept = prove(lg.transform(model, x, policy="cp_lrp"))
+    kept = prove(balance(decide(model, x, "cp_lrp")))
     assert [f.node for f in kept.open] == ["gelu"]
 
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import libragrad_fx as lg
-from libragrad_fx.account.ledger import dot, flat_arguments
+from libragrad_fx.account.observe import flat_arguments
 from libragrad_fx.decide.rulebook import rules_folder
 from libragrad_fx.errors import GateOutputWarning
 from libragrad_fx.graph.notes import note
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops.insert import is_scale
-from libragrad_fx.target import select
+from libragrad_fx.target import dot, select
 
 X = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 IDS = torch.tensor([[0, 1, 2, 3, 4], [4, 4, 0, 2, 1]])

@@ -1,0 +1,91 @@
+"""Runs a graph with its inside in view, for whoever wants values, gradients or constants of its nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+from libragrad_fx.errors import InputError
+from libragrad_fx.graph.schema import aten_op
+from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.ops import bias as biases
+from libragrad_fx.ops import insert
+from libragrad_fx.target import inexact
+from libragrad_fx.types import Site
+
+Tap = Callable[[Node, Any], None]
+
+
+class Observer(torch.fx.Interpreter):
+    """Runs a module's graph node by node, called as the module is (see ``flat_arguments``).
+
+    The signal starts anew where it enters: at inputs, and at embeddings that inputs index. ``sources`` has
+    what it starts from, by the path of the input or the name of the embedding's node.
+
+    Args:
+        tap: is shown each node and its value when that is computed; what the node was called with is
+            ``fetch_args_kwargs_from_env(node)`` then.
+        graph: another graph than ``module.graph``: the leaner one that runs.
+    """
+
+    def __init__(
+        self, module: CapturedModule, tap: Tap | None = None, graph: Graph | None = None
+    ) -> None:
+        super().__init__(module, garbage_collect_values=True, graph=graph)
+        self.extra_traceback = False  # an op's own error is enough
+        self.tap, self.embeddings = tap, module.record.starts
+        self.sources: dict[str, torch.Tensor] = {}
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """As fx has it, but for ``*args``, whose value is one of the arguments here."""
+        return next(self.args_iter)
+
+    def run_node(self, n: Node) -> Any:
+        y = self.computed(n)
+        if n.target is insert.guard or n.name in self.embeddings:
+            y = pytree.tree_map(lambda x: self.started(n, x), y)  # an embedding bag gives several
+        if self.tap is not None:
+            self.tap(n, y)
+        return y
+
+    def computed(self, n: Node) -> Any:
+        """The value of a node."""
+        return super().run_node(n)
+
+    def started(self, n: Node, x: Any) -> Any:
+        """``x`` as a leaf of the gradient."""
+        if inexact(x):
+            self.sources[source_name(n)] = x = x.detach().requires_grad_()
+        return x
+
+
+def source_name(node: Node) -> str:
+    """What an input is called, by its path; any other node by its own name."""
+    return str(node.args[1]) if node.target is insert.guard else node.name
+
+
+def site_bias(site: Site, n: Node, args: Any, kwargs: Any) -> Any:
+    """The constant of a site that has one, shaped like its output; None where it is zero after all."""
+    assert site.bias is not None
+    return biases.bias(site.bias, aten_op(n), site.live, args, kwargs)
+
+
+def flat_arguments(module: CapturedModule, args: Any, kwargs: Any) -> list[Any]:
+    """The call's arguments in the order of the graph's placeholders, defaults filled in."""
+    names = [n for n in module.graph.nodes if n.op == "placeholder"]
+    star = next((n for n in names if str(n.target).startswith("*")), None)
+    plain = [n for n in names if n is not star]
+    count = len(plain) if star is None else names.index(star)
+    given = dict(zip((n.name for n in plain[:count]), args, strict=False)) | dict(kwargs)
+    if unknown := set(given) - {n.name for n in plain}:
+        raise InputError(f"forward takes no {', '.join(sorted(unknown))}")
+    missing = [n.name for n in plain if n.name not in given and not n.args]
+    if missing or (star is None and len(args) > count):
+        raise InputError(f"the inputs do not fit forward({', '.join(n.name for n in names)})")
+    if star is not None:
+        given[star.name] = tuple(args[count:])
+    return [given[n.name] if n.name in given else n.args[0] for n in names]
