@@ -16,6 +16,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from libragrad_fx.account.observe import Observer, flat_arguments, site_bias, source_name
+from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.flow import reach
 from libragrad_fx.errors import InputError
 from libragrad_fx.graph.schema import aten_op
@@ -23,7 +24,7 @@ from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.walk import called_modules
 from libragrad_fx.ops import insert
 from libragrad_fx.target import Target, as_call, differentiable, select_each, undisturbed
-from libragrad_fx.types import Site
+from libragrad_fx.types import Kind, OpFacts, Site
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Term = tuple[Site, int | None, torch.Tensor, torch.Tensor]
@@ -140,7 +141,7 @@ def positions(
     """
     import networkx as nx  # who attributes nothing does not wait for it
 
-    starts = module.record.starts
+    starts, facts = module.record.starts, rulebook.load().fact
     signal: set[str] = set()
     shared: nx.Graph = nx.Graph()
     found: dict[Node, frozenset[str]] = {}
@@ -151,7 +152,7 @@ def positions(
         if node.target is insert.guard:
             found[node] = frozenset([source_name(node)])
             signal |= found[node] & set(floating)
-        elif _packet_name(node) in _MEET:
+        elif _has_rows(node, facts(aten_op(node))):
             found[node] = found[carried[0]] if carried else frozenset()
         elif node.target in (insert.sizes, insert.structure) or node not in sizes:
             found[node] = frozenset()  # a number has no positions
@@ -171,16 +172,20 @@ def positions(
 
 def _by_position(node: Node, read: Sequence[Node], sizes: Mapping[Node, tuple[int, ...]]) -> bool:
     """Whether the operands meet element by element, over more than one position."""
-    if _packet_name(node) not in ("add", "add_", "sub", "mul", "mul_"):
+    if not _is_pointwise(node):
         return False
     shape = sizes.get(node, ())
     return len(shape) > 2 and shape[1] > 1 and all(sizes.get(n) == shape for n in read)
 
 
-_MEET = {
-    "scaled_dot_product_attention", "matmul", "bmm", "mm", "addmm", "baddbmm", "linear", "mv",
-    "_native_multi_head_attention", "layer_norm", "native_layer_norm",
-}  # fmt: skip
+def _has_rows(node: Node, fact: OpFacts | None) -> bool:
+    """Whether the rows of a node are those of its first operand: queries, what is multiplied or normed."""
+    kinds = (Kind.ATTENTION, Kind.PRODUCT, Kind.NORMALISER)
+    return fact is not None and fact.kind in kinds and not _is_pointwise(node)
+
+
+def _is_pointwise(node: Node) -> bool:
+    return torch.Tag.pointwise in getattr(aten_op(node), "tags", ())
 
 
 def _finite(bias: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
@@ -200,10 +205,6 @@ def layer_input(module: CapturedModule, path: str) -> Node:
     near = difflib.get_close_matches(str(path), called, 3) or called[:6]
     hint = f"; called are, for example, {', '.join(near)}"
     raise InputError(f"no module {path!r} is called with a tensor in this graph{hint}")
-
-
-def _packet_name(node: Node) -> str:
-    return getattr(aten_op(node), "_opname", "")
 
 
 def _ancestors(node: Node) -> set[Node]:

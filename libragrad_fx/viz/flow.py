@@ -108,11 +108,11 @@ def streams(graph: nx.DiGraph) -> list[Join]:
 
 
 def _operands(graph: nx.DiGraph, flow: nx.DiGraph, node: str) -> list[tuple[str, str]]:
-    """The edges into a join; a sum of sums is one join, and so is what is linear of what is linear."""
-    adds = lambda n: graph.nodes[n]["kind"] == "linear"  # noqa: E731
+    """The edges into a join; a sum of sums is one join."""
+    adds = lambda n: graph.nodes[n]["kind"] == "linear" and flow.in_degree(n) > 1  # noqa: E731
     edges: list[tuple[str, str]] = []
     for a in flow.predecessors(node):
-        inner = adds(node) and adds(a) and flow.in_degree(a) > 1 and flow.out_degree(a) == 1
+        inner = adds(node) and adds(a) and flow.out_degree(a) == 1
         edges += _operands(graph, flow, a) if inner else [(a, node)]
     return edges
 
