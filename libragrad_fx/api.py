@@ -167,9 +167,7 @@ def _again(module: Any, policy: str | Path, on_unknown: str, rules: Any) -> Any:
     )
 
 
-def trace(
-    model: torch.nn.Module, example_inputs: Any = None, *, rules: Any = None
-) -> CapturedModule:
+def trace(model: torch.nn.Module, example_inputs: Any = None, *, rules: Any = None) -> CapturedModule:
     """The captured model with autograd's own backward: the plain side of every comparison.
 
     Raises:
@@ -225,9 +223,7 @@ def verify(
         )
     module = fitting(module, inputs)
     if any(g.plan is None for g in module.captured_graphs.values()):
-        raise InputError(
-            "a plain trace promises nothing to verify; audit(module, inputs) accounts for it"
-        )
+        raise InputError("a plain trace promises nothing to verify; audit(module, inputs) accounts for it")
     account, forward = ledger_and_forward(module, inputs, target)
     share = share_as_run(module, forward, inputs, target)
     return certify(model, module, inputs, account, forward, share, tolerance)

@@ -79,9 +79,7 @@ def resolve(
     torch.manual_seed(seed)
     source, build = _builder(name)
     if source == "factory" and pretrained:
-        raise InputError(
-            f"{name} is your own factory: load its weights there, or pass --checkpoint"
-        )
+        raise InputError(f"{name} is your own factory: load its weights there, or pass --checkpoint")
     module = build(pretrained).eval()
     if checkpoint is not None:
         _load(module, name, Path(checkpoint))
@@ -97,11 +95,7 @@ def _builder(name: str) -> tuple[str, Callable[[bool], torch.nn.Module]]:
     head, colon, tail = name.partition(":")
     if not colon:
         return "timm", _timm(name)
-    return (
-        ("torchvision", _torchvision(tail))
-        if head == "torchvision"
-        else ("factory", _factory(name))
-    )
+    return ("torchvision", _torchvision(tail)) if head == "torchvision" else ("factory", _factory(name))
 
 
 def _timm(name: str) -> Callable[[bool], torch.nn.Module]:
@@ -222,18 +216,14 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
         if isinstance(body, Mapping) and isinstance(body.get(key), Mapping):
             body = body[key]
     if not isinstance(body, Mapping):
-        raise InputError(
-            f"{file.name} holds {type(body).__name__}, not tensors by name (a state dict)"
-        )
+        raise InputError(f"{file.name} holds {type(body).__name__}, not tensors by name (a state dict)")
     for key, value in body.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise InputError(
                 f"{file.name} holds {key!r}: {type(value).__name__}, not tensors by name (a state dict)"
             )
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
-            raise InputError(
-                f"{file.name}: {key!r} is no plain tensor (sparse, quantised or on meta)"
-            )
+            raise InputError(f"{file.name}: {key!r} is no plain tensor (sparse, quantised or on meta)")
     return dict(body)
 
 
@@ -302,9 +292,7 @@ def preprocessing(model: Loaded) -> Preprocessing:
     args, kwargs = infer_inputs(model.module)
     shapes = [tuple(t.shape[1:]) for t in (*args, *kwargs.values())]
     if len(shapes) != 1 or len(shapes[0]) != 3 or shapes[0][0] not in (1, 3):
-        raise InputError(
-            f"{model.name} does not take one image (1 or 3 channels): it takes {shapes}"
-        )
+        raise InputError(f"{model.name} does not take one image (1 or 3 channels): it takes {shapes}")
     channels, height, width = shapes[0]
 
     def scale(image: Image.Image) -> torch.Tensor:

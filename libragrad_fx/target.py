@@ -102,18 +102,14 @@ def first_tensor(output: Any) -> torch.Tensor:
     """The tensor of an output structure that is explained: ``logits``, else the first float leaf."""
     if isinstance(output, torch.Tensor):
         return output
-    logits = (
-        output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    )
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(logits, torch.Tensor):
         return logits
     leaves = pytree.tree_leaves(output)
     for t in leaves:
         if isinstance(t, torch.Tensor) and t.is_floating_point():
             return t
-    raise InputError(
-        f"the output ({type(output).__name__}) holds no floating-point tensor to explain"
-    )
+    raise InputError(f"the output ({type(output).__name__}) holds no floating-point tensor to explain")
 
 
 def largest(output: Any) -> Target:
@@ -150,9 +146,7 @@ def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs as a call's arguments; what was made in inference mode is copied out of it."""
     if isinstance(inputs, Arguments):
         return as_call(inputs.args)[0], as_call(inputs.kwargs)[1]
-    inputs = pytree.tree_map_only(
-        torch.Tensor, lambda t: t.clone() if t.is_inference() else t, inputs
-    )
+    inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)
     if isinstance(inputs, Mapping):
         if odd := [k for k in inputs if not isinstance(k, str)]:
             raise InputError(f"keyword arguments are named by text, not {odd[0]!r}")

@@ -439,9 +439,7 @@ class Ledger:
         groups: dict[str, list[tuple[float, float]]] = {}
         for r in self.rows:
             groups.setdefault(r.op, []).append(r.moved(self.output))
-        sums = [
-            (op, len(rs), sum(r[0] for r in rs), sum(r[1] for r in rs)) for op, rs in groups.items()
-        ]
+        sums = [(op, len(rs), sum(r[0] for r in rs), sum(r[1] for r in rs)) for op, rs in groups.items()]
         return tuple(sorted(sums, key=lambda s: s[2] + s[3], reverse=True))
 
     def to_json(self) -> str:
@@ -582,8 +580,7 @@ class Certificate:
         body.pop("ok", None)
         try:
             rows = [
-                LedgerRow(**{**r, "flows": tuple(Flow(*f) for f in r["flows"])})
-                for r in body.pop("rows")
+                LedgerRow(**{**r, "flows": tuple(Flow(*f) for f in r["flows"])}) for r in body.pop("rows")
             ]
             boundaries = [Boundary(**b) for b in body.pop("boundaries")]
             lists: Any = {k: tuple(body.pop(k)) for k in ("unbalanced", "cuts")}

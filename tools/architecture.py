@@ -45,9 +45,7 @@ def rooms() -> str:
     for name in STAGES:
         said = ast.get_docstring(ast.parse((ROOT / name / "__init__.py").read_text("utf-8"))) or ""
         body = " ".join(said.split())
-        found = re.search(
-            r"Comes in: (.*?)\. Goes out: (.*?)\. May import: .*?Begin with (.*)\.", body
-        )
+        found = re.search(r"Comes in: (.*?)\. Goes out: (.*?)\. May import: .*?Begin with (.*)\.", body)
         assert found is not None, name
         rows.append(f"| `{name}/` | {' | '.join(found.groups())} |".replace("``", "`"))
     return "\n".join([*rows, "", "```mermaid", "flowchart BT", *arrows(), "```"])
@@ -82,9 +80,7 @@ def example() -> str:
     }
     book = rulebook.load("libra", None)
     said = [f"**{title}**\n\n```text\n{text}\n```" for title, text in parts.items()]
-    return "\n\n".join(
-        [*said, f"Rules: `{book.digest[:12]}`; torch {torch.__version__.split('+')[0]}."]
-    )
+    return "\n\n".join([*said, f"Rules: `{book.digest[:12]}`; torch {torch.__version__.split('+')[0]}."])
 
 
 def filled(page: str, name: str, text: str) -> str:

@@ -114,9 +114,7 @@ def _cases() -> Iterator[Case]:
         rounds = 99 if tokens < 4000 else 4
         yield Case(f"vit_small, {tokens} tokens", make, image(1, size), rounds, long=True)
     for batch in (1, 2, 8, 16):
-        yield Case(
-            f"vit_small, batch {batch}", lambda: _timm("vit_small_patch16_224"), image(batch)
-        )
+        yield Case(f"vit_small, batch {batch}", lambda: _timm("vit_small_patch16_224"), image(batch))
 
 
 # --- the authors' arithmetic: the value of f and the gradient of g, as cst(f) + (g - cst(g))
@@ -308,9 +306,7 @@ def _processor() -> str:
 
 def _keep(case: Case, machine: str, mode: str, costs: list[Cost]) -> None:
     new = {"case": case.name, "shape": case.shape, "machine": machine, "mode": mode}
-    old = (
-        [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    )
+    old = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     key = lambda r: (r["case"], r["machine"], r["mode"])  # noqa: E731
     rows = [r for r in old if key(r) != key(new)]
     rows.append({**new, "costs": [dataclasses.asdict(c) for c in costs]})
@@ -357,9 +353,7 @@ def _summary(cases: dict[str, list[Cost]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="*", help="cases whose name matches this pattern")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)

@@ -42,17 +42,14 @@ def equal(gm: torch.nn.Module, model: torch.nn.Module, x: torch.Tensor, dtype: t
     return torch.equal(gm(x), model(x))
 
 
-def measure(
-    name: str, model: Any, x: torch.Tensor, target: int, reference: bool
-) -> tuple[str, ...]:
+def measure(name: str, model: Any, x: torch.Tensor, target: int, reference: bool) -> tuple[str, ...]:
     start = time.perf_counter()
     gm = lg.transform(model, x)
     seconds = time.perf_counter() - start
     certificate = lg.verify(model, gm, x, target=target)
     scale = max(1.0, abs(certificate.output))
     bits = [
-        "yes" if equal(gm, model, x, d) else "NO"
-        for d in (torch.float32, torch.float64, torch.bfloat16)
+        "yes" if equal(gm, model, x, d) else "NO" for d in (torch.float32, torch.float64, torch.bfloat16)
     ]
     plain = lg.audit(model, x, target=target).completeness_error / scale
     return (
@@ -75,9 +72,7 @@ def rows(deep: bool) -> Iterator[tuple[str, ...]]:
         model = ref.create(name, **kwargs).double()
         ref.randomise(model, seed=0)
         size = (getattr(model, "patch_embed", None) or model.stem).img_size
-        x = torch.randn(
-            2, 3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-        )
+        x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         yield measure(name, model, x, TARGET, reference=True)
     for name in tqdm(ZOO, desc="zoo"):
         model, x = build(name)

@@ -328,26 +328,21 @@ def outcome(seed: int) -> tuple[str, str]:
             return "traceback", f"{label}, call {i}\n{traceback.format_exc(limit=-4)}"
         for a, b in itertools.zip_longest(*map(torch.utils._pytree.tree_leaves, (wanted, got))):
             same = (
-                torch.equal(a, b)
-                if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
-                else a == b
+                torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
             )
             if not same:
                 return "silently wrong", f"{label}, call {i} with {n} rows"
             if isinstance(a, torch.Tensor) and a.requires_grad != b.requires_grad:
                 return "silently wrong", f"{label}, call {i}: requires_grad"
     if any(
-        bool(torch.utils._pytree.tree_leaves(model(*args, **kwargs))[0].sum().item() == "")
-        for _ in "1"
+        bool(torch.utils._pytree.tree_leaves(model(*args, **kwargs))[0].sum().item() == "") for _ in "1"
     ):
         return "silently wrong", label
     return "right", label
 
 
 def len_of(args: Any) -> int:
-    return len(
-        next(t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor))
-    )
+    return len(next(t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)))
 
 
 def works(model: nn.Module, args: Any, kwargs: Any) -> bool:
@@ -360,9 +355,7 @@ def called(model: nn.Module, args: Any, kwargs: Any, seed: int, reraise: bool = 
     torch.manual_seed(seed)
     given = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     moving = torch.utils._pytree.tree_map(
-        lambda t: (
-            t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
-        ),
+        lambda t: t.requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t,
         given,
     )
     try:

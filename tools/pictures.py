@@ -144,9 +144,7 @@ def section(subject: Subject, graph: Any, joined: bool) -> str:
     links = ", ".join(f"[{says[k]}](pictures/{subject.name}-{k}.svg)" for k in kinds)
     fill = textwrap.wrap(subject.lesson, 104)
     last = [f"![Streams of {subject.title}](pictures/{subject.name}-streams.svg)", ""] * joined
-    return "\n".join(
-        [f"## {subject.title}", "", *fill, "", f"{facts} Pictures: {links}.", "", *last]
-    )
+    return "\n".join([f"## {subject.title}", "", *fill, "", f"{facts} Pictures: {links}.", "", *last])
 
 
 def screenshots(names: list[str]) -> None:
@@ -166,9 +164,7 @@ def screenshots(names: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", default="*", help="subjects whose name matches this pattern")
     parser.add_argument("--screenshots", action="store_true", help="of the explorers, in Chromium")
     options = parser.parse_args()

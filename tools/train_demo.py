@@ -69,9 +69,7 @@ def train(model: torch.nn.Module, epochs: int, seed: int, rate: float) -> None:
             # apart from the seeds of other runs, as long as they are fewer than a million
             data = scenes(EPOCH_SCENES, "train", seed + 1_000_000 * (epoch + 1))
             right = 0
-            for images, labels in zip(
-                data.images.split(BATCH), data.labels.split(BATCH), strict=True
-            ):
+            for images, labels in zip(data.images.split(BATCH), data.labels.split(BATCH), strict=True):
                 with torch.autocast("cpu", torch.bfloat16):
                     logits = model(normalise(images)).float()
                 loss = F.cross_entropy(logits, labels, label_smoothing=0.05)

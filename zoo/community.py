@@ -356,9 +356,7 @@ def _geometric() -> Models:
     graph = lambda: (torch.randn(6, 5), torch.cat([edges, edges.flip(0)], 1))  # noqa: E731
     pooled = torch.tensor([0, 0, 0, 1, 1, 1])
     names = ("GCN", "GAT", "GraphSAGE", "GIN", "EdgeCNN")
-    made: dict[str, Entry] = {
-        n: (functools.partial(getattr(nets, n), 5, 8, 2, 3), graph) for n in names
-    }
+    made: dict[str, Entry] = {n: (functools.partial(getattr(nets, n), 5, 8, 2, 3), graph) for n in names}
 
     def of(layer: nn.Module) -> nn.Module:
         return Call(nn.ModuleList([layer, nn.Linear(8, 3)]), _pooled)
@@ -383,9 +381,7 @@ def _e3nn() -> Models:
 
     def gated() -> nn.Module:
         gate = gates.Gate("8x0e", [torch.tanh], "4x0e", [torch.sigmoid], "4x1o")
-        return nn.Sequential(
-            o3.Linear(inside, gate.irreps_in), gate, o3.Linear(gate.irreps_out, "3x0e")
-        )
+        return nn.Sequential(o3.Linear(inside, gate.irreps_in), gate, o3.Linear(gate.irreps_out, "3x0e"))
 
     def product(m: Any, x: Tensor) -> Tensor:
         return m[1](m[0](x, x))

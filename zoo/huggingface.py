@@ -185,9 +185,7 @@ def _audio(
     return Architecture(name, "audio", _model(model_class, **options), inputs, target)
 
 
-def _multimodal(
-    name: str, model_class: str, inputs: Inputs, target: Any, **options: Any
-) -> Architecture:
+def _multimodal(name: str, model_class: str, inputs: Inputs, target: Any, **options: Any) -> Architecture:
     return Architecture(name, "multimodal", _model(model_class, **options), inputs, target)
 
 
@@ -339,9 +337,7 @@ _LATENT: dict[str, Any] = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_di
            "n_shared_experts": 1}  # fmt: skip
 _LINEAR: dict[str, Any] = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
            "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
-_EXPERTS: dict[str, Any] = {
-    "experts_implementation": "batched_mm"
-}  # the default has no kernel for float64
+_EXPERTS: dict[str, Any] = {"experts_implementation": "batched_mm"}  # the default has no kernel for float64
 
 _ENCODERS: dict[str, Any] = {
     "bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert",
@@ -520,9 +516,7 @@ _AUDIO = [
         "num_mel_bins": 16, "subsampling_conv_channels": 8, "conv_kernel_size": 3}),
 ]  # fmt: skip
 
-ARCHITECTURES: dict[str, Architecture] = {
-    a.name: a for a in (*_VISION, *_LANGUAGE, *_MULTIMODAL, *_AUDIO)
-}
+ARCHITECTURES: dict[str, Architecture] = {a.name: a for a in (*_VISION, *_LANGUAGE, *_MULTIMODAL, *_AUDIO)}
 
 
 def names() -> dict[str, str]:

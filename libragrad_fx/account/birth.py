@@ -51,9 +51,7 @@ def reference(model: torch.nn.Module, args: Any, kwargs: Any) -> Reference | Non
         CaptureError: the model fails on these inputs.
     """
     tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs))]
-    if any(
-        isinstance(t, torch.Tensor) and (t.is_meta or isinstance(t, FakeTensor)) for t in tensors
-    ):
+    if any(isinstance(t, torch.Tensor) and (t.is_meta or isinstance(t, FakeTensor)) for t in tensors):
         return None
     kwargs, _ = without_cache(model, dict(kwargs))
     try:
@@ -67,13 +65,9 @@ def reference(model: torch.nn.Module, args: Any, kwargs: Any) -> Reference | Non
         ) from e
     unfit = None
     if state := _read(model, between.changes(), args, kwargs):
-        unfit = (
-            f"each forward changes {', '.join(state[:4])}, and a graph would keep what it is now"
-        )
+        unfit = f"each forward changes {', '.join(state[:4])}, and a graph would keep what it is now"
     elif drawn:
-        unfit = (
-            f"it draws random numbers from {' and '.join(drawn)}, and a graph would keep one draw"
-        )
+        unfit = f"it draws random numbers from {' and '.join(drawn)}, and a graph would keep one draw"
     elif (found := _difference(first, second)) is not None:
         unfit = f"it gives two answers for one input and one seed ({found})"
     flags = [isinstance(t, torch.Tensor) and t.requires_grad for t in first]
@@ -120,9 +114,7 @@ def _read(model: torch.nn.Module, changed: Sequence[str], args: Any, kwargs: Any
         holder[key] = _Watched(holder[key])
     try:
         _run(model, args, kwargs)
-        idle = {
-            n for n, (holder, key) in watched.items() if not getattr(holder[key], "was_read", True)
-        }
+        idle = {n for n, (holder, key) in watched.items() if not getattr(holder[key], "was_read", True)}
     finally:
         for name, (holder, key) in watched.items():
             holder[key] = before[name]
@@ -170,9 +162,7 @@ def require_same(model: torch.nn.Module, module: torch.nn.Module, known: Referen
                 f"{f' ({known.unfit})' if known.unfit else ''}."
             )
         if flags != list(known.differentiable):
-            lost = [
-                i for i, (a, b) in enumerate(zip(known.differentiable, flags, strict=True)) if a > b
-            ]
+            lost = [i for i, (a, b) in enumerate(zip(known.differentiable, flags, strict=True)) if a > b]
             raise VerificationError(
                 f"of {type(model).__name__}'s outputs, number {', '.join(map(str, lost or [0]))}"
                 f" {'has lost its gradient' if lost else 'has a gradient that it should not have'}"
@@ -217,9 +207,7 @@ def _weighted(t: torch.Tensor) -> torch.Tensor:
     return (t.double() * weights).sum()
 
 
-def _run(
-    model: torch.nn.Module, args: Any, kwargs: Any, drawn: list[str] | None = None
-) -> list[Any]:
+def _run(model: torch.nn.Module, args: Any, kwargs: Any, drawn: list[str] | None = None) -> list[Any]:
     """The leaves of a forward under grad mode, with fixed seeds and inputs that require grad.
 
     drawn: gets the names of the generators beside PyTorch's that it draws from
@@ -299,9 +287,7 @@ def _free_axes(module: CapturedModule, known: Reference) -> list[tuple[int, list
     return list(zip(tensors, free, strict=True))
 
 
-def _resized(
-    known: Reference, change: Callable[[int, torch.Tensor], torch.Tensor]
-) -> tuple[Any, Any]:
+def _resized(known: Reference, change: Callable[[int, torch.Tensor], torch.Tensor]) -> tuple[Any, Any]:
     leaves, spec = pytree.tree_flatten((known.args, dict(known.kwargs)))
     changed = [change(i, t) if isinstance(t, torch.Tensor) else t for i, t in enumerate(leaves)]
     return pytree.tree_unflatten(changed, spec)
@@ -338,9 +324,7 @@ def _require_same_lengths(model: torch.nn.Module, module: CapturedModule, known:
         difference = _difference(wanted, _run(module, args, kwargs))
         if difference is None:
             return
-        raise VerificationError(
-            f"with another length it is not {type(model).__name__}: {difference}"
-        )
+        raise VerificationError(f"with another length it is not {type(model).__name__}: {difference}")
     raise VerificationError(f"{type(model).__name__} takes no other length to compare it for")
 
 

@@ -112,9 +112,7 @@ def _dtypes(module: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.dtype
     return [t.dtype.to_real() for t in ([] if first is None else [first]) + leaves]
 
 
-def _tolerance(
-    dtypes: Iterable[torch.dtype], graphs: Iterable[CapturedModule], account: Ledger
-) -> float:
+def _tolerance(dtypes: Iterable[torch.dtype], graphs: Iterable[CapturedModule], account: Ledger) -> float:
     """What rounding may leave: a thousand ulp of the largest flow through a node (8 in half
     precision), in the coarsest dtype that is computed in.
     """

@@ -43,9 +43,7 @@ class Recorder(Observer):
         another graph is then part of its gradient, and not a source.
     """
 
-    def __init__(
-        self, module: CapturedModule, leaves: Sequence[torch.Tensor] | None = None
-    ) -> None:
+    def __init__(self, module: CapturedModule, leaves: Sequence[torch.Tensor] | None = None) -> None:
         super().__init__(module)
         self.leaves = leaves
         # an embedding that starts the signal is where the account ends
@@ -263,9 +261,7 @@ def settle(recorders: Sequence[tuple[str, Recorder]], forward: Forward, target: 
 
 
 def _row(site: Site, name: str, row: _Row, starts: set[str]) -> LedgerRow:
-    flows = {
-        at: sum(v for k, v in row.flows.items() if (k in starts) is at) for at in (True, False)
-    }
+    flows = {at: sum(v for k, v in row.flows.items() if (k in starts) is at) for at in (True, False)}
     residual = row.out - flows[False] - flows[True] - row.constant
     node = f"{name}/{site.node}" if name else site.node
     return LedgerRow(

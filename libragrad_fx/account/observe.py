@@ -32,9 +32,7 @@ class Observer(torch.fx.Interpreter):
         graph: another graph than ``module.graph``: the leaner one that runs.
     """
 
-    def __init__(
-        self, module: CapturedModule, tap: Tap | None = None, graph: Graph | None = None
-    ) -> None:
+    def __init__(self, module: CapturedModule, tap: Tap | None = None, graph: Graph | None = None) -> None:
         super().__init__(module, garbage_collect_values=True, graph=graph)
         self.extra_traceback = False  # an op's own error is enough
         self.tap, self.embeddings = tap, module.record.starts

@@ -119,9 +119,7 @@ def add(maps: Sequence[torch.Tensor]) -> torch.Tensor:
     h, w = max(m.shape[1] for m in maps), max(m.shape[2] for m in maps)
     total = torch.zeros(maps[0].shape[0], h, w, dtype=maps[0].dtype, device=maps[0].device)
     for m in maps:
-        spread = torch.nn.functional.interpolate(m[:, None], size=(h, w), mode="nearest-exact")[
-            :, 0
-        ]
+        spread = torch.nn.functional.interpolate(m[:, None], size=(h, w), mode="nearest-exact")[:, 0]
         kept = spread.sum((1, 2), keepdim=True)
         uniform = m.shape[1] * m.shape[2] / (h * w)
         exact = h % m.shape[1] == 0 and w % m.shape[2] == 0

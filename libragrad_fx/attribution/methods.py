@@ -91,12 +91,8 @@ def attribute(
     products = {k: product(h, g) for k, (h, g) in terms.items()}
     batch = seen.output.shape[0]
     if any(h.shape[0] != batch for h, _ in terms.values()):
-        raise InputError(
-            f"the target callable gave {batch} numbers; attribute wants one for each sample"
-        )
-    biases = [
-        (site.node, maps.by_sample(product(b, g), axis, batch)) for site, axis, b, g in seen.biases
-    ]
+        raise InputError(f"the target callable gave {batch} numbers; attribute wants one for each sample")
+    biases = [(site.node, maps.by_sample(product(b, g), axis, batch)) for site, axis, b, g in seen.biases]
     expected = _expected(seen, products, biases, plus)
     return _assemble(seen, products, biases, expected, method, tuple(paths))
 

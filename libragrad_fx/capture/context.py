@@ -38,9 +38,7 @@ def export_state() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     quiet = logging.root.manager.disable
     torch.backends.mha.set_fastpath_enabled(False)
-    logging.disable(
-        logging.CRITICAL
-    )  # a failing export logs its graph; the error says what matters
+    logging.disable(logging.CRITICAL)  # a failing export logs its graph; the error says what matters
     try:
         with contextlib.ExitStack() as stack:
             for device in (
@@ -151,9 +149,7 @@ def _reentrant_checkpoints() -> Iterator[None]:
 
     def run(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls.__module__ == _CHECKPOINT and callable(args[0]):
-            return args[0](
-                *args[2:]
-            )  # (function, whether to keep the random state, *its arguments)
+            return args[0](*args[2:])  # (function, whether to keep the random state, *its arguments)
         return apply.__get__(None, cls)(*args, **kwargs)
 
     with mock.patch.object(torch.autograd.Function, "apply", classmethod(run)):

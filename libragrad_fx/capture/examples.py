@@ -14,9 +14,7 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.errors import InputError
 from libragrad_fx.target import Arguments, as_call
 
-_INFERENCE_TRIED = (
-    "the model's metadata (timm, torchvision, Hugging Face, Lightning), its first layers"
-)
+_INFERENCE_TRIED = "the model's metadata (timm, torchvision, Hugging Face, Lightning), its first layers"
 
 
 def example_call(
@@ -59,9 +57,7 @@ def _check_call(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str
         raise InputError(f"the inputs do not fit {type(model).__name__}.forward{sig}: {e}") from e
 
 
-def without_cache(
-    model: torch.nn.Module, kwargs: dict[str, Any]
-) -> tuple[dict[str, Any], frozenset[str]]:
+def without_cache(model: torch.nn.Module, kwargs: dict[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
     """Key-value caches are mutable outputs that no graph can return: switch them off."""
     if "use_cache" in inspect.signature(model.forward).parameters and "use_cache" not in kwargs:
         return {**kwargs, "use_cache": False}, frozenset({"use_cache"})
@@ -126,9 +122,7 @@ def _candidates(layer: Any, place: dict[str, Any]) -> Iterator[torch.Tensor]:
     if isinstance(layer, _ConvNd):
         dims = len(layer.kernel_size)
         for side in (224, 64, 32, 28):
-            yield torch.randn(
-                2, layer.in_channels, *[side if dims < 3 else side // 2] * dims, **place
-            )
+            yield torch.randn(2, layer.in_channels, *[side if dims < 3 else side // 2] * dims, **place)
     elif isinstance(layer, torch.nn.Embedding):
         yield torch.randint(layer.num_embeddings, (2, 16), device=place["device"])
     width = getattr(layer, "in_features", None) or getattr(layer, "input_size", None)

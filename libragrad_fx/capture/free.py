@@ -41,9 +41,7 @@ class Free:
         def of(t: Any) -> dict[int, Any] | None:
             if not isinstance(t, torch.Tensor) or not t.ndim:
                 return None
-            return {
-                axis: Dim.AUTO for axis in range(min(t.ndim, 2)) if not axis or t.shape[1] in long
-            }
+            return {axis: Dim.AUTO for axis in range(min(t.ndim, 2)) if not axis or t.shape[1] in long}
 
         return pytree.tree_map(of, (args, kwargs))
 
@@ -95,27 +93,17 @@ def freed(path: str, value: Any, spec: Any) -> Any:
         axes: dict[int, Any] = {0: Dim.AUTO} if value.ndim else {}
         for axis, name in spec.items():
             if not isinstance(axis, int) or not -value.ndim <= axis < value.ndim:
-                raise InputError(
-                    f"dynamic: {path} of shape {tuple(value.shape)} has no axis {axis!r:.40}"
-                )
+                raise InputError(f"dynamic: {path} of shape {tuple(value.shape)} has no axis {axis!r:.40}")
             bounds = {k: getattr(name, k, None) for k in ("min", "max")}
             axes[axis % value.ndim] = Dim.AUTO(**{k: b for k, b in bounds.items() if b is not None})
         return axes
     if isinstance(value, Mapping) and isinstance(spec, Mapping) and value.keys() == spec.keys():
         return {k: freed(f"{path}[{k!r}]", value[k], spec[k]) for k in value}
-    if (
-        isinstance(value, (list, tuple))
-        and isinstance(spec, (list, tuple))
-        and len(value) == len(spec)
-    ):
-        parts = [
-            freed(f"{path}[{i}]", *pair) for i, pair in enumerate(zip(value, spec, strict=True))
-        ]
+    if isinstance(value, (list, tuple)) and isinstance(spec, (list, tuple)) and len(value) == len(spec):
+        parts = [freed(f"{path}[{i}]", *pair) for i, pair in enumerate(zip(value, spec, strict=True))]
         return type(value)(parts) if type(value) in (list, tuple) else parts
     if spec is None:
-        return pytree.tree_map(
-            lambda t: {0: Dim.AUTO} if isinstance(t, torch.Tensor) else None, value
-        )
+        return pytree.tree_map(lambda t: {0: Dim.AUTO} if isinstance(t, torch.Tensor) else None, value)
     raise InputError(
         f"dynamic: {path} is {type(value).__name__} in the example; give the axes of a tensor by number"
         " ({1: 'length'}), and for a container one such entry for each of its members"

@@ -84,14 +84,10 @@ class _Normaliser:
 
     def _inputs(self) -> None:
         """Placeholders named like ``forward``'s parameters; tensors inside containers are looked up."""
-        given = [
-            s for s in self.program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT
-        ]
+        given = [s for s in self.program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
         parameters = list(inspect.signature(self.model.forward).parameters.values())
         training = self.graph.create_node("get_attr", "training", name="training")
-        values = {
-            s.name: s.meta.get("val") for s in self.program.graph.nodes if s.op == "placeholder"
-        }
+        values = {s.name: s.meta.get("val") for s in self.program.graph.nodes if s.op == "placeholder"}
         by_param: dict[str, list[tuple[Any, Any, Any]]] = {
             name: [] for name in _passed(parameters, self.captured.args, self.captured.kwargs)
         }
@@ -113,9 +109,7 @@ class _Normaliser:
                 elif isinstance(arg, ConstantArgument) and isinstance(leaf, _CONSTANT_TYPES):
                     self.graph.call_function(insert.constant, (value, text, leaf))
                 else:
-                    raise CaptureError(
-                        f"{text} is a {type(leaf).__name__}: not a tensor, not a constant"
-                    )
+                    raise CaptureError(f"{text} is a {type(leaf).__name__}: not a tensor, not a constant")
         self._sizes()
 
     def _structures(
@@ -204,9 +198,7 @@ class _Normaliser:
     def _parameters(self) -> None:
         # a weight of a class of its own (quantised) comes as the plain tensors that it is made of
         constants = ChainMap(self.program.constants, self.program.state_dict)
-        fakes = {
-            n.name: n.meta.get("val") for n in self.program.graph.nodes if n.op == "placeholder"
-        }
+        fakes = {n.name: n.meta.get("val") for n in self.program.graph.nodes if n.op == "placeholder"}
         for spec in self.program.graph_signature.input_specs:
             if spec.kind in (InputKind.USER_INPUT, InputKind.TOKEN):
                 continue
@@ -255,9 +247,7 @@ class _Normaliser:
     def _pin(self, node: Node) -> None:
         """A float dtype in the graph: a cast, or the assertion export leaves where it dropped one."""
         literals = [*node.args, *node.kwargs.values()]
-        if any(
-            isinstance(a, torch.dtype) and (a.is_floating_point or a.is_complex) for a in literals
-        ):
+        if any(isinstance(a, torch.dtype) and (a.is_floating_point or a.is_complex) for a in literals):
             self.pins.append(source_line(node) or node.name)
 
     def _new(self, args: Any) -> Any:
@@ -270,9 +260,7 @@ class _Normaliser:
         leaves: list[Any] = []
         for spec, value in zip(self.program.graph_signature.output_specs, results, strict=True):
             if spec.kind is OutputKind.USER_OUTPUT:
-                leaves.append(
-                    value if isinstance(value, Node) else getattr(spec.arg, "value", value)
-                )
+                leaves.append(value if isinstance(value, Node) else getattr(spec.arg, "value", value))
             elif spec.kind is OutputKind.BUFFER_MUTATION:
                 if isinstance(value, Node):  # batch norm updates its own statistics
                     buffer = self.graph.create_node("get_attr", str(spec.target))
@@ -319,9 +307,7 @@ def _name(value: Any) -> Any:
 
 def _spelled(spec: pytree.TreeSpec) -> bool:
     """Whether fx can write the structure down: tuples, lists and dicts of leaves."""
-    return spec.is_leaf() or (
-        spec.type in _BUILTIN_NODES and all(_spelled(c) for c in spec.children())
-    )
+    return spec.is_leaf() or (spec.type in _BUILTIN_NODES and all(_spelled(c) for c in spec.children()))
 
 
 def _root_shell(model: torch.nn.Module) -> torch.nn.Module:
@@ -330,9 +316,7 @@ def _root_shell(model: torch.nn.Module) -> torch.nn.Module:
     root.__dict__.update({k: v for k, v in vars(model).items() if "hooks" not in k})
     for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
         root.__dict__[name] = type(vars(model)[name])(vars(model)[name])
-    root.__dict__["_modules"] = {
-        k: None if c is None else shells[id(c)] for k, c in model._modules.items()
-    }
+    root.__dict__["_modules"] = {k: None if c is None else shells[id(c)] for k, c in model._modules.items()}
     return root
 
 

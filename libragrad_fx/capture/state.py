@@ -111,9 +111,7 @@ class Snapshot:
                     now.copy_(then)
         for _, holder, key, then in self._globals:
             if _is_traced(_at(holder, key)):
-                setattr(holder, key, then) if isinstance(holder, type) else holder.update(
-                    {key: then}
-                )
+                setattr(holder, key, then) if isinstance(holder, type) else holder.update({key: then})
         for cache, size in self._caches:
             if cache.cache_info().currsize > size:
                 cache.cache_clear()
@@ -192,13 +190,9 @@ def _is_traced(value: Any) -> bool:
         return any(map(_is_traced, value))
     for x in pytree.tree_leaves(value):
         inner = (
-            getattr(x, "__dict__", None)
-            if not isinstance(x, (torch.Tensor, nn.Module, *_CODE))
-            else None
+            getattr(x, "__dict__", None) if not isinstance(x, (torch.Tensor, nn.Module, *_CODE)) else None
         )
-        if isinstance(x, _TRACED) or (
-            inner and any(isinstance(v, _TRACED) for v in inner.values())
-        ):
+        if isinstance(x, _TRACED) or (inner and any(isinstance(v, _TRACED) for v in inner.values())):
             return True
     return False
 
@@ -288,9 +282,7 @@ def _rebound(thing: Any, memo: dict[int, Any]) -> Any:
         return types.MethodType(_rebound(thing.__func__, memo), _rebound(thing.__self__, memo))
     if isinstance(thing, functools.partial):
         parts = [_rebound(x, memo) for x in (thing.func, *thing.args)]
-        return functools.partial(
-            *parts, **{k: _rebound(v, memo) for k, v in thing.keywords.items()}
-        )
+        return functools.partial(*parts, **{k: _rebound(v, memo) for k, v in thing.keywords.items()})
     if not isinstance(thing, types.FunctionType) or not thing.__closure__:
         return thing
     memo[id(thing)] = thing  # one that closes over itself

@@ -27,9 +27,7 @@ from libragrad_fx.cli.options import (
 @app.command(short_help="Show which nodes create or destroy attribution.")
 def audit(
     model: ModelName,
-    balanced: Annotated[
-        bool, typer.Option("--balanced", help="Audit the balanced backward.")
-    ] = False,
+    balanced: Annotated[bool, typer.Option("--balanced", help="Audit the balanced backward.")] = False,
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
     target: TargetIndex = None,

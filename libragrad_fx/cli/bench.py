@@ -49,9 +49,7 @@ def bench(
         inputs = guessed_inputs(module, seed)
         (x,) = inputs if isinstance(inputs, tuple) and len(inputs) == 1 else (None,)
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            raise InputError(
-                f"bench times the gradient of one image-like input; {model} takes others"
-            )
+            raise InputError(f"bench times the gradient of one image-like input; {model} takes others")
         x = torch.randn(batch, *x.shape[1:], dtype=x.dtype)
         gm = lg.transform(module, x)
         say("timing")
@@ -60,7 +58,5 @@ def bench(
             for n, m in (("plain", module), ("balanced", gm))
         }
         found = compare(sides, x, rounds)
-    typer.echo(
-        f"{model}, {tuple(x.shape)}, {x.dtype}, {threads} threads, torch {torch.__version__}"
-    )
+    typer.echo(f"{model}, {tuple(x.shape)}, {x.dtype}, {threads} threads, torch {torch.__version__}")
     typer.echo("\n".join([HEAD, *(c.against(found[0]) for c in found)]))

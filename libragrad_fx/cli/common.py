@@ -24,9 +24,7 @@ def load_model(name: str, pretrained: bool, checkpoint: Path | None, seed: int) 
     with working(f"building {name}"):
         loaded = models.resolve(name, pretrained, checkpoint, seed)
     if loaded.weights == "random":
-        typer.echo(
-            f"note: the weights of {name} are random (--pretrained or --checkpoint)", err=True
-        )
+        typer.echo(f"note: the weights of {name} are random (--pretrained or --checkpoint)", err=True)
     return loaded
 
 

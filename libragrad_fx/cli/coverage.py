@@ -42,13 +42,9 @@ def coverage(
     only: Annotated[
         str, typer.Option("--filter", metavar="GLOB", help="Only names that match: 'vit_*'.")
     ] = "*",
-    static: Annotated[
-        bool, typer.Option("--static", help="Capture, plan and prove; run nothing.")
-    ] = False,
+    static: Annotated[bool, typer.Option("--static", help="Capture, plan and prove; run nothing.")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Models checked side by side.")] = 1,
-    resume: Annotated[
-        bool, typer.Option(help="Keep what is in the results file, check the rest.")
-    ] = True,
+    resume: Annotated[bool, typer.Option(help="Keep what is in the results file, check the rest.")] = True,
     seconds: Annotated[float, typer.Option(min=1, help="Time limit a model.")] = 600,
     memory: Annotated[float, typer.Option(min=1, help="Memory limit a model, in GiB.")] = 20,
     results: Annotated[
@@ -80,9 +76,7 @@ def coverage(
             cover.run(suite, names, static=static, file=file, jobs=jobs, limits=limits, seen=seen)
         found = list(cover.read(file))
         balanced = sum(r.verdict == "balanced" for r in found)
-        typer.echo(
-            f"{suite}: {balanced} of {len(found)} balanced, {len(names)} checked now; {file}"
-        )
+        typer.echo(f"{suite}: {balanced} of {len(found)} balanced, {len(names)} checked now; {file}")
     if report is not None:
         files = sorted(results.glob("*.jsonl"))
         if not files:

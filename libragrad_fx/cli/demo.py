@@ -19,9 +19,7 @@ from libragrad_fx.cli.options import (
 
 @app.command(short_help="Write a page that shows the difference; offline.")
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The page.")] = Path(
-        "out/demo.html"
-    ),
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page.")] = Path("out/demo.html"),
     images: Annotated[int, typer.Option(min=1, max=64, help="Pictures shown for each model.")] = 6,
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:

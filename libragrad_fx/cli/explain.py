@@ -43,9 +43,7 @@ def explain(
         Literal["fullgrad_plus", "input_x_gradient"],
         typer.Option(help="input_x_gradient is taken at the first block, if the model has blocks."),
     ] = "fullgrad_plus",
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Only the map of the plain gradient.")
-    ] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Only the map of the plain gradient.")] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="The picture.")] = Path("out.png"),
 ) -> None:
     """Draw which parts of a picture speak for a class, and which against it.

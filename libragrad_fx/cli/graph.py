@@ -35,14 +35,10 @@ def graph(
     model: ModelName,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "-o", "--out", metavar="FILE", help="Picture: .html .svg .png .pdf .dot .json"
-        ),
+        typer.Option("-o", "--out", metavar="FILE", help="Picture: .html .svg .png .pdf .dot .json"),
     ] = None,
     depth: Annotated[int, typer.Option(min=1, help="Names of a module path to tell apart.")] = 2,
-    focus: Annotated[
-        str, typer.Option(metavar="MODULE", help="Module to draw op by op: blocks.3")
-    ] = "",
+    focus: Annotated[str, typer.Option(metavar="MODULE", help="Module to draw op by op: blocks.3")] = "",
     view: Annotated[
         Literal["graph", "streams", "model-explorer"],
         typer.Option(
@@ -64,11 +60,7 @@ def graph(
         chosen = target_of(module, inputs, target)
         if out is None:
             found = lg.gradient_graph(module, inputs, chosen)
-            text = (
-                streams_table(joined(streams(found))) if view == "streams" else tree(found, depth)
-            )
+            text = streams_table(joined(streams(found))) if view == "streams" else tree(found, depth)
         else:
-            text = str(
-                lg.visualize(module, out, inputs, chosen, view=view, depth=depth, focus=focus)
-            )
+            text = str(lg.visualize(module, out, inputs, chosen, view=view, depth=depth, focus=focus))
     typer.echo(text)

@@ -62,9 +62,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the full traceback of an error.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version.")
     ] = False,
@@ -87,9 +85,7 @@ Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the pub
 
 Checkpoint = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE", help="Weights: safetensors, or a torch state dict (no code is run)."
-    ),
+    typer.Option(metavar="FILE", help="Weights: safetensors, or a torch state dict (no code is run)."),
 ]
 
 
@@ -100,9 +96,7 @@ TargetIndex = Annotated[
 
 Policy = Annotated[
     str,
-    typer.Option(
-        metavar="NAME|FILE", help="What to balance, and how: libra, cp_lrp or a .yaml file."
-    ),
+    typer.Option(metavar="NAME|FILE", help="What to balance, and how: libra, cp_lrp or a .yaml file."),
 ]
 
 

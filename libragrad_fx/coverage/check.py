@@ -110,8 +110,7 @@ def _numeric(blank: Result, subject: Subject) -> Result:
     behind = max((b.error for b in found.boundaries), default=0.0)
     run = found.input_share if found.share_as_run is None else found.share_as_run
     errors = [
-        e / scale
-        for e in (found.completeness_error, found.worst_residual, behind, run - found.input_share)
+        e / scale for e in (found.completeness_error, found.worst_residual, behind, run - found.input_share)
     ]
     coarse = casts(gm.captured_graphs.values())
     coarse.pop(torch.float64, None)

@@ -8,6 +8,4 @@ from libragrad_fx.api import transform
 
 torch.set_num_threads(1)  # no pool of threads may exist when the server forks
 # without a backward: PyTorch refuses one in a fork of a process that has run one
-transform(
-    torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.GELU()), torch.ones(2, 2), check=False
-)
+transform(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.GELU()), torch.ones(2, 2), check=False)

@@ -140,16 +140,10 @@ class _Planner:
     # --- operands that carry
 
     def _carried(self, node: Node, fact: OpFacts, kind: Kind) -> None:
-        factors = [
-            (k, n) for k, n in operands(node, fact.factors) if self.roles[n.name] is Role.VALUE
-        ]
-        if (
-            kind is Kind.EMBEDDING and factors
-        ):  # rows that depend on the input, weighted by what does
+        factors = [(k, n) for k, n in operands(node, fact.factors) if self.roles[n.name] is Role.VALUE]
+        if kind is Kind.EMBEDDING and factors:  # rows that depend on the input, weighted by what does
             kind = Kind.PRODUCT
-            factors += [
-                (k, n) for k, n in operands(node, fact.stream) if self.roles[n.name] is Role.VALUE
-            ]
+            factors += [(k, n) for k, n in operands(node, fact.stream) if self.roles[n.name] is Role.VALUE]
         several = kind is Kind.PRODUCT and len(factors) > 1
         row = self._row(node, kind, "values" if several else "value")
         if row is None:
@@ -233,15 +227,11 @@ class _Planner:
         row = self.book.rows.get((kind, site))
         if row is None:
             problem = f"policy {self.book.policy} has no row for {kind}/{site}"
-            self.unknown.append(
-                finding(node, problem, f"add a row: {{kind: {kind}, site: {site}, …}}")
-            )
+            self.unknown.append(finding(node, problem, f"add a row: {{kind: {kind}, site: {site}, …}}"))
         return row
 
     def _left(self, node: Node, row: PolicyRow, problem: str) -> None:
-        remedy = (
-            f"row {row.name} of policy {self.book.policy} keeps autograd's gradient ({row.cite})"
-        )
+        remedy = f"row {row.name} of policy {self.book.policy} keeps autograd's gradient ({row.cite})"
         self.unbalanced.append(finding(node, problem, remedy))
 
     def _reason(self, node: Node, kind: Kind) -> str:
@@ -249,11 +239,7 @@ class _Planner:
             return "carries the signal here, though it could gate: secant about f(0)"
         if kind is Kind.NORMALISER:
             return "1/sigma is held, centring is linear"
-        return (
-            "gates and slopes are held"
-            if kind is Kind.RECURRENT
-            else "x * gate(x) with the gate held"
-        )
+        return "gates and slopes are held" if kind is Kind.RECURRENT else "x * gate(x) with the gate held"
 
     def _edit(
         self, node: Node, row: PolicyRow, names: tuple[str, ...], reason: str,
@@ -301,15 +287,12 @@ def _why(node: Node, analysis: Analysis, planner: _Planner) -> str:
             for k, n in operands(node, fact.operands)
         ]
     if node.name in analysis.relabelled:
-        lines.append(
-            "  a gate source, but demanded: its output carries the signal (relabelled VALUE)"
-        )
+        lines.append("  a gate source, but demanded: its output carries the signal (relabelled VALUE)")
     edits = [e for e in planner.edits if e.node == node.name]
     lines += [f"  edit: {e.action} {', '.join(e.operands)} by {e.rule}: {e.reason}" for e in edits]
     if not edits:
         on_path = node.name in analysis.live
         lines.append(
-            "  no edit: "
-            + ("balanced by itself" if on_path else "no balanced gradient passes here")
+            "  no edit: " + ("balanced by itself" if on_path else "no balanced gradient passes here")
         )
     return "\n".join(lines)

@@ -28,9 +28,7 @@ _RANK_ODD, _RANK_RECIPROCAL, _RANK_GATE_ONLY = 1, 4, 5
 _GROUPS = ("stream", "factors", "gate", "denominator")
 
 
-def analyze(
-    trace: Trace, book: RuleBook, all_carry: bool = False, static: Container[str] = ()
-) -> Analysis:
+def analyze(trace: Trace, book: RuleBook, all_carry: bool = False, static: Container[str] = ()) -> Analysis:
     """Roles, live nodes and gaps of a captured graph. Touches nothing.
 
     all_carry: every output is read by what comes after, so none may be left alone as a gate.
@@ -91,9 +89,7 @@ class _Analyzer:
             gate_outputs=gates,
             gate_heads=tuple(n.name for n in self._heads() if n.name in self.relabelled),
             zeros=frozenset(self.zeros),
-            unruled=tuple(
-                self._unruled(n) for n in self.nodes if n in demanded and self._unknown(n)
-            ),
+            unruled=tuple(self._unruled(n) for n in self.nodes if n in demanded and self._unknown(n)),
         )
 
     # --- forwards
@@ -153,9 +149,7 @@ class _Analyzer:
         return fact is not None and node.args[1] in fact.gate_outputs
 
     def _of(self, node: Node, group: str) -> Role:
-        return max(
-            (self.roles[n.name] for _, n in self.groups[node.name][group]), default=Role.STATIC
-        )
+        return max((self.roles[n.name] for _, n in self.groups[node.name][group]), default=Role.STATIC)
 
     def _gates(self, node: Node) -> Role:
         return max(self._of(node, "gate"), self._of(node, "denominator"))
@@ -200,9 +194,7 @@ class _Analyzer:
         values = [n for n in returned if self.roles[n.name] is Role.VALUE]
         gated = [n for n in returned if self.roles[n.name] is Role.GATE]
         first = next(filter(is_inexact, returned), None)  # what is explained where nobody says
-        ends = [
-            n for n in gated if self.all_carry or not values or (n is first and self._is_end(n))
-        ]
+        ends = [n for n in gated if self.all_carry or not values or (n is first and self._is_end(n))]
         left = tuple(n.name for n in gated if n not in ends)
         return reach(values + ends, self.carriers), left
 
@@ -286,9 +278,7 @@ class _Analyzer:
 
 def finding(node: Node, problem: str, remedy: str) -> Finding:
     """A finding at ``node``, with its place in the user's code."""
-    return Finding(
-        node.name, op_name(node.target), module_path(node), source_line(node), problem, remedy
-    )
+    return Finding(node.name, op_name(node.target), module_path(node), source_line(node), problem, remedy)
 
 
 def _is_op(node: Node) -> bool:

@@ -60,9 +60,7 @@ class RuleBook:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of what the rules say (not of how the files are laid out), in hex."""
-        body = [_content(f) for f in self.facts.values()] + [
-            _content(r) for r in self.rows.values()
-        ]
+        body = [_content(f) for f in self.facts.values()] + [_content(r) for r in self.rows.values()]
         return hashlib.sha256(json.dumps(sorted(body)).encode()).hexdigest()
 
     def fact(self, target: Any) -> OpFacts | None:
@@ -156,9 +154,7 @@ def _load_policy(file: Path) -> tuple[str, dict[tuple[Kind, str], PolicyRow]]:
     node, where = _read(file)
     body, _ = _mapping(node, file, deep=False)
     if set(body) != {"policy", "rows"} or not isinstance(body["rows"], yaml.SequenceNode):
-        raise RuleError(
-            f"{where}: a policy file has two keys, 'policy' (its name) and 'rows' (a list)"
-        )
+        raise RuleError(f"{where}: a policy file has two keys, 'policy' (its name) and 'rows' (a list)")
     rows: dict[tuple[Kind, str], PolicyRow] = {}
     for child in body["rows"].value:
         values, at = _mapping(child, file)
@@ -230,9 +226,7 @@ def _fact_row(values: dict[str, Any], where: Location) -> OpFacts:
     for key, found in lists.items():
         wanted = int if key == "gate_outputs" else str
         if not all(isinstance(v, wanted) and not isinstance(v, bool) for v in found):
-            raise RuleError(
-                f"{where}: {key!r} must be a list of {wanted.__name__}, got {values[key]!r}"
-            )
+            raise RuleError(f"{where}: {key!r} must be a list of {wanted.__name__}, got {values[key]!r}")
     for key, types in _TYPES.items():
         number = types != (bool,) and isinstance(values.get(key), _NUMBER)
         if number and (isinstance(values[key], bool) or not abs(values[key]) < _HUGE):
@@ -246,9 +240,7 @@ def _fact_row(values: dict[str, Any], where: Location) -> OpFacts:
     row = OpFacts(**{**rest, **lists, "kind": _enum(Kind, values["kind"], where), "where": where})
     _check_schema(row)
     if row.vjp is not None and row.vjp not in TWINS:
-        raise RuleError(
-            f"{where}: no balanced vjp {row.vjp!r}; there are {', '.join(sorted(TWINS))}"
-        )
+        raise RuleError(f"{where}: no balanced vjp {row.vjp!r}; there are {', '.join(sorted(TWINS))}")
     if row.slope is not None and (row.vjp is not None or len(row.operands) != 1 or not row.stream):
         raise RuleError(
             f"{where}: 'slope' makes the twin of a function of one value: name its operand as stream, no"
@@ -269,9 +261,7 @@ def _fact_row(values: dict[str, Any], where: Location) -> OpFacts:
             f"{where}: 'constant' is for linear ops; of a {row.kind} op, 'bias' says what it adds"
         )
     if not row.operands and row.kind is not Kind.CUT:
-        raise RuleError(
-            f"{where}: {row.op} names no operand (stream, factors, gate or denominator)"
-        )
+        raise RuleError(f"{where}: {row.op} names no operand (stream, factors, gate or denominator)")
     return row
 
 
@@ -281,9 +271,7 @@ def _check_schema(row: OpFacts) -> None:
     packet, _, overload = rest.partition(".")
     try:
         found = getattr(getattr(torch.ops, namespace), packet)
-        overloads = [
-            getattr(found, overload or o) for o in ([overload] if overload else found.overloads())
-        ]
+        overloads = [getattr(found, overload or o) for o in ([overload] if overload else found.overloads())]
     except AttributeError as e:
         if row.registered_by is not None:
             return  # of a library that is not in use: no graph holds it
@@ -316,9 +304,7 @@ def _policy_row(values: dict[str, Any], where: Location) -> PolicyRow:
     if kind is Kind.CUT:
         raise RuleError(f"{where}: unreachable row: no gradient passes a cut")
     if action is Action.CUT:
-        raise RuleError(
-            f"{where}: a cut is a fact about an op, not a policy: stop is what you want"
-        )
+        raise RuleError(f"{where}: a cut is a fact about an op, not a policy: stop is what you want")
     if action not in (able := _actions(kind, values["site"])):
         raise RuleError(
             f"{where}: {action} cannot be done to {kind}/{values['site']}: give {' or '.join(able)}"

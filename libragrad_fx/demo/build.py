@@ -159,8 +159,7 @@ def _example(found: Study, scenes: demo_data.Scenes, i: int) -> Example:
         probability=float(found.probabilities[i]),
         score=float(found.scores[i]),
         panels=tuple(
-            Panel(_drawn(large, r.maps[i], box), float(r.errors[i]), float(r.shares[i]))
-            for r in results
+            Panel(_drawn(large, r.maps[i], box), float(r.errors[i]), float(r.shares[i])) for r in results
         ),
     )
 

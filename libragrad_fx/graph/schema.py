@@ -28,18 +28,14 @@ def signature(
     )
 
 
-def bind(
-    op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
+def bind(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of a call by schema name, defaults filled in, in schema order."""
     names, _, defaults = signature(op)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return {n: given.get(n, d) for n, d in zip(names, defaults, strict=True)}
 
 
-def spread(
-    op: torch._ops.OpOverload, values: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def spread(op: torch._ops.OpOverload, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call that ``bind`` was given: positional and keyword-only arguments."""
     _, keyword, _ = signature(op)
     positional = tuple(v for k, v in values.items() if k not in keyword)

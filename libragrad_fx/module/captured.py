@@ -137,10 +137,7 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
         full = type(self).forward.__wrapped__  # type: ignore[attr-defined]
         short = type(torch.fx.GraphModule(stand_ins, quick)).forward
         heard = [
-            h
-            for m in self.modules()
-            if m is not self
-            for h in (m._forward_hooks, m._forward_pre_hooks)
+            h for m in self.modules() if m is not self for h in (m._forward_hooks, m._forward_pre_hooks)
         ]
         heard += [_modules._global_forward_hooks, _modules._global_forward_pre_hooks]
 
@@ -170,9 +167,7 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
                 self._tree.require_unchanged()
             try:
                 if not kwargs.keys() <= names:
-                    raise GuardError(
-                        f"forward took no {', '.join(kwargs.keys() - names)} at capture"
-                    )
+                    raise GuardError(f"forward took no {', '.join(kwargs.keys() - names)} at capture")
                 return body(self, *args, **kwargs)
             except GuardError as refusal:
                 if self.origin is None:

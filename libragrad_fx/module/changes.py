@@ -29,9 +29,7 @@ class Tree:
             if (kept := dict(_kept(own if now is vars(root) else now, skip)))
         ]
         places = [("", vars(root)), *modules]
-        self._children = [
-            (p, v["_modules"], dict(v["_modules"])) for p, v in places if v["_modules"]
-        ]
+        self._children = [(p, v["_modules"], dict(v["_modules"])) for p, v in places if v["_modules"]]
         self._dtypes = [
             (p, v["_parameters"], {k: None if t is None else t.dtype for k, t in v["_parameters"].items()})
             for p, v in places
@@ -45,9 +43,7 @@ class Tree:
                 raise _changed(path, now, then)
         for path, now, then in self._children:
             # another one of the same kind does what the graph does
-            if not _holds(now, then) and not all(
-                k in now and _alike(now[k], m) for k, m in then.items()
-            ):
+            if not _holds(now, then) and not all(k in now and _alike(now[k], m) for k, m in then.items()):
                 raise _changed(path, now, then)
         for path, parameters, then in self._dtypes:
             for name, p in parameters.items():

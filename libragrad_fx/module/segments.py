@@ -48,9 +48,7 @@ def checkpointed(gm: CapturedModule, segments: int | None = None) -> GraphModule
     inside = [n for n in graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
     count = math.isqrt(max(1, len(inside) // 10)) if segments is None else segments
     if not isinstance(count, int) or not 1 <= count <= len(inside):
-        raise InputError(
-            f"segments must be from 1 to {len(inside)}, the nodes of the graph: {count!r}"
-        )
+        raise InputError(f"segments must be from 1 to {len(inside)}, the nodes of the graph: {count!r}")
     cuts = _cuts(graph, inside, count)
     part = {n: sum(i >= c for c in cuts) for i, n in enumerate(inside)}
     module = split_module(GraphModule(gm, graph), gm, lambda n: part[n], keep_original_order=True)

@@ -59,9 +59,7 @@ class Origin:
         return Origin(self.recapture)
 
 
-def refusal_of(
-    module: CapturedModule, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Exception | None:
+def refusal_of(module: CapturedModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
     """What a graph's guards say of a call; None where they let it through."""
     check = vars(module).get("_checks")
     if check is None:

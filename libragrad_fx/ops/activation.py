@@ -81,9 +81,7 @@ def _label(op: torch._ops.OpOverload) -> str:
     return name + (f"_{same + 1}" if same else "")
 
 
-def _with_slope(
-    op: torch._ops.OpOverload, slope: float, at_zero: float | None
-) -> Callable[..., Any]:
+def _with_slope(op: torch._ops.OpOverload, slope: float, at_zero: float | None) -> Callable[..., Any]:
     """``op``, and the slope of its secant beside the result."""
     call = binding(op) or op
 
@@ -118,11 +116,7 @@ def _pow(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, exponent
         return {"self": torch.zeros_like(g)}
     slope = self.pow(exponent - 1)
     if self.is_complex():
-        return {
-            "self": torch.where(self == 0, 0.0, slope.conj() * g)
-            if exponent < 1
-            else slope.conj() * g
-        }
+        return {"self": torch.where(self == 0, 0.0, slope.conj() * g) if exponent < 1 else slope.conj() * g}
     return {"self": times_(slope if exponent >= 1 else slope.masked_fill(self == 0, 0.0), g)}
 
 
@@ -168,9 +162,7 @@ def _cumprod(
 ) -> Grads:  # fmt: skip
     """Element k is a product of k + 1 factors: 1 / (k + 1) of its gradient to each."""
     share = g / torch.ones_like(g).cumsum(dim)
-    return {
-        "self": aten.cumprod_backward.default(share, self.to(g.dtype), dim, result).to(self.dtype)
-    }
+    return {"self": aten.cumprod_backward.default(share, self.to(g.dtype), dim, result).to(self.dtype)}
 
 
 def _prod(

@@ -155,14 +155,10 @@ def _math(
 ) -> Any:  # fmt: skip
     """Attention by the math kernel, with its probabilities; PyTorch picks it where a mask requires grad."""
     args = (query, key, value, _additive(attn_mask, query), dropout_p, is_causal, None)
-    return aten._scaled_dot_product_attention_math.default(
-        *args, scale=scale, enable_gqa=enable_gqa
-    )
+    return aten._scaled_dot_product_attention_math.default(*args, scale=scale, enable_gqa=enable_gqa)
 
 
-def _by_probabilities(
-    needs: frozenset[str], g: torch.Tensor, *, p: torch.Tensor, **_: Any
-) -> Grads:
+def _by_probabilities(needs: frozenset[str], g: torch.Tensor, *, p: torch.Tensor, **_: Any) -> Grads:
     return {"value": p.transpose(-2, -1) @ g.to(p.dtype)}
 
 

@@ -132,9 +132,7 @@ def _cdist(args: dict[str, Any]) -> torch.Tensor:
     return torch.linalg.vector_norm(apart, ord=args["p"], dim=-1)
 
 
-_DISTANCES: dict[Any, Callable[[dict[str, Any]], torch.Tensor]] = {
-    torch.ops.aten.cdist.default: _cdist
-}
+_DISTANCES: dict[Any, Callable[[dict[str, Any]], torch.Tensor]] = {torch.ops.aten.cdist.default: _cdist}
 
 
 def _reduced(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
@@ -234,9 +232,7 @@ BIASES: dict[str, Bias] = {
 }
 
 
-def bias(
-    name: str, op: Any, live: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]
-) -> Any:
+def bias(name: str, op: Any, live: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Constant of one call, shaped like its output; None where it has none.
 
     live: schema names of the operands through which the gradient flows.

@@ -76,9 +76,7 @@ def _input_gradient(
     return _CONV_INPUT[weight.ndim - 2](shape, weight, g, *conv)  # type: ignore[operator,no-any-return]
 
 
-def _weight_gradient(
-    g: torch.Tensor, x: torch.Tensor, shape: Any, conv: tuple[Any, ...]
-) -> torch.Tensor:
+def _weight_gradient(g: torch.Tensor, x: torch.Tensor, shape: Any, conv: tuple[Any, ...]) -> torch.Tensor:
     if not conv:
         return g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
     return _CONV_WEIGHT[len(shape) - 2](x, shape, g, *conv)  # type: ignore[operator,no-any-return]

@@ -54,9 +54,7 @@ LIBRARY.define("scale(Tensor x, float factor, Tensor[] sources) -> Tensor")
 torch.library.impl(f"{NAMESPACE}::scale", "CompositeExplicitAutograd", lib=LIBRARY)(
     lambda x, factor, sources: x.clone()
 )
-torch.library.register_fake(
-    f"{NAMESPACE}::scale", lambda x, factor, sources: x.clone(), lib=LIBRARY
-)
+torch.library.register_fake(f"{NAMESPACE}::scale", lambda x, factor, sources: x.clone(), lib=LIBRARY)
 torch.library.register_autograd(
     f"{NAMESPACE}::scale",
     lambda ctx, g: (_times(g, ctx.kept[0]), None, [None] * ctx.kept[1]),
@@ -132,9 +130,7 @@ def dtype_name(x: torch.Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
-def guard(
-    x: Any, path: str, shape: tuple[int | str, ...], dtype: str, mode: Any, least: int = 1
-) -> Any:
+def guard(x: Any, path: str, shape: tuple[int | str, ...], dtype: str, mode: Any, least: int = 1) -> Any:
     """``x`` itself, if it fits what was captured; otherwise an error that says what does not fit.
 
     shape: an ``int`` is a fixed size, a ``str`` a free one (``sizes`` checks what is known of those).
@@ -144,9 +140,7 @@ def guard(
     mode: the training flag that the graph was captured with, and the one it is called with.
     """
     if not isinstance(x, torch.Tensor):
-        raise GuardError(
-            f"{path} must be a tensor, as it was at capture; got {type(x).__name__}. {_AGAIN}"
-        )
+        raise GuardError(f"{path} must be a tensor, as it was at capture; got {type(x).__name__}. {_AGAIN}")
     if x.is_nested:
         raise InputError(f"{path} is a nested tensor; it was captured with one shape: pad it")
     if dtype_name(x) != dtype:
@@ -167,10 +161,7 @@ def guard(
             f"the graph was captured in {named[captured]} mode and is called in {named[now]} mode:"
             f" call .{named[captured]}() on it, or transform the model in {named[now]} mode"
         )
-    if (
-        not torch.compiler.is_compiling()
-        and torch.autograd.forward_ad.unpack_dual(x).tangent is not None
-    ):
+    if not torch.compiler.is_compiling() and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
         raise ModeError(
             "forward-mode AD through a balanced graph is not defined: LibraGrad is a rule for the"
             " backward pass. Use reverse mode (torch.autograd.grad, torch.func.grad or vjp)."

@@ -45,11 +45,7 @@ def _cross_entropy(
     needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, target: torch.Tensor,
     weight: torch.Tensor | None, **how: Any,
 ) -> Grads:  # fmt: skip
-    return {
-        "self": torch.func.vjp(lambda p: of_log_probabilities(p, target, weight, **how), self)[1](
-            g
-        )[0]
-    }
+    return {"self": torch.func.vjp(lambda p: of_log_probabilities(p, target, weight, **how), self)[1](g)[0]}
 
 
 def _binary(

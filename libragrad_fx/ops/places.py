@@ -12,7 +12,7 @@ from libragrad_fx.graph.schema import bind
 from libragrad_fx.ops.function import same
 
 aten = torch.ops.aten
-SIZE, RESHAPE = aten.sym_size.int, aten.reshape.default
+SIZE = aten.sym_size.int
 _SELECT, _SLICE, _COPY = aten.select.int, aten.slice.Tensor, aten.clone.default
 
 

@@ -10,9 +10,7 @@ from libragrad_fx.ops.twin import Grads, twin
 aten = torch.ops.aten
 
 
-def _halved(
-    needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, other: torch.Tensor
-) -> Grads:
+def _halved(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, other: torch.Tensor) -> Grads:
     nothing = g.new_zeros(())  # g b / 2 in one pass
 
     def half(of: torch.Tensor, by: torch.Tensor) -> torch.Tensor:

@@ -155,9 +155,7 @@ def _step(
     return tuple(kind.cell(held, linear(x, p[0], _bias(p, 2)), state, p))
 
 
-def _linearised(
-    op: torch._ops.OpOverload, args: dict[str, Any]
-) -> tuple[Callable[..., Any], Groups]:
+def _linearised(op: torch._ops.OpOverload, args: dict[str, Any]) -> tuple[Callable[..., Any], Groups]:
     """A layer or a cell with its gates held, as a linear function of tensors; and these, by the argument
     that gives them."""
     kind, states = _KINDS[op], args["hx"]

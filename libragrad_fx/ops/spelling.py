@@ -108,9 +108,7 @@ def _complex_write(node: Node, args: Any, kwargs: Any, to: Writer) -> Node:
     """PyTorch has no derivative of the functional form, though it has one of the write in place that it
     stands for."""
     x, part, *where = args
-    pairs = [
-        to.made(aten.view_as_real.default, to.made(aten.resolve_conj.default, v)) for v in (x, part)
-    ]
+    pairs = [to.made(aten.view_as_real.default, to.made(aten.resolve_conj.default, v)) for v in (x, part)]
     if node.target is aten.diagonal_scatter.default:  # the diagonal is the last axis
         pairs[1] = to.made(aten.transpose.int, pairs[1], -1, -2)
     rank, given = node.meta["val"].ndim, bind(node.target, (x, part, *where), kwargs)  # type: ignore[arg-type]

@@ -295,9 +295,7 @@ def _custom_op(form: _Form, run: Callable[..., Any]) -> Any:
     names, keyword, _ = signature(form.op)
     positional = names[: len(names) - len(keyword)]
 
-    def setup(
-        ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Any = None
-    ) -> None:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any, keyword_only_inputs: Any = None) -> None:
         values = (*inputs, *((keyword_only_inputs or {}).get(k) for k in keyword))
         save(ctx, (*values, *_outputs(ctx, output, extras), None), True)
 

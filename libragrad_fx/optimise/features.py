@@ -108,9 +108,7 @@ def _cover(product: Node, node: Node, alive: set[Node], facts: Facts) -> list[Pa
     for user in node.users:
         if not takes_gradient(user, node, alive, facts):
             continue
-        inner = (
-            _cover(product, user, alive, facts) if only_moves(user, facts) else "read as a whole"
-        )
+        inner = _cover(product, user, alive, facts) if only_moves(user, facts) else "read as a whole"
         if isinstance(inner, str):
             whole = part_of(product, node, facts)
             return whole if isinstance(whole, str) else [whole]
@@ -161,8 +159,6 @@ def _count(rows: slice | tuple[int, ...]) -> int:
 def _axis(whole: torch.Tensor, size: int, stride: int) -> int | None:
     """The axis of a contiguous tensor that ``size`` steps of ``stride`` stay in."""
     for axis, (n, step) in enumerate(zip(whole.shape, whole.stride(), strict=True)):
-        if size == 1 or (
-            stride % step == 0 and stride * (size - 1) < step * n and stride < step * n
-        ):
+        if size == 1 or (stride % step == 0 and stride * (size - 1) < step * n and stride < step * n):
             return axis
     return None

@@ -83,11 +83,6 @@ def narrow(work: Work) -> None:
         _plain(graph, node)
 
 
-def is_row(node: Node) -> bool:
-    """Whether a node computes one row again, for the gradient alone."""
-    return note(node).undo is Undo.DROP
-
-
 # --- where one row is enough
 
 
@@ -280,9 +275,7 @@ def _again(work: Work, node: Node, row: Row, made: dict[Any, Node]) -> Node:
     args, kwargs = map_arg((_resized(node, row[0], work.facts), dict(node.kwargs)), part)
     if (fact := work.facts.get(node.name)) and fact.kind is Kind.ATTENTION:
         given = bind(_op(node), args, kwargs)
-        args, kwargs = spread(
-            _op(node), {**given, "is_causal": False}
-        )  # the last row sees all keys
+        args, kwargs = spread(_op(node), {**given, "is_causal": False})  # the last row sees all keys
     with work.graph.inserting_after(node):
         new = work.graph.call_function(node.target, tuple(args), kwargs)  # type: ignore[arg-type]
     new.meta.update(node.meta)

@@ -93,9 +93,7 @@ def explain(done: Sequence[Outcome]) -> str:
         lines.append(f"{outcome.name:<10} {len(outcome.changed):>5} nodes  {does}")
         for reason, times in Counter(outcome.noes.values()).most_common():
             first = next(n for n, r in outcome.noes.items() if r == reason)
-            lines.append(
-                f"{'':<10} {times:>5} left   {reason} ({first}{', …' if times > 1 else ''})"
-            )
+            lines.append(f"{'':<10} {times:>5} left   {reason} ({first}{', …' if times > 1 else ''})")
     return "\n".join(lines)
 
 

@@ -107,11 +107,7 @@ def _takes_all(node: Node) -> bool:
     x, dim, start, end, step = found
     size = x.meta["val"].shape[dim] if "val" in x.meta else sys.maxsize
     known = size if isinstance(size, int) else sys.maxsize
-    return (
-        start in (0, None)
-        and step == 1
-        and (end is None or (isinstance(end, int) and end >= known))
-    )
+    return start in (0, None) and step == 1 and (end is None or (isinstance(end, int) and end >= known))
 
 
 def _place(node: Node) -> tuple[int, int, int] | None:
@@ -130,9 +126,7 @@ def _is_read_again(node: Node, facts: Facts) -> str | None:
     if len(x.users) > 1 or x in node.args[1:]:
         return "its operand is read by others"
     fact = facts.get(x.name)
-    unread = (
-        fact is not None and fact.unread and x.target is aten_op(x)
-    )  # a twin has its own backward
+    unread = fact is not None and fact.unread and x.target is aten_op(x)  # a twin has its own backward
     if not unread or not is_fresh(x, fact) or note(x).fixed:
         return "its operand is not new memory, or the backward reads it"
     a, b = x.meta["val"], node.meta["val"]

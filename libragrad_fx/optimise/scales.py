@@ -56,12 +56,7 @@ def merge(work: Work) -> None:
 
 def _is_join(fact: OpFacts | None) -> bool:
     """Whether an op is linear in all that it is given together."""
-    return (
-        fact is not None
-        and fact.kind is Kind.LINEAR
-        and len(fact.operands) == 1
-        and not fact.constant
-    )
+    return fact is not None and fact.kind is Kind.LINEAR and len(fact.operands) == 1 and not fact.constant
 
 
 def _merge(graph: Graph, join: Node, facts: Facts) -> str | None:

@@ -45,9 +45,7 @@ class _Piece(nn.Module):
     """One of Dynamo's graphs as a model of its own: what is computed is an argument, whether it moves
     with the input or not; what the model has, and what is no tensor, is held."""
 
-    def __init__(
-        self, body: torch.fx.GraphModule, args: tuple[Any, ...], kinds: tuple[str, ...]
-    ) -> None:
+    def __init__(self, body: torch.fx.GraphModule, args: tuple[Any, ...], kinds: tuple[str, ...]) -> None:
         super().__init__()
         self.body, self.kinds = body, kinds
         for i, (a, kind) in enumerate(zip(args, kinds, strict=True)):
@@ -239,9 +237,7 @@ class CutModule(InGraphs):
         if reason is not None and reason.graph_break and reason.user_stack:
             at = reason.user_stack[-1]
             place = short_place(f"{at.filename}:{at.lineno}")
-            self.cuts = tuple(
-                dict.fromkeys([*self.cuts, f"{place} ({reason.reason.splitlines()[0]})"])
-            )
+            self.cuts = tuple(dict.fromkeys([*self.cuts, f"{place} ({reason.reason.splitlines()[0]})"]))
         made: dict[Any, tuple[str, CapturedModule | None, list[bool]]] = {}
 
         def call(*args: Any) -> Any:
@@ -330,9 +326,7 @@ def transform_in_pieces(
     except (CaptureError, UnknownOpError, VerificationError):
         raise
     except Exception as e:
-        raise CaptureError(
-            f"{refusal}\n  Run by Dynamo it failed as well: {type(e).__name__}: {e}"
-        ) from e
+        raise CaptureError(f"{refusal}\n  Run by Dynamo it failed as well: {type(e).__name__}: {e}") from e
     if not module.pieces:
         raise CaptureError(f"{refusal}\n  Dynamo found no graph in it that the input passes.")
     if module.cuts:

@@ -73,9 +73,7 @@ def record(model: nn.Module, args: Any, kwargs: Any, book: RuleBook) -> Tape:
     try:
         parts = in_parts(book)
         with traced_as_run(), _own_kernels(), _written_out():
-            traced = make_fx(run, parts, pre_dispatch=True, _error_on_data_dependent_ops=False)(
-                *tensors
-            )
+            traced = make_fx(run, parts, pre_dispatch=True, _error_on_data_dependent_ops=False)(*tensors)
     except LibraGradError:
         raise
     except Exception as e:

@@ -111,9 +111,7 @@ def tree(graph: nx.DiGraph, depth: int = 3) -> str:
     first = {path: i for i, path in enumerate(sums)}
     rows = [
         (
-            "  " * path.count(".")
-            + ("  " if path else "")
-            + (path.rpartition(".")[2] or "(model)"),
+            "  " * path.count(".") + ("  " if path else "") + (path.rpartition(".")[2] or "(model)"),
             f"{row['ops']:.0f}",
             _percent(row["lost"], units["plain"]),
             _percent(row["created"], units["plain"]),

@@ -117,9 +117,7 @@ def _operands(graph: nx.DiGraph, flow: nx.DiGraph, node: str) -> list[tuple[str,
     return edges
 
 
-def _names(
-    graph: nx.DiGraph, flow: nx.DiGraph, join: str, split: str | None, ends: list[str]
-) -> list[str]:
+def _names(graph: nx.DiGraph, flow: nx.DiGraph, join: str, split: str | None, ends: list[str]) -> list[str]:
     """A name for each branch between the split and the join.
 
     The residual one is the split itself, or else the shortest that passes no module of its own.

@@ -121,9 +121,7 @@ def _start(name: str, node: torch.fx.Node | None) -> dict[str, str]:
     return {"op": op_name(node.target), "module": module_path(node), "source": source_line(node)}
 
 
-def _scaled(
-    graph: nx.DiGraph, trace: torch.fx.Graph, edits: Iterable[Edit]
-) -> Iterator[tuple[str, str]]:
+def _scaled(graph: nx.DiGraph, trace: torch.fx.Graph, edits: Iterable[Edit]) -> Iterator[tuple[str, str]]:
     """The edges over which an edit scales what comes back: into its operands, or into all."""
     nodes = {n.name: n for n in trace.nodes}
     for edit in edits:
@@ -175,9 +173,7 @@ def chains(graph: nx.DiGraph) -> dict[str, tuple[str, ...]]:
     """
     paths = {n: _prefixes(d["module"]) for n, d in graph.nodes(data=True)}
     members = _members(paths)
-    telling = {
-        g for g, nodes in members.items() if len({_below(paths[n], g) or n for n in nodes}) > 1
-    }
+    telling = {g for g, nodes in members.items() if len({_below(paths[n], g) or n for n in nodes}) > 1}
     kinds = {g: _count(graph.nodes[n]["op"] for n in members[g]) for g in members if g in telling}
     run = _runs(kinds)
     name = {g: f"{g} (module)" if g in graph else g for g in telling}  # ops are nodes beside them
@@ -287,9 +283,7 @@ def around(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> nx.DiGraph:
 def groups(graph: nx.DiGraph) -> dict[str, dict[str, Any]]:
     """group -> what ``collapse`` would say of it as a node, and ``parent``."""
     found = chains(graph)
-    parents = {
-        g: up for chain in found.values() for g, up in zip(chain, ("", *chain), strict=False)
-    }
+    parents = {g: up for chain in found.values() for g, up in zip(chain, ("", *chain), strict=False)}
     return {
         group: {**_summed(graph, group, nodes), "parent": parents[group]}
         for group, nodes in _members(found).items()

@@ -18,9 +18,7 @@ from PIL import Image, ImageDraw
 from libragrad_fx.extras import need
 
 COLOURS = "RdBu_r"
-CLIPPED = (
-    0.99  # the scale ends at this quantile of |values|: single outliers would wash out the rest
-)
+CLIPPED = 0.99  # the scale ends at this quantile of |values|: single outliers would wash out the rest
 PALED = 0.3  # how much darker the darkest place of an image is than its lightest, under a map
 _FILTERS = {"smooth": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
 
@@ -85,9 +83,7 @@ def legend(width: int = 256, height: int = 1) -> Image.Image:
 _SIDE, _GAP, _MARGIN, _FOOT, _HEAD = 3.4, 0.15, 0.2, 0.95, 0.85
 
 
-def figure(
-    image: np.ndarray, maps: Sequence[tuple[str, np.ndarray]], title: str, note: str = ""
-) -> Any:
+def figure(image: np.ndarray, maps: Sequence[tuple[str, np.ndarray]], title: str, note: str = "") -> Any:
     """A matplotlib figure: the image, then each (caption, map) over it, on one signed scale.
 
     Its size depends on the number of maps alone. A caption may have two lines.

@@ -95,8 +95,7 @@ def _gathered(joins: Sequence[Join]) -> list[Join]:
     heavy = lambda k: sum(abs(m.get(k, 0.0)) for j in joins for m in j.masses.values())  # noqa: E731
     kept = {RESIDUAL, *sorted(names, key=heavy)[-len(_BRANCHES) + 1 :]}
     return [
-        dataclasses.replace(j, masses={side: _sum(m, kept) for side, m in j.masses.items()})
-        for j in joins
+        dataclasses.replace(j, masses={side: _sum(m, kept) for side, m in j.masses.items()}) for j in joins
     ]
 
 
@@ -125,10 +124,7 @@ def streams_table(joins: Sequence[Join]) -> str:
         (
             j.node,
             j.module,
-            *(
-                pair(*(j.masses[s][k] for s in SIDES)) if k in j.masses["balanced"] else ""
-                for k in kinds
-            ),
+            *(pair(*(j.masses[s][k] for s in SIDES)) if k in j.masses["balanced"] else "" for k in kinds),
             pair(*(j.gone[s] for s in SIDES)),
         )
         for j in joins

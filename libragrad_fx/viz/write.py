@@ -80,9 +80,7 @@ def write(
 def _require_finite(graph: nx.DiGraph) -> None:
     for node, data in graph.nodes(data=True):
         if not all(math.isfinite(v) for side in SIDES for v in (data[side] or {}).values()):
-            raise InputError(
-                f"{node} ({data['op']}): its account is not finite: no picture shows it"
-            )
+            raise InputError(f"{node} ({data['op']}): its account is not finite: no picture shows it")
     for a, b, data in graph.edges(data=True):
         if not all(math.isfinite(data[k] or 0.0) for k in (*SIDES, *NORMS.values())):
             raise InputError(f"what comes back from {b} to {a} is not finite: no picture shows it")

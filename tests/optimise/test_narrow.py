@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 import libragrad_fx as lg
 from libragrad_fx.bench import Operations
 from libragrad_fx.decide import rulebook
+from libragrad_fx.graph.notes import Undo, note
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.optimise import narrow
-from libragrad_fx.optimise.narrow import is_row
 from libragrad_fx.optimise.work import Work
 from libragrad_fx.rewrite.erase import erase, spell
 from libragrad_fx.types import OpFacts
@@ -177,7 +177,7 @@ def transformed(model: nn.Module, x: torch.Tensor, **kwargs: Any) -> CapturedMod
 
 def has_rows(gm: CapturedModule) -> bool:
     assert gm.lean is not None
-    return any(map(is_row, gm.lean.nodes))
+    return any(note(n).undo is Undo.DROP for n in gm.lean.nodes)
 
 
 def tokens(n: int = N) -> torch.Tensor:
@@ -211,7 +211,7 @@ def test_causal(read: str, written: bool) -> None:
     gm = transformed(model, tokens())
     assert has_rows(gm)  # of a fused causal attention only the last row sees all keys: the MLP's rows
     attends = [n for n in gm.lean.nodes if getattr(n.target, "aten_op", 0) is SDPA]  # type: ignore[union-attr]
-    freely = [n for n in attends if is_row(n)]
+    freely = [n for n in attends if note(n).undo is Undo.DROP]
     assert bool(freely) == (not written and read in ("last token", "kept as an axis"))
 
 
