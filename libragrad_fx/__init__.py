@@ -7,23 +7,9 @@ from libragrad_fx.api import audit, gradient_graph, plan, trace, transform, veri
 from libragrad_fx.attribution import Attribution, attribute, blocks
 from libragrad_fx.module.segments import checkpointed
 from libragrad_fx.types import Certificate, Ledger, Plan
-
-__version__ = "0.1.0"
+from libragrad_fx.version import __version__
 
 __all__ = [
-    "Attribution",
-    "Certificate",
-    "Ledger",
-    "Plan",
-    "attribute",
-    "audit",
-    "blocks",
-    "checkpointed",
-    "errors",
-    "gradient_graph",
-    "plan",
-    "trace",
-    "transform",
-    "verify",
-    "visualize",
-]
+    "Attribution", "Certificate", "Ledger", "Plan", "__version__", "attribute", "audit", "blocks",
+    "checkpointed", "errors", "gradient_graph", "plan", "trace", "transform", "verify", "visualize",
+]  # fmt: skip

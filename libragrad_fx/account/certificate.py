@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from libragrad_fx.module.captured import CapturedModule, Forward, InGraphs
 from libragrad_fx.rewrite.erase import erased_difference
 from libragrad_fx.target import as_call, differentiable, inexact, moving, undisturbed
 from libragrad_fx.types import Certificate, Ledger, Proof
+from libragrad_fx.version import __version__
 
 _SAME_SIZE = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
@@ -65,7 +65,7 @@ def certify(
         digest=plans[0].digest,
         dtype=dtype,
         device=device,
-        versions={p: importlib.metadata.version(p) for p in ("torch", "libragrad-fx")},
+        versions={"torch": torch.__version__.partition("+")[0], "libragrad-fx": __version__},
     )
 
 

@@ -14,9 +14,9 @@ import libragrad_fx
 
 ROOT = Path(libragrad_fx.__file__).parent
 ROOMS = [
-    {"errors", "types"}, {"extras", "target"}, {"graph"}, {"ops"}, {"decide"}, {"optimise"}, {"module"},
-    {"capture"}, {"rewrite"}, {"account"}, {"attribution", "stages", "viz"}, {"pieces"}, {"api"},
-    {"models"}, {"bench", "coverage", "demo"}, {"cli"}, {"__init__", "__main__"},
+    {"errors", "types", "version"}, {"extras", "target"}, {"graph"}, {"ops"}, {"decide"}, {"optimise"},
+    {"module"}, {"capture"}, {"rewrite"}, {"account"}, {"attribution", "stages", "viz"}, {"pieces"},
+    {"api"}, {"models"}, {"bench", "coverage", "demo"}, {"cli"}, {"__init__", "__main__"},
 ]  # fmt: skip
 """What a room imports stands before it."""
 STAGES = ["graph", "ops", "decide", "optimise", "module", "capture", "rewrite", "account", "pieces"]
@@ -178,4 +178,4 @@ def test_the_package_can_be_read_in_an_afternoon() -> None:
         for n, p in FILES.items()
         if room_of(p) not in apart
     }
-    assert sum(lines.values()) < 11036
+    assert sum(lines.values()) < 11025
