@@ -37,7 +37,8 @@ class Note:
     bound: a Python binding does what the op does with such arguments (``ops.binding``)
     gate:  how the node is the halved product of a gated activation, in the words of ``gated``
     place: of a ``select`` that a gradient comes back through: axis, place and how many places there are
-    fixed: the node depends on no input and no parameter, so that once is enough
+    fixed: the node depends on no input and no parameter, but for sizes and other numbers: once for each of
+        these is enough
     over:  the node may be computed in the memory of its first operand
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,9 +36,25 @@ class Tree:
             for p, v in places
             if v["_parameters"]
         ]  # fmt: skip
+        held = [(now, then) for _, now, then in (*self._attributes, *self._children) if then]
+        self._look = [(now, operator.itemgetter(*then)) for now, then in held]
+        self._seen = [look(then) for (_, look), (_, then) in zip(self._look, held, strict=True)]
+        self._wanted = [want for *_, then in self._dtypes for want in then.values()]
+
+    def _is_as_it_was(self) -> bool:
+        """All at once: it is asked at every call. False also where the difference may not matter."""
+        try:
+            if [look(now) for now, look in self._look] != self._seen:
+                return False
+        except (LookupError, RuntimeError, ValueError, TypeError):  # gone, or a tensor in its place
+            return False
+        found = [None if p is None else p.dtype for _, now, _ in self._dtypes for p in now.values()]
+        return found == self._wanted
 
     def require_unchanged(self) -> None:
         """Raise ``ModeError`` if the tree is not any more as it was captured."""
+        if self._is_as_it_was():
+            return
         for path, now, then in self._attributes:
             if not _holds(now, then):
                 raise _changed(path, now, then)

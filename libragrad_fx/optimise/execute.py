@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from libragrad_fx.decide.flow import reach
 from libragrad_fx.graph.notes import note
 from libragrad_fx.ops.binding import PRODUCTS, binding, in_place
 from libragrad_fx.ops.function import watched
 from libragrad_fx.ops.gate import gated
 from libragrad_fx.ops.places import idle, whole
 from libragrad_fx.ops.product import halved_mul
+
+_KEPT = 8  # how many sizes constants are kept for
+_MANY = 2**20  # elements of constants that are kept together
 
 
 def bound(graph: Graph) -> Graph:
@@ -39,6 +43,7 @@ def bound(graph: Graph) -> Graph:
         elif note(node).bound:
             node.target = binding(node.target)
     _unbind(new)
+    _fold(new)
     return new
 
 
@@ -93,7 +98,7 @@ def _erase(graph: Graph, node: Node) -> None:
 
 
 def flattened(graph: Graph) -> tuple[Callable[[torch.nn.Module], Any], dict[str, Any]]:
-    """Let ``graph`` name attributes by one name each, and take what is marked as fixed for such.
+    """Let ``graph`` name attributes by one name each.
 
     ``nn.Module`` looks for each part of ``layers.3.fc1.weight`` in Python, at every call: of a small
     network that is a tenth of the time. Here each submodule is looked up once a call, and where
@@ -109,9 +114,7 @@ def flattened(graph: Graph) -> tuple[Callable[[torch.nn.Module], Any], dict[str,
     parents = [itertools.accumulate(p.split(".")[:-1], "{}.{}".format) for p in names]
     modules = [(p, *p.rpartition(".")[::2]) for p in sorted(set(itertools.chain(*parents)))]
     leaves = [p.rpartition(".")[::2] for p in names]
-    fixed, compute = _folded(graph)
-    every = [*names.values(), *fixed]
-    Attributes = namedtuple("Attributes", every)  # of plain objects, Dynamo knows not all
+    Attributes = namedtuple("Attributes", names.values())  # of plain objects, Dynamo knows not all
 
     def attributes(root: torch.nn.Module) -> Any:
         found: dict[str, Any] = {"": root}
@@ -121,36 +124,63 @@ def flattened(graph: Graph) -> tuple[Callable[[torch.nn.Module], Any], dict[str,
         for parent, name in leaves:
             own = found[parent]._parameters.get(name)
             values.append(getattr(found[parent], name) if own is None else own)
-        return Attributes(*values, *compute())
+        return Attributes(*values)
 
-    return attributes, dict.fromkeys(every)
+    return attributes, dict.fromkeys(names.values())
 
 
-def _folded(graph: Graph) -> tuple[list[str], Callable[[], Sequence[Any]]]:
-    """Move what is fixed out of ``graph``: names that it reads it by, and what computes it at first."""
-    inner, env = Graph(), dict[Node, Node]()
-    read = [n for n in graph.nodes if note(n).fixed and not all(note(u).fixed for u in n.users)]
-    for node in [n for n in graph.nodes if note(n).fixed]:
-        env[node] = inner.node_copy(node, env.__getitem__)
-    inner.output(tuple(env[n] for n in read))
-    names = [f"c{i}" for i in range(len(read))]
-    for node, name in zip(read, names, strict=True):
-        with graph.inserting_before(node):
-            node.replace_all_uses_with(graph.create_node("get_attr", name))
-    for node in reversed([*env]):
+def _fold(graph: Graph) -> None:
+    """Compute what is marked as fixed once for each of the numbers (mostly sizes) that it depends on:
+    a call that gives it stands in its place. What depends on no number is computed once for all calls."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    fixed = [n for n in order if note(n).fixed]
+    numbers: dict[Node, frozenset[Node]] = {}
+    groups: dict[frozenset[Node], list[Node]] = defaultdict(list)
+    for node in fixed:
+        numbers[node] = frozenset().union(*(numbers.get(n, {n}) for n in node.all_input_nodes))
+        if not all(note(u).fixed for u in node.users):
+            groups[numbers[node]].append(node)
+    programs = [(sorted(k, key=order.__getitem__), read) for k, read in groups.items()]
+    held = [_held(_program(fixed, given, read)) for given, read in programs]
+    for (given, read), call in zip(programs, held, strict=True):
+        with graph.inserting_after(given[-1]) if given else graph.inserting_before(read[0]):
+            values = graph.call_function(call, tuple(given))
+        for i, node in enumerate(read):
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(graph.call_function(operator.getitem, (values, i)))
+    for node in reversed(fixed):
         graph.erase_node(node)
-    make = torch.fx.GraphModule({}, inner).forward
-    held: dict[torch.dtype, Any] = {}  # constants may be made without a dtype
 
-    def compute() -> Sequence[Any]:
-        if not read:
-            return ()
+
+def _program(fixed: Sequence[Node], given: Sequence[Node], read: Sequence[Node]) -> Graph:
+    """The fixed nodes that ``read`` is made of, as a graph of its own over the numbers ``given``."""
+    needed = reach(read, lambda n: [m for m in n.all_input_nodes if note(m).fixed])
+    graph = Graph()
+    env = {n: graph.placeholder(f"n{i}") for i, n in enumerate(given)}
+    for node in fixed:
+        if node in needed:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[n] for n in read))
+    return graph
+
+
+def _held(program: Graph) -> Callable[..., Sequence[torch.Tensor]]:
+    """Runs a program of numbers, and keeps what it made of the last few, if that is small."""
+    make = torch.fx.GraphModule({}, program).forward
+    kept: dict[Any, Any] = {}
+
+    def fixed(*numbers: Any) -> Sequence[torch.Tensor]:
         if watched() or torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
-            return make()  # what such modes make of it is theirs
-        dtype = torch.get_default_dtype()
-        if dtype not in held:
-            with torch.inference_mode(False), torch.no_grad():
-                held[dtype] = make()
-        return held[dtype]  # type: ignore[no-any-return]
+            return make(*numbers)  # what such modes make of it is theirs
+        key = (torch.get_default_dtype(), *numbers)  # constants may be made without a dtype
+        if key in kept:
+            return kept[key]  # type: ignore[no-any-return]
+        with torch.inference_mode(False), torch.no_grad():
+            made = make(*numbers)
+        if len(kept) == _KEPT:
+            kept.clear()
+        if sum(t.numel() for t in made) <= _MANY:
+            kept[key] = made
+        return made  # type: ignore[no-any-return]
 
-    return names, compute
+    return fixed

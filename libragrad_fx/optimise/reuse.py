@@ -16,7 +16,7 @@ from libragrad_fx.graph.notes import annotate, note
 from libragrad_fx.ops.binding import PRODUCTS, in_place
 from libragrad_fx.ops.insert import LEAN
 from libragrad_fx.ops.places import idle, is_selection, taken, whole
-from libragrad_fx.optimise.views import only_moves
+from libragrad_fx.optimise.views import elements, is_sized, only_moves
 from libragrad_fx.optimise.work import Work
 
 _SMALL = 2**16  # elements of a constant that is kept
@@ -93,11 +93,17 @@ def _moves(node: Node) -> str | None:
             return ""
     elif op is not operator.getitem:
         return ""
-    if not all(note(n).fixed for n in node.all_input_nodes) or not isinstance(value, torch.Tensor):
+    if not all(note(n).fixed or _is_number(n) for n in node.all_input_nodes):
         return ""
-    if any(not isinstance(n, int) for n in value.shape):
-        return "its size differs from call to call"
-    return None if value.numel() <= _SMALL else f"it has more than {_SMALL} elements"
+    if not isinstance(value, torch.Tensor):
+        return ""
+    if not is_sized(node):
+        return "data decides a size of it"
+    return None if elements(node) <= _SMALL else f"it has more than {_SMALL} elements"
+
+
+def _is_number(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def _takes_all(node: Node) -> bool:
