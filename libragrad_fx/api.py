@@ -150,7 +150,7 @@ def _one_graph(
         tree.require_unchanged()
         return _one_graph(model, Arguments(tuple(args), kwargs), dynamic, **options)
 
-    module.origin = Origin(recapture)
+    vars(module)["origin"] = Origin(recapture)
     return module
 
 

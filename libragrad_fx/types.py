@@ -290,32 +290,9 @@ class Plan:
         return json.dumps(body, indent=2)
 
     def __str__(self) -> str:
-        head = ("node", "module", "source", "action", "rule", "reason")
-        rows = [(e.node, e.module, e.source, _verb(e), e.rule, e.reason) for e in self.edits]
-        lines = [f"plan: policy {self.policy} ({self.digest[:12]}), {len(self.edits)} edits"]
-        lines += table(head, rows)
-        for title, findings in (("no rule", self.unknown), ("left unbalanced", self.unbalanced)):
-            lines += [f"{title}: {f}" for f in findings]
-        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+        from libragrad_fx.viz.text import plan_text
 
-
-def _verb(edit: Edit) -> str:
-    what = ", ".join(edit.operands) or "output"
-    if edit.action in (Action.STOP, Action.CUT):
-        return f"{edit.action} {what}"
-    if edit.action is Action.SCALE:
-        return f"scale {what} by {edit.factor:g}"
-    return f"{edit.action} ({edit.twin})"
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """Plain-text table, one line a row, columns padded to their longest cell."""
-    if not rows:
-        return []
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    line = "  ".join("-" * w for w in widths)
-    cells = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in [head, *rows]]
-    return [cells[0].rstrip(), line, *(c.rstrip() for c in cells[1:])]
+        return plan_text(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -446,33 +423,9 @@ class Ledger:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     def __str__(self) -> str:
-        percent = lambda x: f"{100 * x / (self.output or 1.0):.3g} %"  # noqa: E731
-        lines = [
-            f"output {self.output:.6g} = input {self.input:.6g} + bias {self.bias:.6g}"
-            f" + residuals {self.output - self.input - self.bias:.3g}"
-            f" (completeness error {self.completeness_error:.3g}); {len(self.rows)} live nodes",
-            "",
-            "what the backward loses and creates, by op, in % of the output",
-            *table(
-                ("op", "nodes", "lost", "created"),
-                [
-                    (op, str(n), *(percent(math.copysign(m, self.output)) for m in moved))
-                    for op, n, *moved in self.by_op()[:10]
-                ],
-            ),
-            "",
-            "nodes, the largest residual first",
-            *table(
-                ("node", "op", "module", "residual", "% of output", "⟨y,g⟩", "to streams", "to input",
-                 "to bias", "source"),
-                [
-                    (r.node, r.op, r.module, f"{r.residual:+.3g}", percent(r.residual), f"{r.out:.4g}",
-                     f"{r.streams:.4g}", f"{r.sources:.4g}", f"{r.bias:.4g}", r.source)
-                    for r in self.worst(20)
-                ],
-            ),
-        ]  # fmt: skip
-        return "\n".join(lines)
+        from libragrad_fx.viz.text import ledger_text
+
+        return ledger_text(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -589,34 +542,6 @@ class Certificate:
         return Certificate(**body, **lists, rows=tuple(rows), boundaries=tuple(boundaries))
 
     def __str__(self) -> str:
-        def mark(good: bool) -> str:
-            return "ok  " if good else "FAIL"
+        from libragrad_fx.viz.text import certificate_text
 
-        tol, proved = self.tolerance, sum(self.proof.values())
-        behind = max((b.error for b in self.boundaries), default=0.0)
-        lines = [
-            f"certificate: {'balanced' if self.ok else 'NOT BALANCED'}"
-            f" (policy {self.policy}, rules {self.digest[:12]}, {self.dtype} on {self.device})",
-            f"  {mark(self.forward_equal)} forward equal to the bit"
-            + ("" if self.forward_equal else
-               f": largest difference {self.max_abs_difference:.3g}, {self.max_ulp} ulp"),
-            f"  {mark(self.erased_equal)} {self.edits} edits over {self.nodes} nodes;"
-            " erased, the original graph comes back node for node",
-            f"  {mark(not self.unbalanced)} {proved} of {proved + len(self.unbalanced)} nodes on a live"
-            " path are balanced by their kind"
-            + (f"; not: {', '.join(self.unbalanced)}" if self.unbalanced else ""),
-            *(f"         {count:5d}  {reason}" for reason, count in self.proof.items()),
-            f"  {mark(self.worst_residual <= tol)} largest residual of a node"
-            f" {self.worst_residual:.3g} ({self.worst_node or 'none'}), tolerance {tol:.3g}",
-            f"  {mark(self.completeness_error <= tol)} completeness error"
-            f" {self.completeness_error:.3g} of output {self.output:.6g}"
-            f" = input {self.input_share:.6g} + bias {self.bias_share:.6g}",
-            f"  {mark(self.runs_as_accounted)} the graph that runs gives the input"
-            f" {self.share_as_run:.6g}" if self.share_as_run is not None else
-            "       the graph that runs is not compared: embeddings choose where the signal starts",
-            f"  {mark(behind <= tol)} behind each of {len(self.boundaries)} blocks, the largest"
-            f" completeness error is {behind:.3g}",
-            *(f"       cut: {c}; a gate that crosses it is taken for a value" for c in self.cuts),
-            f"       the input carries {self.input_fraction:.1%} of what the account moves",
-        ]  # fmt: skip
-        return "\n".join(lines)
+        return certificate_text(self)

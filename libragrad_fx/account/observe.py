@@ -42,6 +42,15 @@ class Observer(torch.fx.Interpreter):
         """As fx has it, but for ``*args``, whose value is one of the arguments here."""
         return next(self.args_iter)
 
+    def fetch_attr(self, target: str) -> Any:
+        """What is at a path: the module's own, where an attribute of ours has the same name."""
+        parent, _, name = target.rpartition(".")
+        holder = self.module.get_submodule(parent)
+        for place in (holder._modules, holder._parameters, holder._buffers):
+            if name in place:
+                return place[name]
+        return getattr(holder, name)
+
     def run_node(self, n: Node) -> Any:
         y = self.computed(n)
         if n.target is insert.guard or n.name in self.embeddings:

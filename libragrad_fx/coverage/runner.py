@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -51,6 +52,7 @@ def run(
 
     seen: called with every result as it comes.
     """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # models run on the CPU; CUDA does not survive a fork
     context: Any = multiprocessing.get_context(_START)
     context.set_forkserver_preload(list(_PRELOAD))
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from libragrad_fx.graph.schema import aten_op
 from libragrad_fx.types import OpFacts
 
 
@@ -24,7 +25,7 @@ def functional(op: Any) -> torch._ops.OpOverload | None:
 
 def is_fresh(node: Node, fact: OpFacts | None) -> bool:
     """Whether an op's result shares no memory with its operands. fact: the row of the op."""
-    op = getattr(node.target, "aten_op", node.target)  # what a twin is the twin of
+    op = aten_op(node)
     if not isinstance(op, torch._ops.OpOverload):
         return False
     if any(r.alias_info is not None for r in op._schema.returns):

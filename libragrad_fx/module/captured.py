@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -100,6 +101,8 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
 
     record: Record
     lean: torch.fx.Graph | None
+    _tree: Tree
+    _attributes: tuple[str, ...]
 
     def __init__(
         self, root: torch.nn.Module, graph: torch.fx.Graph, record: Record,
@@ -114,18 +117,21 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
             elif key not in own:
                 self.__dict__[key] = value
         self.__dict__["training"] = record.training
-        self._attributes = tuple(k for k in vars(self) if k not in own)
-        self.record = record
-        self.origin = None
-        self._tree = Tree(self)
-        self.graph = graph
+        kept = tuple(k for k in vars(self) if k not in own)
+        # a submodule may have any name; what is assigned to that name would have to be a module
+        self.__dict__.update(_attributes=kept, record=record, origin=None)
+        self.__dict__["_tree"] = Tree(self)
+        torch.fx.GraphModule.graph.fset(self, graph)  # type: ignore[attr-defined]
         self._run_lean(lean)
 
     def recompile(self) -> Any:
         """As ``GraphModule``; a graph that was changed by hand runs as it is."""
         self.__dict__["lean"] = None
         code = super().recompile()
-        self._run(type(self).forward)
+        body = type(self).forward
+        if any(hasattr(type(self), name) or name in vars(self) for name in self._modules):
+            body = _by_place(self.graph, body)
+        self._run(body)
         return code
 
     def _run_lean(self, lean: torch.fx.Graph | None) -> None:
@@ -178,6 +184,15 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
         forward.__wrapped__ = getattr(body, "__wrapped__", body)  # type: ignore[attr-defined]
         type(self).forward = forward  # type: ignore[method-assign]
 
+    def get_submodule(self, target: str) -> torch.nn.Module:
+        """As ``nn.Module``; where an attribute of ours has the name, the submodule is meant."""
+        module: Any = self
+        for name in target.split(".") if target else ():
+            module = module._modules.get(name)
+            if module is None:
+                return super().get_submodule(target)
+        return module  # type: ignore[no-any-return]
+
     def graphs(self) -> tuple[torch.fx.Graph, ...]:
         """The graph, and the one that runs in its place where nobody listens (``lean``)."""
         return (self.graph,) if self.lean is None else (self.graph, self.lean)
@@ -217,9 +232,9 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
         unshare(self)
         super()._apply(fn, recurse)
         if after.dtype != before.dtype or after.device != before.device:
-            self.origin = None  # it has not been converted
+            self.__dict__["origin"] = None  # it has not been converted
             _convert_literals(self, before.dtype, after)
-        self._tree = Tree(self)
+        self.__dict__["_tree"] = Tree(self)
         return self
 
     def __reduce__(self) -> Any:
@@ -230,9 +245,24 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         result = _rebuild(copy.deepcopy(_state(self), memo))
-        result.origin = None if self.origin is None else self.origin.copied()
+        result.__dict__["origin"] = None if self.origin is None else self.origin.copied()
         memo[id(self)] = result
         return result
+
+
+def _by_place(graph: torch.fx.Graph, body: Callable[..., Any]) -> Callable[..., Any]:
+    """``body``, a graph's code, for a module with a submodule that is called like an attribute of ours
+    (``plan``, ``graph``): by that name, the code would find the attribute."""
+    flat = torch.fx.Graph()
+    flat.output(flat.graph_copy(graph, {}))
+    attributes, stand_ins = flattened(flat)
+    run = type(torch.fx.GraphModule(stand_ins, flat)).forward
+
+    def forward(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
+        return run(attributes(self), *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(body)  # type: ignore[attr-defined]
+    return forward
 
 
 def one_graph(module: Any, refusal: str = "") -> CapturedModule:

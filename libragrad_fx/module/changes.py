@@ -23,7 +23,7 @@ class Tree:
         skip = set(vars(torch.nn.Module())) - {"training"}
         modules = [(path, vars(m)) for path, m in root.named_modules() if m is not root]
         # of a GraphModule's own attributes none is the model's
-        own = {k: vars(root)[k] for k in getattr(root, "_attributes", ())}
+        own = {k: vars(root)[k] for k in vars(root).get("_attributes", ())}
         self._attributes = [
             (path, now, kept)
             for path, now in [("", vars(root)), *modules]

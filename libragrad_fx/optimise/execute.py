@@ -122,8 +122,9 @@ def flattened(graph: Graph) -> tuple[Callable[[torch.nn.Module], Any], dict[str,
             found[path] = found[parent]._modules[name]
         values = []
         for parent, name in leaves:
-            own = found[parent]._parameters.get(name)
-            values.append(getattr(found[parent], name) if own is None else own)
+            holder = found[parent]
+            own = holder._parameters.get(name, holder._modules.get(name))
+            values.append(getattr(holder, name) if own is None else own)
         return Attributes(*values)
 
     return attributes, dict.fromkeys(names.values())

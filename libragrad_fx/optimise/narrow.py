@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from libragrad_fx.decide.flow import Facts, live, takes_gradient
 from libragrad_fx.graph.notes import Undo, annotate, note
-from libragrad_fx.graph.schema import bind, signature, spread
+from libragrad_fx.graph.schema import aten_op, bind, signature, spread
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.binding import PRODUCTS
 from libragrad_fx.ops.graft import carried
@@ -59,7 +59,7 @@ def narrow(work: Work) -> None:
     graph, facts = work.graph, work.facts
     alive = live(graph, facts)
     rows, mouths = _rows(work, alive)
-    if not any(n.target in PRODUCTS and _is_large(n) for n in rows):
+    if not any(n.target in PRODUCTS and elements(n) > _SMALL for n in rows):
         for mouth, _ in mouths:
             work.no(mouth, f"no product before it has more than {_SMALL} elements")
         return
@@ -127,10 +127,6 @@ def _read_row(node: Node) -> Row | None:
     return (axis % len(sizes(x)), place) if one else None
 
 
-def _is_large(node: Node) -> bool:
-    return elements(node) > _SMALL
-
-
 def _is_entry(node: Node, rows: dict[Node, Row], alive: set[Node], facts: Facts) -> bool:
     """Whether a gradient leaves the narrow part of the graph here, to more than parameters."""
     return isinstance(node.meta["val"], torch.Tensor) and any(
@@ -145,7 +141,7 @@ def _is_entry(node: Node, rows: dict[Node, Row], alive: set[Node], facts: Facts)
 
 def _made_of(node: Node, row: Row, facts: Facts) -> dict[Any, Row] | str:
     """The operands of which one row makes ``row`` of a node, and that row; or why that is not known."""
-    op, fact = _op(node), facts.get(node.name)
+    op, fact = aten_op(node), facts.get(node.name)
     source: Any = node.args[0] if node.args else None
     if is_scale(node) or node.target in (operator.getitem, idle):
         return {source: row}
@@ -175,11 +171,6 @@ def _made_of(node: Node, row: Row, facts: Facts) -> dict[Any, Row] | str:
     return {n: (len(sizes(n)) + back, place) for n, back in found.items()}
 
 
-def _op(node: Node) -> Any:
-    """What a node calls, or what that is the twin of."""
-    return getattr(node.target, "aten_op", node.target)
-
-
 def _axis_before(node: Node, axis: int, facts: Facts) -> int | None:
     """Where an axis of a view lies in its operand, if it is whole there and may be of one row."""
     x: Any = node.args[0]
@@ -201,7 +192,7 @@ def _resized(node: Node, axis: int, facts: Facts) -> Any:
     """The arguments of a node where an axis of its result has one row; a view may be told its sizes."""
     if not only_moves(node, facts) or node.target is operator.getitem:
         return node.args
-    _, told, *_ = [*signature(_op(node))[0], "", ""]
+    _, told, *_ = [*signature(aten_op(node))[0], "", ""]
     if told not in ("size", "shape"):
         return node.args
     x, given, *rest = node.args
@@ -274,8 +265,8 @@ def _again(work: Work, node: Node, row: Row, made: dict[Any, Node]) -> Node:
 
     args, kwargs = map_arg((_resized(node, row[0], work.facts), dict(node.kwargs)), part)
     if (fact := work.facts.get(node.name)) and fact.kind is Kind.ATTENTION:
-        given = bind(_op(node), args, kwargs)
-        args, kwargs = spread(_op(node), {**given, "is_causal": False})  # the last row sees all keys
+        given = bind(aten_op(node), args, kwargs)
+        args, kwargs = spread(aten_op(node), {**given, "is_causal": False})  # the last row sees all keys
     with work.graph.inserting_after(node):
         new = work.graph.call_function(node.target, tuple(args), kwargs)  # type: ignore[arg-type]
     new.meta.update(node.meta)
@@ -337,5 +328,5 @@ def _plain(graph: Graph, node: Node) -> None:
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.erase_node(node)
     elif hasattr(node.target, "aten_op") and node.target is not idle:
-        node.target = _op(node)
+        node.target = aten_op(node)
         annotate(node, rule="", host="")

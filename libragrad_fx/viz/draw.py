@@ -8,9 +8,9 @@ from typing import Any
 import networkx as nx
 
 from libragrad_fx.extras import need
-from libragrad_fx.types import table
 from libragrad_fx.viz.graph import SIDES, op_title
 from libragrad_fx.viz.paint import SEEN, moved, paint
+from libragrad_fx.viz.text import table
 
 _LEGEND = (
     "violet: autograd loses gradient mass, orange: it creates some (% of the output); dashed: pruned;\\l"

@@ -9,9 +9,9 @@ from typing import Any
 
 from libragrad_fx.errors import InputError
 from libragrad_fx.extras import need
-from libragrad_fx.types import table
 from libragrad_fx.viz.flow import BRANCH, RESIDUAL, Join
 from libragrad_fx.viz.graph import NAMES, SIDES
+from libragrad_fx.viz.text import table
 
 _STREAM, _GONE = "#c9ccd1", "#ffffff"
 # Okabe and Ito's, which colour-blind readers tell apart

@@ -263,7 +263,9 @@ class _Builder:
         """The op of a sample call with values for its tensors; the node, and those values."""
         row, used = BOOK.facts[step.row], list[Node]()
         picks = itertools.cycle(step.picks)
-        if row.kind is Kind.ATTENTION:  # PyTorch does not compare the lengths of k and v
+        if row.kind is Kind.ATTENTION or row.op == "aten.mse_loss":
+            # PyTorch does not compare the lengths of k and v, and its derivative of the loss is wrong for
+            # operands of two shapes, which ``F.mse_loss`` expands before
             mode = max(mode, 2)
 
         def place(name: str, value: Any) -> Any:
