@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,12 +30,16 @@ class Observer(torch.fx.Interpreter):
         tap: is shown each node and its value when that is computed; what the node was called with is
             ``fetch_args_kwargs_from_env(node)`` then.
         graph: another graph than ``module.graph``: the leaner one that runs.
+        given: what the signal starts from in place of what the inputs say, by the names in ``sources``.
     """
 
-    def __init__(self, module: CapturedModule, tap: Tap | None = None, graph: Graph | None = None) -> None:
+    def __init__(
+        self, module: CapturedModule, tap: Tap | None = None, graph: Graph | None = None,
+        given: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(module, garbage_collect_values=True, graph=graph)
         self.extra_traceback = False  # an op's own error is enough
-        self.tap, self.embeddings = tap, module.record.starts
+        self.tap, self.embeddings, self.given = tap, module.record.starts, given or {}
         self.sources: dict[str, torch.Tensor] = {}
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -66,7 +70,9 @@ class Observer(torch.fx.Interpreter):
     def started(self, n: Node, x: Any) -> Any:
         """``x`` as a leaf of the gradient."""
         if inexact(x):
-            self.sources[source_name(n)] = x = x.detach().requires_grad_()
+            name = source_name(n)
+            start: Any = self.given.get(name, x)
+            self.sources[name] = x = start.detach().requires_grad_()
         return x
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from libragrad_fx.attribution.methods import METHODS, Attribution, attribute
+from libragrad_fx.attribution.formulas import METHODS
+from libragrad_fx.attribution.methods import Attribution, attribute
 from libragrad_fx.module.walk import blocks, called_modules
 
 __all__ = ["METHODS", "Attribution", "attribute", "blocks", "called_modules"]

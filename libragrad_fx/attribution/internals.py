@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from libragrad_fx.account.observe import Observer, flat_arguments, site_bias, source_name
+from libragrad_fx.attribution import attention as heads
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.flow import reach
 from libragrad_fx.errors import InputError
@@ -43,6 +45,9 @@ class Internals:
     shapes:  shapes of the values upstream of the first layer, in graph order (``()`` for a tuple)
     before:  module path -> the nodes and inputs that the layer's input is computed from
     tokens:  node, input or module path -> the inputs whose positions it has (see ``positions``)
+    attention: every attention, in the order of the graph, where it was asked for
+    streams: for each of these the residual stream behind it; None where there is none
+    ends:    what the module at each layer returned, likewise
     """
 
     output: torch.Tensor
@@ -52,6 +57,9 @@ class Internals:
     shapes: tuple[tuple[int, ...], ...]
     before: Mapping[str, frozenset[str]]
     tokens: Mapping[str, frozenset[str]]
+    attention: tuple[heads.Attention, ...] = ()
+    streams: tuple[torch.Tensor | None, ...] = ()
+    ends: tuple[torch.Tensor, ...] = ()
 
 
 def observe(
@@ -60,6 +68,8 @@ def observe(
     target: Target,
     layers: Sequence[str] = (),
     biases: bool = True,
+    attention: bool = False,
+    given: Mapping[str, torch.Tensor] | None = None,
 ) -> Internals:
     """Run ``module`` forward and backward once.
 
@@ -68,6 +78,8 @@ def observe(
         target: what to explain (see ``verify.select``).
         layers: module paths; of a module called several times the first call counts.
         biases: whether bias terms are wanted.
+        attention: whether attention probabilities are wanted.
+        given: values for sources of the signal in place of what the inputs say, by their names.
 
     Raises:
         InputError: no such layer, or the target does not fit.
@@ -79,6 +91,12 @@ def observe(
     # without layers, what starts the signal is an input, and no constant
     sites = [s for s in module.record.sites if taps or not s.starts]
     counted = {s.node: s for s in sites if biases and s.bias}
+    facts = _facts_of(module)
+    attends = [*heads.sites(module.graph, facts)] if attention else []
+    behind = [heads.stream_after(site, facts) for site in attends]
+    ends = [_layer_output(module, path) for path in layers] if attention else []
+    wanted |= {site.node for site in attends} | {n for n in (*behind, *ends) if n is not None}
+    called: dict[Node, Any] = {}
     kept: dict[Node, torch.Tensor] = {}
     sizes: dict[Node, tuple[int, ...]] = {}
     terms: list[Term] = []
@@ -88,27 +106,45 @@ def observe(
             sizes[n] = shape
         if n in wanted:
             kept[n] = y
+        if attends and any(n is site.node for site in attends):
+            called[n] = run.fetch_args_kwargs_from_env(n)
         if n not in upstream and (site := counted.get(n.name)) is not None:
             terms.extend(_terms(site, y, site_bias(site, n, *run.fetch_args_kwargs_from_env(n))))
 
     with differentiable(), undisturbed(module):
         args, kwargs = as_call(inputs)
-        run = Observer(module, tap)
+        run = Observer(module, tap, given=given or {})
         each = select_each(run.run(*flat_arguments(module, args, kwargs)), target)
         values = [*run.sources.values(), *(kept[n] for n in taps.values()), *(t for *_, t in terms)]
+        values += [kept[site.node] for site in attends]
         found = iter(_pairs(each, values))
     sources = {name: next(found) for name in run.sources}
     tapped = {path: next(found) for path in taps}
     constants = tuple(
         (site, axis, _finite(b.expand_as(t), g), g)
-        for (site, axis, b, t), (_, g) in zip(terms, found, strict=True)
+        for (site, axis, b, t), (_, g) in zip(terms, itertools.islice(found, len(terms)), strict=True)
     )
+    attended = tuple(
+        heads.attention(site, called[site.node], g, each.shape[0])
+        for site, (_, g) in zip(attends, found, strict=True)
+    )
+    streams = tuple(None if n is None else kept[n].detach() for n in behind)
     shapes = tuple(shape for n, shape in sizes.items() if n in upstream)
     before = {p: frozenset(map(source_name, _ancestors(n))) for p, n in taps.items()}
     where = positions(module, sizes, sources)
     tokens = {source_name(n): names for n, names in where.items()}
     tokens |= {p: where[n] for p, n in taps.items()}
-    return Internals(each.detach(), sources, tapped, constants, shapes, before, tokens)
+    return Internals(
+        each.detach(), sources, tapped, constants, shapes, before, tokens, attended, streams,
+        tuple(kept[n].detach() for n in ends if n is not None),
+    )  # fmt: skip
+
+
+def _facts_of(module: CapturedModule) -> Callable[[Node], OpFacts | None]:
+    """The row of a node's op: as the module was balanced by, else the shipped one."""
+    made, shipped = module.record.history, rulebook.load().fact
+    own = made.facts if made is not None else {}
+    return lambda n: own.get(n.name) or shipped(aten_op(n))
 
 
 def _pairs(each: torch.Tensor, values: Sequence[torch.Tensor]) -> list[Pair]:
@@ -141,7 +177,7 @@ def positions(
     """
     import networkx as nx  # who attributes nothing does not wait for it
 
-    starts, facts = module.record.starts, rulebook.load().fact
+    starts, facts = module.record.starts, _facts_of(module)
     signal: set[str] = set()
     shared: nx.Graph = nx.Graph()
     found: dict[Node, frozenset[str]] = {}
@@ -152,7 +188,7 @@ def positions(
         if node.target is insert.guard:
             found[node] = frozenset([source_name(node)])
             signal |= found[node] & set(floating)
-        elif _has_rows(node, facts(aten_op(node))):
+        elif _has_rows(node, facts(node)):
             found[node] = found[carried[0]] if carried else frozenset()
         elif node.target in (insert.sizes, insert.structure) or node not in sizes:
             found[node] = frozenset()  # a number has no positions
@@ -205,6 +241,16 @@ def layer_input(module: CapturedModule, path: str) -> Node:
     near = difflib.get_close_matches(str(path), called, 3) or called[:6]
     hint = f"; called are, for example, {', '.join(near)}"
     raise InputError(f"no module {path!r} is called with a tensor in this graph{hint}")
+
+
+def _layer_output(module: CapturedModule, path: str) -> Node | None:
+    """The graph node that is the first tensor which the module at ``path`` returns."""
+    for node in module.graph.nodes:
+        if node.op == "call_module" and node.target == path and "_output" in node.kwargs:
+            found: list[Node] = []
+            map_arg(node.kwargs["_output"], found.append)
+            return found[0] if found else None
+    return None
 
 
 def _ancestors(node: Node) -> set[Node]:

@@ -50,17 +50,24 @@ def layout(
     tokens = shape[1] if len(shape) == 3 else 1
     if image is None:
         return Layout(tokens, None, 0)
-    for s in reversed([s for s in upstream if len(s) == 4]):
-        axes = _image_axes(s, image)
-        if axes and 0 <= tokens - s[axes[0]] * s[axes[1]] <= _MOST_PREFIX:
-            h, w = s[axes[0]], s[axes[1]]
-            return Layout(tokens, (h, w), tokens - h * w)
+    pictures = [(s[a[0]], s[a[1]]) for s in upstream if len(s) == 4 and (a := _image_axes(s, image))]
+    fitting = [(h, w) for h, w in pictures if 0 <= tokens - h * w <= _MOST_PREFIX]
+    if fitting:  # heads by features may have the image's aspect as well: the largest is the grid
+        h, w = max(fitting, key=lambda grid: grid[0] * grid[1])
+        return Layout(tokens, (h, w), tokens - h * w)
     for prefix in range(min(_MOST_PREFIX, tokens - 1) + 1):  # no feature map: the image's aspect
         w = math.isqrt((tokens - prefix) * image[1] // image[0])
         h = (tokens - prefix) // max(w, 1)
         if h * w == tokens - prefix and h * image[1] == w * image[0]:
             return Layout(tokens, (h, w), prefix)
     return Layout(tokens, None, 0)
+
+
+def positions(shape: Sequence[int], image: tuple[int, int] | None) -> tuple[int, ...]:
+    """The axes of a value that are positions; the others, but the batch, are channels."""
+    if len(shape) == 4:
+        return _image_axes(shape, image) or (2, 3)
+    return (1,) if len(shape) == 3 else tuple(range(2, len(shape)))
 
 
 def _image_axes(shape: Sequence[int], image: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -80,6 +87,8 @@ def place(term: torch.Tensor, where: Layout, image: tuple[int, int] | None) -> P
     """
     term = term.double()
     nowhere = term.new_zeros(term.shape[0])
+    if term.ndim == 4 and term.shape[-1] == term.shape[-2] == where.tokens:  # queries and keys: no picture
+        term = term.sum(1)
     if term.ndim == 4 and (axes := _image_axes(term.shape, image)) and image is not None:
         channel = 1 if axes == (2, 3) else 3
         return Placed(term.sum(channel), None, nowhere)

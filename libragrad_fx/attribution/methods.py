@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from libragrad_fx.attribution import maps
+from libragrad_fx.attribution.formulas import METHODS, Layer, Method, Taps, Term
 from libragrad_fx.attribution.internals import Internals, observe
 from libragrad_fx.errors import InputError
-from libragrad_fx.module.captured import CapturedModule, one_graph
+from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.variants import fitting
 from libragrad_fx.module.walk import blocks
 from libragrad_fx.target import Target, product
-
-METHODS = ("input_x_gradient", "fullgrad_plus")
-Term = tuple[str, torch.Tensor]  # a node or a module path, and its (B, ...) share of the output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,9 @@ class Attribution:
     total:        (B,) what ``values``, ``prefix``, ``unplaced`` and ``others`` add up to
     expected:     (B,) what they add up to where the backward is balanced: the output, for Input x
                   Gradient only if no bias carries; for FullGrad+ over blocks (method §4), for each of them
-                  the output less what does not pass it (biases, other inputs), and all biases once
+                  the output less what does not pass it (biases, other inputs), and all biases once; of
+                  integrated gradients the difference to the output at the baseline; nan for methods that
+                  promise no sum
     completeness_error: (B,) |total - expected|
     layers:       module paths whose inputs were used (empty: the model's own input)
     """
@@ -56,6 +59,9 @@ def attribute(
     *,
     method: str = "fullgrad_plus",
     layers: Sequence[str] | None = None,
+    baseline: float = 0.0,
+    steps: int = 50,
+    seed: int = 0,
 ) -> Attribution:
     """Explain ``target`` of a captured module on ``inputs``, one sample at a time in a batch.
 
@@ -63,43 +69,160 @@ def attribute(
         module: the result of ``transform`` (balanced) or ``trace`` (autograd's own backward).
         inputs: a tensor, a tuple, or a dict of keyword arguments, batch first.
         target: as in Captum (int, tuple, tensor, list), or a callable from output to scalars.
-        method: ``"input_x_gradient"``: Σ_c h g at one layer's input (the model's own by default);
-            ``"fullgrad_plus"`` (FullGrad+, LibraGrad's flagship): the sum of it over the inputs of
-            all blocks, plus every additive bias of the graph times its gradient, once.
-        layers: module paths whose inputs to use; by default the repeated blocks of the network.
+        method: a name in ``attribution.METHODS``, which says what it needs and its source.
+            ``"fullgrad_plus"`` (FullGrad+, LibraGrad's flagship): Σ_c h g over the inputs of all blocks,
+            plus every additive bias of the graph times its gradient, once.
+        layers: module paths whose inputs to use in place of the method's own choice among the repeated
+            blocks of the network (``blocks``).
+        baseline: of ``integrated_gradients``: where the line to the input starts, a number for each entry
+            of the inputs or embeddings.
+        steps: how many inputs ``integrated_gradients`` (Gauss-Legendre nodes) and ``smoothgrad`` average
+            over.
+        seed: of ``smoothgrad``'s noise, of standard deviation 0.15 of the input's range, and of ``random``.
 
     Raises:
-        InputError: unknown method or layer, or a target that does not fit.
+        InputError: unknown method or layer, a target that does not fit, or a model that has not what the
+            method needs.
     """
     if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"no method {method!r}; there are {', '.join(METHODS)}")
-    module = one_graph(
-        module,
-        "attribute needs a captured graph, and {} is none: give it the result"
-        " of transform(model). A model that had to be cut into several graphs has no such maps;"
-        " its balanced input gradient, torch.autograd.grad(gm(x)[...], x), does what it says",
-    )
+    if not isinstance(module, CapturedModule):
+        raise InputError(
+            f"attribute needs a captured graph, and {type(module).__name__} is none: give it the result"
+            " of transform(model). A model that had to be cut into several graphs has no such maps;"
+            " its balanced input gradient, torch.autograd.grad(gm(x)[...], x), does what it says"
+        )
     if isinstance(layers, str) or not isinstance(layers, (Sequence, type(None))):
         raise InputError(f"layers is a list of module paths, got {layers!r}")
-    module = fitting(module, inputs)
-    plus = method == "fullgrad_plus"
-    paths = list(layers) if layers is not None else (blocks(module) if plus else [])
-    seen = observe(module, inputs, target, paths, biases=plus)
-    terms = {**seen.layers} if paths else dict(seen.inputs)
-    if not plus and len(paths) > 1:
-        raise InputError(f"input_x_gradient takes one layer; got {', '.join(paths)}")
-    products = {k: product(h, g) for k, (h, g) in terms.items()}
+    module, how = fitting(module, inputs), METHODS[method]
+    paths = _layers(module, how.layers) if layers is None else list(layers)
+    _require(module, method, how, paths)
+    seen, line = _observed(module, inputs, target, how, paths, baseline, steps, seed)
     batch = seen.output.shape[0]
-    if any(h.shape[0] != batch for h, _ in terms.values()):
+    tapped = seen.layers or seen.inputs
+    if any(h.shape[0] != batch for h, _ in tapped.values()):
         raise InputError(f"the target callable gave {batch} numbers; attribute wants one for each sample")
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        terms = how.terms(_taps(module, method, how, seen))
     biases = [(site.node, maps.by_sample(product(b, g), axis, batch)) for site, axis, b, g in seen.biases]
-    expected = _expected(seen, products, biases, plus)
-    return _assemble(seen, products, biases, expected, method, tuple(paths))
+    if how.sums:
+        expected = _expected(seen, [*tapped], biases, how.biases)
+    elif line is not None:
+        expected = line
+    else:
+        expected = torch.full_like(seen.output, math.nan, dtype=torch.float64)
+    return _assemble(seen, terms, biases, expected, method, tuple(paths))
 
 
-def _expected(
-    seen: Internals, products: Mapping[str, torch.Tensor], biases: Sequence[Term], plus: bool
-) -> torch.Tensor:  # fmt: skip
+def _layers(module: CapturedModule, which: str) -> list[str]:
+    """The block inputs that a method takes where nobody says; none of a network without blocks."""
+    found = [] if which == "input" else blocks(module)
+    chosen = {"first": found[:1], "last": found[-1:], "half": found[len(found) // 2 :]}
+    return chosen.get(which, found)
+
+
+def _require(module: CapturedModule, method: str, how: Method, paths: Sequence[str]) -> None:
+    """Raise ``InputError`` if the graph has not what a method needs."""
+    if method in ("gradient", "input_x_gradient") and len(paths) > 1:
+        raise InputError(f"{method} takes one layer; got {', '.join(paths)}")
+    if how.path and paths:
+        raise InputError(f"{method} goes over inputs, and takes no layers")
+    if how.attention and not paths:
+        raise InputError(
+            f"{method} goes from block to block, and no repeated blocks were found: name their paths with"
+            " layers=[…], or use input_x_gradient"
+        )
+
+
+def _observed(
+    module: CapturedModule, inputs: Any, target: Target, how: Method, paths: Sequence[str], baseline: float,
+    steps: int, seed: int,
+) -> tuple[Internals, torch.Tensor | None]:  # fmt: skip
+    """What a method is computed from. On a path, the gradients are averages over it, and the values the way
+    that it goes; and, of a line, by how much the output differs between its ends."""
+    run = functools.partial(observe, module, inputs, target, paths, how.biases)
+    seen = run(attention=how.attention)
+    if not how.path:
+        return seen, None
+    starts = {name: x for name, (x, _) in seen.inputs.items()}
+    if how.path == "line":
+        nodes, weights = np.polynomial.legendre.leggauss(steps)
+        places = [({k: baseline + (1 + a) / 2 * (x - baseline) for k, x in starts.items()}, w / 2)
+                  for a, w in zip(nodes.tolist(), weights.tolist(), strict=True)]  # fmt: skip
+    else:
+        draw = torch.Generator().manual_seed(seed)
+        places = [({k: x + _noise(x, draw) for k, x in starts.items()}, 1 / steps) for _ in range(steps)]
+    mean = {name: torch.zeros_like(g) for name, (_, g) in seen.inputs.items()}
+    for given, weight in places:
+        for name, (_, g) in run(given=given).inputs.items():
+            mean[name] += weight * g
+    if how.path == "noise":
+        return dataclasses.replace(seen, inputs={k: (x, mean[k]) for k, x in starts.items()}), None
+    origin = {k: torch.full_like(x, baseline) for k, x in starts.items()}
+    way = {k: (x - baseline, mean[k]) for k, x in starts.items()}
+    difference = seen.output.double() - run(given=origin).output.double()
+    return dataclasses.replace(seen, inputs=way), difference
+
+
+def _noise(x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+    """The same for each sample, of standard deviation 0.15 of the range of its values, as in the paper."""
+    inner = tuple(range(1, x.ndim))
+    size = 0.15 * (x.amax(inner, keepdim=True) - x.amin(inner, keepdim=True))
+    return torch.randn(x.shape[1:], generator=draw, dtype=x.dtype).to(x.device) * size
+
+
+def _taps(module: CapturedModule, method: str, how: Method, seen: Internals) -> Taps:
+    """What one backward showed, block by block."""
+    images = _images(seen)
+    layers = [
+        Layer(name, h, g, maps.positions(h.shape, next(iter(images.values()), None)))
+        for name, (h, g) in (seen.layers or seen.inputs).items()
+    ]
+    if not how.attention:
+        return Taps(layers)
+    at = [_inside(seen, layer.name) for layer in layers]
+    missing = [x.name for x, i in zip(layers, at, strict=True) if i is None or not _over_tokens(seen, i, x)]
+    if missing:
+        raise InputError(
+            f"{method} needs attention over the tokens of each block's input, and {missing[0]} has none (no"
+            " attention, or one within windows): use fullgrad_plus or xgradcam_plus"
+        )
+    if len({layer.value.shape[1] for layer in layers}) > 1:
+        raise InputError(
+            f"{method} follows one sequence of tokens from block to block, and these blocks have several:"
+            f" name those of one with layers=[…] ({layers[0].name}, …, {layers[-1].name})"
+        )
+    found = [i for i in at if i is not None]
+    streams = [s for i in found if (s := seen.streams[i]) is not None]
+    taps = Taps(layers, [seen.attention[i] for i in found], streams, seen.ends)
+    return dataclasses.replace(taps, row=_row(method, taps, seen, images)) if how.row else taps
+
+
+def _inside(seen: Internals, path: str) -> int | None:
+    """Which attention is the first of a block."""
+    return next((i for i, a in enumerate(seen.attention) if f"{a.module}.".startswith(f"{path}.")), None)
+
+
+def _over_tokens(seen: Internals, index: int, layer: Layer) -> bool:
+    batch, _, *tokens = seen.attention[index].weights.shape
+    return layer.value.ndim == 3 and tokens == [layer.value.shape[1]] * 2 and batch == len(layer.value)
+
+
+def _row(method: str, taps: Taps, seen: Internals, images: Mapping[str, Any]) -> int:
+    """The token that attention is followed to: the class token, of a causal model the last one."""
+    first, weights = taps.layers[0], taps.attention[0].weights
+    if weights.shape[-1] > 1 and not bool(weights.triu(1).any()):
+        return -1
+    image = next(iter(images.values()), None)
+    if image is not None and not maps.layout(first.value.shape, seen.shapes, image).prefix:
+        raise InputError(
+            f"{method} follows attention to the class token, and {first.name} has none: use attcat"
+        )
+    return 0
+
+
+def _expected(seen: Internals, names: Sequence[str], biases: Sequence[Term], plus: bool) -> torch.Tensor:
     """(B,): what all terms add up to if the backward is balanced.
 
     The term of a layer is the output less what does not come by it: biases and inputs that are not
@@ -111,23 +234,23 @@ def _expected(
     sums = [(name, maps.summed(b)) for name, b in biases]
     sources = [(name, maps.summed(product(x, g))) for name, (x, g) in seen.inputs.items()]
     whole = torch.zeros_like(output) + sum(s for _, s in sums)
-    for path in products:
+    for path in names:
         before = seen.before[path]
         whole = whole + output - sum(s for name, s in [*sources, *sums] if name not in before)
     return whole
 
 
 def _assemble(
-    seen: Internals, products: dict[str, torch.Tensor], biases: Sequence[Term],
+    seen: Internals, shares: Sequence[Term], biases: Sequence[Term],
     expected: torch.Tensor, method: str, layers: tuple[str, ...],
 ) -> Attribution:  # fmt: skip
-    images = {n: (x.shape[-2], x.shape[-1]) for n, (x, _) in seen.inputs.items() if x.ndim == 4}
-    terms = [*products.items(), *biases]
-    main = _main(seen, products, images)
+    images = _images(seen)
+    terms = [*shares, *biases]
+    main = _main(seen, [name for name, _ in shares], images)
     groups: dict[frozenset[str], list[torch.Tensor]] = {main: []}
     for name, term in terms:
         groups.setdefault(seen.tokens.get(name, frozenset()) or main, []).append(term)
-    firsts = {seen.tokens[n]: p.shape for n, p in reversed(products.items())}
+    firsts = {seen.tokens[n]: p.shape for n, p in reversed(shares)}
     found: dict[frozenset[str], list[maps.Placed]] = {}
     for source, group in groups.items():
         # of joined sequences (text before patches) no part is laid out as an image
@@ -169,9 +292,12 @@ def _assemble(
     )
 
 
-def _main(
-    seen: Internals, products: Mapping[str, torch.Tensor], images: Mapping[str, Any]
-) -> frozenset[str]:
+def _main(seen: Internals, names: Sequence[str], images: Mapping[str, Any]) -> frozenset[str]:
     """The input whose positions the map is over: an image, or that of the first term."""
-    tokens = [seen.tokens[n] for n in products]
+    tokens = [seen.tokens[n] for n in names]
     return next((t for t in tokens if t & set(images)), tokens[0])
+
+
+def _images(seen: Internals) -> dict[str, tuple[int, int]]:
+    """Height and width of the inputs that are images."""
+    return {n: (x.shape[-2], x.shape[-1]) for n, (x, _) in seen.inputs.items() if x.ndim == 4}

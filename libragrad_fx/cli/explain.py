@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ import typer
 
 import libragrad_fx as lg
 from libragrad_fx import models
+from libragrad_fx.attribution import METHODS
 from libragrad_fx.cli.common import (
     dtype_of,
     load_model,
@@ -30,6 +32,8 @@ from libragrad_fx.extras import need
 from libragrad_fx.target import first_tensor, largest
 
 _CAPTIONS = {"fullgrad_plus": "FullGrad+", "input_x_gradient": "Input×Gradient"}
+_Name: Any = Literal[tuple(METHODS)]  # type: ignore[valid-type]
+_AT_FIRST_BLOCK = ("input_x_gradient", "gradient")
 
 
 @app.command(short_help="Draw what speaks for a class in a picture.")
@@ -40,8 +44,8 @@ def explain(
     checkpoint: Checkpoint = None,
     target: TargetIndex = None,
     method: Annotated[
-        Literal["fullgrad_plus", "input_x_gradient"],
-        typer.Option(help="input_x_gradient is taken at the first block, if the model has blocks."),
+        _Name,  # pyright: ignore[reportInvalidTypeForm]
+        typer.Option(help="Gradients are taken at the first block, if the model has blocks."),
     ] = "fullgrad_plus",
     plain: Annotated[bool, typer.Option("--plain", help="Only the map of the plain gradient.")] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="The picture.")] = Path("out.png"),
@@ -69,10 +73,9 @@ def explain(
     if any(m.ndim != 2 for m in maps.values()):
         raise InputError(f"{model} gives a map over tokens that have no place in the picture")
     title = _title(loaded, logits, chosen)
-    captions = [
-        (f"{_CAPTIONS[method]}, {k}\ncompleteness error {float(a.completeness_error[0]):.3g}", k)
-        for k, a in found.items()
-    ]
+    name = _CAPTIONS.get(method, method)
+    errors = {k: _error(float(a.completeness_error[0])) for k, a in found.items()}
+    captions = [(f"{name}, {k}\n{error}", k) for k, error in errors.items()]
     sheet = heatmap.figure(
         steps.seen(x[0]), [(c, maps[k].numpy()) for c, k in captions], title, _weights(loaded)
     )
@@ -80,10 +83,7 @@ def explain(
     typer.echo(f"{title}\nimage: {steps.note}")
     for k, a in found.items():
         size = "x".join(map(str, maps[k].shape))
-        typer.echo(
-            f"{k}: {_CAPTIONS[method]} on {size} positions,"
-            f" completeness error {float(a.completeness_error[0]):.3g} of output {float(a.output[0]):.4g}"
-        )
+        typer.echo(f"{k}: {name} on {size} positions, {errors[k]} of output {float(a.output[0]):.4g}")
     typer.echo(f"wrote {output}")
 
 
@@ -94,8 +94,12 @@ def _heatmap() -> Any:
     return heatmap
 
 
+def _error(size: float) -> str:
+    return "it promises no sum" if math.isnan(size) else f"completeness error {size:.3g}"
+
+
 def _attribute(gm: Any, x: torch.Tensor, target: Any, method: str) -> lg.Attribution:
-    layers = lg.blocks(gm)[:1] or None if method == "input_x_gradient" else None
+    layers = lg.blocks(gm)[:1] or None if method in _AT_FIRST_BLOCK else None
     return lg.attribute(gm, x, target, method=method, layers=layers)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.fx import Node
 from torch.nn.attention import SDPBackend
 
 from libragrad_fx.ops import insert
@@ -34,6 +35,10 @@ _CACHED = 2**18  # elements a thread: 1 MiB of float32
 _FEW = 256  # keys
 _CHEAP = 2**21  # multiplications of a product, and
 _SMALL = 2**16  # elements of k, below which one kernel for all three gradients costs less
+
+
+def is_softmax(node: Node) -> bool:
+    return getattr(node.target, "aten_op", node.target) is aten.softmax.int
 
 
 def _probabilities(

@@ -1,0 +1,120 @@
+"""Attention of a captured graph, written out or fused: its probabilities, and their gradient.
+
+A fused kernel does not hand its probabilities out, and a balanced backward cuts them. Both are computed
+here, for the explanation alone: A = softmax(s·q·kᵀ + mask), and dA = dO·Vᵀ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from libragrad_fx.decide.flow import reach
+from libragrad_fx.graph.origin import module_path
+from libragrad_fx.graph.schema import aten_op, bind, operands
+from libragrad_fx.ops.attention import is_softmax
+from libragrad_fx.ops.insert import is_scale, probed, stop
+from libragrad_fx.types import Kind, OpFacts
+
+Facts = Callable[[Node], OpFacts | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where a graph attends: ``node`` multiplies probabilities with values.
+
+    module: path of the module that it was traced in
+    before, after: names of its operands in the op's schema; ``before`` is "" where the kernel is fused
+    """
+
+    node: Node
+    module: str
+    before: str
+    after: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """One attention: ``weights`` and ``gradient``, (B, heads, queries, keys) each, in float64. Of attention
+    within windows, B counts these."""
+
+    module: str
+    weights: torch.Tensor
+    gradient: torch.Tensor
+
+
+def sites(graph: Graph, facts: Facts) -> Iterator[Site]:
+    """Every attention of a graph, in its order."""
+    for node in graph.nodes:
+        fact = facts(node)
+        if fact is None:
+            continue
+        if fact.kind is Kind.ATTENTION:
+            yield Site(node, module_path(node), "", "value")
+        elif fact.kind is Kind.PRODUCT and not fact.stream:
+            factors = operands(node, fact.factors)
+            if len(factors) == 2 and _is_softmax(factors[0][1], facts):
+                (before, _), (after, _) = factors
+                yield Site(node, module_path(node), before, after)
+
+
+def _is_softmax(node: Node, facts: Facts) -> bool:
+    """Whether a value is a softmax, seen through all that hands it on: a dropout, a cast, a view, a cut."""
+    while not is_softmax(node):
+        behind, fact = probed(node), facts(node)
+        hands_on = is_scale(node) or node.target is stop or (fact is not None and fact.kind is Kind.LINEAR)
+        if behind is None and hands_on and len(node.all_input_nodes) == 1:
+            (behind,) = node.all_input_nodes
+        if not isinstance(behind, Node):
+            return False
+        node = behind
+    return True
+
+
+def attention(site: Site, call: tuple[Any, Any], gradient: torch.Tensor, batch: int) -> Attention:
+    """The probabilities at a site, and their gradient.
+
+    call:     what the op was called with
+    gradient: of its output
+    """
+    given = bind(aten_op(site.node), *call)
+    weights = given[site.before] if site.before else _probabilities(given)
+    value, g = given[site.after].detach().double(), gradient.double()
+    heads = weights.shape[1] if weights.ndim == 4 else weights.shape[0] // batch
+    if value.ndim == 4 and value.shape[1] != heads:  # grouped queries
+        value = value.repeat_interleave(heads // value.shape[1], 1)
+    found = [t.detach().double() for t in (weights, g @ value.mT)]
+    return Attention(site.module, *(t if t.ndim == 4 else t.unflatten(0, (batch, heads)) for t in found))
+
+
+def _probabilities(given: Mapping[str, Any]) -> torch.Tensor:
+    q, k = given["query"].detach().double(), given["key"].detach().double()
+    if k.shape[1] != q.shape[1]:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(q.shape[-1])
+    scores = q @ k.mT * scale
+    mask = given["attn_mask"]
+    if given["is_causal"]:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = (
+            scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask.detach()
+        )
+    return scores.softmax(-1).nan_to_num(0.0)
+
+
+def stream_after(site: Site, facts: Facts) -> Node | None:
+    """The residual stream behind an attention: the first sum of what comes from it and of what does not."""
+    behind = reach([site.node], lambda n: list(n.users))
+    for node in site.node.graph.nodes:
+        fact = facts(node)
+        if node in behind and fact is not None and fact.kind is Kind.LINEAR and len(fact.stream) > 1:
+            added = [n for _, n in operands(node, fact.stream)]
+            if len(added) == 2 and sum(n in behind for n in added) == 1:
+                return node
+    return None

@@ -1,0 +1,193 @@
+"""The methods: pure functions of what one backward shows. Shares of positions come out, before channels are
+summed; where those lie is none of their business (``maps``).
+
+Layers are numbered from 0 to L-1, and a layer is the *input* of a block. Formulas are as in the code of
+LibraGrad's authors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+
+from libragrad_fx.attribution.attention import Attention
+from libragrad_fx.target import product
+
+Term = tuple[str, torch.Tensor]
+"""A node or module path, and its (B, ...) share."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A value and its gradient. places: the axes that are positions; of the others but 0, channels."""
+
+    name: str
+    value: torch.Tensor
+    gradient: torch.Tensor
+    places: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """What a method sees.
+
+    layers:    block inputs in order; the model's inputs where no layer was asked for
+    attention: of each layer's block, for methods that need it
+    streams:   of each layer's block, the residual stream behind attention, (B, T, C)
+    ends:      of each layer's block, its output, (B, T, C)
+    row:       the token that the output is read from, of methods that follow attention to it
+    """
+
+    layers: Sequence[Layer]
+    attention: Sequence[Attention] = ()
+    streams: Sequence[torch.Tensor] = ()
+    ends: Sequence[torch.Tensor] = ()
+    row: int = 0
+
+
+# --- gradients
+
+
+def gradient(taps: Taps) -> list[Term]:
+    """Σ_c ∂f/∂h."""
+    return [(layer.name, layer.gradient.double()) for layer in taps.layers]
+
+
+def input_x_gradient(taps: Taps) -> list[Term]:
+    """Σ_c h ∂f/∂h, at each layer."""
+    return [(layer.name, product(layer.value, layer.gradient)) for layer in taps.layers]
+
+
+def random(taps: Taps) -> list[Term]:
+    """A number from [0, 1) for each position, their sum 1: what any method has to beat."""
+    first = taps.layers[0]
+    kept = [n if i in (0, *first.places) else 1 for i, n in enumerate(first.value.shape)]
+    drawn = torch.rand(kept, dtype=torch.float64).to(first.value.device)
+    return [(first.name, drawn / drawn.flatten(1).sum(1).view(-1, *[1] * (drawn.ndim - 1)))]
+
+
+# --- class activation maps, with their signs (no ReLU)
+
+
+def gradcam(taps: Taps) -> list[Term]:
+    """w_c = mean over positions of the gradient; Σ_c w_c h_c. Selvaraju et al. 2017."""
+    return [_weighted(x, x.gradient.double().mean(x.places, keepdim=True)) for x in taps.layers]
+
+
+def xgradcam(taps: Taps) -> list[Term]:
+    """w_c = Σ_t g |h| / (Σ_t |h| + 1e-7); Σ_c w_c h_c. Fu et al. 2020, in the authors' signed form."""
+    found = []
+    for x in taps.layers:
+        size = x.value.double().abs()
+        shares = (x.gradient.double() * size).sum(x.places, keepdim=True)
+        found.append(_weighted(x, shares / (size.sum(x.places, keepdim=True) + 1e-7)))
+    return found
+
+
+def _weighted(layer: Layer, weights: torch.Tensor) -> Term:
+    return layer.name, layer.value.double() * weights
+
+
+# --- attention
+
+
+def raw_attention(taps: Taps) -> list[Term]:
+    """The last block's probabilities, their mean over heads, at the token that is read."""
+    return _read(taps, taps.attention[-1].weights.mean(1))
+
+
+def rollout(taps: Taps) -> list[Term]:
+    """R ← (A/2 + I/2) R with the mean over heads, rows not renormalised. Abnar and Zuidema 2020."""
+    return _read(taps, _rolled([a.weights.mean(1) for a in taps.attention]))
+
+
+def genatt(taps: Taps) -> list[Term]:
+    """Rollout of the mean over heads of relu(A · dA). Chefer et al. 2021, times 2^-L."""
+    return _read(taps, _rolled([(a.weights * a.gradient).relu().mean(1) for a in taps.attention]))
+
+
+def attcat(taps: Taps) -> list[Term]:
+    """Σ_l a_l Σ_c h_{l+1} g_{l+1}, a_l the mean attention that a token gets. Qiang et al. 2022."""
+    after = zip(taps.attention, input_x_gradient(taps)[1:], strict=False)
+    return [(name, a.weights.mean((1, 2))[..., None] * share) for a, (name, share) in after]
+
+
+def tokentm(taps: Taps) -> list[Term]:
+    """Token transformation: how much a token grows and turns in each half of a block. Wu et al. 2024."""
+    first = taps.layers[0].value.double()
+    seen = torch.diag_embed(first.norm(dim=-1))
+    one = torch.eye(first.shape[1], dtype=seen.dtype, device=seen.device)
+    for layer, a, stream, end in zip(taps.layers, taps.attention, taps.streams, taps.ends, strict=True):
+        before, between, behind = (t.double() for t in (layer.value, stream, end))
+        mixed = a.weights.mean(1) * _turned(before, between)[:, None] * a.gradient.relu().mean(1)
+        seen = (one + torch.diag_embed(_turned(between, behind))) @ (one + mixed) @ seen
+    return _read(taps, seen)
+
+
+def _turned(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(B, T): the growth of each token, weighted by a softmax over tokens of how little it turned."""
+    likeness = torch.nn.functional.cosine_similarity(a, b, dim=-1)
+    return b.norm(dim=-1) / (a.norm(dim=-1) + 1e-8) * likeness.softmax(-1)
+
+
+def _rolled(steps: Sequence[torch.Tensor]) -> torch.Tensor:
+    one = torch.eye(steps[0].shape[-1], dtype=steps[0].dtype, device=steps[0].device)
+    rolled = one
+    for step in steps:
+        rolled = (0.5 * step + 0.5 * one) @ rolled
+    return rolled
+
+
+def _read(taps: Taps, shares: torch.Tensor) -> list[Term]:
+    """One row of (B, T, T), as a share of each token."""
+    return [(taps.layers[0].name, shares[:, taps.row, :, None])]
+
+
+# --- the table
+
+
+class Method(NamedTuple):
+    """What a method needs, and where it comes from.
+
+    layers:    which block inputs: the model's own input, the first, the last, all, or the later half
+    biases:    whether every additive constant behind the first layer counts, once
+    attention: whether it reads attention probabilities
+    row:       whether it follows attention to the one token that the output is read from
+    sums:      whether its map adds up to the output where the backward is balanced
+    path:      whether the gradient is an average over inputs: of noise, or on the way from a baseline
+    """
+
+    terms: Callable[[Taps], list[Term]]
+    layers: Literal["input", "first", "last", "all", "half"]
+    source: str
+    biases: bool = False
+    attention: bool = False
+    row: bool = False
+    sums: bool = False
+    path: Literal["", "noise", "line"] = ""
+
+
+_LIBRA = "Mehri et al. 2025 (LibraGrad)"
+METHODS: Mapping[str, Method] = {
+    "random": Method(random, "first", "the baseline"),
+    "gradient": Method(gradient, "input", "Simonyan et al. 2014"),
+    "input_x_gradient": Method(input_x_gradient, "input", "Shrikumar et al. 2016", sums=True),
+    "smoothgrad": Method(gradient, "input", "Smilkov et al. 2017", path="noise"),
+    "integrated_gradients": Method(input_x_gradient, "input", "Sundararajan et al. 2017", path="line"),
+    "fullgrad": Method(input_x_gradient, "first", "Srinivas and Fleuret 2019", biases=True, sums=True),
+    "fullgrad_plus": Method(input_x_gradient, "all", _LIBRA, biases=True, sums=True),
+    "skip_plus": Method(input_x_gradient, "half", _LIBRA, biases=True, sums=True),
+    "hirescam": Method(input_x_gradient, "last", "Draelos and Carin 2020"),
+    "gradcam": Method(gradcam, "last", "Selvaraju et al. 2017"),
+    "gradcam_plus": Method(gradcam, "all", _LIBRA),
+    "xgradcam": Method(xgradcam, "last", "Fu et al. 2020"),
+    "xgradcam_plus": Method(xgradcam, "all", _LIBRA),
+    "raw_attention": Method(raw_attention, "all", "Bahdanau et al. 2015", attention=True, row=True),
+    "rollout": Method(rollout, "all", "Abnar and Zuidema 2020", attention=True, row=True),
+    "genatt": Method(genatt, "all", "Chefer et al. 2021", attention=True, row=True),
+    "attcat": Method(attcat, "all", "Qiang et al. 2022", attention=True),
+    "tokentm": Method(tokentm, "all", "Wu et al. 2024", attention=True, row=True),
+}  # fmt: skip

@@ -1,0 +1,322 @@
+"""Every method against an independent dense reference, loops over hooks of the eager model; and Captum."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import captum.attr
+import pytest
+import timm
+import torch
+from torch import nn
+
+import libragrad_fx as lg
+from libragrad_fx.attribution import METHODS, maps
+from libragrad_fx.errors import InputError
+from libragrad_fx.module.captured import CapturedModule
+
+F64 = torch.float64
+Tensor = torch.Tensor
+TARGET, DEPTH, HEADS, TOKENS = 2, 3, 2, 17
+
+
+def vit(fused: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_classes": 5}
+    model = timm.create_model("vit_tiny_patch16_224", depth=DEPTH, num_heads=HEADS, **sizes)
+    for p in model.parameters():
+        nn.init.normal_(p, 0, 0.2)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    return model.double().eval()
+
+
+@dataclasses.dataclass
+class Seen:
+    """By block: input and gradient, probabilities and theirs, stream behind attention, output."""
+
+    h: list[Tensor]
+    g: list[Tensor]
+    a: list[Tensor]
+    da: list[Tensor]
+    streams: list[Tensor]
+    ends: list[Tensor]
+
+
+def observed(model: nn.Module, x: Tensor, runs: nn.Module) -> Seen:
+    """Values by hooks of ``model``, gradients by hooks of ``runs``."""
+    a, streams, ends, h, v, o = ([] for _ in range(6))
+    handles = []
+    for block in model.blocks:
+        handles.append(block.attn.attn_drop.register_forward_hook(lambda m, i, y: a.append(y.detach())))
+        handles.append(block.norm2.register_forward_hook(lambda m, i, y: streams.append(i[0].detach())))
+        handles.append(block.register_forward_hook(lambda m, i, y: ends.append(y.detach())))
+    model(x)
+    for handle in handles:
+        handle.remove()
+    handles = []
+    for block in runs.blocks:
+        handles.append(block.register_forward_hook(lambda m, i, y: h.append(i[0])))
+        handles.append(block.attn.qkv.register_forward_hook(lambda m, i, y: v.append(y)))
+        handles.append(block.attn.proj.register_forward_hook(lambda m, i, y: o.append(i[0])))
+    logits = runs(x)
+    for handle in handles:
+        handle.remove()
+    grads = torch.autograd.grad(logits[:, TARGET].sum(), [*h, *o])
+    da = []
+    for qkv, g in zip(v, grads[DEPTH:], strict=True):
+        value = qkv.detach().unflatten(-1, (3, HEADS, -1))[:, :, 2].transpose(1, 2)
+        da.append(g.unflatten(-1, (HEADS, -1)).transpose(1, 2) @ value.mT)
+    return Seen([t.detach() for t in h], list(grads[:DEPTH]), a, da, streams, ends)
+
+
+# --- the formulas once more, token by token
+
+
+def cam(seen: Seen, layers: list[int], weight: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    total = torch.zeros(len(seen.h[0]), TOKENS, dtype=F64)
+    for l in layers:  # noqa: E741
+        for b in range(len(total)):
+            for c in range(seen.h[l].shape[-1]):
+                h, g = seen.h[l][b, :, c], seen.g[l][b, :, c]
+                total[b] += weight(h, g) * h
+    return total
+
+
+def grad_cam(h: Tensor, g: Tensor) -> Tensor:
+    return g.mean()
+
+
+def x_grad_cam(h: Tensor, g: Tensor) -> Tensor:
+    return (g * h.abs()).sum() / (h.abs().sum() + 1e-7)
+
+
+def rolled(steps: list[Tensor]) -> Tensor:
+    result = []
+    for b in range(len(steps[0])):
+        r = torch.eye(TOKENS, dtype=F64)
+        for step in steps:
+            r = (0.5 * step[b] + 0.5 * torch.eye(TOKENS, dtype=F64)) @ r
+        result.append(r[0])
+    return torch.stack(result)
+
+
+def att_cat(seen: Seen) -> Tensor:
+    total = torch.zeros(len(seen.h[0]), TOKENS, dtype=F64)
+    for l in range(DEPTH - 1):  # noqa: E741
+        for b in range(len(total)):
+            for j in range(TOKENS):
+                attended = seen.a[l][b, :, :, j].mean()
+                total[b, j] += attended * (seen.h[l + 1][b, j] @ seen.g[l + 1][b, j])
+    return total
+
+
+def token_tm(seen: Seen) -> Tensor:
+    one = torch.eye(TOKENS, dtype=F64)
+
+    def turned(a: Tensor, b: Tensor) -> Tensor:
+        likeness = torch.stack([s @ t / (s.norm() * t.norm()) for s, t in zip(a, b, strict=True)])
+        return torch.diag(b.norm(dim=1) / (a.norm(dim=1) + 1e-8) * likeness.softmax(0))
+
+    rows = []
+    for b in range(len(seen.h[0])):
+        c = torch.diag(seen.h[0][b].norm(dim=1))
+        for l in range(DEPTH):  # noqa: E741
+            e, between, after = seen.h[l][b], seen.streams[l][b], seen.ends[l][b]
+            weights, gradient = seen.a[l][b].mean(0), seen.da[l][b].relu().mean(0)
+            c = (one + (weights @ turned(e, between)) * gradient) @ c
+            c = (one + turned(between, after)) @ c
+        rows.append(c[0])
+    return torch.stack(rows)
+
+
+REFERENCE: dict[str, Callable[[Seen], Tensor]] = {
+    "hirescam": lambda s: (s.h[-1] * s.g[-1]).sum(-1),
+    "gradcam": lambda s: cam(s, [DEPTH - 1], grad_cam),
+    "gradcam_plus": lambda s: cam(s, [*range(DEPTH)], grad_cam),
+    "xgradcam": lambda s: cam(s, [DEPTH - 1], x_grad_cam),
+    "xgradcam_plus": lambda s: cam(s, [*range(DEPTH)], x_grad_cam),
+    "raw_attention": lambda s: s.a[-1].mean(1)[:, 0],
+    "rollout": lambda s: rolled([a.mean(1) for a in s.a]),
+    "genatt": lambda s: rolled([(a * d).relu().mean(1) for a, d in zip(s.a, s.da, strict=True)]),
+    "attcat": att_cat,
+    "tokentm": token_tm,
+}
+
+
+@pytest.fixture(scope="module", params=["plain", "balanced"])
+def case(request: Any) -> tuple[CapturedModule, CapturedModule, Tensor, Seen]:
+    """Written out and fused attention, of one model; and what hooks show of it."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 32, 32, dtype=F64)
+    make = lg.transform if request.param == "balanced" else lg.trace
+    written, fused = make(vit(), x), make(vit(fused=True), x)
+    runs = vit() if request.param == "plain" else lg.transform(vit(), x)
+    return written, fused, x, observed(vit(), x, runs)
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_against_a_dense_reference(name: str, case: Any) -> None:
+    written, fused, x, seen = case
+    want = REFERENCE[name](seen)
+    for module in (written, fused):
+        got = lg.attribute(module, x, TARGET, method=name)
+        tokens = torch.cat([got.prefix, got.values.flatten(1)], 1)
+        torch.testing.assert_close(tokens, want, rtol=1e-10, atol=1e-12)
+
+
+def test_what_has_another_reference_or_none() -> None:
+    """Sums over channels: FullGrad and its like are tested by their definition, paths against Captum."""
+    elsewhere = {"fullgrad", "fullgrad_plus", "skip_plus", "random", "smoothgrad"}
+    assert set(METHODS) == {*REFERENCE, *CAPTUM, *elsewhere}
+
+
+def test_fullgrad_and_skip_plus_are_sums_of_what_is_tested(case: Any) -> None:
+    """FullGrad at one layer is Input×Gradient there and the biases behind; SkipPLUS starts at half."""
+    module, _, x, _ = case
+    paths = lg.blocks(module)
+    whole = lg.attribute(module, x, TARGET, method="fullgrad_plus", layers=paths[DEPTH // 2 :])
+    skipped = lg.attribute(module, x, TARGET, method="skip_plus")
+    assert torch.equal(whole.values, skipped.values)
+    first = lg.attribute(module, x, TARGET, method="fullgrad_plus", layers=paths[:1])
+    assert torch.equal(first.values, lg.attribute(module, x, TARGET, method="fullgrad").values)
+
+
+def test_fullgrad_is_complete_when_balanced() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 32, 32, dtype=F64)
+    module = lg.transform(vit(), x)
+    for method in ("fullgrad", "fullgrad_plus", "skip_plus"):
+        found = lg.attribute(module, x, TARGET, method=method)
+        assert float(found.completeness_error.max()) <= 1e-11
+
+
+def test_smoothgrad_is_a_mean_of_gradients(case: Any) -> None:
+    module, _, x, _ = case
+    draw, total = torch.Generator().manual_seed(4), torch.zeros(3, 32, 32, dtype=F64)
+    for _ in range(5):
+        noise = torch.randn(x.shape[1:], generator=draw, dtype=F64)
+        at = torch.stack([s + 0.15 * (s.max() - s.min()) * noise for s in x])
+        total += lg.attribute(module, at, TARGET, method="gradient").values / 5
+    got = lg.attribute(module, x, TARGET, method="smoothgrad", steps=5, seed=4)
+    torch.testing.assert_close(got.values, total, rtol=1e-10, atol=1e-14)
+
+
+def test_random_is_positive_and_adds_up_to_one(case: Any) -> None:
+    module, _, x, _ = case
+    a, b = (lg.attribute(module, x, TARGET, method="random", seed=s) for s in (0, 1))
+    assert bool((a.values >= 0).all())
+    torch.testing.assert_close(a.total, torch.ones(3, dtype=F64))
+    assert not torch.equal(a.values, b.values)
+    assert torch.equal(a.values, lg.attribute(module, x, TARGET, method="random").values)
+
+
+# --- Captum, where it has the method
+
+CAPTUM: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "gradient": lambda m, x: captum.attr.Saliency(m).attribute(x, target=TARGET, abs=False),
+    "input_x_gradient": lambda m, x: captum.attr.InputXGradient(m).attribute(x, target=TARGET),
+    "integrated_gradients": lambda m, x: captum.attr.IntegratedGradients(m).attribute(x, target=TARGET),
+}
+
+
+class Cnn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.stages = nn.Sequential(*(
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(3)
+        ))  # fmt: skip
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stages(self.stem(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", CAPTUM)
+@pytest.mark.parametrize("balanced", [False, True])
+def test_against_captum(name: str, balanced: bool) -> None:
+    """On a network without layer norms: one makes 1e4 of a rounding error near a baseline of zeros."""
+    model, x = Cnn().double().eval(), torch.randn(2, 3, 8, 8, dtype=F64)
+    module = (lg.transform if balanced else lg.trace)(model, x)
+    want = CAPTUM[name](module, x.clone().requires_grad_()).sum(1)
+    got = lg.attribute(module, x, TARGET, method=name)
+    torch.testing.assert_close(got.values, want.detach(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_gradcam_against_captum(balanced: bool) -> None:
+    model, x = Cnn().double().eval(), torch.randn(2, 3, 8, 8, dtype=F64)
+    module = (lg.transform if balanced else lg.trace)(model, x)
+    layer = module.get_submodule("stages.1")  # its output is the input of the last block
+    want = captum.attr.LayerGradCam(module, layer).attribute(x, target=TARGET)[:, 0]
+    got = lg.attribute(module, x, TARGET, method="gradcam")
+    assert got.layers == ("stages.2",)
+    torch.testing.assert_close(got.values, want.detach(), rtol=1e-10, atol=1e-12)
+
+
+# --- what a model has not
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.attention])
+def test_a_model_without_attention_says_so(name: str) -> None:
+    model, x = Cnn().double().eval(), torch.randn(2, 3, 8, 8, dtype=F64)
+    with pytest.raises(InputError, match=f"{name} needs attention"):
+        lg.attribute(lg.transform(model, x), x, TARGET, method=name)
+
+
+def test_windows_are_no_attention_over_tokens() -> None:
+    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=56, depths=(2, 2), num_heads=(2, 2),
+                              embed_dim=8, num_classes=5).double().eval()  # fmt: skip
+    x = torch.randn(2, 3, 56, 56, dtype=F64)
+    module = lg.transform(model, x)
+    with pytest.raises(InputError, match="within windows"):
+        lg.attribute(module, x, TARGET, method="rollout")
+    assert lg.attribute(module, x, TARGET, method="xgradcam_plus").values.shape[0] == 2
+
+
+def test_without_a_class_token_there_is_no_row_to_read() -> None:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_classes": 5, "global_pool": "avg"}
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, num_heads=2, class_token=False, **sizes)
+    x = torch.randn(2, 3, 32, 32, dtype=F64)
+    module = lg.transform(model.double().eval(), x)
+    with pytest.raises(InputError, match="use attcat"):
+        lg.attribute(module, x, TARGET, method="genatt")
+    assert lg.attribute(module, x, TARGET, method="attcat").prefix is None
+
+
+@pytest.mark.parametrize("name", ["smoothgrad", "integrated_gradients"])
+def test_paths_go_over_inputs(name: str, case: Any) -> None:
+    module, _, x, _ = case
+    with pytest.raises(InputError, match="takes no layers"):
+        lg.attribute(module, x, TARGET, method=name, layers=["blocks.1"])
+
+
+def test_two_sequences_of_tokens_are_not_followed_as_one() -> None:
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = (
+                nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))
+                for _ in range(2)
+            )
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            for a, b in zip(self.left, self.right, strict=True):
+                x, y = a(x), b(y)
+            return x.mean(1) * y.mean(1)
+
+    inputs = torch.randn(2, 5, 8, dtype=F64), torch.randn(2, 7, 8, dtype=F64)
+    module = lg.transform(Towers().double().eval(), inputs)
+    with pytest.raises(InputError, match="follows one sequence"):
+        lg.attribute(module, inputs, TARGET, method="rollout")
+    left = ["left.0", "left.1"]
+    assert lg.attribute(module, inputs, TARGET, method="rollout", layers=left).values.shape == (2, 5)
+
+
+def test_heads_by_features_are_no_grid() -> None:
+    """Behind a block with 2 heads of 2 x 2, the 17 tokens are still a class token and 4 x 4 patches."""
+    assert maps.layout((2, 17, 24), [(2, 24, 4, 4), (2, 2, 2, 12), (2, 12, 2, 2)], (32, 32)).grid == (4, 4)
