@@ -87,11 +87,7 @@ def _kept(attributes: Mapping[str, Any], skip: set[str]) -> Iterator[tuple[str, 
 def _holds(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
     try:
         return then.items() <= now.items()
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-    ):  # a tensor or an array in its place: no truth value
+    except (RuntimeError, ValueError, TypeError):  # a tensor or an array has no truth value
         return False
 
 

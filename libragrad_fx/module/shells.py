@@ -41,11 +41,7 @@ CALLED = ("forward", "__call__", "_call_impl", "_compiled_call_impl", "_wrapped_
 """What an instance may carry to be called otherwise than its class says (``compile()``, a patched
 ``forward``). Capture has traced that; the result is called through its graph."""
 
-REFUSED = (
-    "register_full_backward_hook",
-    "register_full_backward_pre_hook",
-    "register_backward_hook",
-)
+REFUSED = ("register_full_backward_hook", "register_full_backward_pre_hook", "register_backward_hook")
 
 
 def shell_tree(model: torch.nn.Module) -> dict[int, torch.nn.Module]:

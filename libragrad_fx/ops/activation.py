@@ -137,12 +137,8 @@ def _pow_tensor(
     return grads
 
 
-pow_tensor = twin(
-    aten.pow.Tensor_Tensor,
-    _pow_tensor,
-    saves=("self", "exponent", "result"),
-    name="pow_tensor",
-)
+_SAVES = ("self", "exponent", "result")
+pow_tensor = twin(aten.pow.Tensor_Tensor, _pow_tensor, saves=_SAVES, name="pow_tensor")
 
 
 def _exponential(
@@ -199,12 +195,7 @@ def _logarithm(op: torch._ops.OpOverload) -> Callable[..., Any]:
     zero, slope = ZEROS[op]
 
     def vjp(
-        needs: frozenset[str],
-        g: torch.Tensor,
-        *,
-        self: torch.Tensor,
-        result: torch.Tensor,
-        **_: Any,
+        needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, result: torch.Tensor, **_: Any
     ) -> Grads:
         return {"self": secant_slope(self - zero, result, g.new_zeros(()), slope) * g}
 
