@@ -1,4 +1,4 @@
-"""The public face: the stages called in order."""
+"""The public functions: they call the stages, and account for the result."""
 
 from __future__ import annotations
 
@@ -44,29 +44,28 @@ def transform(
     check: bool = True,
     dynamic: Mapping[str, Any] | None = None,
 ) -> CapturedModule | CutModule:
-    """Same forward to the bit, balanced backward, same parameters, as a ``torch.fx.GraphModule``.
+    """A ``torch.fx.GraphModule`` with the same forward to the bit, and a balanced backward.
 
-    The model is not changed: not its parameters, mode, hooks or ``requires_grad``, whatever happens.
-    A model that is no single graph (it branches on a tensor's value) is cut into several, each
-    balanced by itself; the result is then a ``CutModule``, whose certificate says where the cuts are.
+    It shares the model's parameters. The model is not changed, whatever happens: not its parameters, mode,
+    hooks or ``requires_grad``. A model that is no single graph (it branches on a tensor's value) is cut
+    into several, each balanced by itself; the result is then a ``CutModule``, whose certificate says where.
 
     Args:
         model: any ``nn.Module``, in the mode (train or eval) to be captured.
         example_inputs: a tensor, a tuple, or a dict of keyword arguments; inferred from the model
-            if None. Dimension 0 of each tensor becomes free, and so does the length of tokens. A call
-            that does not fit (another shape, container, dtype or constant) is captured by itself, and
-            kept, as long as the process holds the original.
+            if None. Axis 0 of each tensor becomes free, and so does the length of tokens. For a call that
+            does not fit (another shape, container, dtype or constant), the original is captured again and
+            the graph kept, as long as the process holds the original.
         policy: ``"libra"`` (LibraGrad, CVPR 2025), ``"cp_lrp"`` (Ali et al. 2022), or a YAML file.
         on_unknown: ``"raise"`` lists every op on a live gradient path that no rule covers;
             ``"keep"`` leaves autograd's gradient there and says so in the plan.
         rules: facts to add: a YAML file, or a list of mappings (see ``rules/README.md``).
-        check: run the original twice before and the result twice after, and require the same bits
-            (a batch of one as well), and an account that closes. It costs these forwards and one
-            backward; without it, what capture lost is noticed by ``verify`` alone.
-        dynamic: more sizes that are free, so that one graph is enough for them: by argument of
-            ``forward``, axes with a name or a ``torch.export.Dim`` (``{"x": {2: "height", 3: "width"}}``);
-            for a container, one such entry for each member. Calls with other sizes work without it, by
-            a graph each.
+        check: run the original twice before and the result twice after; require the same bits (for a
+            batch of one as well), and a ledger that adds up. It costs these forwards and one backward.
+            Without it, only ``verify`` notices if capture lost something.
+        dynamic: more free axes: by argument of ``forward``, axes with a name or a ``torch.export.Dim``
+            (``{"x": {2: "height", 3: "width"}}``); for a container, one such entry for each member. Other
+            sizes work without it, but each gets a graph of its own.
 
     Raises:
         CaptureError, InputError, RuleError, UnknownOpError, VerificationError: see
@@ -105,7 +104,7 @@ def _other_rungs(
     model: torch.nn.Module, inputs: Any, refusal: ExportError, on_unknown: str, check: bool,
     balanced: bool = True, **options: Any,
 ) -> CutModule:  # fmt: skip
-    """A model that is no single graph: several by Dynamo, or else what it ran, call by call."""
+    """A model that is no single graph: several graphs by Dynamo, or else a recording of each call."""
     with untouched(model):
         args, kwargs = example_call(model, inputs)
         known = reference(model, args, kwargs) if check else None
@@ -123,7 +122,7 @@ def _other_rungs(
 def _one_graph(
     model: torch.nn.Module, inputs: Any, dynamic: Mapping[str, Any], **options: Any
 ) -> CapturedModule:
-    """``transform`` for a model that is one graph, with as many free sizes as the model lets be."""
+    """``transform`` for a model that is one graph, with as many free sizes as the model allows."""
     free: Free | None = Free(named=dynamic)
     while True:
         made = decide(model, inputs, free=free, **options)
@@ -155,7 +154,7 @@ def _one_graph(
 
 
 def _again(module: Any, policy: str | Path, on_unknown: str, rules: Any) -> Any:
-    """A balanced module balanced by the same policy is itself; by another, its model is needed."""
+    """A balanced module is returned if the policy is the same; for another, the original is needed."""
     made: Plan | None = module.plan
     same = made is not None and made.policy == policy and rules is None
     if same and on_unknown in ("raise", "keep"):
@@ -209,8 +208,8 @@ def verify(
         module: its transform.
         inputs: what to run both on, as for ``transform``.
         target: what to explain, as in Captum (int, tuple, tensor, list) or a callable.
-        tolerance: largest residual and completeness error that still counts as balanced, in units
-            of the output; by default a thousand ulp of the largest number of the account.
+        tolerance: the largest residual and completeness error that still counts as balanced, in units
+            of the output; by default a thousand ulp (8 in half precision) of the ledger's largest number.
     """
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"expected the original nn.Module, got {type(model).__name__}")
@@ -230,7 +229,7 @@ def verify(
 
 
 def audit(model: torch.nn.Module, inputs: Any, target: Any = None, *, rules: Any = None) -> Ledger:
-    """Which nodes create or destroy gradient mass, for any model, balanced or not."""
+    """The ledger of a model, balanced or not: which nodes create or destroy gradient mass."""
     try:
         module = model if isinstance(model, InGraphs) else trace(model, inputs, rules=rules)
     except ExportError as refusal:
@@ -258,19 +257,18 @@ def visualize(
         model: any model, or the result of ``transform``.
         path: its ending decides: .html (an explorer in one file), .svg, .png, .pdf (by Graphviz),
             .dot, .json (every op, for networkx).
-        inputs: as for ``audit``; a guess at what the model takes, of random numbers, if None.
+        inputs: as for ``audit``; random numbers of a guessed shape if None.
         target: as for ``audit``; the largest entry of each sample's output if None.
-        view: the graph; ``streams``, what comes back over the residual stream and over each branch
-            (.svg, .png, .pdf); ``model-explorer``, .json for Google's Model Explorer, and an overlay
-            of each side beside it.
-        depth: how many names of a path are told apart, an op's own being the last; what is deeper is
-            one node, and so are equal modules in a row, but for the first and the last.
-        focus: path of a module that is drawn op by op; a static picture shows what is next to it, and
-            not the rest.
+        view: ``graph``; ``streams``, the mass that comes back over the residual stream and each branch
+            (.svg, .png, .pdf); ``model-explorer``, .json for Google's Model Explorer, with an overlay
+            file for each side.
+        depth: how many parts of a module path are drawn apart, an op's own name being the last. All that
+            is deeper is one node; so are equal modules in a row, except the first and the last.
+        focus: path of a module to draw op by op; a static picture shows only it and its neighbours.
 
     Raises:
-        InputError: an ending that is not known, a place that cannot be written, a ``focus`` without
-            nodes, no inputs to be inferred, nothing that joins, a number that is not finite.
+        InputError: an unknown ending, a path that cannot be written, a ``focus`` without nodes, inputs
+            that cannot be inferred, no join to draw a stream of, a number that is not finite.
         LibraGradError: ``pip install 'libragrad-fx[graph]'`` is missing.
     """
     from libragrad_fx.viz.write import check_path, write
@@ -287,7 +285,7 @@ def visualize(
 
 def gradient_graph(model: torch.nn.Module, inputs: Any = None, target: Any = None) -> Any:
     """The graph that ``visualize`` draws, as a ``networkx.DiGraph``: see ``viz.graph``."""
-    from libragrad_fx.viz import graph as pictures  # who draws nothing imports no networkx
+    from libragrad_fx.viz import graph as pictures  # here, so that only drawing imports networkx
 
     gm, inputs = _balanced_with_inputs(model, inputs)
     if target is None:

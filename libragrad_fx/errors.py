@@ -1,4 +1,4 @@
-"""One class a failure. A message says what was wrong, where, and what to do about it."""
+"""One class for each kind of failure. A message says what is wrong, where, and what to do about it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class InputError(LibraGradError):
 
 
 class GuardError(InputError):
-    """A call does not fit what capture took for granted: another shape, container, dtype or constant.
+    """A call differs from the captured one in shape, container, dtype or constant.
 
-    A module whose original is at hand captures it again for such a call; others raise this.
+    A module whose original is in memory captures it again for such a call; others raise this.
     """
 
 
@@ -39,15 +39,15 @@ class UnknownOpError(LibraGradError):
 
 
 class ModeError(LibraGradError):
-    """The captured graph was asked to be something it is not (train mode, a dtype, forward AD)."""
+    """The captured graph cannot do what was asked (another mode or dtype, forward AD, a changed tree)."""
 
 
 class VerificationError(LibraGradError):
-    """The forward differs or an edit cannot be undone: the transform broke its promise."""
+    """The result broke a promise: another forward, a backward that does not add up, edits not undone."""
 
 
 class CustomBackwardWarning(UserWarning):
-    """The model holds a user-written ``autograd.Function``: its own backward was not captured."""
+    """The model calls a user-written ``autograd.Function``, whose own backward was not captured."""
 
 
 class GateOutputWarning(UserWarning):

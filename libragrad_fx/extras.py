@@ -1,4 +1,4 @@
-"""Optional dependencies, imported where they are used, with an error that says what to install."""
+"""Imports optional dependencies, or says which extra to install."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model by name: a timm name, ``torchvision:NAME`` or ``package.module:factory``; and its images.
+"""Models by name (a timm name, ``torchvision:NAME``, ``package.module:factory``), and their images.
 
 Every failure is an ``InputError`` whose first line says what to do, because the names, files and
 factories come straight from a command line.
@@ -31,7 +31,7 @@ _NESTED = ("state_dict", "model")  # where training scripts put the weights insi
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode. ``source`` is timm, torchvision or factory; ``weights`` says whose."""
+    """A model in eval mode. ``source``: timm, torchvision or factory. ``weights``: where they come from."""
 
     name: str
     source: str
@@ -41,7 +41,7 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """From a picture to a model's input (C, H, W) and back to what the model saw."""
+    """Turns a picture into a model's input (C, H, W), and that back into a picture."""
 
     to_tensor: Callable[[Image.Image], torch.Tensor]
     mean: tuple[float, ...]
@@ -167,7 +167,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _randomise_zeros(model: torch.nn.Module) -> None:
-    """Some heads start at zero: every output, and so every attribution, would be zero too."""
+    """Draw weights that are all zero, as of some heads: every output and attribution would be zero."""
     for p in model.parameters():
         if p.ndim > 1 and not p.detach().any():
             torch.nn.init.trunc_normal_(p, std=0.02)
@@ -196,13 +196,13 @@ def _load(model: torch.nn.Module, name: str, file: Path) -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """The first sentence of an error; PyTorch's go on with advice for those who wrote the file."""
+    """The first sentence of an error; PyTorch adds advice for whoever wrote the file."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", first_line(error))
     return re.split(r"(?<=[.!?])\s|: This|\. In", text, maxsplit=1)[0][:160]
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name. Nothing in the file is ever run: a pickle that needs code is refused."""
+    """Tensors by name. No code in the file is run: a pickle that needs some is refused."""
     try:
         if file.suffix == ".safetensors":
             return need("safetensors.torch", "models").load_file(file)
@@ -233,8 +233,8 @@ IMAGE_FORMATS = (
     "AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "TGA",
     "TIFF", "WEBP",
 )  # fmt: skip
-"""What is read of a user's files: pictures alone. Pillow knows more, and runs other programs for some
-(Ghostscript for PostScript), which a file of somebody else's could make use of."""
+"""The only formats that are read. For some others Pillow runs programs (Ghostscript for PostScript), which
+a stranger's file could exploit."""
 
 
 def read_image(file: str | Path) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The stages before the public face: capture, normalize, analyze, plan, in order."""
+"""Calls the stages in order, as far as the balanced module: capture, normalize, analyze, plan, rewrite."""
 
 from __future__ import annotations
 
@@ -36,7 +36,11 @@ ONE_AT_A_TIME = threading.RLock()  # torch.export changes global state while it 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """A captured model with everything decided about it and nothing done yet."""
+    """A captured model, and all decisions about it; nothing is rewritten yet.
+
+    reference: what the original returned, for the check at birth
+    free:      the sizes that are free in ``trace``
+    """
 
     trace: Trace
     analysis: Analysis
@@ -61,9 +65,9 @@ def decide(
     """Every stage before the rewrite.
 
     piece: the model is a part of a larger one: its shapes are fixed, and every output carries.
-    static: arguments that no signal comes in by.
+    static: paths of arguments that do not depend on the model's input.
     check: run the model before it is traced: see ``birth``.
-    free: which sizes are free, as far as the model lets them be.
+    free: the sizes to leave free; fewer, if the model fixes some.
     """
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"expected an nn.Module, got {type(model).__name__}")
@@ -87,10 +91,10 @@ def decide(
 def _traced(
     model: torch.nn.Module, args: Any, kwargs: Any, book: RuleBook, module_calls: bool, free: Free
 ) -> tuple[Trace, Free]:
-    """The model as a graph that takes at least the call that it was made from; what is free of it."""
+    """The model as a graph that accepts at least the given call; and the sizes that are free in it."""
     subject = model
-    # export puts fake tensors into what it traces, for other threads to see
-    with contextlib.suppress(Exception):  # what cannot be copied is traced itself
+    # export puts fake tensors into the modules that it traces, where other threads see them
+    with contextlib.suppress(Exception):  # a model that cannot be copied is traced itself
         subject = copied(model)
     if not token_lengths(args, kwargs):
         free = dataclasses.replace(free, lengths=False)
@@ -106,11 +110,11 @@ def _traced(
         _require_free(trace, free.named)
         if not free.batch or fits(trace.module, args, kwargs):  # type: ignore[arg-type]
             return trace, free
-        free = FIXED  # a batch of one was doubled, and Python looked at the batch
+        free = FIXED  # the batch of one was doubled for export, and the model branched on that
 
 
 def _require_free(trace: Trace, wanted: Mapping[str, Any]) -> None:
-    """Raise ``InputError`` if the model fixes a size that was to be free."""
+    """Raise ``InputError`` if the model fixes a size that ``dynamic`` names."""
     sizes = {spec.path: spec.shape for spec in trace.inputs}
     for name, axes in wanted.items():
         for axis, label in axes.items() if name in sizes and isinstance(axes, Mapping) else ():
@@ -124,8 +128,7 @@ def _require_free(trace: Trace, wanted: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _collected_later() -> Iterator[None]:
-    """Without garbage collections: graphs are made of so many objects that a tenth of the time would go
-    into looking through them, again and again."""
+    """No garbage collection inside: graphs have so many objects that it would take a tenth of the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -136,7 +139,7 @@ def _collected_later() -> Iterator[None]:
 
 
 def remember(made: Decision) -> History:
-    """What a balanced module keeps of how it was made."""
+    """The history that a balanced module keeps."""
     return History(
         plan=made.plan,
         original=spell(made.trace.graph),
@@ -149,7 +152,7 @@ def remember(made: Decision) -> History:
 
 
 def rewritten(made: Decision) -> CapturedModule:
-    """The rewrite of a decision, not proved yet."""
+    """The balanced module of a decision, not compared with the trace yet."""
     return rewrite(made.trace, made.plan, made.analysis, remember(made))
 
 
@@ -159,7 +162,7 @@ def plain(made: Decision) -> CapturedModule:
 
 
 def balance(made: Decision) -> CapturedModule:
-    """The rewrite of a decision, proved to leave the forward graph as it was."""
+    """The balanced module of a decision; its forward graph, edits erased, is the trace's."""
     with _collected_later():
         module = rewritten(made)
         require_same_graph(module, made.trace)

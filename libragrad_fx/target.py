@@ -1,4 +1,4 @@
-"""What to explain: from a model's output and a target to one number a sample."""
+"""Inputs and targets as users give them: from an output and a target to one number per sample."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def select(output: Any, target: Target) -> torch.Tensor:
 
 
 def select_each(output: Any, target: Target) -> torch.Tensor:
-    """What to explain, one number a sample: (B,).
+    """The numbers to explain, one per sample: (B,).
 
     Args:
         output: a tensor (B, ...), or a structure whose first floating-point tensor is taken (the
@@ -61,7 +61,7 @@ def select_each(output: Any, target: Target) -> torch.Tensor:
 
 
 def _called(output: Any, target: Any) -> torch.Tensor:
-    """What a callable makes of the output: numbers with a gradient."""
+    """The callable's result, if it is a tensor of numbers with a gradient."""
     chosen = target(output)
     if not isinstance(chosen, torch.Tensor) or not chosen.is_floating_point():
         what = chosen.dtype if isinstance(chosen, torch.Tensor) else type(chosen).__name__
@@ -113,7 +113,7 @@ def first_tensor(output: Any) -> torch.Tensor:
 
 
 def largest(output: Any) -> Target:
-    """The largest entry of each sample's output, as a target; None where there is one number a sample.
+    """The largest entry of each sample's output, as a target; None if there is one number per sample.
 
     Raises:
         InputError: the output is on meta.
@@ -143,7 +143,7 @@ class Arguments:
 
 
 def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs as a call's arguments; what was made in inference mode is copied out of it."""
+    """Inputs as (args, kwargs); tensors made in inference mode are copied, to be differentiable."""
     if isinstance(inputs, Arguments):
         return as_call(inputs.args)[0], as_call(inputs.kwargs)[1]
     inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)
@@ -160,7 +160,7 @@ def inexact(x: Any) -> bool:
 
 
 def moving(x: Any) -> Any:
-    """``x``, if it can have a gradient as a leaf of its own that requires one."""
+    """A copy of ``x`` as a leaf that requires grad; ``x`` itself if it can have no gradient."""
     return x.detach().clone().requires_grad_() if inexact(x) else x
 
 
@@ -172,7 +172,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def dot(a: torch.Tensor, b: torch.Tensor) -> float:
-    """⟨a, b⟩ accumulated in float64; what gets no gradient counts nothing, were it infinite."""
+    """⟨a, b⟩ accumulated in float64; an element without gradient counts 0, even if it is infinite."""
     products = product(a, b)
     total = float(products.sum())
     if math.isnan(total):  # a pool's padding of -inf, a mask: inf times 0
@@ -182,14 +182,14 @@ def dot(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @contextlib.contextmanager
 def differentiable() -> Iterator[None]:
-    """Gradients can be taken, whatever surrounds."""
+    """Grad mode on and inference mode off."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 @contextlib.contextmanager
 def undisturbed(module: torch.nn.Module) -> Iterator[None]:
-    """Buffers that a forward writes (statistics, counters) and the random state are put back."""
+    """Restore afterwards the buffers that a forward writes (statistics, counters) and the random state."""
     kept = [(b, b.detach().clone()) for b in module.buffers() if not b.is_inference()]
     devices = {b.device.index for b in module.buffers() if b.is_cuda}
     devices |= {p.device.index for p in module.parameters() if p.is_cuda}
@@ -198,4 +198,4 @@ def undisturbed(module: torch.nn.Module) -> Iterator[None]:
             yield
         finally:
             for buffer, before in kept:
-                buffer.data.copy_(before)  # a batch norm's own kernel counts no version
+                buffer.data.copy_(before)  # ``.data``: batch norm's kernel bumps no version either

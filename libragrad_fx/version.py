@@ -1,3 +1,3 @@
-"""The version, for a checkout that is not installed as well."""
+"""The version: a constant, so that a checkout that is not installed knows it."""
 
 __version__ = "0.1.0"

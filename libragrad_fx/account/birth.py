@@ -1,7 +1,7 @@
-"""The check at birth: a transformed model is run against its original before anyone gets it.
+"""The check at birth: ``transform`` compares its result with the original before it returns it.
 
-The original runs twice before it is traced: that fills its caches with real tensors, gives the reference,
-and shows what a graph cannot hold (state that forward leaves behind, random numbers of Python's). The
+The original runs twice before it is traced. That fills its caches with real tensors, gives the reference,
+and shows what a graph cannot hold (state that a forward leaves behind, Python's random numbers). The
 result then runs twice on the same inputs and under the same seeds.
 """
 
@@ -31,10 +31,11 @@ from libragrad_fx.target import Arguments, differentiable, inexact, moving, undi
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What the original returned for the example: the leaves of the first call and of the second, and
-    which of them required a gradient.
+    """The original's answer to the example.
 
-    unfit: why no graph can stand for the model, if so
+    outputs:        the leaves of the first call and of the second
+    differentiable: which of these required a gradient
+    unfit:          why no graph can replace the model, or None
     """
 
     args: tuple[Any, ...]
@@ -45,7 +46,7 @@ class Reference:
 
 
 def reference(model: torch.nn.Module, args: Any, kwargs: Any) -> Reference | None:
-    """Run ``model`` twice as its user calls it; None where there are no numbers to run on.
+    """Run ``model`` twice as its user calls it; None if it has meta or fake tensors.
 
     Raises:
         CaptureError: the model fails on these inputs.
@@ -76,7 +77,7 @@ def reference(model: torch.nn.Module, args: Any, kwargs: Any) -> Reference | Non
 
 
 class _Watched(list[Any]):
-    """A list that knows whether somebody read it, beside appending to it."""
+    """A list that notes whether it was read, or changed other than by appending."""
 
     was_read = False
 
@@ -97,8 +98,8 @@ for _name in (
 
 
 def _read(model: torch.nn.Module, changed: Sequence[str], args: Any, kwargs: Any) -> list[str]:
-    """Of what each forward changes, all but what it sets anew, and the lists that it appends to and never
-    reads."""
+    """The changed attributes that are state: not those that a forward sets before it reads them, nor lists
+    that it only appends to."""
     places = {
         f"{path}.{key}".lstrip("."): (vars(m), key)
         for path, m in model.named_modules()
@@ -122,7 +123,7 @@ def _read(model: torch.nn.Module, changed: Sequence[str], args: Any, kwargs: Any
 
 
 def _is_overwritten(model: torch.nn.Module, name: str, args: Any, kwargs: Any) -> bool:
-    """Whether a forward sets an attribute before it reads it: it can do without."""
+    """Whether a forward sets an attribute before it reads it: it runs without it, and sets it."""
     path, _, key = name.rpartition(".")
     try:
         module = model.get_submodule(path)
@@ -133,7 +134,7 @@ def _is_overwritten(model: torch.nn.Module, name: str, args: Any, kwargs: Any) -
             kept = holder.pop(key)
             try:
                 _run(model, args, kwargs)
-            except Exception:  # it asked for it, or cannot run without
+            except Exception:  # it reads the attribute
                 return False
             else:
                 return key in holder
@@ -170,17 +171,18 @@ def require_same(model: torch.nn.Module, module: torch.nn.Module, known: Referen
 
 
 def require_same_sizes(model: torch.nn.Module, module: CapturedModule, known: Reference) -> None:
-    """As ``require_same``, for another length; what differs for a batch of one is not used for one."""
+    """As ``require_same``, for another length, and for a batch of one: if that differs, its guard refuses
+    one."""
     _require_same_lengths(model, module, known)
     if not _same_for_one(model, module, known):
         _refuse_one(module)
 
 
 def require_balanced(module: InGraphs, known: Reference) -> None:
-    """Raise ``VerificationError`` unless the account of one backward closes at the input."""
+    """Raise ``VerificationError`` unless the ledger of one backward adds up: input + bias = output."""
     made = [g.history for g in module.captured_graphs.values()]
     if any(h.plan.unbalanced or h.plan.unknown or h.gate_outputs for h in made):
-        return  # it is known not to close, or not for every output
+        return  # it is known not to add up, or not for every output
     account, forward = ledger_and_forward(module, Arguments(known.args, known.kwargs), _everything)
     allowed = tolerance_of(forward, known.args, known.kwargs, account)
     if forward.between or account.completeness_error <= allowed:
@@ -196,7 +198,7 @@ def require_balanced(module: InGraphs, known: Reference) -> None:
 
 
 def _everything(output: Any) -> Any:
-    """All that a gradient comes back from, summed with weights: plain sums of a norm's output are 0."""
+    """A weighted sum of all differentiable outputs (the plain sum of a norm's output is 0)."""
     leaves = [t for t in pytree.tree_leaves(output) if inexact(t) and t.requires_grad]
     return sum(map(_weighted, leaves))
 
@@ -210,7 +212,7 @@ def _weighted(t: torch.Tensor) -> torch.Tensor:
 def _run(model: torch.nn.Module, args: Any, kwargs: Any, drawn: list[str] | None = None) -> list[Any]:
     """The leaves of a forward under grad mode, with fixed seeds and inputs that require grad.
 
-    drawn: gets the names of the generators beside PyTorch's that it draws from
+    drawn: gets the names of the generators, other than PyTorch's, that the forward draws from
     """
     with undisturbed(model), differentiable(), _seeded(drawn):
         # copies, as a model may write into what it gets
@@ -223,7 +225,7 @@ def _given(x: Any) -> Any:
 
 
 def _plain(x: Any) -> Any:
-    """A leaf of an output; of what is no number, its type: another object is returned at each call."""
+    """A leaf of an output; for an object of another kind its type, as each call returns a new one."""
     if isinstance(
         x, (torch.Tensor, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
     ):
@@ -240,11 +242,11 @@ def _difference(a: Sequence[Any], b: Sequence[Any]) -> str | None:
     if equal:
         return None
     i = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if not compare([x], [y])[0]), 0)
-    said = [_said(x[i]) if i < len(x) else "nothing" for x in (a, b)]
-    return f"{said[0]} and {said[1]}, {distance:.3g} apart at most, {ulp} ulp"
+    texts = [_summary(x[i]) if i < len(x) else "nothing" for x in (a, b)]
+    return f"{texts[0]} and {texts[1]}, {distance:.3g} apart at most, {ulp} ulp"
 
 
-def _said(x: Any) -> str:
+def _summary(x: Any) -> str:
     if not isinstance(x, torch.Tensor):
         return f"{x!r:.40}"
     norm = x.detach().abs().double().sum().item() if x.numel() and not x.is_complex() else 0.0
@@ -272,11 +274,11 @@ def _generators() -> dict[str, Any]:
     return {"random": random.getstate(), "numpy.random": (name, bytes(keys), *rest)}  # type: ignore[arg-type]
 
 
-# --- other sizes: a batch of one, of which export says nothing, and other lengths
+# --- other sizes: a batch of one, which export assumes not to occur, and other lengths
 
 
 def _free_axes(module: CapturedModule, known: Reference) -> list[tuple[int, list[int]]]:
-    """Of each tensor among the leaves of a call: its place, and which of its axes are free."""
+    """For each tensor among the leaves of a call: (its index, its free axes)."""
     guards = [n for n in module.graph.nodes if n.target is insert.guard]
     leaves = pytree.tree_leaves((known.args, dict(known.kwargs)))
     tensors = [i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor)]
@@ -297,18 +299,18 @@ def _same_for_one(model: torch.nn.Module, module: CapturedModule, known: Referen
     axes = dict(_free_axes(module, known))
     leaves = pytree.tree_leaves((known.args, dict(known.kwargs)))
     if all(len(leaves[i]) == 1 for i, free in axes.items() if 0 in free):
-        return True  # nothing is free, or it was compared just now
+        return True  # no batch is free, or the example was a batch of one
     args, kwargs = _resized(known, lambda i, t: t[:1] if 0 in axes[i] else t)
     try:
         with untouched(model):
             wanted = _run(model, args, kwargs)
         return _difference(wanted, _run(module, args, kwargs)) is None
-    except Exception:  # the model cannot be called with one sample, which its own call will say
+    except Exception:  # the model itself fails on one sample
         return False
 
 
 def _require_same_lengths(model: torch.nn.Module, module: CapturedModule, known: Reference) -> None:
-    """Raise ``VerificationError`` if more than the batch is free, and no other size is seen to be right."""
+    """If more than the batch is free, raise ``VerificationError`` unless another size gives the same."""
     axes = {i: [a for a in free if a] for i, free in _free_axes(module, known)}
     if not any(axes.values()):
         return

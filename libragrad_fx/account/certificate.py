@@ -1,4 +1,4 @@
-"""Is it true? Every promise of a transform, checked on one input, and the certificate of it."""
+"""Checks every promise of a transform on one input, and writes the certificate."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def certify(
 ) -> Certificate:  # fmt: skip
     """Check the promises of a transform on one input (see ``libragrad_fx.verify``).
 
-    account: of ``module`` on ``inputs``, by ``forward``
-    share:   what the input carries by ``module``'s own backward, which takes shorter ways
+    account: the ledger of ``module`` on ``inputs``, made in ``forward``
+    share:   the input's share by the backward of the lean graph (``share_as_run``)
     """
     args, kwargs = as_call(inputs)
     graphs = forward.graphs.values()
@@ -70,7 +70,7 @@ def certify(
 
 
 def _unbalanced(forward: Forward, proofs: Mapping[str, Proof]) -> tuple[str, ...]:
-    """What plan and proof leave open, between the graphs and in each of them, by name."""
+    """Names of all that plan and proof leave open, between the graphs and in each of them."""
     left = [f.node for f in forward.between]
     for name, graph in forward.graphs.items():
         plan = graph.history.plan
@@ -81,14 +81,14 @@ def _unbalanced(forward: Forward, proofs: Mapping[str, Proof]) -> tuple[str, ...
 
 
 def _dtype_and_device(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[str, str]:
-    """Of the first parameter, or else of the first tensor of the call; the device is the call's."""
+    """The dtype of the first parameter (else of the first tensor argument), and that argument's device."""
     like = next(filter(torch.is_tensor, pytree.tree_leaves((args, kwargs))), None)
     dtype = next((p.dtype for p in module.parameters()), None if like is None else like.dtype)
     return str(dtype), "cpu" if like is None else str(like.device)
 
 
 def casts(graphs: Iterable[CapturedModule]) -> dict[torch.dtype, str]:
-    """The float dtypes that live nodes of graphs cast to, and where each is met."""
+    """The float dtypes that live nodes cast to, each with the source line of its first cast."""
     found: dict[torch.dtype, str] = {}
     for graph in graphs:
         live: dict[str, str] = {s.node: s.source for s in graph.record.sites}
@@ -100,7 +100,7 @@ def casts(graphs: Iterable[CapturedModule]) -> dict[torch.dtype, str]:
 
 
 def tolerance_of(forward: Forward, args: Any, kwargs: Any, account: Ledger) -> float:
-    """As ``certify`` takes it where nothing else is asked for."""
+    """The default tolerance of ``certify``."""
     graphs = forward.graphs.values()
     return _tolerance([d for g in graphs for d in _dtypes(g, args, kwargs)], graphs, account)
 
@@ -113,8 +113,8 @@ def _dtypes(module: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.dtype
 
 
 def _tolerance(dtypes: Iterable[torch.dtype], graphs: Iterable[CapturedModule], account: Ledger) -> float:
-    """What rounding may leave: a thousand ulp of the largest flow through a node (8 in half
-    precision), in the coarsest dtype that is computed in.
+    """What rounding may leave: a thousand ulp (8 in half precision) of the largest number of the account,
+    in the coarsest dtype of the computation.
     """
     used = {*dtypes, *casts(graphs)}
     used |= {torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
@@ -127,8 +127,7 @@ def _tolerance(dtypes: Iterable[torch.dtype], graphs: Iterable[CapturedModule], 
 def forward_equal(
     model: torch.nn.Module, module: InGraphs, args: Any, kwargs: Any
 ) -> tuple[bool, float, int]:
-    """Whether both give the same bits under grad mode with inputs that require grad; and if not, the
-    largest difference, as it is and in steps between neighbouring floats.
+    """(same bits?, largest difference, the same in ulp), under grad mode with inputs that require grad.
 
     The model's state (batch-norm statistics) and the random state are left as they were.
     """
@@ -145,7 +144,7 @@ def forward_equal(
 
 
 def compare(a: Sequence[Any], b: Sequence[Any]) -> tuple[bool, float, int]:
-    """As ``forward_equal``, of two lists of leaves."""
+    """As ``forward_equal``, for two lists of leaves."""
     if len(a) != len(b):
         return False, math.nan, 0
     pairs = list(zip(map(_as_real, a), map(_as_real, b), strict=True))
@@ -164,7 +163,7 @@ def _as_real(x: Any) -> Any:
 
 
 def _same_bits(a: Any, b: Any) -> bool:
-    """Bit for bit: -0.0 is not 0.0, and a nan is the nan at its place, whatever its payload."""
+    """Whether the bits are equal: -0.0 differs from 0.0, and a nan equals any nan."""
     if not isinstance(a, torch.Tensor):
         return a is b or _same(a, b)
     if a.dtype != b.dtype or a.shape != b.shape:
@@ -176,7 +175,7 @@ def _same_bits(a: Any, b: Any) -> bool:
 
 def _same(a: Any, b: Any) -> bool:
     try:
-        return bool(a == b) or same(a, b)  # two caches of equal tensors are no equal objects
+        return bool(a == b) or same(a, b)  # ``same`` looks into objects, such as caches of tensors
     except RuntimeError as e:
         raise InputError(
             f"the output holds a {type(a).__name__}, whose tensors cannot be reached: register it with"
@@ -196,7 +195,7 @@ def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _ulp(a: torch.Tensor, b: torch.Tensor) -> int:
-    """How many floats lie between the two, at most: their bits as integers, in order of size."""
+    """The largest distance in ulp: bits as integers, mapped so that their order is that of the floats."""
     if a.numel() == 0 or a.dtype != b.dtype or not a.is_floating_point():
         return 0
     lowest = torch.iinfo(_SAME_SIZE[a.element_size()]).min

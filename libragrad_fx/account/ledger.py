@@ -1,11 +1,12 @@
 """The account of one backward, node by node.
 
 The law at a node: ``⟨y, g⟩ = Σ⟨a_i, r_i(g)⟩ + ⟨bias(op), g⟩`` over the operands that depend on the
-model's input. ``r_i(g)`` is what this node alone sends to operand i, so every edge of the graph gets
-an alias whose gradient is that; ``bias(op)`` is computed from the op (``ops.bias``), never as a rest.
+model's input. ``r_i(g)`` is the gradient that this node alone sends to operand i: every edge of the graph
+gets an alias of the operand, whose gradient that is. ``bias(op)`` is computed from the op (``ops.bias``),
+never as a remainder.
 
-The sums are taken while one backward runs, and what a node needed for its sums is let go with it:
-an account costs a small multiple of the backward it describes.
+The sums are taken while one backward runs, and each node's tensors are freed when its sums are done: an
+account costs a small multiple of the backward that it describes.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ _OUTPUT = "output"
 
 
 class Recorder(Observer):
-    """Runs a graph; every operand of every site is an alias of its own, whose gradient is noted.
+    """Runs a graph; every site gets aliases of its operands, and hooks note their gradients.
 
-    A host and the nodes inserted for it are one unit: operands are taken before a scale that was
-    put on them, the output behind a scale that was put on it.
+    An op and the scales inserted for it are one unit: its operands are taken before their scales, its
+    output behind its scale.
 
-    leaves: for a module that is one graph of several, the inputs of the whole model; what comes from
-        another graph is then part of its gradient, and not a source.
+    leaves: for one graph of several, the inputs of the whole model. An argument that another graph computed
+        is then no source: its gradient goes on to that graph.
     """
 
     def __init__(self, module: CapturedModule, leaves: Sequence[torch.Tensor] | None = None) -> None:
         super().__init__(module)
         self.leaves = leaves
-        # an embedding that starts the signal is where the account ends
+        # the account ends at embeddings that start the signal: they are no sites
         self.table: dict[str, Site] = {s.node: s for s in module.record.sites if not s.starts}
         self.rows = {name: _Row() for name in (*self.table, _OUTPUT)}
         inputs = {n.name for n in module.graph.nodes if n.target is insert.guard}
@@ -92,7 +93,7 @@ class Recorder(Observer):
         return insert.scale(row.operand(x, self.origin.get(inner, "")), factor)  # type: ignore[arg-type]
 
     def _returned(self, n: Node) -> Any:
-        """What the model returns; the target is the last consumer in the account."""
+        """The model's output; the row of the target is its reader."""
         row = self.rows[_OUTPUT]
         args: Any = map_arg(n.args, lambda m: row.operand(self.env[m], self.origin.get(m, "")))  # type: ignore[arg-type]
         if n.op == "output":
@@ -101,7 +102,7 @@ class Recorder(Observer):
 
 
 def _origins(module: CapturedModule, producers: Container[str]) -> dict[Node, str]:
-    """Which site's output, or which input of the model, a node hands on unchanged."""
+    """By node, the site or the model input whose value it hands on unchanged."""
     found: dict[Node, str] = {}
     for n in module.graph.nodes:
         if n.name in producers:
@@ -114,8 +115,8 @@ def _origins(module: CapturedModule, producers: Container[str]) -> dict[Node, st
 
 
 class _Row:
-    """The sums of one site, filled while the backward runs. By producer, ``flows`` are Σ⟨a, r(g)⟩
-    and ``squares`` Σ‖r(g)‖²."""
+    """The sums of one site, filled while the backward runs. ``flows``: Σ⟨a, r(g)⟩ by the operand's
+    producer; ``squares``: Σ‖r(g)‖² likewise."""
 
     def __init__(self) -> None:
         self.out = self.constant = 0.0
@@ -130,7 +131,7 @@ class _Row:
         alias, held = same(x), [x.detach()]
 
         def note(g: torch.Tensor | None) -> None:
-            value = held.pop()  # let go of it: the rest of the backward does not need it
+            value = held.pop()  # freed: the rest of the backward does not need it
             flow, square = (0.0, 0.0) if g is None else (dot(value, g), dot(g, g))
             self.flows[producer] = self.flows.get(producer, 0.0) + flow
             self.squares[producer] = self.squares.get(producer, 0.0) + square
@@ -141,7 +142,7 @@ class _Row:
     def watch(self, y: Any) -> Any:
         """Note ⟨y, g⟩ and ⟨bias, g⟩ when the gradient of ``y`` (a tensor or several) is complete."""
         if isinstance(y, (tuple, list)):
-            # one may be part of another inside the op, as an LSTM's cell is: readers have aliases
+            # one output may feed another inside the op (an LSTM's cell), so readers get aliases
             return [self._noted(same(t), i) if _moves(t) else t for i, t in enumerate(y)]
         return self._noted(y, 0) if _moves(y) else y
 
@@ -172,7 +173,7 @@ def _moves(x: Any) -> bool:
 def _aliased(
     n: Node, args: Any, kwargs: Any, producers: Mapping[str, str], alias: Callable[[Any, str], Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call's arguments in schema order, an alias for each operand that ``producers`` names."""
+    """The call's arguments, with an alias for each operand that ``producers`` names."""
     op = aten_op(n)
 
     def place(name: str, value: Any) -> Any:
@@ -197,7 +198,7 @@ def ledger(module: InGraphs, inputs: Any, target: Target = None) -> Ledger:
 
 
 def ledger_and_forward(module: InGraphs, inputs: Any, target: Target) -> tuple[Ledger, Forward]:
-    """As ``ledger``, and the forward that it is of."""
+    """As ``ledger``, with the forward that it describes."""
     recorders: list[tuple[str, Recorder]] = []
 
     def record(name: str, graph: CapturedModule, leaves: Any, args: Any, kwargs: Any) -> Any:
@@ -211,9 +212,10 @@ def ledger_and_forward(module: InGraphs, inputs: Any, target: Target) -> tuple[L
 
 
 def share_as_run(module: InGraphs, forward: Forward, inputs: Any, target: Target) -> float | None:
-    """⟨x, ∂f/∂x⟩ by the graph that runs and not by the one that is accounted for; None where nothing
-    comes back. Where the signal starts behind the inputs (embeddings of tokens), x is what starts it; None
-    where that is in one of several graphs. ``forward`` says which graphs run.
+    """⟨x, ∂f/∂x⟩ by the lean graph; None if no gradient comes back.
+
+    If the signal starts at embeddings of tokens, x are their rows; None if that is in one of several
+    graphs. ``forward`` says which graphs ran.
     """
     starting = [g for g in forward.graphs.values() if g.record.starts]
     if starting not in ([], [module]):
@@ -238,7 +240,7 @@ def share_as_run(module: InGraphs, forward: Forward, inputs: Any, target: Target
 
 
 def settle(recorders: Sequence[tuple[str, Recorder]], forward: Forward, target: Target) -> Ledger:
-    """Run the backward of what was recorded, one graph or several by name, and add it up."""
+    """Run the backward of the recorded graphs, and add up the ledger."""
     scalar = select(forward.output, target)
     started = {id(x): x for x in forward.leaves if _moves(x)}
     started |= {id(x): x for _, r in recorders for x in r.sources.values()}
@@ -252,7 +254,7 @@ def settle(recorders: Sequence[tuple[str, Recorder]], forward: Forward, target: 
     for name, recorder in recorders:
         found = recorder.rows
         sites = [s for s in recorder.table.values() if s.node in found]
-        if not name:  # the only graph: the target is the last that reads
+        if not name:  # the only graph: the target gets a row as well
             boundaries = (*_boundaries(recorder, total),)
             found[_OUTPUT].out = total
             sites.append(Site(_OUTPUT, "target", "", "", (), None, False, ()))
@@ -271,7 +273,7 @@ def _row(site: Site, name: str, row: _Row, starts: set[str]) -> LedgerRow:
 
 
 def _boundaries(recorder: Recorder, total: float) -> Iterator[Boundary]:
-    """Completeness behind each block: what crosses there, and the constants that come after it.
+    """Completeness behind each block: mass that crosses there, and the constants of later nodes.
 
     A signal that starts after the block (the other tower of a model with two) counts as crossing.
     """

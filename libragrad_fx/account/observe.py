@@ -1,4 +1,4 @@
-"""Runs a graph with its inside in view, for whoever wants values, gradients or constants of its nodes."""
+"""Runs a graph and shows each node's value, arguments and constant to a callback."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Tap = Callable[[Node, Any], None]
 
 
 class Observer(torch.fx.Interpreter):
-    """Runs a module's graph node by node, called as the module is (see ``flat_arguments``).
+    """Runs a module's graph node by node; call ``run(*flat_arguments(module, args, kwargs))``.
 
-    The signal starts anew where it enters: at inputs, and at embeddings that inputs index. ``sources`` has
-    what it starts from, by the path of the input or the name of the embedding's node.
+    Where the signal enters (inputs, and embeddings that inputs index), the value becomes a new leaf of
+    autograd. ``sources`` holds these leaves, by the path of the input or the name of the embedding's node.
 
     Args:
-        tap: is shown each node and its value when that is computed; what the node was called with is
-            ``fetch_args_kwargs_from_env(node)`` then.
-        graph: another graph than ``module.graph``: the leaner one that runs.
-        given: what the signal starts from in place of what the inputs say, by the names in ``sources``.
+        tap: called with each node and its value once that is computed; the node's arguments are
+            ``fetch_args_kwargs_from_env(node)``.
+        graph: the graph to run, ``module.graph`` by default; may be the lean one.
+        given: values that leaves start from instead of what the inputs say, by the names in ``sources``.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class Observer(torch.fx.Interpreter):
         self.sources: dict[str, torch.Tensor] = {}
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """As fx has it, but for ``*args``, whose value is one of the arguments here."""
+        """As fx, but ``*args`` takes one argument: the tuple (see ``flat_arguments``)."""
         return next(self.args_iter)
 
     def fetch_attr(self, target: str) -> Any:
-        """What is at a path: the module's own, where an attribute of ours has the same name."""
+        """As fx, but a submodule, parameter or buffer comes before an attribute of ours of that name."""
         parent, _, name = target.rpartition(".")
         holder = self.module.get_submodule(parent)
         for place in (holder._modules, holder._parameters, holder._buffers):
@@ -68,7 +68,7 @@ class Observer(torch.fx.Interpreter):
         return super().run_node(n)
 
     def started(self, n: Node, x: Any) -> Any:
-        """``x`` as a leaf of the gradient."""
+        """``x`` as a new leaf of autograd, noted in ``sources``."""
         if inexact(x):
             name = source_name(n)
             start: Any = self.given.get(name, x)
@@ -77,18 +77,18 @@ class Observer(torch.fx.Interpreter):
 
 
 def source_name(node: Node) -> str:
-    """What an input is called, by its path; any other node by its own name."""
+    """The path of an input (``x['mask']``); any other node's own name."""
     return str(node.args[1]) if node.target is insert.guard else node.name
 
 
 def site_bias(site: Site, n: Node, args: Any, kwargs: Any) -> Any:
-    """The constant of a site that has one, shaped like its output; None where it is zero after all."""
+    """The constant of a site that has one, shaped like its output; None if it turns out to be zero."""
     assert site.bias is not None
     return biases.bias(site.bias, aten_op(n), site.live, args, kwargs)
 
 
 def flat_arguments(module: CapturedModule, args: Any, kwargs: Any) -> list[Any]:
-    """The call's arguments in the order of the graph's placeholders, defaults filled in."""
+    """A call's arguments in the order of the graph's placeholders, with defaults filled in."""
     names = [n for n in module.graph.nodes if n.op == "placeholder"]
     star = next((n for n in names if str(n.target).startswith("*")), None)
     plain = [n for n in names if n is not star]

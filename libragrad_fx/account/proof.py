@@ -1,8 +1,8 @@
 """The static proof: every node that a gradient passes is balanced by its kind, or is named.
 
-It reads the rewritten graph alone, not the plan that made it, and asks of each node which operands
-its gradient goes to. What is said of a kind or of a twin is proved numerically, row by row, in
-``tests/rows``; here it is put together.
+It reads only the rewritten graph, not the plan that made it, and asks of each node to which operands its
+gradient goes. That a kind or a twin is balanced is tested numerically, row by row, in ``tests/rows``; the
+proof combines these facts.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _BY_TWIN = {
     Kind.LINEAR: "linear, its output that is a gate scaled by a twin",
     Kind.RECURRENT: "recurrent layer, its gates held by a twin",
 }
-_ONCE = ", if no two of its indices coincide"  # of two, autograd answers both and one is kept
+_ONCE = ", if no two of its indices coincide"  # of two writes one survives, but autograd answers both
 
 
 def prove(module: CapturedModule, as_run: bool = False) -> Proof:
-    """Go through ``module``'s graph, or the leaner one that runs in its place; see ``Proof``."""
+    """Prove ``module``'s graph, or with ``as_run`` the lean one that runs in its place; see ``Proof``."""
     history = module.history
     graph, facts = module.graph, history.facts
     if as_run and module.lean is not None:
@@ -89,7 +89,7 @@ def _moving(
 
 
 def _source_name(node: Node) -> str:
-    """The node that an output reads, seen through probes."""
+    """The name of the node that an output reads, seen through probes."""
     while isinstance(behind := probed(node), Node):
         node = behind
     return node.name
@@ -100,7 +100,7 @@ def _judge(
 ) -> tuple[str, str]:
     """(why a node is balanced, "") or ("", why it is not known to be)."""
     fact = facts.get(node.name)
-    if node.target is graft:  # the gradient of its value goes to the operands of a product
+    if node.target is graft:  # its gradient goes to the operands of a product
         factors = sum(n in moving for n in node.args[1:3])
         if factors < 2:
             return "part of a product with one factor that carries", ""
@@ -134,7 +134,7 @@ def _judge(
 def _judge_under_autograd(
     node: Node, kind: Kind, fact: OpFacts, sends: set[str], facts: Mapping[str, OpFacts]
 ) -> tuple[str, str]:
-    """As ``_judge``, of a node with autograd's own backward that sends gradients to ``sends``."""
+    """As ``_judge``, for a node with autograd's own backward, which sends gradients to ``sends``."""
     if fact.degree == 1:
         return "of degree 1 about its constant", ""
     if fact.degree is not None:
@@ -161,12 +161,12 @@ def _judge_under_autograd(
 
 
 def _among(sends: set[str], arguments: Collection[str]) -> set[str]:
-    """Those of the operands (``tensors[0]``) that are of one of the arguments (``tensors``)."""
+    """The operands (``tensors[0]``) that belong to one of the arguments (``tensors``)."""
     return {s for s in sends if s.partition("[")[0] in arguments}
 
 
 def _behind_a_join(node: Node, facts: Mapping[str, OpFacts]) -> list[Any]:
-    """The factor of a scale behind what joins a value with others: equal scales of them are one there."""
+    """The factor of a scale that the pass ``joins`` moved behind a ``cat`` of the value with others."""
     while len(node.users) == 1:
         (node,) = node.users
         if is_scale(node):
@@ -181,7 +181,8 @@ def _scaled(
     node: Node, facts: Mapping[str, OpFacts], wanted: float, reason: str, problem: str,
     whole: bool = True,
 ) -> tuple[str, str]:  # fmt: skip
-    """Whether a node's output, or each operand that carries, is scaled by the factor wanted."""
+    """(reason, "") if a node's output, or each operand with a gradient, is scaled by ``wanted``; else
+    ("", problem). whole: scaling the output counts as well."""
     mine = lambda n: is_scale(n) and note(n).host == node.name  # noqa: E731
     outer = [n.args[1] for n in node.users if mine(n)] or _behind_a_join(node, facts)
     inner = [n.args[1] for n in node.all_input_nodes if mine(n)]

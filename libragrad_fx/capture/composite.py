@@ -1,6 +1,6 @@
-"""Composite ops that have no fact, written out in ops that have.
+"""Decomposes composite ops that have no fact into ops that have one.
 
-PyTorch can do it for a whole program, by tracing it once more: that costs several times the export.
+PyTorch can decompose a whole program, by tracing it once more; that costs several times the export.
 Here each op is traced alone, on the values of its node.
 """
 
@@ -29,7 +29,7 @@ COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 def every_op() -> tuple[torch._ops.OpOverload, ...]:
-    """Every op of PyTorch, and of the libraries that have registered some by now."""
+    """Every op of PyTorch, and of libraries that have registered ops so far."""
     return _ops_named(tuple(torch._C._dispatch_get_all_op_names()))
 
 
@@ -45,7 +45,7 @@ def _ops_named(names: tuple[str, ...]) -> tuple[torch._ops.OpOverload, ...]:
 
 
 def write_out(graph: Graph, book: RuleBook) -> None:
-    """Replace every composite op that has no fact by its parts, where all of those have one."""
+    """Replace every composite op that has no fact by its parts, if all of those have one."""
     unknown = [n for n in graph.nodes if _is_unknown(n.target, book) and _is_pure(n)]
     parts = in_parts(book) if unknown else {}
     for node in unknown:
@@ -59,19 +59,19 @@ def _is_unknown(op: Any, book: RuleBook) -> bool:
 
 
 def _is_known(op: Any, book: RuleBook) -> bool:
-    """Whether an op has a fact; a copy, which has none, is spelled as other ops in the normal form."""
+    """Whether an op has a fact, or is a copy, which the normal form replaces."""
     return op is COPY_INTO or book.fact(functional(op) or op) is not None
 
 
 def in_parts(book: RuleBook) -> Parts:
-    """What writes out each composite op that has no fact, by its own kernel."""
+    """By composite op without a fact, a function that decomposes it by running its own kernel."""
     unknown = (op for op in every_op() if _is_unknown(op, book))
     return {op: functools.partial(_called, book, op) for op in unknown}
 
 
 def _called(book: RuleBook, op: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call ``op``'s kernel while its ops are traced. A kernel that fills a tensor beside them (quantile
-    does, and the unpacking of sequences) is no graph, and its op is traced as one."""
+    """Call ``op``'s kernel, so that its ops are traced. Some kernels fill a tensor by other means
+    (quantile, the unpacking of sequences): ``NotImplemented`` leaves their op whole."""
     graph = get_proxy_mode().tracer.graph  # type: ignore[union-attr]
     before = len(graph.nodes)
     result = op._op_dk(COMPOSITE, *args, **kwargs)
@@ -79,17 +79,17 @@ def _called(book: RuleBook, op: Any, *args: Any, **kwargs: Any) -> Any:
     if not any(_is_unfilled(n, made, book) for n in made):
         return result
     for node in reversed(made):
-        if _is_write(node):  # the others are dead code, or (``to``) another name of an operand
+        if _is_write(node):  # the other nodes are dead code, or (``to``) an alias of an operand
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph.erase_node(node)
     return NotImplemented
 
 
 def _is_unfilled(node: Node, made: Sequence[Node], book: RuleBook) -> bool:
-    """Whether a node is a tensor without values, into which none of the nodes behind it writes."""
+    """Whether a node makes an uninitialised tensor that no later node writes into."""
     if not is_empty(node):
         return False
-    names = {node}  # of one memory
+    names = {node}  # the nodes that share its memory
     for other in made:
         if names.isdisjoint(other.all_input_nodes):
             continue
@@ -111,7 +111,7 @@ def _is_pure(node: Node) -> bool:
 
 
 def _traced(node: Node, parts: Parts) -> Graph | None:
-    """The ops that ``node``'s op calls, over the nodes that it is given; None if it is no graph."""
+    """The ops that ``node``'s op calls, as a graph over its operands; None if it cannot be traced."""
     given = node.all_input_nodes
     values = [n.meta["val"] for n in given]
 
@@ -126,14 +126,14 @@ def _traced(node: Node, parts: Parts) -> Graph | None:
         with torch.no_grad(), mode:
             trace = make_fx(call, parts, pre_dispatch=True, _error_on_data_dependent_ops=False)
             graph = trace(*values).graph
-    except (RuntimeError, TypeError, ValueError):  # it looks at the values of its tensors
+    except (RuntimeError, TypeError, ValueError):  # it reads values of its tensors
         return None
     graph.eliminate_dead_code(lambda n: n.op != "call_function" or _is_write(n))
     return None if any(n.op == "get_attr" for n in graph.nodes) else graph
 
 
 def _ops(graph: Graph) -> set[Any]:
-    """The ops of a graph that make floating-point tensors of tensors."""
+    """The ops of a graph that make floating-point or complex tensors from tensors."""
     return {
         n.target
         for n in graph.nodes
@@ -152,7 +152,7 @@ def _replace(node: Node, parts: Graph) -> None:
     for new in (env[n] for n in parts.nodes if n.op == "call_function"):
         new.meta = {**new.meta, **origin(node)}
     for user in list(node.users):
-        if isinstance(result, (tuple, list)):  # of which exported graphs look members up
+        if isinstance(result, (tuple, list)):  # its users are all ``getitem``
             user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index,arg-type]
             graph.erase_node(user)
         else:

@@ -1,4 +1,4 @@
-"""What surrounds an export, so that it sees what an eager call sees, and is put back afterwards."""
+"""Contexts for an export: it runs as an eager call would, and all global state is restored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _CHECKPOINT = "torch.utils.checkpoint"
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One module call, as its forward hook saw it: structures whose tensors carry observe marks."""
+    """One module call, as a forward hook saw it: (leaves, structure), with None for each tensor. The graph
+    has an ``observe`` mark for those."""
 
     path: str
     arguments: tuple[list[Any], pytree.TreeSpec]
@@ -38,13 +39,10 @@ def export_state() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     quiet = logging.root.manager.disable
     torch.backends.mha.set_fastpath_enabled(False)
-    logging.disable(logging.CRITICAL)  # a failing export logs its graph; the error says what matters
+    logging.disable(logging.CRITICAL)  # a failing export logs its whole graph
     try:
         with contextlib.ExitStack() as stack:
-            for device in (
-                "cpu",
-                "cuda",
-            ):  # the casts of a surrounding autocast are not the model's
+            for device in ("cpu", "cuda"):  # a surrounding autocast's casts are not the model's
                 stack.enter_context(torch.autocast(device, enabled=False))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -63,10 +61,10 @@ def traced_as_run() -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_if_eager() -> Iterator[None]:
-    """Models that ask whether they are exported may choose other ops, and with them other bits.
+    """``torch.compiler.is_exporting()`` is False: models that ask may choose other ops, with other bits.
 
     ``is_compiling`` is left as it is: libraries ask it to keep traced tensors out of their caches.
-    Dynamo notes which functions it knows when it is first imported, and must not note the stand-in.
+    Dynamo, when first imported, notes the functions it knows. It must not note the patched one.
     """
     importlib.import_module("torch._dynamo")
     with mock.patch.object(torch.compiler, "is_exporting", return_value=False):
@@ -80,7 +78,7 @@ def observed(model: torch.nn.Module, calls: list[Call]) -> Iterator[None]:
 
     def hook(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if id(module) not in paths or torch._C._are_functorch_transforms_active():
-            return  # inside a vmap, what a module sees is no tensor of the graph
+            return  # inside a vmap, a module's tensors are not those of the graph
         call = len(calls)
         sides = [pytree.tree_flatten((args, kwargs)), pytree.tree_flatten(output)]
         named = [
@@ -103,7 +101,7 @@ def observed(model: torch.nn.Module, calls: list[Call]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def global_hooks_kept() -> Iterator[None]:
-    """PyTorch keeps the flag of a removed hook, and (2.11) hooks of an export that failed."""
+    """Restore global hooks: PyTorch keeps a removed hook's flag, and (2.11) a failed export's hooks."""
     found = [v for k, v in vars(_modules).items() if k.startswith("_global_")]
     tables = [(t, dict(t)) for t in found if isinstance(t, dict)]
     try:
@@ -116,10 +114,10 @@ def global_hooks_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def custom_functions(found: list[str]) -> Iterator[None]:
-    """Notice user-written ``autograd.Function``s: tracing keeps their forward and not their backward.
+    """Note user-written ``autograd.Function``s: tracing keeps their forward but not their backward.
 
-    ``Function.apply`` may have been looked up before (``swish = Swish.apply``). Each call looks up
-    ``forward``, so that is watched.
+    ``apply`` may have been looked up earlier (``swish = Swish.apply``). But each call looks up ``forward``,
+    so that lookup is watched.
     """
     here = threading.get_ident()
 
@@ -144,7 +142,7 @@ def custom_functions(found: list[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reentrant_checkpoints() -> Iterator[None]:
-    """A reentrant checkpoint is the function that it calls, which may have regions in another grad mode."""
+    """Run the function of a reentrant checkpoint directly: it may have regions in another grad mode."""
     apply = inspect.getattr_static(torch.autograd.Function, "apply")
 
     def run(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -158,10 +156,10 @@ def _reentrant_checkpoints() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _grad_mode_unseen() -> Iterator[None]:
-    """Grad mode switches without a trace of it.
+    """Hide switches of grad mode from the trace, inside a Function's forward.
 
-    It is off inside a Function, which no trace shows. So a ``no_grad`` in there ends, for the trace,
-    with grad mode off, and everything behind the Function would be detached.
+    Grad mode is off in there, and a trace does not show that. A ``no_grad`` inside would end, for the
+    trace, with grad mode off, and everything behind the Function would be detached.
     """
     switch = torch._C._set_grad_enabled
 
@@ -177,8 +175,8 @@ def _grad_mode_unseen() -> Iterator[None]:
 def _data_seen() -> Iterator[None]:
     """``x.data`` is ``x``, for this thread.
 
-    Inside a Function nothing is differentiated, and the two are one tensor but for the count of writes.
-    A trace sees what is written to ``x``.
+    Inside a Function nothing is differentiated, so the two differ only in the version counter. A trace sees
+    writes to ``x``, but not to ``x.data``.
     """
     plain, here = torch.Tensor.data, threading.get_ident()
 

@@ -1,4 +1,4 @@
-"""The call that a model is captured for: as it is given, or guessed from the model."""
+"""The call that a model is captured with: the user's example, or a guess from the model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def example_call(
             args, kwargs = infer_inputs(model)
     else:
         args, kwargs = _as_call(example_inputs)
-    # a tensor that is given twice would be one argument, for good
+    # export would make one argument of a tensor that is passed twice, so each gets an alias
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
     _check_call(model, args, kwargs)
     return args, kwargs
@@ -58,7 +58,7 @@ def _check_call(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str
 
 
 def without_cache(model: torch.nn.Module, kwargs: dict[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
-    """Key-value caches are mutable outputs that no graph can return: switch them off."""
+    """``kwargs`` with key-value caches switched off (no graph can return them), and the names added."""
     if "use_cache" in inspect.signature(model.forward).parameters and "use_cache" not in kwargs:
         return {**kwargs, "use_cache": False}, frozenset({"use_cache"})
     return kwargs, frozenset()
@@ -96,7 +96,7 @@ def infer_inputs(model: torch.nn.Module) -> tuple[tuple[Any, ...], dict[str, Any
 
 
 def _placed(t: Any, place: dict[str, Any]) -> Any:
-    """An example tensor where, and if it is floating point in the dtype in which, the model is."""
+    """An example tensor on the model's device and, if it is floating point, in its dtype."""
     if not isinstance(t, torch.Tensor):
         return t
     return t.to(**place) if t.is_floating_point() else t.to(place["device"])
@@ -137,7 +137,7 @@ def _candidates(layer: Any, place: dict[str, Any]) -> Iterator[torch.Tensor]:
 def _first_that_runs(
     model: torch.nn.Module, candidates: Sequence[torch.Tensor], layer: str = "it"
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The first candidate that the model takes; the only one of one is taken at its word.
+    """The first candidate that the model accepts; a single one from metadata is not tried.
 
     Tried on fake tensors: nothing is computed and nothing written.
     """

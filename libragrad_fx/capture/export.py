@@ -1,8 +1,8 @@
-"""``nn.Module`` (+ example inputs) -> ``torch.export`` program: the only file that knows export.
+"""``nn.Module`` (+ example inputs) -> ``torch.export`` program.
 
-What export alone would lose is put into the graph first: ``no_grad`` regions (its decomposition
-step drops them) become ``detach`` nodes, and every module call leaves marks on its arguments and
-outputs, from which the module tree of the result is rebuilt.
+Two things that export alone would lose are put into the graph first. ``no_grad`` regions, which its
+decomposition drops, become ``detach`` nodes. Every module call leaves marks on its arguments and outputs,
+from which the module tree of the result is rebuilt.
 """
 
 from __future__ import annotations
@@ -51,9 +51,13 @@ _PYTHON = PythonPrinter()
 
 @dataclasses.dataclass(frozen=True)
 class Capture:
-    """An exported, functional program, with what export does not keep beside it.
+    """An exported, functional program, and facts that it does not hold.
 
-    conditions: what export took for granted of the free sizes, as Python over the names of symbols
+    conditions: what export assumed of the free sizes, as Python over the names of symbols
+    args, kwargs: the call that was exported (a batch of one is doubled)
+    forced:     arguments that capture gave as False (``use_cache``)
+    calls:      the module calls, in order
+    notes:      warnings for the plan
     """
 
     program: ExportedProgram
@@ -78,9 +82,9 @@ def capture(
 
     Args:
         args, kwargs: the call (see ``example_call``).
-        book: facts about ops, the shipped ones by default; a composite op that has none is written out.
+        book: facts about ops, the shipped ones by default; a composite op without one is decomposed.
         free: which sizes are free.
-        module_calls: record every call of a submodule; without, the result's tree has no hooks.
+        module_calls: record every call of a submodule; otherwise hooks on submodules do not fire.
 
     Raises:
         ExportError: export refuses it.
@@ -97,7 +101,7 @@ def capture(
             try:
                 with as_if_eager():
                     program, conditions = _export(model, args, kwargs, book, free)
-            except ExportError:  # eagerly it asks for tensor values; it may have a way without
+            except ExportError:  # the eager branch may ask for tensor values, the other one not
                 calls.clear()
                 program, conditions = _export(model, args, kwargs, book, free)
     notes: tuple[str, ...] = ()
@@ -127,7 +131,7 @@ def _export(
             program = _functional(made, book)
             return program, tuple(dict.fromkeys([*found, *_conditions(program)]))
     except Exception as e:
-        # neither is of use to a user: whom to write to, what export named a tensor
+        # leave out what is of no use to a user: advice to file an issue, export's names of tensors
         said = re.sub(r"[^.]*(file an issue|lifted_tensor)[^.]*\.?", "", _first_line(e))
         if "mutat" in said or "in-place" in said or "in place" in said:
             said = "it writes in place into a tensor that is not its own"
@@ -140,7 +144,7 @@ def _export(
 
 
 def size_of(size: Any) -> int | str:
-    """One entry of a traced shape: a number, or what it is in symbols."""
+    """One entry of a traced shape: a number, or a formula of symbols as text."""
     if isinstance(size, int):
         return size
     expr = size.node.expr
@@ -148,7 +152,7 @@ def size_of(size: Any) -> int | str:
 
 
 def _conditions(program: ExportedProgram) -> list[str]:
-    """What the trace took for granted of free sizes: each branch taken on one, and their ranges."""
+    """What the trace assumed of free sizes: the branches it took on them, and their ranges."""
     values = (n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder")
     sizes: list[Any] = [d for t in values if isinstance(t, torch.Tensor) for d in t.shape]
     free = [d for d in sizes if isinstance(size_of(d), str)]
@@ -161,14 +165,14 @@ def _conditions(program: ExportedProgram) -> list[str]:
         bounds = env.var_to_range[symbol]
         found += [symbol >= bounds.lower] if bounds.lower > 2 else []  # 2: see ``insert.guard``
         found += [symbol <= bounds.upper] if bounds.upper.is_Integer else []
-    # what holds of other symbols only was decided when those became numbers
+    # conditions on other symbols were decided when those became numbers
     known = [e for e in found if getattr(e, "free_symbols", None) and e.free_symbols <= symbols]
     return sorted({_PYTHON.doprint(e) for e in known})
 
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """An export that fails prints its graph; what the model itself printed is handed on if not."""
+    """Hide output, because a failing export prints its graph; after success, print it again."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         yield
@@ -178,7 +182,7 @@ def _hushed() -> Iterator[None]:
 def _functional(program: ExportedProgram, book: RuleBook) -> ExportedProgram:
     """The program without in-place writes, and without regions in another mode.
 
-    Where it has none of them it is left as it is: the pass costs several times the export.
+    PyTorch's pass, ``run_decompositions``, costs several times the export, so it runs only if any is left.
     """
     for again in (True, False):
         write_out(program.graph, book)
@@ -198,7 +202,7 @@ def _writes(node: torch.fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     values = bind(node.target, node.args, node.kwargs)
-    # a norm that writes its statistics does not say so in its schema
+    # the schema of a norm does not say that it writes its statistics
     norm = values.get("training") or values.get("use_input_stats")
     return node.target._schema.is_mutable or bool(norm)
 
@@ -209,7 +213,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _detach_no_grad_regions(program: ExportedProgram) -> None:
-    """``no_grad`` regions come as sub-graphs and are flattened without a trace: detach around them."""
+    """Detach the outputs of ``no_grad`` regions: these sub-graphs are flattened later without a trace."""
     module = program.graph_module
     for node in list(module.graph.nodes):
         if getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled" or node.args[0]:

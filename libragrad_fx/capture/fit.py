@@ -1,4 +1,4 @@
-"""What no capture can do anything with, said before anything is run."""
+"""Refuses models that cannot be captured, before anything is run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from libragrad_fx.module.captured import CapturedModule
 
 
 def require_fit(model: torch.nn.Module) -> None:
-    """Raise ``CaptureError`` for what no capture can do anything with."""
+    """Raise ``CaptureError`` if no way of capture works, ``ExportError`` if only one graph does not."""
     _refuse_unfit(model)
     _refuse_hooks(model)
 
 
 def _refuse_unfit(model: torch.nn.Module) -> None:
-    """What no capture can do anything with, said before anything is run."""
+    """Refuse modules that are uninitialised, scripted, lazy or captured already."""
     name = type(model).__name__
     if "_modules" not in vars(model) and not isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(f"{name}.__init__ never called super().__init__(): it is no module yet")
@@ -45,7 +45,7 @@ def library(thing: Any) -> str:
 
 
 def _refuse_hooks(model: torch.nn.Module) -> None:
-    """Hooks that a library puts on its own modules are part of their forward, and are traced."""
+    """Refuse hooks, except those that a library puts on its own modules, which are traced."""
 
     def hooked(*kinds: str) -> list[str]:
         return [

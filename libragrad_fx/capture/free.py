@@ -19,9 +19,9 @@ from libragrad_fx.target import inexact
 class Free:
     """Which sizes of the inputs are free.
 
-    batch:   the first one of every tensor
-    lengths: the second one of tokens, (B, L) of whole numbers, and of what is as long as they are
-    named:   more, by argument, as ``transform`` takes them
+    batch:   axis 0 of every tensor
+    lengths: axis 1 of tokens, (B, L) of whole numbers, and of every tensor with the same L
+    named:   more axes, by argument, as ``transform(dynamic=...)`` takes them
     """
 
     batch: bool = True
@@ -29,7 +29,7 @@ class Free:
     named: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def fewer(self) -> Free | None:
-        """What is left to try where these cannot be; None if nothing is free here."""
+        """The next to try if these sizes cannot be free; None if none is free here."""
         if self.lengths:
             return dataclasses.replace(self, lengths=False)
         return FIXED if self.batch else None
@@ -53,14 +53,14 @@ FIXED = Free(batch=False, lengths=False)
 
 
 def token_lengths(args: Any, kwargs: Any) -> set[int]:
-    """How long the sequences of tokens are that a call is given."""
+    """The lengths of the token sequences among a call's arguments."""
     tensors = (t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
     whole = (t for t in tensors if not inexact(t) and t.dtype is not torch.bool)
     return {t.shape[1] for t in whole if t.ndim == 2}
 
 
 def batch_of_two(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Export bakes a dimension of size 1 in; a batch of one is doubled where all tensors agree."""
+    """A call with its batch of one doubled, because export fixes a size of 1; others are unchanged."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     if any(isinstance(t, torch.Tensor) and t.is_nested for t in leaves):
         raise InputError("a nested tensor has no shape to capture: pad it to one")
@@ -74,7 +74,7 @@ def batch_of_two(args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def by_name(model: torch.nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call by parameter, as export wants its shapes."""
+    """The arguments of a call by parameter, as export wants ``dynamic_shapes``."""
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
     found = dict(bound.arguments)
     for p in bound.signature.parameters.values():
@@ -84,7 +84,7 @@ def by_name(model: torch.nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 def freed(path: str, value: Any, spec: Any) -> Any:
-    """What is free of an argument, as export wants it: of a tensor, axes by number.
+    """The free axes of one argument, as export wants them: by number, for each tensor.
 
     Raises:
         InputError: ``spec`` does not fit the example.

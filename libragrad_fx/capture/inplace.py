@@ -1,8 +1,8 @@
-"""In-place ops of an exported graph as plain ones, where no other name of the tensor is read later.
+"""Replaces in-place ops of an exported graph by plain ones, if no alias of the tensor is read later.
 
-PyTorch can make any program functional, by tracing it once more: that costs twice the export. What
-most networks write in place is the fresh result of a convolution or a norm (``relu_``, ``+=``), and
-there a rename does it. Everything else is left for PyTorch.
+PyTorch can make any program functional, by tracing it once more; that costs twice the export. Most
+networks write only into the fresh result of a convolution or a norm (``relu_``, ``+=``). There, later
+readers can simply read the plain op's result. Other writes are left to PyTorch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from libragrad_fx.graph.alias import functional, is_fresh, is_idle_dropout
 
 
 def rename(graph: Graph, book: RuleBook) -> None:
-    """Replace every in-place op of ``graph`` for which it is safe; the others stay."""
+    """Replace every in-place op of ``graph`` for which that is safe; the others stay."""
     place = {n: i for i, n in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         plain = functional(node.target) if node.args and isinstance(node.args[0], Node) else None
@@ -30,8 +30,8 @@ def rename(graph: Graph, book: RuleBook) -> None:
 
 
 def drop_idle(graph: Graph) -> None:
-    """Take out every dropout that drops nothing. It returns its argument itself, and its schema does
-    not say: PyTorch (2.11) would lose what is written to that by its other name."""
+    """Remove every dropout that drops nothing. It returns its argument, which its schema does not say, so
+    PyTorch (2.11) would lose a later write through that alias."""
     for node in list(graph.nodes):
         if is_idle_dropout(node):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
@@ -39,7 +39,7 @@ def drop_idle(graph: Graph) -> None:
 
 
 def _is_safe(node: Node, place: dict[Node, int], book: RuleBook) -> bool:
-    """Whether what is written to has no other name that is read later, and keeps its dtype."""
+    """Whether the tensor written to has no alias, and keeps its dtype."""
     target = node.args[0]
     assert isinstance(target, Node)
     operands = [n.meta.get("val") for n in node.all_input_nodes]

@@ -1,8 +1,8 @@
-"""Exported program -> ``Trace``: a plain functional graph in one vocabulary, with the model's face.
+"""Exported program -> ``Trace``: a functional graph in the normal form, to call like the model.
 
-The normal form keeps every op that computes, node for node. It differs from the exported graph
-where that one would not run as the model runs: parameters are looked up, arguments and outputs have
-their original structure, and some ops are spelled otherwise (``ops.spelling``).
+The normal form keeps every op that computes, node for node. Three things differ from the exported graph, so
+that it runs as the model does: parameters are looked up as attributes, arguments and outputs have their
+original structure, and some ops are replaced by equal ones (``ops.spelling``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,13 @@ def normalize(model: torch.nn.Module, captured: Capture) -> Trace:
 
 
 class _Normaliser:
-    """One pass over the exported graph; ``env`` maps its node names to nodes of the new graph."""
+    """One pass over the exported graph.
+
+    env:   by name of an exported node, the new graph's node
+    pins:  source lines that name a float dtype
+    marks: by module call, its marked tensors by place (``a0``, ``o0``)
+    after: by module call, the last node before its mark
+    """
 
     def __init__(self, model: torch.nn.Module, captured: Capture) -> None:
         self.model, self.captured = model, captured
@@ -115,7 +121,7 @@ class _Normaliser:
     def _structures(
         self, placeholders: Mapping[str, Node], parameters: Sequence[inspect.Parameter]
     ) -> None:
-        """What is looked up in containers is there; what else they hold would be ignored."""
+        """Guard the containers: a missing entry could not be looked up, another one would be ignored."""
         passed = _passed(parameters, self.captured.args, self.captured.kwargs)
         stars = {p.name: "*" for p in parameters if p.kind is p.VAR_POSITIONAL}
         for name, value in passed.items():
@@ -124,14 +130,14 @@ class _Normaliser:
                 self.graph.call_function(insert.structure, facts)
 
     def _sizes(self) -> None:
-        """One node that checks what export found out of the free sizes of the inputs."""
+        """One node that checks export's conditions on the free sizes of the inputs."""
         conditions, names, labels, values = [*self.captured.conditions], [], [], []
         for spec, node in zip(self.specs, self.guards, strict=True):
             for axis, size in enumerate(spec.shape):
                 if isinstance(size, int):
                     continue
                 name = size if size.isidentifier() and size not in names else f"size{len(names)}"
-                if name != size:  # the same size twice, or one that depends on another
+                if name != size:  # a size that occurs twice, or a formula of other sizes
                     conditions.append(f"{name} == {size}")
                 names.append(name)
                 labels.append(f"{spec.path}.shape[{axis}]")
@@ -147,9 +153,9 @@ class _Normaliser:
         return size
 
     def _placeholders(self, used: Mapping[str, Any]) -> dict[str, Node]:
-        """One placeholder a parameter of ``forward``, in its order, with its default; unused ones are
-        guarded. None stands in where Python wants a default and there is none, or none that generated
-        code can spell: the guard of what is used refuses it."""
+        """One placeholder for each parameter of ``forward``, in its order, with its default. A guard checks
+        that unused ones keep their default. If Python needs a default and there is none, or generated code
+        cannot spell it, the default is None, which the guard of a used argument refuses."""
         found: dict[str, Node] = {}
         unused: list[tuple[str, Any]] = []
         optional = False
@@ -196,14 +202,14 @@ class _Normaliser:
     # --- parameters, buffers, constants
 
     def _parameters(self) -> None:
-        # a weight of a class of its own (quantised) comes as the plain tensors that it is made of
+        # export gives a weight of a tensor subclass (quantised) as the plain tensors inside it
         constants = ChainMap(self.program.constants, self.program.state_dict)
         fakes = {n.name: n.meta.get("val") for n in self.program.graph.nodes if n.op == "placeholder"}
         for spec in self.program.graph_signature.input_specs:
             if spec.kind in (InputKind.USER_INPUT, InputKind.TOKEN):
                 continue
             target = spec.target
-            if spec.kind is InputKind.CONSTANT_TENSOR or not _has(self.root, target):
+            if spec.kind is InputKind.CONSTANT_TENSOR or not _has_attribute(self.root, target):
                 target = f"constant_{spec.arg.name}".replace(".", "_")
                 value: Any = constants[str(spec.target)]
                 self.root.register_buffer(
@@ -239,13 +245,13 @@ class _Normaliser:
         return new
 
     def _made(self, like: Node, target: Any, *args: Any) -> Node:
-        """An op that the exported graph has not."""
+        """An additional op, which the exported graph does not have."""
         new = self._emit(like, target, args, {})
         new.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]))
         return new
 
     def _pin(self, node: Node) -> None:
-        """A float dtype in the graph: a cast, or the assertion export leaves where it dropped one."""
+        """Note a node that names a float dtype: a cast, or export's assertion where it dropped a cast."""
         literals = [*node.args, *node.kwargs.values()]
         if any(isinstance(a, torch.dtype) and (a.is_floating_point or a.is_complex) for a in literals):
             self.pins.append(source_line(node) or node.name)
@@ -262,7 +268,7 @@ class _Normaliser:
             if spec.kind is OutputKind.USER_OUTPUT:
                 leaves.append(value if isinstance(value, Node) else getattr(spec.arg, "value", value))
             elif spec.kind is OutputKind.BUFFER_MUTATION:
-                if isinstance(value, Node):  # batch norm updates its own statistics
+                if isinstance(value, Node):  # else a batch norm's statistics, which its op updates
                     buffer = self.graph.create_node("get_attr", str(spec.target))
                     kept = self.graph.call_function(insert.stop, (value,))
                     self.graph.call_function(COPY_INTO, (buffer, kept))
@@ -285,7 +291,7 @@ class _Normaliser:
         return self.graph.create_node("call_module", "output_structure", tuple(leaves))
 
     def _call(self, index: int, call: Call) -> ModuleCall | None:
-        """A module call in terms of graph nodes; None if none of its outputs is in the graph."""
+        """A module call with graph nodes as tensors; None if no output of it is in the graph."""
         marks, after = self.marks.get(index, {}), self.after.get(index)
         sides = []
         for place, (leaves, spec) in (("a", call.arguments), ("o", call.output)):
@@ -306,7 +312,7 @@ def _name(value: Any) -> Any:
 
 
 def _spelled(spec: pytree.TreeSpec) -> bool:
-    """Whether fx can write the structure down: tuples, lists and dicts of leaves."""
+    """Whether generated code can spell the structure: tuples, lists and dicts of leaves."""
     return spec.is_leaf() or (spec.type in _BUILTIN_NODES and all(_spelled(c) for c in spec.children()))
 
 
@@ -328,7 +334,7 @@ def _has_default(p: inspect.Parameter) -> bool:
 def _parameter(
     parameters: Sequence[inspect.Parameter], path: tuple[Any, ...]
 ) -> tuple[str, tuple[Any, ...]]:
-    """Where a leaf of ``(args, kwargs)`` is found: a parameter of ``forward``, and keys into it."""
+    """(parameter of ``forward``, keys into its value) of the leaf at ``path`` in ``(args, kwargs)``."""
     side, key, *rest = path
     if side.idx == 1:
         return key.key, tuple(rest)
@@ -338,7 +344,7 @@ def _parameter(
     return parameters[key.idx].name, tuple(rest)
 
 
-def _has(root: torch.nn.Module, target: str | None) -> bool:
+def _has_attribute(root: torch.nn.Module, target: str | None) -> bool:
     try:
         operator.attrgetter(target or "")(root)
     except AttributeError:
@@ -349,7 +355,7 @@ def _has(root: torch.nn.Module, target: str | None) -> bool:
 def _passed(
     parameters: Sequence[inspect.Parameter], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of a call by the name of the parameter that takes them, as in ``_parameter``."""
+    """The arguments of a call, by the name of the parameter that takes them."""
     found: dict[str, Any] = {}
     for at, value in enumerate(args):
         name, keys = _parameter(parameters, (pytree.SequenceKey(0), pytree.SequenceKey(at)))
@@ -358,7 +364,7 @@ def _passed(
 
 
 def _drop_unused_lookups(graph: Graph, calls: Sequence[ModuleCall]) -> None:
-    """What no op reads and no submodule is handed: a hook gets the arguments of its call."""
+    """Erase attribute lookups that no op reads and no module call takes (hooks see a call's arguments)."""
     handed = set(pytree.tree_leaves([(c.args, dict(c.kwargs), c.output) for c in calls]))
     for node in list(graph.nodes):
         if node.op == "get_attr" and not node.users and node not in handed:

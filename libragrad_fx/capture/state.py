@@ -1,7 +1,7 @@
-"""The Python state that a model's forward can reach: noted, compared, and put back.
+"""Notes, compares and restores the Python state that a model's forward can reach.
 
-Attributes of its modules and what hangs on them; data on their classes; globals and closures that their
-methods read. A graph keeps none of it, and tracing may leave its own tensors there.
+That is: attributes of its modules, and objects inside them; data on their classes; globals and closures
+that their methods read. A graph keeps none of it, and tracing may leave traced tensors there.
 """
 
 from __future__ import annotations
@@ -21,24 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
 
-_DEEP = 4  # how far containers and plain objects are followed
+_DEEP = 4  # how deep containers and plain objects are followed
 _LRU = type(functools.lru_cache(lambda: None))
-_CODE = (
-    type,
-    types.ModuleType,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    types.MethodType,
-    _LRU,
-)
-_TRACED = (
-    FakeTensor,
-    FunctionalTensor,
-    torch.SymInt,
-    torch.SymFloat,
-    torch.SymBool,
-    torch.fx.Proxy,
-)
+_CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, _LRU)
+_TRACED = (FakeTensor, FunctionalTensor, torch.SymInt, torch.SymFloat, torch.SymBool, torch.fx.Proxy)
 _TREE = ("_parameters", "_buffers", "_modules")
 _SCALARS = (int, float, complex, str, bytes, type(None), torch.Tensor, tuple)
 
@@ -46,8 +32,8 @@ _SCALARS = (int, float, complex, str, bytes, type(None), torch.Tensor, tuple)
 class Snapshot:
     """A copy of each container, and of each tensor that is no parameter or buffer.
 
-    Attributes of modules are put back whatever they are. Of what is outside (globals, classes, caches),
-    only what a trace left is: other threads and other models may use it meanwhile.
+    Attributes of modules are always restored. State outside of them (globals, classes, caches) is restored
+    only where a trace left something, because other threads and models may use it meanwhile.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -85,7 +71,7 @@ class Snapshot:
             self._note(name, vars(thing), own, depth + 1)
 
     def changes(self) -> tuple[str, ...]:
-        """The places whose values are others by now: by value and not by identity."""
+        """The names of places whose values have changed; equal values in new objects do not count."""
         found = []
         for name, now, then, _ in self._containers.values():
             if isinstance(now, dict):
@@ -98,7 +84,7 @@ class Snapshot:
         return tuple(dict.fromkeys(n.lstrip(".") for n in found))
 
     def restore(self) -> None:
-        """Put back the model's own state as it was noted, and elsewhere what a trace left."""
+        """Restore the model's own state; elsewhere, only what a trace changed."""
         for _, now, then, own in self._containers.values():
             if _moved(now, then) and (own or _is_traced(now)):
                 kinds: tuple[Any, ...] = (dict, list, deque, set)
@@ -142,7 +128,7 @@ def same(a: Any, b: Any) -> bool:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[Snapshot]:
-    """Put back what a forward or a trace leaves in a model's reach, whatever happens."""
+    """Restore afterwards what a forward or a trace changed in the model's reach, whatever happens."""
     before = Snapshot(model)
     try:
         yield before
@@ -151,8 +137,8 @@ def untouched(model: nn.Module) -> Iterator[Snapshot]:
 
 
 def _items(thing: Any) -> Any:
-    """What a container holds, past what a class of its own makes of it (transformers' table of activations
-    makes a module at each look)."""
+    """The items of a container, without calling methods of a subclass (transformers' table of activations
+    builds a module at each lookup)."""
     if isinstance(thing, OrderedDict):
         return OrderedDict.items(thing)
     return dict.items(thing) if isinstance(thing, dict) else enumerate(thing)
@@ -185,7 +171,7 @@ def _moved(now: Any, then: Any) -> bool:
 
 
 def _is_traced(value: Any) -> bool:
-    """Whether a value holds what only a trace makes."""
+    """Whether a value holds an object that only a trace makes."""
     if isinstance(value, (set, frozenset)):
         return any(map(_is_traced, value))
     for x in pytree.tree_leaves(value):
@@ -198,7 +184,7 @@ def _is_traced(value: Any) -> bool:
 
 
 def _surroundings(model: nn.Module) -> Iterator[tuple[str, Any, str, Any]]:
-    """(name, holder, key, value) of data that methods of the model's classes reach outside its modules."""
+    """(name, holder, key, value) of data outside the modules that methods of their classes can reach."""
     classes = {c for m in model.modules() for c in type(m).__mro__ if not _foreign(c)}
     stack: list[Any] = [f for m in model.modules() for f in vars(m).values()]
     for cls in classes:
@@ -252,7 +238,7 @@ def _of_torch(cls: type) -> bool:
 
 
 def _foreign(thing: Any) -> bool:
-    """Whether a class or a function is of PyTorch, Python or NumPy: they keep no state of models."""
+    """Whether a class or function comes from PyTorch, Python or NumPy, which keep no state of models."""
     top = (getattr(thing, "__module__", None) or "builtins").partition(".")[0]
     return top in ("torch", "numpy", "builtins") or top in sys.stdlib_module_names
 
@@ -261,7 +247,7 @@ def _foreign(thing: Any) -> bool:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """The same tensors in modules of their own, and what was put on an instance refers to those."""
+    """A copy of the modules that shares their tensors; functions set on an instance refer to the copies."""
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     own = copy.deepcopy(model, memo)
     for m in own.modules():
@@ -274,8 +260,8 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def _rebound(thing: Any, memo: dict[int, Any]) -> Any:
-    """A function, or what it closes over, with copied modules in the place of the originals:
-    ``deepcopy`` takes functions as they are."""
+    """A function that refers to copied modules in place of the originals, also in its closure:
+    ``deepcopy`` does not copy functions."""
     if id(thing) in memo:
         return memo[id(thing)]
     if isinstance(thing, types.MethodType):
@@ -285,7 +271,7 @@ def _rebound(thing: Any, memo: dict[int, Any]) -> Any:
         return functools.partial(*parts, **{k: _rebound(v, memo) for k, v in thing.keywords.items()})
     if not isinstance(thing, types.FunctionType) or not thing.__closure__:
         return thing
-    memo[id(thing)] = thing  # one that closes over itself
+    memo[id(thing)] = thing  # it may close over itself
     with contextlib.suppress(ValueError):  # an empty cell
         cells = [c.cell_contents for c in thing.__closure__]
         inner = [_rebound(c, memo) for c in cells]

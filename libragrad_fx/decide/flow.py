@@ -1,8 +1,8 @@
-"""Where gradients go in a graph as it stands: from a node to its operands, and from what it returns to all.
+"""Where autograd's gradients go in a graph: from a node to its operands, and from the outputs to all nodes.
 
-``roles`` decides what a balanced gradient is to pass, before anything is changed. This reads what autograd
-does in a graph, plain, balanced or lean: an edge that an edit stopped, or that a twin does not answer, gets
-no gradient, which is a fact here and no tensor of zeros (as JAX's symbolic zeros).
+``roles`` decides which operands a balanced gradient should reach, before anything is changed. This file
+reads a graph as it is, plain, balanced or lean. An edge that an edit stopped, or that a twin's backward
+leaves out, gets no gradient: a known fact here, not a tensor of zeros (as JAX's symbolic zeros).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def is_inexact(node: Node) -> bool:
 
 
 def hands_on(node: Node) -> bool:
-    """Whether a node's backward is the identity: an input, a probe, a member of a tuple, a scale."""
+    """Whether a node sends its gradient on as it is, or scaled: a guard, a probe, getitem, a scale."""
     return not hasattr(node.target, "aten_op") and (
         not isinstance(node.target, torch._ops.OpOverload) or is_scale(node)
     )
@@ -44,12 +44,12 @@ def passes(node: Node, fact: OpFacts | None, moving: set[Node]) -> list[tuple[st
         return [("", n) for n in node.all_input_nodes if n in moving]
     names = tensor_arguments(node) if fact is None else fact.operands
     if hasattr(node.target, "aten_op") and fact is not None and fact.kind is Kind.ATTENTION:
-        names = fact.factors  # its twin answers v alone; the other twins answer every operand
+        names = fact.factors  # attention's twin sends a gradient to v alone; others, to every operand
     return [(k, n) for k, n in operands(node, names) if n in moving]
 
 
 def reach(starts: Iterable[Node], sends: Callable[[Node], Iterable[Node]]) -> set[Node]:
-    """Everything that is got to from ``starts``, if each node leads to what it ``sends`` to."""
+    """All nodes that can be reached from ``starts`` by following ``sends``."""
     stack, seen = list(starts), set[Node]()
     while stack:
         node = stack.pop()
@@ -60,12 +60,12 @@ def reach(starts: Iterable[Node], sends: Callable[[Node], Iterable[Node]]) -> se
 
 
 def reached(starts: Iterable[Node], facts: Facts, moving: set[Node]) -> set[Node]:
-    """Everything that a gradient of ``starts`` gets to over nodes of ``moving``."""
+    """All nodes that a gradient from ``starts`` reaches through nodes of ``moving``."""
     return reach(starts, lambda n: [m for _, m in passes(n, facts.get(n.name), moving)])
 
 
 def results(graph: Graph) -> list[Node]:
-    """The nodes that a graph returns, out of whatever structure."""
+    """The nodes that a graph returns, taken out of their structure."""
     final = next(n for n in reversed(graph.nodes) if n.op == "output")
     structured = lambda n: n.target == "output_structure"  # noqa: E731
     return [m for n in final.all_input_nodes for m in (n.all_input_nodes if structured(n) else [n])]
@@ -79,8 +79,8 @@ def live(graph: Graph, facts: Facts) -> set[Node]:
 
 
 def signal(graph: Graph, analysis: Analysis) -> dict[Node, tuple[str, ...]]:
-    """The nodes at which a gradient arrives that leads to the model's input, in graph order, and to which
-    of its operands each sends one."""
+    """In graph order, the nodes on a gradient path from an output to the model's input, and the operands to
+    which each sends its gradient."""
     moving: set[Node] = set()
     sent: dict[Node, tuple[str, ...]] = {}
     for node in graph.nodes:
@@ -90,7 +90,7 @@ def signal(graph: Graph, analysis: Analysis) -> dict[Node, tuple[str, ...]]:
             leads = analysis.roles[node.name] is Role.VALUE
         else:
             cut = insert.is_end(node) or (fact is not None and fact.kind is Kind.CUT)
-            # a product with zero sends zeros
+            # a product with a constant zero sends zeros
             leads = bool(sent[node]) and not cut and node.name not in analysis.zeros
         if leads and is_inexact(node):
             moving.add(node)
@@ -99,6 +99,7 @@ def signal(graph: Graph, analysis: Analysis) -> dict[Node, tuple[str, ...]]:
 
 
 def takes_gradient(user: Node, node: Node, alive: set[Node], facts: Facts) -> bool:
+    """Whether ``user``, a reader of ``node``, sends it a gradient."""
     if user not in alive or user.op == "output":
         return user in alive
     return any(n is node for _, n in passes(user, facts.get(user.name), {node}))

@@ -1,10 +1,10 @@
-"""Roles of all values, and what the balanced gradient will pass through: an abstract interpretation.
+"""Roles of all values, and the nodes that the balanced gradient will pass: an abstract interpretation.
 
-Forwards, every value gets a role from the roles of its operands. Backwards from the outputs, a node
-is *demanded* if a gradient reaches it without crossing a gate operand. A gate source that is
-demanded is no gate after all (a tanh MLP, an LSTM's cell): the least gate-like ones are relabelled
-as carrying the signal and everything is recomputed, until nothing changes. Relabelling only grows,
-so this ends.
+Forwards, every value gets a role from the roles of its operands. Backwards from the outputs, a node is
+*demanded* if a gradient reaches it without crossing a gate operand. A gate source (tanh, softmax) that is
+demanded is no gate after all: the tanh of an MLP or of an LSTM's cell carries the signal. The least
+gate-like of these are relabelled as VALUE and everything is recomputed, until nothing changes. Labels are
+only added, so this ends.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ _GROUPS = ("stream", "factors", "gate", "denominator")
 
 
 def analyze(trace: Trace, book: RuleBook, all_carry: bool = False, static: Container[str] = ()) -> Analysis:
-    """Roles, live nodes and gaps of a captured graph. Touches nothing.
+    """Roles, live nodes and unruled ops of a captured graph, which is not changed.
 
-    all_carry: every output is read by what comes after, so none may be left alone as a gate.
-    static:    arguments that no signal comes in by.
+    all_carry: a later graph reads every output, so none may be left to autograd as a gate.
+    static:    paths of arguments that do not depend on the model's input.
     """
     return _Analyzer(trace, book, all_carry, static).run()
 
 
 def is_affine(node: Node, fact: OpFacts) -> bool:
-    """Whether a literal of this call makes the op affine (batch norm that does not train)."""
-    return _says(node, fact.affine_if)
+    """Whether literal arguments of this call make the op affine (a batch norm in eval mode)."""
+    return _has_literals(node, fact.affine_if)
 
 
-def _says(node: Node, wanted: Mapping[str, Any]) -> bool:
-    """Whether a call has all the literal arguments that are wanted, of which there are some."""
+def _has_literals(node: Node, wanted: Mapping[str, Any]) -> bool:
+    """Whether a call has all the literal arguments ``wanted``; False if none are."""
     values = bind(aten_op(node), node.args, node.kwargs) if wanted else {}
     return bool(wanted) and all(values[k] == v for k, v in wanted.items())
 
@@ -65,7 +65,7 @@ class _Analyzer:
         self.groups: dict[str, dict[str, list[tuple[str, Node]]]] = {}
         for node in self.nodes:
             fact = self.book.fact(node.target) if _is_op(node) else None
-            if fact is not None and not _says(node, fact.unless):
+            if fact is not None and not _has_literals(node, fact.unless):
                 self.facts[node.name] = fact
                 self.groups[node.name] = {g: operands(node, getattr(fact, g)) for g in _GROUPS}
         self.zeros = self._zeros()
@@ -121,7 +121,7 @@ class _Analyzer:
         return min(joined, Role.CUT) if fact.kind is Kind.CUT else self._op_role(node, fact, joined)
 
     def _read(self, node: Node) -> list[Node]:
-        """The nodes whose values a node depends on: not those that only tell a shape or a dtype."""
+        """The nodes whose values a node depends on, without those that only give a shape or a dtype."""
         fact = self.facts.get(node.name)
         if fact is None or not fact.like:
             return node.all_input_nodes
@@ -144,7 +144,7 @@ class _Analyzer:
         return Role.GATE if gated and joined is Role.VALUE else joined
 
     def _gate_output(self, node: Node) -> bool:
-        """Whether a getitem takes the one of several outputs that is a gate."""
+        """Whether a getitem takes an output that is a gate (``gate_outputs`` of the row)."""
         fact = self.facts.get(getattr(node.args[0], "name", ""))
         return fact is not None and node.args[1] in fact.gate_outputs
 
@@ -182,24 +182,24 @@ class _Analyzer:
                 if len(carriers) != 1 or len(node.all_input_nodes) != 1 or fact.constant:
                     break
                 if any(m is not carriers[0] and m != 0 for _, m in members(node, fact.stream)):
-                    break  # it adds something: what comes out is no gate
+                    break  # it adds something, so its result is no gate
                 node = carriers[0]
             if fact is not None and fact.kind is Kind.GATE_SOURCE and fact.rank > _RANK_ODD:
                 heads.append(node)
         return heads
 
     def _demand(self) -> tuple[set[Node], tuple[str, ...]]:
-        """Nodes that a balanced gradient reaches, and outputs left alone because they are gates."""
+        """(nodes that a balanced gradient reaches, names of outputs left to autograd as gates)."""
         returned = results(self.trace.graph)
         values = [n for n in returned if self.roles[n.name] is Role.VALUE]
         gated = [n for n in returned if self.roles[n.name] is Role.GATE]
-        first = next(filter(is_inexact, returned), None)  # what is explained where nobody says
+        first = next(filter(is_inexact, returned), None)  # explained by default
         ends = [n for n in gated if self.all_carry or not values or (n is first and self._is_end(n))]
         left = tuple(n.name for n in gated if n not in ends)
         return reach(values + ends, self.carriers), left
 
     def _is_end(self, result: Node) -> bool:
-        """Whether a gate that the model returns modulates nothing inside: it can be a value for all."""
+        """Whether a gate that the model returns modulates nothing inside, so that it may be a VALUE."""
 
         def gates(node: Node) -> list[Node]:
             carriers = [] if self._is_source(node) else self.carriers(node)
@@ -210,8 +210,8 @@ class _Analyzer:
         return all(u.op in ("output", "call_module") for u in readers)
 
     def carriers(self, node: Node) -> list[Node]:
-        """The operands through which a demanded node is to pass its gradient on: what it adds, the factors
-        that carry; what modulates only if nothing else depends on the input."""
+        """The operands to which a demanded node should send its gradient: its summands and the factors that
+        carry. If none of these depends on the input, its gates."""
         groups = self.groups.get(node.name)
         if groups is None:
             return [n for n in node.all_input_nodes if self.roles[n.name] >= Role.GATE]
@@ -241,14 +241,14 @@ class _Analyzer:
             return fact.rank
         return _RANK_RECIPROCAL if self._of(node, "denominator") >= Role.GATE else _RANK_GATE_ONLY
 
-    # --- gaps
+    # --- ops without a rule
 
     def _unknown(self, node: Node) -> bool:
         passes = node.target in (operator.getitem, insert.guard) or node.op == "call_module"
         return not passes and bool(node.name not in self.facts or self._unnamed(node))
 
     def _unnamed(self, node: Node) -> list[str]:
-        """Live operands that the op's row does not speak of: they would be neither ruled nor stopped."""
+        """Live operands that the op's row does not name: no rule would balance or stop them."""
         fact = self.facts.get(node.name)
         if fact is None or fact.kind is Kind.CUT:
             return []

@@ -1,4 +1,4 @@
-"""(graph, analysis) -> ``Site``s: what the ledger must know of the nodes that a gradient passes."""
+"""(graph, analysis) -> ``Site``s: the nodes that a gradient passes, and the facts the ledger needs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sites(graph: Graph, inputs: Sequence[ArgSpec], analysis: Analysis) -> tuple[
     for node, live in signal(graph, analysis).items():
         fact, op = analysis.facts.get(node.name), aten_op(node)
         if not isinstance(op, torch._ops.OpOverload):
-            continue  # getitem, guard: they hand on what they get
+            continue  # getitem, guard: they return an argument
         explicit = fact is not None and kind_of(node, fact) in _EXPLICIT
         bias = None if fact is None else _bias_name(node, fact, live)
         where = (module_path(node), source_line(node))
@@ -46,15 +46,15 @@ def _batch_axis(value: Any, symbol: str | None) -> int | None:
 
 
 def _bias_name(node: Node, fact: OpFacts, live: Sequence[str]) -> str | None:
-    """How the node's own constant is computed; None where it is zero by its form."""
+    """The name (in ``BIASES``) of how a node's constant is computed; None if it is always zero."""
     if fact.bias != "at_zero":
         return None if fact.bias == "none" else fact.bias
     if fact.kind in (Kind.GATED, Kind.GATE_SOURCE):
         return None if fact.at_zero == 0 else "at_zero"
     multiplied = (*fact.factors, *fact.denominator)
     if live and not any(k.partition("[")[0] in (*fact.stream, *multiplied) for k in live):
-        return None  # what only modulates has no zero to measure from
+        return None  # only gates are live: there is no constant (A⁻¹ B at A = 0 is infinite)
     if fact.kind is Kind.PRODUCT and not any(k.partition("[")[0] in multiplied for k in live):
-        return "at_zero"  # only its offset is live: the product is a constant
+        return "at_zero"  # only the offset is live, so the product is a constant
     added = any(k not in live and m != 0 for k, m in members(node, fact.stream))
     return "at_zero" if fact.constant or added else None

@@ -12,7 +12,7 @@ from libragrad_fx.types import OpFacts
 
 
 def functional(op: Any) -> torch._ops.OpOverload | None:
-    """The op that computes what an in-place op writes; None if ``op`` is none such."""
+    """The functional op of an in-place op (``add`` of ``add_``); None if ``op`` is not in place."""
     if not isinstance(op, torch._ops.OpOverload) or not op._schema.is_mutable:
         return None
     space, _, name = op._schema.name.partition("::")
@@ -34,7 +34,7 @@ def is_fresh(node: Node, fact: OpFacts | None) -> bool:
 
 
 def is_idle_dropout(node: Node) -> bool:
-    """Whether a node is a dropout, of whatever kind, that drops nothing."""
+    """Whether a node is a dropout of any kind that drops nothing: p is 0, or it does not train."""
     op = node.target
     if not isinstance(op, torch._ops.OpOverload):
         return False

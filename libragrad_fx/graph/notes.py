@@ -1,4 +1,4 @@
-"""What the passes write on a node: one frozen note, under one key of ``node.meta``.
+"""What rewrite and optimiser write on a node: one frozen note, under one key of ``node.meta``.
 
 A note is pickled whole with its node, so a pass that adds a field adds nothing else.
 """
@@ -15,31 +15,30 @@ KEY = "libragrad"
 
 
 class Undo(enum.Enum):
-    """How ``erase`` gets the original's forward graph back."""
+    """How ``erase`` turns a node back into the original's forward graph."""
 
     OP = "op"
-    """The node stays, and calls the op that its target is the twin of, if it is one."""
+    """Keep the node; if its target is a twin, call the ATen op instead."""
     PASS = "pass"
-    """The node returns its first argument: its readers read that."""
+    """Let its readers read its first argument, which it returns."""
     DROP = "drop"
-    """The node is there for the gradient alone: no node of the original reads it."""
+    """Drop it: it serves the gradient alone, and no node of the original reads it."""
     OUTPUT = "output"
-    """The node stands for the output of a module call."""
+    """Let its readers read the output of the module call that it stands for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """What is known of one node.
+    """The note on one node.
 
-    rule:  the row or the pass that made the node what it is; "" for a node of the original
-    host:  the original's node that the rule speaks of
+    rule:  the row or the pass that inserted or replaced the node; "" for a node of the original
+    host:  the original's node that the rule applies to
     undo:  see ``Undo``
-    bound: a Python binding does what the op does with such arguments (``ops.binding``)
-    gate:  how the node is the halved product of a gated activation, in the words of ``gated``
-    place: of a ``select`` that a gradient comes back through: axis, place and how many places there are
-    fixed: the node depends on no input and no parameter, but for sizes and other numbers: once for each of
-        these is enough
-    over:  the node may be computed in the memory of its first operand
+    bound: a Python binding may replace the op (``ops.binding``)
+    gate:  (at, over, halves) of ``ops.gate.gated``, for the halved product of a gated activation
+    place: (axis, place, size of the axis), for a ``select`` that gets a gradient
+    fixed: a constant: depends on no input and no parameter, only on sizes and other numbers
+    over:  the node may write over its first operand
     """
 
     rule: str = ""

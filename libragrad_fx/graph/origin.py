@@ -9,7 +9,7 @@ from torch.fx import Node
 
 
 def origin(node: Node) -> dict[str, Any]:
-    """What a node's ``meta`` says of where it comes from, for a node that is put in its place."""
+    """The entries of a node's ``meta`` that say where it comes from, to be given to its replacement."""
     return {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
 
 
@@ -27,7 +27,7 @@ def _place(frame: str) -> str:
 
 
 def short_place(place: str) -> str:
-    """A place without what differs between machines: inside site-packages, or from here."""
+    """A place without the machine's folders: relative to site-packages, or to the working directory."""
     return place.rpartition("site-packages/")[2].removeprefix(os.getcwd() + os.sep)
 
 

@@ -1,4 +1,4 @@
-"""Arguments of ops by the names in their schemas: of a call, and of a node. And the names of the ops."""
+"""Names of ops, and the arguments of a call or a node by their names in the op's schema."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ def bind(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, An
 
 
 def spread(op: torch._ops.OpOverload, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call that ``bind`` was given: positional and keyword-only arguments."""
+    """The inverse of ``bind``: positional and keyword-only arguments."""
     _, keyword, _ = signature(op)
     positional = tuple(v for k, v in values.items() if k not in keyword)
     return positional, {k: values[k] for k in keyword}
 
 
 def tensor_arguments(node: Node) -> tuple[str, ...]:
-    """Names of all arguments in an op's schema."""
+    """Names of all arguments in an op's schema, whether tensors or not."""
     return tuple(a.name for a in aten_op(node)._schema.arguments)
 
 
 def aten_op(node: Node) -> torch._ops.OpOverload:
-    """The ATen op of a node, also where a twin stands for it."""
+    """The ATen op of a node, or of the twin that it calls."""
     return getattr(node.target, "aten_op", node.target)  # type: ignore[return-value]
 
 
 def members(node: Node, names: tuple[str, ...]) -> list[tuple[str, Any]]:
-    """(operand, what is given for it) for the named schema arguments; list members as ``name[i]``."""
+    """(name, value) of the named schema arguments that are not None; list members as ``name[i]``."""
     values = bind(aten_op(node), node.args, node.kwargs)
     found: list[tuple[str, Any]] = []
     for name in names:
@@ -66,5 +66,5 @@ def members(node: Node, names: tuple[str, ...]) -> list[tuple[str, Any]]:
 
 
 def operands(node: Node, names: tuple[str, ...]) -> list[tuple[str, Node]]:
-    """``members`` that are computed: (operand, producing node)."""
+    """The ``members`` that are nodes: (name, node)."""
     return [(k, v) for k, v in members(node, names) if isinstance(v, Node)]

@@ -1,10 +1,9 @@
-"""The ``GraphModule`` a user gets: a drop-in for the ``nn.Module`` that it was captured from.
+"""The ``GraphModule`` that a user gets: a drop-in for the ``nn.Module`` that it was captured from.
 
-It differs from PyTorch's own exported module where that one is not a module any more: signature,
-``train/eval``, ``to``, pickling, and a module tree with the old names and classes whose forward
-hooks fire. Submodules are *shells*: same class, same attributes, the same parameters; their ops are
-inlined in the graph, and a probe node at the end of each call hands the true arguments and output
-to whoever listens.
+Unlike PyTorch's exported module it keeps the model's signature, ``train/eval``, ``to``, pickling, and a
+module tree with the old names and classes whose forward hooks fire. Submodules are *shells*: same class,
+same attributes, same parameters. Their ops are inlined in the graph; a probe node at the end of each call
+passes the true arguments and output to hooks.
 """
 
 from __future__ import annotations
@@ -31,16 +30,17 @@ from libragrad_fx.types import Finding, History, Plan, Site
 
 TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _OWN = ("record", "lean", "origin", "_tree", "_attributes", "_checks", "_constants")
-"""What a captured module keeps about itself, beside what it has from the model."""
+"""Attributes of a captured module that do not come from the model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a captured module remembers of how it was made; plain data, so that it pickles.
+    """How a captured module was made: plain data, so that it pickles.
 
+    dtype_pins: source lines that name a float dtype; they forbid ``.to(dtype)``
     forced:  arguments of ``forward`` that capture gave as False (``use_cache``)
-    sites:   what the ledger needs to know of each node that a gradient passes
-    history: how the module was balanced; None of a plain trace
+    sites:   for the ledger, the nodes that a gradient passes
+    history: how the module was balanced; None for a plain trace
     """
 
     training: bool
@@ -56,17 +56,17 @@ class Record:
 
 
 RunGraph = Callable[[str, "CapturedModule", Sequence[torch.Tensor] | None, Any, Any], Any]
-"""Runs a graph: gets its name, itself, ``Forward.leaves`` (None if it is the only graph), args, kwargs."""
+"""Runs a graph. Gets its name, its module, ``Forward.leaves`` (None for a single graph), args, kwargs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """One forward of a model in graphs.
+    """One forward of a model in one graph or several.
 
-    graphs:  what ran, by name; of a model in one graph, that one under ""
-    leaves:  of a model in several, its inputs as the first of them got them
+    graphs:  the graphs that ran, by name; a single one has the name ""
+    leaves:  for several graphs, the tensors that are the model's inputs
     between: ops that depend on the input and ran between the graphs, where no rule reaches
-    cuts:    where the graphs end
+    cuts:    source lines at which a graph ends
     """
 
     output: Any
@@ -80,24 +80,24 @@ class InGraphs(torch.nn.Module):
     """A model in one captured graph (``CapturedModule``), or in several with its Python between them."""
 
     origin: Any = None
-    """What captures the original for other inputs (``variants.Origin``); None where it is not at hand."""
+    """Captures the original for other inputs (``variants.Origin``); None if the original is gone."""
 
     @property
     def captured_graphs(self) -> Mapping[str, CapturedModule]:
-        """All graphs that were captured so far, named as in ``Forward``."""
+        """All graphs captured so far, by their names in ``Forward``."""
         raise NotImplementedError
 
     def run_by(self, run: RunGraph, args: Any, kwargs: Any) -> Forward:
-        """A forward in which ``run`` runs each graph."""
+        """A forward that calls ``run`` for each graph."""
         raise NotImplementedError
 
     def unchanged(self) -> AbstractContextManager[Any]:
-        """Whatever a forward changes is put back: buffers, the random state, what Python keeps."""
+        """A context that restores what a forward changes: buffers, the random state, Python state."""
         return undisturbed(self)
 
 
 class CapturedModule(torch.fx.GraphModule, InGraphs):
-    """A graph with the face of the module it was captured from. ``capture`` and ``rewrite`` make it."""
+    """A graph to use like the module it was captured from. ``capture`` and ``rewrite`` make it."""
 
     record: Record
     lean: torch.fx.Graph | None
@@ -108,7 +108,7 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
         self, root: torch.nn.Module, graph: torch.fx.Graph, record: Record,
         lean: torch.fx.Graph | None = None,
     ) -> None:  # fmt: skip
-        """lean: the same forward and gradients with less work, for when nobody listens inside."""
+        """lean: the optimised graph, which runs if no submodule has a hook."""
         super().__init__(torch.nn.Module(), torch.fx.Graph())
         own = {*vars(self), *vars(InGraphs), *vars(CapturedModule), *CALLED, *_OWN}
         for key, value in vars(root).items():
@@ -118,14 +118,14 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
                 self.__dict__[key] = value
         self.__dict__["training"] = record.training
         kept = tuple(k for k in vars(self) if k not in own)
-        # a submodule may have any name; what is assigned to that name would have to be a module
+        # a submodule may have one of these names, and ``setattr`` would then want a module
         self.__dict__.update(_attributes=kept, record=record, origin=None)
         self.__dict__["_tree"] = Tree(self)
         torch.fx.GraphModule.graph.fset(self, graph)  # type: ignore[attr-defined]
         self._run_lean(lean)
 
     def recompile(self) -> Any:
-        """As ``GraphModule``; a graph that was changed by hand runs as it is."""
+        """As ``GraphModule``. It drops the lean graph, so a graph changed by hand is what runs."""
         self.__dict__["lean"] = None
         code = super().recompile()
         body = type(self).forward
@@ -135,7 +135,7 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
         return code
 
     def _run_lean(self, lean: torch.fx.Graph | None) -> None:
-        """Run ``lean``, unless somebody listens to a submodule or the module is exported again."""
+        """Run ``lean``, unless a submodule has a forward hook or the module is being exported."""
         if lean is None:
             return
         quick = bound(lean)
@@ -162,14 +162,14 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
         self.__dict__["lean"] = lean
 
     def _run(self, body: Callable[..., Any]) -> None:
-        """Call ``body``; what its guards refuse is for a graph that was, or is now, captured for it."""
+        """Let ``forward`` call ``body``; another graph (``Origin``) takes the calls that guards refuse."""
         names = {n.name for n in self.graph.nodes if n.op == "placeholder"}
 
         @functools.wraps(body)
         def forward(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return body(self, *args, **kwargs)
-            if self.training is self.record.training:  # else a guard says so
+            if self.training is self.record.training:  # otherwise the guard of an input raises
                 self._tree.require_unchanged()
             try:
                 if not kwargs.keys() <= names:
@@ -185,7 +185,7 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
         type(self).forward = forward  # type: ignore[method-assign]
 
     def get_submodule(self, target: str) -> torch.nn.Module:
-        """As ``nn.Module``; where an attribute of ours has the name, the submodule is meant."""
+        """As ``nn.Module``, but a submodule comes before an attribute of ours of the same name."""
         module: Any = self
         for name in target.split(".") if target else ():
             module = module._modules.get(name)
@@ -194,7 +194,7 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
         return module  # type: ignore[no-any-return]
 
     def graphs(self) -> tuple[torch.fx.Graph, ...]:
-        """The graph, and the one that runs in its place where nobody listens (``lean``)."""
+        """The graph, and the lean one if there is one."""
         return (self.graph,) if self.lean is None else (self.graph, self.lean)
 
     @property
@@ -232,7 +232,7 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
         unshare(self)
         super()._apply(fn, recurse)
         if after.dtype != before.dtype or after.device != before.device:
-            self.__dict__["origin"] = None  # it has not been converted
+            self.__dict__["origin"] = None  # the original has not been converted
             _convert_literals(self, before.dtype, after)
         self.__dict__["_tree"] = Tree(self)
         return self
@@ -251,8 +251,8 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
 
 
 def _by_place(graph: torch.fx.Graph, body: Callable[..., Any]) -> Callable[..., Any]:
-    """``body``, a graph's code, for a module with a submodule that is called like an attribute of ours
-    (``plan``, ``graph``): by that name, the code would find the attribute."""
+    """``body``, a graph's code, for a module with a submodule named like an attribute of ours (``plan``,
+    ``graph``): the generated code would find the attribute under that name."""
     flat = torch.fx.Graph()
     flat.output(flat.graph_copy(graph, {}))
     attributes, stand_ins = flattened(flat)
@@ -274,7 +274,7 @@ def one_graph(module: Any, refusal: str = "") -> CapturedModule:
 
 
 def anchor(module: torch.nn.Module) -> torch.Tensor:
-    """An empty tensor where and what the module's floating-point tensors are."""
+    """An empty tensor of the device and dtype of the module's floating-point tensors."""
     tensors = (*module.parameters(), *module.buffers())
     like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     return torch.empty(0, dtype=like.dtype, device=like.device)
@@ -292,8 +292,8 @@ def unshare(module: torch.nn.Module) -> None:
 
 
 def _convert_literals(module: CapturedModule, old: torch.dtype, now: torch.Tensor) -> None:
-    """``arange(device=cpu)`` and the like are part of the captured graph and follow ``.to()``, and so
-    does the dtype that inputs have to have."""
+    """Let the graph follow ``.to()``: the devices that it names (``arange(device=cpu)``), and the dtype
+    that guards require of inputs."""
     for graph in module.graphs():
         for node in graph.nodes:
             if isinstance(node.kwargs.get("device"), torch.device):
@@ -305,7 +305,7 @@ def _convert_literals(module: CapturedModule, old: torch.dtype, now: torch.Tenso
     module._run_lean(lean)
 
 
-# --- pickling: fx would re-trace generated code, and lose the twins and all provenance on the way
+# --- pickling: fx would re-trace generated code, and lose the twins and all source lines
 
 
 def _state(module: CapturedModule) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Notices what is changed of a module after its graph was captured."""
+"""Notices changes of a module after its graph was captured."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device
 
 
 class Tree:
-    """What a graph took from a module tree for good: which modules there are, their plain attributes,
-    the dtypes of their parameters. To change one later would be ignored, so it is noticed."""
+    """A copy of what a graph took from a module tree for good: the submodules, their plain attributes, the
+    dtypes of their parameters. The graph would ignore a later change, so ``require_unchanged`` raises."""
 
     def __init__(self, root: torch.nn.Module) -> None:
         skip = set(vars(torch.nn.Module())) - {"training"}
         modules = [(path, vars(m)) for path, m in root.named_modules() if m is not root]
-        # of a GraphModule's own attributes none is the model's
+        # of a captured module's attributes, only these come from the model
         own = {k: vars(root)[k] for k in vars(root).get("_attributes", ())}
         self._attributes = [
             (path, now, kept)
@@ -42,24 +42,24 @@ class Tree:
         self._wanted = [want for *_, then in self._dtypes for want in then.values()]
 
     def _is_as_it_was(self) -> bool:
-        """All at once: it is asked at every call. False also where the difference may not matter."""
+        """A fast check, made at every call; False also for differences that may not matter."""
         try:
             if [look(now) for now, look in self._look] != self._seen:
                 return False
-        except (LookupError, RuntimeError, ValueError, TypeError):  # gone, or a tensor in its place
+        except (LookupError, RuntimeError, ValueError, TypeError):  # deleted, or replaced by a tensor
             return False
         found = [None if p is None else p.dtype for _, now, _ in self._dtypes for p in now.values()]
         return found == self._wanted
 
     def require_unchanged(self) -> None:
-        """Raise ``ModeError`` if the tree is not any more as it was captured."""
+        """Raise ``ModeError`` if the tree has changed since capture."""
         if self._is_as_it_was():
             return
         for path, now, then in self._attributes:
             if not _holds(now, then):
                 raise _changed(path, now, then)
         for path, now, then in self._children:
-            # another one of the same kind does what the graph does
+            # a module of the same class and configuration may replace another
             if not _holds(now, then) and not all(k in now and _alike(now[k], m) for k, m in then.items()):
                 raise _changed(path, now, then)
         for path, parameters, then in self._dtypes:
@@ -87,16 +87,12 @@ def _kept(attributes: Mapping[str, Any], skip: set[str]) -> Iterator[tuple[str, 
 def _holds(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
     try:
         return then.items() <= now.items()
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-    ):  # a tensor or an array in its place: no truth value
+    except (RuntimeError, ValueError, TypeError):  # a tensor or an array has no truth value
         return False
 
 
 def _alike(a: torch.nn.Module | None, b: torch.nn.Module | None) -> bool:
-    """Whether two modules are of one class and one configuration, parts included."""
+    """Whether two modules have the same class and configuration, submodules included."""
     if a is b:
         return True
     if a is None or b is None or type(a) is not type(b) or a._modules.keys() != b._modules.keys():
@@ -108,13 +104,13 @@ def _alike(a: torch.nn.Module | None, b: torch.nn.Module | None) -> bool:
 
 def _changed(path: str, now: Mapping[str, Any], then: Mapping[str, Any]) -> ModeError:
     name = next(k for k in then if k not in now or not _holds(now, {k: then[k]}))
-    new = _said(now[name]) if name in now else "gone"
+    new = _short(now[name]) if name in now else "gone"
     return ModeError(
-        f"{f'{path}.{name}'.lstrip('.')} was {_said(then[name])} when the graph was captured and is"
+        f"{f'{path}.{name}'.lstrip('.')} was {_short(then[name])} when the graph was captured and is"
         f" {new} now. The graph holds what was there, so the change cannot take effect: change the"
         " original model and transform it again."
     )
 
 
-def _said(value: Any) -> str:
+def _short(value: Any) -> str:
     return type(value).__name__ if isinstance(value, torch.nn.Module) else f"{value!r:.60}"

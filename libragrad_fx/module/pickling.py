@@ -1,4 +1,4 @@
-"""Graphs as plain data: fx would trace generated code again, and lose the twins and all provenance."""
+"""Graphs as plain data, for pickles: fx would re-trace generated code, and lose twins and source lines."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def spelled(graph: torch.fx.Graph) -> list[Any]:
 
 
 def _kept(node: torch.fx.Node) -> dict[str, Any]:
-    """What is pickled of a node's ``meta``: our note, and where the node comes from in the user's code."""
+    """The part of a node's ``meta`` that is pickled: our note, and the place in the user's code."""
     noted = {notes.KEY: node.meta[notes.KEY]} if notes.KEY in node.meta else {}
     return noted | origin(node)
 
@@ -52,7 +52,7 @@ def _plain(value: Any) -> Any:
 
 def _refs(args: Any) -> Any:
     def ref(a: Any) -> Any:
-        if isinstance(a, torch.memory_format):  # does not pickle in torch.save's protocol
+        if isinstance(a, torch.memory_format):  # ``torch.save`` cannot pickle it
             return _Constant(str(a).removeprefix("torch."))
         return _Ref(a.name) if isinstance(a, torch.fx.Node) else a
 

@@ -1,4 +1,4 @@
-"""Long inputs and large batches: keep what crosses a few cuts, and compute the rest twice."""
+"""Activation checkpointing: keep the values that cross a few cuts of the graph, and recompute the rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from libragrad_fx.module.captured import CapturedModule, one_graph
 
 
 class _Segment(torch.nn.Module):
-    """A part of a graph whose activations are computed again in the backward."""
+    """A part of a graph whose activations are recomputed in the backward."""
 
     def __init__(self, part: torch.nn.Module) -> None:
         super().__init__()
@@ -28,14 +28,13 @@ class _Segment(torch.nn.Module):
 def checkpointed(gm: CapturedModule, segments: int | None = None) -> GraphModule:
     """``gm`` with the same output and gradients in less memory, for about one more forward.
 
-    The graph is cut where few values cross (between blocks), into parts of about equal length; of
-    each part only what enters it is kept, and the backward runs the part again
-    (``torch.utils.checkpoint``).
+    The graph is cut where few values cross (between blocks), into parts of about equal length. Only the
+    inputs of each part are kept, and the backward runs the part again (``torch.utils.checkpoint``).
 
     Args:
         gm: the result of ``transform`` or ``trace``; it is not changed, parameters are shared.
-        segments: how many parts; by default the square root of the number of nodes over 10, which
-            makes what is kept between parts and within one about equal.
+        segments: the number of parts. The default, sqrt(nodes / 10), makes the memory between parts about
+            equal to the memory within one.
 
     Returns:
         A module to call like ``gm``. Its submodules are the parts: hooks belong on ``gm``.
@@ -59,7 +58,7 @@ def checkpointed(gm: CapturedModule, segments: int | None = None) -> GraphModule
 
 
 def _cuts(graph: Graph, inside: list[Node], count: int) -> list[int]:
-    """Before which nodes to cut: near equal distances, where the fewest values cross."""
+    """The indices of the nodes to cut before: at about equal distances, where the fewest values cross."""
     place = {n: i for i, n in enumerate(inside)}
     crossing = [0] * (len(inside) + 1)
     for node, start in place.items():

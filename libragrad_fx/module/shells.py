@@ -1,6 +1,6 @@
 """Shells: modules of the same class, with the same attributes and parameters, whose ops are in the graph.
 
-A probe node at the end of each call hands the true arguments and output to whoever listens.
+A probe node at the end of each call passes the true arguments and output to hooks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made
 
 
 class Structure(torch.nn.Module):
-    """Puts tensors back into a structure that fx cannot spell (a dataclass such as ModelOutput)."""
+    """Puts tensors back into a structure that generated code cannot spell (a dataclass: ModelOutput)."""
 
     def __init__(self, spec: pytree.TreeSpec) -> None:
         super().__init__()
@@ -38,14 +38,10 @@ def _refuse_backward_hook(*_: Any, **__: Any) -> Any:
 
 
 CALLED = ("forward", "__call__", "_call_impl", "_compiled_call_impl", "_wrapped_call_impl")
-"""What an instance may carry to be called otherwise than its class says (``compile()``, a patched
-``forward``). Capture has traced that; the result is called through its graph."""
+"""Attributes by which an instance may override its class's call (``compile()``, a patched ``forward``).
+Capture has traced the override; the result is called through its graph."""
 
-REFUSED = (
-    "register_full_backward_hook",
-    "register_full_backward_pre_hook",
-    "register_backward_hook",
-)
+REFUSED = ("register_full_backward_hook", "register_full_backward_pre_hook", "register_backward_hook")
 
 
 def shell_tree(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
@@ -59,7 +55,7 @@ def shell_tree(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
 
 
 def _shell(module: torch.nn.Module) -> torch.nn.Module:
-    # past a ``__new__`` of the class, which may want arguments
+    # skip the class's own ``__new__``, which may want arguments
     builtin: Any = next(c for c in type(module).__mro__ if not c.__flags__ & _HEAP_TYPE)
     shell = builtin.__new__(type(module))
     blank = torch.nn.Module()

@@ -1,8 +1,8 @@
-"""One transformed module, a graph for each kind of call: other shapes, containers, dtypes, constants.
+"""One transformed module, one graph for each kind of call: other shapes, containers, dtypes, constants.
 
-A graph holds for what its guards let through. For another call the original is captured again, as
-long as it is at hand, and the new graph is kept. All graphs of a module share its tree: its
-parameters, its submodules and their hooks.
+A graph serves the calls that its guards accept. For another call the original is captured again, as long as
+it is in memory, and the new graph is kept. All graphs of a module share its parameters, its submodules and
+their hooks.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from libragrad_fx.module.captured import TREE, CapturedModule, InGraphs, one_gra
 from libragrad_fx.ops import insert
 from libragrad_fx.target import as_call
 
-_MOST = 64  # graphs that are kept; the one that was not called for longest is let go
+_MOST = 64  # the most graphs that are kept; the least recently used one is dropped
 _CHECKS = (insert.guard, insert.constant, insert.structure, insert.sizes)
 Recapture = Callable[[Sequence[Any], Mapping[str, Any]], CapturedModule]
 
 
 class Origin:
-    """What a module was captured from, and the graphs that were made of it since."""
+    """Captures a module's original again, and keeps the graphs made so far."""
 
     def __init__(self, recapture: Recapture) -> None:
         self.recapture = recapture
@@ -35,10 +35,10 @@ class Origin:
     def other(
         self, module: CapturedModule, refusal: GuardError, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> CapturedModule:  # fmt: skip
-        """A graph for a call that ``module``'s own guards refused: a known one, or a new one.
+        """A graph for a call that ``module``'s own guards refused: a kept one, or a new one.
 
         Raises:
-            GuardError: ``refusal``, with what the capture of such a call failed with.
+            GuardError: ``refusal``, with the error of the new capture.
         """
         with self._lock:
             for variant in self.variants:
@@ -55,12 +55,12 @@ class Origin:
             return self.variants[0]
 
     def copied(self) -> Origin:
-        """For a copy of the module, which has a tree of its own."""
+        """For a copy of the module: the same original, but no graphs, which share the module's tree."""
         return Origin(self.recapture)
 
 
 def refusal_of(module: CapturedModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
-    """What a graph's guards say of a call; None where they let it through."""
+    """The error that a graph's guards raise for a call; None if they accept it."""
     check = vars(module).get("_checks")
     if check is None:
         check = module.__dict__["_checks"] = type(_checks(module.graph)).forward
@@ -72,12 +72,12 @@ def refusal_of(module: CapturedModule, args: Sequence[Any], kwargs: Mapping[str,
 
 
 def fits(module: CapturedModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a graph's guards let a call through."""
+    """Whether a graph's guards accept a call."""
     return refusal_of(module, args, kwargs) is None
 
 
 def fitting(module: InGraphs, inputs: Any) -> Any:
-    """The graph that ``module`` runs for ``inputs``; ``module`` itself where no other can be had."""
+    """The graph that ``module`` runs for ``inputs``; ``module`` itself if it has no original."""
     if module.origin is None:
         return module
     args, kwargs = as_call(inputs)
@@ -88,7 +88,7 @@ def fitting(module: InGraphs, inputs: Any) -> Any:
 
 
 def _checks(graph: Graph) -> GraphModule:
-    """The part of ``graph`` that checks a call, alone."""
+    """The guards of ``graph`` alone, as a module."""
     needed: set[Node] = set()
     stack = [n for n in graph.nodes if n.target in _CHECKS]
     while stack:
@@ -105,7 +105,7 @@ def _checks(graph: Graph) -> GraphModule:
 
 
 def _adopted(variant: CapturedModule, module: CapturedModule) -> CapturedModule:
-    """``variant``'s graph on ``module``'s tree: what a user replaces or hooks there is what runs."""
+    """``variant``'s graph on ``module``'s tree, so that it sees what a user replaces or hooks there."""
     root = torch.nn.Module()
     root.__dict__.update({k: vars(variant)[k] for k in (*TREE, *variant._attributes)})
     root.__dict__["_modules"] = {**variant._modules, **module._modules}
@@ -117,7 +117,7 @@ def _adopted(variant: CapturedModule, module: CapturedModule) -> CapturedModule:
 
 
 def _follow(variant: CapturedModule, module: CapturedModule) -> CapturedModule:
-    """Give a variant what hangs on ``module``'s root by now."""
+    """Give a variant the current parameters, buffers and mode of ``module``'s root."""
     variant._parameters.update(module._parameters)
     own = vars(variant)["_constants"]
     variant._buffers.update({k: b for k, b in module._buffers.items() if k not in own})

@@ -8,17 +8,17 @@ from libragrad_fx.module.captured import CapturedModule, one_graph
 
 
 def called_modules(module: CapturedModule) -> list[str]:
-    """Paths of the submodules whose calls are in the graph, in order of their ends."""
+    """Paths of the submodules whose calls are in the graph, in the order in which calls end."""
     nodes = one_graph(module).graph.nodes
     return [str(n.target) for n in nodes if n.op == "call_module" and "_output" in n.kwargs]
 
 
 def blocks(module: CapturedModule) -> list[str]:
-    """The repeated blocks of a network, in the order in which they run: the class most often called
-    under a numbered name (``layers.3``, ``encoder_layer_3``), or beside another of its class.
+    """The repeated blocks of a network (transformer, mixer, residual blocks), in the order in which they
+    run; empty if it has none. FullGrad+ sums over them.
 
-    They are what FullGrad+ sums over (transformer blocks, mixer blocks, residual blocks). Empty if
-    the network has none.
+    They are the instances of one class, the most frequent one, whose names end in a digit (``layers.3``,
+    ``encoder_layer_3``) or that have a sibling of their class.
     """
     called = dict.fromkeys(called_modules(module))
     composed = {p: type(m) for p in called if list((m := module.get_submodule(p)).children())}

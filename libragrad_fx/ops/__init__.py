@@ -1,4 +1,4 @@
-"""All that names an op: balanced twins, what a rewrite may insert, and how ops are spelled in a graph.
+"""All code that names an op: twins with a balanced backward, inserted nodes, spellings of ops.
 
 Comes in: the arguments of an ATen op. Goes out: its result, with a balanced backward.
 May import: ``graph``. Begin with ``twin``, then ``activation``. ``ops.yaml`` names what is in ``TWINS``.

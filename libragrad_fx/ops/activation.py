@@ -27,7 +27,7 @@ def secant_slope(
 ) -> torch.Tensor:  # fmt: skip
     """``(y - f(0)) / x`` with its limit ``slope`` where |x| is too small to divide by.
 
-    out: what may be written over, which may be ``x``.
+    out: a tensor to write the result into; may be ``x``.
     """
     from_zero = not isinstance(at_zero, torch.Tensor) and at_zero == 0
     if isinstance(slope, float) and from_zero and not x.is_complex():
@@ -42,7 +42,7 @@ _one_at_a_time = threading.Lock()
 
 
 def secant(op: torch._ops.OpOverload, slope: float, at_zero: float | None) -> Callable[..., Any]:
-    """The twin of an op of one value, made from its row, once: see ``types.Secant``."""
+    """The twin of a unary op, made from its row (see ``types.Secant``) and cached."""
     key = op, slope, at_zero
     with _one_at_a_time:
         if key not in _made:
@@ -52,20 +52,20 @@ def secant(op: torch._ops.OpOverload, slope: float, at_zero: float | None) -> Ca
 
 
 def _secant(op: torch._ops.OpOverload, slope: float, at_zero: float | None) -> Callable[..., Any]:
-    """The slope is taken while input and output are at hand, and is all that is kept."""
+    """The forward computes the slope from input and output, and saves it alone."""
     forward = _with_slope(op, slope, at_zero)
     stream = op._schema.arguments[0].name
 
     def over(x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        x = x.detach()  # what is kept is x itself otherwise, with its history
+        x = x.detach()  # the slope is written into x; without this, saving it would keep x's graph
         return forward(x, *args, out=x, **kwargs)
 
     def vjp(needs: frozenset[str], g: torch.Tensor, *, slope: torch.Tensor, **_: Any) -> Grads:
-        # as g lies in memory, which is how the ops before it mostly want their gradient
+        # keep the strides of g: earlier ops mostly want their gradient in that layout
         alike = spent() and slope.stride() == g.stride() and not slope.is_complex()
         return {stream: times_(slope, g) if alike else g * slope.conj()}
 
-    once = at_zero == 0  # else it reads x once more, which may not be written over then
+    once = at_zero == 0  # otherwise ``secant_slope`` reads x again, so x must not be overwritten
     given: Any = {"forward": forward, "extras": ("slope",), "saves": ("slope",)}
     made = twin(op, vjp, name=_label(op), over=over if once else None, **given)
     if once:
@@ -75,14 +75,14 @@ def _secant(op: torch._ops.OpOverload, slope: float, at_zero: float | None) -> C
 
 
 def _label(op: torch._ops.OpOverload) -> str:
-    """A name that no other twin has: another library, overload or row may have this op's name."""
+    """A unique name: another library, overload or row may have an op of the same name."""
     name = op._schema.name.split("::")[1]
     same = sum(made[0]._schema.name.split("::")[1] == name for made in _made)
     return name + (f"_{same + 1}" if same else "")
 
 
 def _with_slope(op: torch._ops.OpOverload, slope: float, at_zero: float | None) -> Callable[..., Any]:
-    """``op``, and the slope of its secant beside the result."""
+    """A function that returns the result of ``op`` and the slope of its secant."""
     call = binding(op) or op
 
     def forward(
@@ -111,7 +111,7 @@ def _square(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor) -> Gr
 
 
 def _pow(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, exponent: float) -> Grads:
-    """g * x ** (n - 1): the slope of a power is a power, so ``x``, mostly kept anyway, is enough."""
+    """g * x ** (n - 1): computed from ``x``, which another op mostly saves anyway."""
     if exponent == 0:  # a constant
         return {"self": torch.zeros_like(g)}
     slope = self.pow(exponent - 1)
@@ -129,7 +129,7 @@ def _pow_tensor(
     needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, exponent: torch.Tensor,
     result: torch.Tensor,
 ) -> Grads:  # fmt: skip
-    # x ** 0 is a constant, as it is for a number as exponent
+    # x ** 0 is a constant, as in ``_pow``
     held = torch.where((self == 0) | (exponent == 0), 0.0, result / self)
     grads = {"self": held * g}
     if "exponent" in needs:
@@ -137,19 +137,15 @@ def _pow_tensor(
     return grads
 
 
-pow_tensor = twin(
-    aten.pow.Tensor_Tensor,
-    _pow_tensor,
-    saves=("self", "exponent", "result"),
-    name="pow_tensor",
-)
+_SAVES = ("self", "exponent", "result")
+pow_tensor = twin(aten.pow.Tensor_Tensor, _pow_tensor, saves=_SAVES, name="pow_tensor")
 
 
 def _exponential(
     needs: frozenset[str], g: torch.Tensor, *, self: float, exponent: torch.Tensor,
     result: torch.Tensor,
 ) -> Grads:  # fmt: skip
-    limit = math.log(self) if self > 0 else 0.0  # of another base there is none
+    limit = math.log(self) if self > 0 else 0.0  # other bases have no limit at 0
     return {"exponent": secant_slope(exponent, result, 1.0, limit) * g}
 
 
@@ -191,7 +187,7 @@ ZEROS = {
     aten.logit.default: (0.5, 4.0),
     aten.lgamma.default: (1.0, -0.5772156649015329),
 }
-"""Of functions that are infinite at zero: where they are zero, and their slope there."""
+"""Functions that are infinite at zero: (their own zero, their slope there)."""
 
 
 def _logarithm(op: torch._ops.OpOverload) -> Callable[..., Any]:
@@ -199,12 +195,7 @@ def _logarithm(op: torch._ops.OpOverload) -> Callable[..., Any]:
     zero, slope = ZEROS[op]
 
     def vjp(
-        needs: frozenset[str],
-        g: torch.Tensor,
-        *,
-        self: torch.Tensor,
-        result: torch.Tensor,
-        **_: Any,
+        needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, result: torch.Tensor, **_: Any
     ) -> Grads:
         return {"self": secant_slope(self - zero, result, g.new_zeros(()), slope) * g}
 

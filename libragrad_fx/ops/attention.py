@@ -1,10 +1,10 @@
 """Scaled dot-product attention with its probabilities held constant: only v carries gradient.
 
-method: Attention rule. ``dV = P^T dO``; the probabilities are not kept but recomputed, some query
-rows at a time, so that memory stays linear in the number of tokens whatever kernel ran forward.
-Where that kernel hands out the log-sum-exp of its rows, a row of P is one product and one exp, and
-as many heads are taken at once as leave their block of P in the cache. Where it has P itself, of few
-keys (a window's), that is kept in place of q and k.
+method: Attention rule. ``dV = P^T dO``. The probabilities P are not saved but recomputed, some query
+rows at a time, so memory stays linear in the number of tokens whatever kernel ran forward.
+If the kernel returns the log-sum-exp of its rows, a row of P costs one product and one exp; blocks of
+heads are as large as fits the cache. If the math kernel ran and keys are few (a window's), P itself is
+saved in place of q and k.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ COUNTED_AS = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward:
         aten._scaled_dot_product_flash_attention_backward,
 }  # fmt: skip
-"""Kernels for a CPU, of which not all versions of PyTorch count the operations, by those for a GPU."""
-_CHUNK = 64  # query rows at a time, of all heads
-_ROWS = 256  # query rows at a time at least, of so many heads that their block of P has
-_CACHED = 2**18  # elements a thread: 1 MiB of float32
-_FEW = 256  # keys
-_CHEAP = 2**21  # multiplications of a product, and
-_SMALL = 2**16  # elements of k, below which one kernel for all three gradients costs less
+"""CPU kernels, and the GPU kernels by which to count their operations: some versions of PyTorch do not."""
+_CHUNK = 64  # query rows at a time, of all heads (``_attention``)
+_ROWS = 256  # the fewest query rows at a time (``_by_lse``)
+_CACHED = 2**18  # elements of a block of P, a thread: 1 MiB of float32
+_FEW = 256  # up to so many keys, the probabilities are saved
+_CHEAP = 2**21  # below so many multiplications in a product, and
+_SMALL = 2**16  # so many elements of k, one kernel for all three gradients costs less
 
 
 def is_softmax(node: Node) -> bool:
@@ -58,7 +58,7 @@ def _probabilities(
 
 
 def _rows(mask: torch.Tensor, rows: slice) -> torch.Tensor:
-    """A mask for these query rows; one that is the same for all of them as it is."""
+    """The mask's part for these query rows; a mask that all rows share is returned whole."""
     return mask if mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
 
 
@@ -86,7 +86,7 @@ def _flash(
     dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
-    """The kernel that attention is on a CPU, with the log-sum-exp of every row: (B, H, N)."""
+    """The flash kernel for a CPU. Returns the output and the log-sum-exp of every row (B, H, N)."""
     return aten._scaled_dot_product_flash_attention_for_cpu.default(
         query, key, value, dropout_p, is_causal, attn_mask=_additive(attn_mask, query), scale=scale
     )
@@ -103,7 +103,7 @@ def _by_lse(
     attn_mask: torch.Tensor | None, lse: torch.Tensor, is_causal: bool, scale: float | None,
     **_: Any,
 ) -> Grads:  # fmt: skip
-    """dV, from P = exp(scale q kᵀ + mask - lse); in place, for P is larger than anything else."""
+    """dV, from P = exp(scale q kᵀ + mask - lse); in place, because P is the largest tensor."""
     heads = query.shape[1] // key.shape[1]
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     wide = lse.dtype
@@ -126,9 +126,9 @@ def _by_lse(
 
 
 def _blocks(shape: torch.Size, keys: int) -> Iterator[tuple[tuple[slice, slice], slice]]:
-    """Samples and heads, and query rows, whose probabilities are computed at once.
+    """Blocks whose probabilities are computed at once: ((samples, heads), query rows).
 
-    The heads are whole samples' or of a single one, so that the part of a dense tensor is dense.
+    A block has all heads of several samples, or some heads of one: so it is dense in a dense tensor.
     """
     samples, heads, queries = shape[:3]
     room = torch.get_num_threads() * _CACHED // max(keys, 1)  # rows
@@ -149,7 +149,7 @@ def _mask_of(mask: torch.Tensor, part: tuple[slice, slice], rows: slice) -> torc
 
 
 def _later(block: torch.Tensor) -> torch.Tensor:
-    """Where a square-topped block of the scores looks at tokens that come later."""
+    """The causal mask of a block of scores whose first row and first column are the same token."""
     return torch.ones_like(block, dtype=torch.bool).triu_(1)
 
 
@@ -158,7 +158,7 @@ def _math(
     dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
-    """Attention by the math kernel, with its probabilities; PyTorch picks it where a mask requires grad."""
+    """Attention by the math kernel, and its probabilities. PyTorch picks it if a mask requires grad."""
     args = (query, key, value, _additive(attn_mask, query), dropout_p, is_causal, None)
     return aten._scaled_dot_product_attention_math.default(*args, scale=scale, enable_gqa=enable_gqa)
 
@@ -172,7 +172,7 @@ _sdpa = aten.scaled_dot_product_attention.default
 _balanced = twin(_sdpa, _attention, saves=_SAVES)
 _balanced_flash = twin(
     _sdpa, _by_lse, forward=_flash, extras=("lse",), saves=(*_SAVES, "lse"),
-    compact=("query", "key"),  # parts of one projection with v: the copy leaves a third of it
+    compact=("query", "key"),  # q, k and v are views of one projection: copies of q and k free it
     name="scaled_dot_product_attention_flash",
 )  # fmt: skip
 _balanced_math = twin(
@@ -199,11 +199,11 @@ def scaled_dot_product_attention(
     # - on other devices PyTorch's fused kernel is faster;
     # - for few keys, and under a compiler, which fuses it better, there is nothing to save (``_is_cheap``).
     if dropout_p > 0 or query.device.type != "cpu" or _is_cheap(query, key):
-        if named:  # it requires grad as before, and gets none
+        if named:  # PyTorch still sees a mask that requires grad; no gradient reaches it
             attn_mask = insert.scale(attn_mask, 0.0)  # type: ignore[arg-type]
         return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, **extra)
-    # PyTorch picks its kernel by what requires grad, and kernels differ in bits. Inside a Function
-    # nothing does; so where that would change the choice, the kernel is named instead.
+    # PyTorch picks its kernel by which inputs require grad, and kernels differ in bits. Inside a
+    # Function none does; if that would change the choice, the kernel is called by name.
     args = (query, key, value, attn_mask, dropout_p, is_causal)
     chosen = SDPBackend.MATH if named else _chosen(*args, **extra)
     if chosen == SDPBackend.FLASH_ATTENTION:
@@ -214,7 +214,7 @@ def scaled_dot_product_attention(
 
 
 def _is_cheap(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether PyTorch's own backward is cheaper, though it computes what nobody reads as well."""
+    """Whether PyTorch's own backward is cheaper, though it also computes the gradients of q and k."""
     if torch.compiler.is_exporting():
         return False
     if torch.compiler.is_compiling():
@@ -223,7 +223,7 @@ def _is_cheap(query: torch.Tensor, key: torch.Tensor) -> bool:
 
 
 def _chosen(query: torch.Tensor, *args: Any, **kwargs: Any) -> SDPBackend | None:
-    """The kernel that PyTorch would pick; asked eagerly alone."""
+    """The kernel that PyTorch would pick; None unless in plain eager mode, with 4 axes."""
     if watched() or type(query) is not torch.Tensor or query.ndim != 4:
         return None
     return SDPBackend(torch._fused_sdp_choice(query, *args, **kwargs))

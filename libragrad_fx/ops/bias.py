@@ -1,8 +1,7 @@
-"""``bias(op)``: what an op adds on its own, computed from the op and never as a remainder.
+"""``bias(op)``: the constant of an op, computed from the op and never as a remainder.
 
-For an op that is affine in its live operands, given the others, that is its value at live = 0.
-The few ops for which it is not have a function of their own here, named in their row of
-``rules/ops.yaml``.
+Most ops are affine in their live operands, given the others: their constant is the value at live = 0.
+The few others have a function of their own here, named in their row of ``rules/ops.yaml``.
 """
 
 from __future__ import annotations
@@ -38,10 +37,9 @@ def at_zero(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
 
 
 def _saturated(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """clamp and its kin are the identity or a constant: the constant, where nothing passes.
+    """Each element of clamp and its kin is the identity or a constant: the latter where no gradient passes.
 
-    Whether the identity holds at a bound itself differs between ops and PyTorch versions, so the
-    op's own derivative is asked.
+    At a bound itself, ops and PyTorch versions differ, so the op's own derivative decides.
     """
     with torch.enable_grad():
         x = args["self"].detach().requires_grad_()
@@ -61,7 +59,7 @@ def _selected(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
     with torch.enable_grad():
         shares = torch.autograd.grad(_run(op, {**args, **wide}).sum(), static)
     won = [torch.where(s == 0, 0.0, s * v.detach()) for s, v in zip(shares, static, strict=True)]
-    return sum(won)  # what loses counts nothing, were it infinite
+    return sum(won)  # ``where``: a loser counts 0, even if it is infinite
 
 
 def _power(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
@@ -71,12 +69,12 @@ def _power(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
 
 
 def _norm(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """The 0-norm counts: it is constant almost everywhere. Any other norm is homogeneous."""
+    """The 0-norm counts nonzeros, so it is all constant. Any other norm is homogeneous: no constant."""
     return _run(op, args) if args.get("ord", args.get("p")) == 0 else None
 
 
 def _quotient(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """c + a / b: nothing divides by zero; where b is live, so is all of a / b, and a is at zero."""
+    """c + a / b: if b is live, a is set to zero in its place: a / b is zero, without a division by zero."""
     return at_zero(op, ["tensor1" if name == "tensor2" else name for name in live], args)
 
 
@@ -99,14 +97,14 @@ def _log_softmax(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
 def _log(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
     """The secant of a logarithm goes through (1, 0): log(x) = s (x - 1); its constant is -s.
 
-    Of another function that is infinite at zero, likewise through the point where it is zero.
+    Other functions that are infinite at zero likewise have a secant through their own zero.
     """
     x, (zero, slope) = args["self"], ZEROS[op]
     return -zero * torch.where(x == zero, slope, _run(op, args) / (x - zero))
 
 
 def _euler(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """Homogeneous of degree one in all operands: y = Σ ⟨∂y/∂a, a⟩, of which the static ones' share."""
+    """Homogeneous of degree one in all operands: y = Σ ⟨∂y/∂a, a⟩. Returns the static operands' part."""
     given = {k: v for k, v in args.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
     static = {k: v for k, v in given.items() if k not in live}
     if not static:
@@ -121,7 +119,7 @@ def _euler(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
 
 
 def _euler_of_two(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """The same of degree two: 2 y = Σ ⟨∂y/∂a, a⟩."""
+    """As ``_euler``, for degree two: 2 y = Σ ⟨∂y/∂a, a⟩."""
     share = _euler(op, live, args)
     return None if share is None else share / 2
 
@@ -136,9 +134,9 @@ _DISTANCES: dict[Any, Callable[[dict[str, Any]], torch.Tensor]] = {torch.ops.ate
 
 
 def _reduced(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """A sum, a mean or a selection of elements that an index puts together: its static ones' part.
+    """A sum, mean or selection of the elements that an index assigns to each place: the static ones' part.
 
-    Each element counts in one place, so its share of the sum of all places is its share there.
+    Each element goes to one place, so the derivative of the total is its share of that place.
     """
     source, add = _ADDED_BY[op]
     names = [n for n in ("self", source) if n not in live]
@@ -162,13 +160,13 @@ _ADDED_BY: dict[Any, tuple[str, Callable[..., torch.Tensor]]] = {
 
 
 def _offset(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """A function of slope one, in pieces: what it is shifted by."""
+    """A piecewise function of slope one: by how much it shifts x."""
     return _run(op, args) - args["self"]
 
 
 def _entropy_of_two(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """logaddexp(a, b) = <p, (a, b)> + H(p) with p the weights exp(a - y), exp(b - y); and what is
-    static of the first sum."""
+    """logaddexp(a, b) = <p, (a, b)> + H(p) with weights p = exp(a - y), exp(b - y). The constant is H(p),
+    plus the terms of <p, (a, b)> whose operand is static."""
     power = torch.exp2 if op is torch.ops.aten.logaddexp2.default else torch.exp
     y = _run(op, args)
     parts = {k: power(args[k] - y) * args[k] for k in ("self", "other") if k in live}
@@ -176,21 +174,21 @@ def _entropy_of_two(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
 
 
 def _entropies(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """The entropy of logsumexp, of one element, of two, …"""
+    """As ``_entropy``, for logcumsumexp: of the first element, of the first two, …"""
     x, dim = args["self"], args["dim"]
     weights = torch.exp(x - (x.amax(dim, keepdim=True) if x.ndim else x))
     return _run(op, args) - (weights * x).cumsum(dim) / weights.cumsum(dim)
 
 
 def _cross_entropy(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """What the logsumexp, which is held, contributes."""
+    """The loss of the held part of the log-probabilities, -logsumexp(x)."""
     x, *rest = args.values()
     held = -torch.logsumexp(x, 1 if x.ndim > 1 else 0, keepdim=True)
     return of_log_probabilities(held.expand_as(x), *rest)
 
 
 def _shrunk(op: Any, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """softshrink is x shifted towards zero, by lambd; or zero."""
+    """softshrink shifts x towards zero by lambd, or returns zero."""
     x, lambd = args["self"], args["lambd"]
     return torch.where(x.abs() > lambd, -lambd * torch.sign(x), 0.0)
 

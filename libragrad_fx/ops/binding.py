@@ -1,9 +1,9 @@
-"""PyTorch's own Python functions in place of the ops that they call.
+"""PyTorch's own Python functions (bindings) in place of the ops that they call.
 
-A captured graph names ops (``aten.add.Tensor``); called by that name, the arguments of each call are
-held against the op's schema in a general way. ``torch.add`` parses them by code that was generated
-from the same schema: some microseconds less a call, of which a small network makes hundreds. That it
-takes these arguments, and does the same with them, is tried out for each kind of call.
+A captured graph names ops (``aten.add.Tensor``). A call by that name checks its arguments against the
+schema with general code; ``torch.add`` parses them with code generated from the schema. That saves some
+microseconds a call, and a small network makes hundreds of calls. For each kind of call, ``same_calls``
+tests that the binding accepts the arguments and does the same.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _NATIVE = (types.BuiltinFunctionType, types.MethodDescriptorType)
 PRODUCTS = {
     aten.linear.default: -1, aten.conv1d.default: 1, aten.conv2d.default: 1,
 }  # fmt: skip
-"""Products of a weight, with the axis of the result that its rows make."""
+"""Ops that multiply by a weight, each with the feature axis of its result (a feature is a weight row's)."""
 
 
 def _in_place(plain: Callable[..., Any], over: Callable[..., Any]) -> Callable[..., Any]:
     def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         y = args[0] if args else x
-        # what comes in may have other dtypes and sizes than at capture; autocast has others on the way
+        # inputs may have other dtypes and sizes than at capture, and autocast changes dtypes inside
         fits = not isinstance(y, torch.Tensor) or (y.dtype == x.dtype and y.shape == x.shape)
         return (over if fits and not watched() else plain)(x, *args, **kwargs)  # type: ignore[no-any-return]
 
@@ -50,14 +50,14 @@ _IN_PLACE = {
     aten.leaky_relu.default: _in_place(F.leaky_relu, F.leaky_relu_),
     aten.add.Tensor: _in_place(torch.add, torch.Tensor.add_),
 }
-"""Ops whose gradient needs nothing that they write over (for ``hardtanh_``, autograd keeps a copy of it).
-Most networks call them so themselves."""
+"""Ops whose backward does not read the operand that they overwrite. (Not ``hardtanh_``: autograd copies its
+operand.) Most networks call them in place themselves."""
 
 
 def in_place(node: Node) -> Callable[..., Any] | None:
-    """What does a node's op in the memory of its first operand, if that can be done."""
+    """The in-place form of a node's op, which writes over its first operand; None if there is none."""
     if node.target is aten.leaky_relu.default and not (len(node.args) < 2 or node.args[1] > 0):  # type: ignore[operator]
-        return None  # its backward asks the result for the sign of the operand
+        return None  # the backward takes the operand's sign from the result: needs a positive slope
     return _IN_PLACE.get(node.target)  # type: ignore[arg-type]
 
 
@@ -66,7 +66,7 @@ _tried: dict[Any, bool] = {}
 
 @functools.cache
 def binding(op: Any) -> Callable[..., Any] | None:
-    """The Python function that PyTorch generated for ``op``, where there is one."""
+    """The Python function that PyTorch generated for ``op``; None if there is none."""
     name = op._schema.name.removeprefix("aten::")
     if op.namespace != "aten":
         return None
@@ -78,36 +78,36 @@ def binding(op: Any) -> Callable[..., Any] | None:
 
 
 class _Log(TorchDispatchMode):
-    """What is called in the end, with tensors by what they look like."""
+    """Logs the ops that a call ends in; a tensor is logged as (shape, strides, dtype)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls.append((func, pytree.tree_map_only(torch.Tensor, _look, (args, kwargs))))
+        self.calls.append((func, pytree.tree_map_only(torch.Tensor, _layout, (args, kwargs))))
         return func(*args, **(kwargs or {}))
 
 
-def _look(x: torch.Tensor) -> Any:
+def _layout(x: torch.Tensor) -> Any:
     return tuple(x.shape), x.stride(), x.dtype
 
 
 def same_calls(op: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    """Whether a call of ``function`` ends in the calls that one of ``op`` ends in, on meta tensors."""
+    """Whether ``function`` and ``op``, called on meta tensors, end in the same ops."""
     calls = []
     for f in (op, function):
         try:
             with torch.no_grad(), _Log() as log:
                 f(*args, **kwargs)
-        except Exception:  # the binding takes no such arguments, or data would decide the result
+        except Exception:  # the binding refuses these arguments, or the result depends on data
             return False
         calls.append(log.calls)
     return bool(calls[0] == calls[1])
 
 
 def mark(graph: Graph) -> None:
-    """Mark the nodes of ``graph``, which have their traced values, that a binding can stand for."""
+    """Mark the nodes of ``graph`` whose op a binding can replace. They have their traced values."""
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and binding(node.target) is not None:
             annotate(node, bound=_is_bound(node))
@@ -118,7 +118,7 @@ def _is_bound(node: Node) -> bool:
     assert function is not None
     try:
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: _example(n.meta["val"]))
-    except (KeyError, TypeError):  # no traced value, or data decides a size of it
+    except (KeyError, TypeError):  # no traced value, or a size that depends on data
         return False
     leaves, spec = pytree.tree_flatten((args, kwargs))
     key = node.target, spec, tuple(map(_kind, leaves))
@@ -128,7 +128,7 @@ def _is_bound(node: Node) -> bool:
 
 
 def _example(value: Any) -> Any:
-    """A traced value without the tracing: a meta tensor, a number."""
+    """A concrete stand-in for a traced value: a meta tensor, a number."""
     if isinstance(value, torch.Tensor):
         sizes, strides = ([_example(n) for n in part] for part in (value.shape, value.stride()))
         return torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
@@ -138,5 +138,5 @@ def _example(value: Any) -> Any:
 
 
 def _kind(x: Any) -> Any:
-    """All that decides how an argument is parsed."""
+    """What decides how an argument is parsed: the dimensions and dtype of a tensor, else the type."""
     return (x.ndim, x.dtype) if isinstance(x, torch.Tensor) else type(x)

@@ -1,4 +1,4 @@
-"""What every ``torch.autograd.Function`` here needs: a cheap call, and a backward that asks first."""
+"""Shared by every ``torch.autograd.Function`` here: a cheap call, and which gradients are wanted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-_is_compiling, _transforms_active = (  # each dot would cost at every call
+_is_compiling, _transforms_active = (  # bound once: each attribute lookup costs at every call
     torch.compiler.is_compiling, torch._C._are_functorch_transforms_active,
 )  # fmt: skip
 _mode, _TRACED = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY  # type: ignore[attr-defined]
@@ -16,15 +16,15 @@ same = torch.ops.aten.alias.default
 
 
 def watched() -> bool:
-    """Whether a compiler, a tracer or ``torch.func`` looks on, beside autograd."""
+    """Whether a compiler, a tracer or ``torch.func`` is active, and not autograd alone."""
     return _is_compiling() or _transforms_active() or _mode(_TRACED) is not None
 
 
 def quick(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply``, by a shorter way where only autograd looks on.
+    """``function.apply``, but cheaper in plain eager mode.
 
     ``torch.func`` needs the form with ``setup_context``. For that form PyTorch binds the arguments
-    to a signature, in Python and at every call, which costs more than a small layer norm.
+    to a signature in Python at every call, which costs more than a small layer norm.
     """
 
     def forward(ctx: Any, *inputs: Any) -> Any:
@@ -43,26 +43,26 @@ def quick(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 def linked(x: Any) -> Any:
-    """``x`` behind a node of its own, so that ``wanted`` can ask whether its gradient is."""
+    """A view of ``x`` if it is a leaf: ``wanted`` can ask the engine about the view's node only."""
     if not isinstance(x, torch.Tensor) or not x.requires_grad or not x.is_leaf:
         return x
     return x if torch.compiler.is_compiling() else same(x)
 
 
 def note_tensors(ctx: Any, inputs: Sequence[Any]) -> None:
-    """For ``wanted``: PyTorch keeps an edge for each input that is a tensor."""
+    """Note for ``wanted`` which inputs are tensors: only those have an edge in ``next_functions``."""
     if sum(ctx.needs_input_grad) > 1:
         ctx.tensors = [isinstance(x, torch.Tensor) for x in inputs]
 
 
 def wanted(ctx: Any) -> Sequence[bool]:
-    """Which inputs of a backward node this pass needs a gradient of.
+    """For each input of a backward node: whether this backward pass needs its gradient.
 
-    ``needs_input_grad`` says which could have one: every parameter, even where only the gradient of
-    the model's input is asked for.
+    ``needs_input_grad`` only says which inputs require grad: every parameter does, even if only the
+    gradient of the model's input is asked for.
     """
     needs: Sequence[bool] = ctx.needs_input_grad
-    if sum(needs) == 1:  # it is why this backward runs
+    if sum(needs) == 1:  # otherwise this backward would not run
         return needs
     edges = None if torch.compiler.is_compiling() else getattr(ctx, "next_functions", None)
     if edges is None or len(edges) != sum(ctx.tensors):
@@ -75,5 +75,5 @@ def wanted(ctx: Any) -> Sequence[bool]:
 def _runs(node: Any) -> bool:
     try:
         return node is None or torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # a leaf, of which PyTorch does not say
+    except RuntimeError:  # PyTorch does not answer for a leaf
         return True

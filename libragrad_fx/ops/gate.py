@@ -1,10 +1,9 @@
-"""A gated activation and the product that it is a factor of, in one node: ``act(stream) * value``.
+"""A gated activation and its product as one op: ``act(x) * y``.
 
-Each factor gets half of the gradient, and the activation's half its slope. What the backward multiplies
-with is known in the forward: ``slope * value / 2`` and ``act(stream) / 2``. These two are all that is
-kept, in the memory of ``stream`` and ``value`` where nobody else reads those. Apart, the two ops keep
-three tensors. Where both factors come from the halves of one projection, their gradients lie side by
-side already and need not be put together.
+Each factor gets half of the gradient g. So x gets ``g * (slope * y / 2)`` and y gets ``g * (act(x) / 2)``.
+Both brackets are known in the forward, and only they are saved: in the memory of x and y, if no other op
+reads those. As two ops, they save three tensors. If x and y are the halves of one projection, the two
+saved tensors lie side by side, and so do the gradients: nothing has to be concatenated.
 """
 
 from __future__ import annotations
@@ -50,10 +49,10 @@ def gated(
 
     Args:
         act: twin of an activation with ``f(0) = 0``; it has ``slopes``.
-        at: which factor is the activation's, 0 or 1. What the function takes is in this order too.
-        over: whether what it takes may be written over.
-        halves: where x and y are the halves of one tensor, which the function takes in their place:
-            along which axis, and whether the second factor is made of the first half.
+        at: which factor is the activation, 0 or 1; the function takes x and y in that order.
+        over: whether it may write over x and y.
+        halves: (axis, swapped) if x and y are the halves of one tensor along ``axis``, which the function
+            then takes instead of them. swapped: the second factor reads the first half.
     """
 
     def pair(*given: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -71,7 +70,7 @@ def gated(
             result = torch.mul(*((y, held) if at else (held, y)))
             slope.mul_(y).mul_(0.5)
             torch.mul(held, 0.5, out=y if over else held)
-            source = result.new_empty(0)  # stands for what is given, to a second backward
+            source = result.new_empty(0)  # links a second derivative to this node, so that ``_Once`` raises
             kept = given if over else (held, slope) if at else (slope, held)
             ctx.save_for_backward(*kept, source)
             ctx.set_materialize_grads(False)

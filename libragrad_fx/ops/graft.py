@@ -1,8 +1,8 @@
-"""A part of a product, with the product's gradient for that part alone.
+"""Back-propagates through a part of a linear layer or convolution.
 
-``y = x Wᵀ + b`` of which only some features get a gradient: the product is computed as it is and not
-recorded; behind the views that lead to the live part, a graft hands that part on unchanged, and
-sends its gradient straight to x, W and b, through the rows of W that made it.
+Only some features of ``y = x Wᵀ + b`` get a gradient. The full product is computed but not recorded by
+autograd. Behind the views that lead to the live part, a graft returns that part unchanged; its backward
+sends the gradient directly to x, W and b, through the rows of W that made the part.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CONV_WEIGHT = {1: grad.conv1d_weight, 2: grad.conv2d_weight}
 
 
 def _like_product(g: torch.Tensor, order: Sequence[Sequence[int]]) -> torch.Tensor:
-    """A gradient of the part in the product's axes. order: the part's axes for each of them."""
+    """The part's gradient, in the axes of the product. order: see ``graft``."""
     sizes = [math.prod([g.shape[a] for a in axes]) for axes in order]
     return g.permute([a for axes in order for a in axes]).reshape(sizes)
 
@@ -86,13 +86,13 @@ def graft(
     part: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     conv: tuple[Any, ...], order: Sequence[Sequence[int]], rows: slice | Sequence[int],
 ) -> torch.Tensor:  # fmt: skip
-    """``part`` itself; its gradient goes to the operands of the product that it is a part of.
+    """``part`` itself; its gradient goes directly to ``x``, ``weight`` and ``bias``.
 
     Args:
         part: a view of ``linear(x, weight, bias)`` or a convolution, not recorded by autograd.
         conv: stride, padding, dilation and groups; empty for ``linear``.
-        order: for each axis of the product, the axes of ``part`` that make it up.
-        rows: the product's features that are in ``part``, in its order.
+        order: for each axis of the product, the axes of ``part`` that it was split into.
+        rows: the product's features that ``part`` holds, in the order of ``part``.
     """
     return _grafted(part, linked(x), linked(weight), linked(bias), conv, order, rows)  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""Nodes that return what they are given: the only things a rewrite may *insert* into a graph."""
+"""Nodes that return an argument unchanged: the only nodes that a rewrite may *insert* into a graph."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from libragrad_fx.ops.function import quick, same
 from libragrad_fx.ops.twin import LIBRARY, NAMESPACE
 
 stop = torch.ops.aten.detach.default
-"""Prune the backward of one operand. ``detach`` is ATen: it survives every transformation."""
+"""Cuts the gradient of one operand. ``detach`` is an ATen op, so it survives every transformation."""
 
 
 LEAN = "lean"
-"""The rule of what is inserted to back-propagate fewer zeros."""
+"""The ``rule`` on nodes that the optimiser inserts or replaces."""
 
 
 class _Scale(torch.autograd.Function):
@@ -50,7 +50,7 @@ def _times(g: torch.Tensor | None, factor: float) -> torch.Tensor | None:
 
 
 LIBRARY.define("scale(Tensor x, float factor, Tensor[] sources) -> Tensor")
-# a custom op may not return its argument: while exporting, and only then, scaling costs a copy
+# a custom op may not return its argument, so while exporting (only then) scaling copies
 torch.library.impl(f"{NAMESPACE}::scale", "CompositeExplicitAutograd", lib=LIBRARY)(
     lambda x, factor, sources: x.clone()
 )
@@ -64,10 +64,10 @@ torch.library.register_autograd(
 
 
 def scale(x: torch.Tensor, factor: float, *sources: torch.Tensor) -> torch.Tensor:
-    """``x`` itself (a view); its gradient is multiplied by ``factor`` on the way back.
+    """``x`` itself (a view); the backward multiplies its gradient by ``factor``.
 
-    It requires a gradient where ``x`` or one of ``sources`` does; to these none is sent. By zero
-    none is sent at all, whatever it is.
+    The result requires a gradient if ``x`` or one of ``sources`` does; ``sources`` get none. With factor 0
+    nothing is sent on, even if the gradient is infinite.
     """
     if torch.compiler.is_exporting():
         return torch.ops.libragrad_fx.scale(x, factor, sources)
@@ -80,7 +80,7 @@ def is_scale(node: torch.fx.Node) -> bool:
 
 
 def is_end(node: torch.fx.Node) -> bool:
-    """Whether no gradient goes on from ``node``: a stop, or a scale by zero."""
+    """Whether ``node`` sends no gradient on: a stop, or a scale by zero."""
     return node.target is stop or (is_scale(node) and not node.args[1])
 
 
@@ -90,12 +90,13 @@ torch.library.impl(f"{NAMESPACE}::observe", "CompositeExplicitAutograd", lib=LIB
 )
 torch.library.register_fake(f"{NAMESPACE}::observe", lambda xs, places, call: None, lib=LIBRARY)
 observe = torch.ops.libragrad_fx.observe.default
-"""Capture's own mark: these are the tensors of one module call, and where in it. Does nothing."""
+"""Capture's mark on the tensors of one module call; ``places`` says which argument or output each is.
+It does nothing."""
 has_side_effect(observe)
 
 
 def probe(*args: Any, _output: Any, _args: tuple[Any, ...], **kwargs: Any) -> Any:
-    """Stands for a whole module call: hooks see the module's true arguments and output.
+    """The forward of a shell module, called at the end of a module call so that hooks see it.
 
     A pre-hook that swaps an argument would be ignored by a captured graph, so it is refused.
     """
@@ -117,7 +118,8 @@ def leaf(structure: Any, index: int) -> Any:
 
 
 def probed(node: torch.fx.Node) -> Any:
-    """What a probe, or a leaf of what one returns, is in the graph; None for any other node."""
+    """The node (or structure of nodes) that a probe returns, or that a ``leaf`` of one is; None for any
+    other node."""
     if node.target is leaf:
         return leaf(node.args[0].kwargs["_output"], node.args[1])  # type: ignore[union-attr,arg-type]
     return node.kwargs.get("_output") if node.op == "call_module" else None
@@ -133,11 +135,11 @@ def dtype_name(x: torch.Tensor) -> str:
 def guard(x: Any, path: str, shape: tuple[int | str, ...], dtype: str, mode: Any, least: int = 1) -> Any:
     """``x`` itself, if it fits what was captured; otherwise an error that says what does not fit.
 
-    shape: an ``int`` is a fixed size, a ``str`` a free one (``sizes`` checks what is known of those).
-    least: the smallest batch. Export takes free sizes to be 2 or more, and says nothing of a branch
-        that one sample would take: for a batch of one, the graph is compared with the model first.
+    shape: an ``int`` is a fixed size, a ``str`` a free one (``sizes`` checks conditions on those).
     dtype: its name, without ``torch.``
-    mode: the training flag that the graph was captured with, and the one it is called with.
+    mode: (the module's training flag now, the flag at capture).
+    least: the smallest batch. Export assumes free sizes of 2 or more; a model may branch on one sample.
+        ``birth`` compares a batch of one with the model, and sets 2 here if it differs.
     """
     if not isinstance(x, torch.Tensor):
         raise GuardError(f"{path} must be a tensor, as it was at capture; got {type(x).__name__}. {_AGAIN}")
@@ -170,7 +172,7 @@ def guard(x: Any, path: str, shape: tuple[int | str, ...], dtype: str, mode: Any
 
 
 def constant(x: Any, path: str, captured: Any) -> Any:
-    """``x`` itself, if it is the value that was baked into the graph at capture."""
+    """``x`` itself, if it equals the value that capture made part of the graph."""
     if x is not captured and not (type(x) is type(captured) and x == captured):
         raise GuardError(
             f"{path} was {captured!r} at capture and is part of the graph; got {x!r:.80}."
@@ -180,8 +182,8 @@ def constant(x: Any, path: str, captured: Any) -> Any:
 
 
 def structure(x: Any, path: str, captured: str) -> Any:
-    """``x`` itself, if its containers are those of the capture: types, lengths, keys and their order."""
-    now = outline(tuple(x) if path.startswith("*") else x)  # an interpreter has them in a list
+    """``x`` itself, if its containers are as at capture: types, lengths, keys and their order."""
+    now = outline(tuple(x) if path.startswith("*") else x)  # fx.Interpreter passes *args as a list
     if now != captured:
         raise GuardError(
             f"{path} was {captured} at capture, where * is a leaf; got {now}. Call"
@@ -217,9 +219,10 @@ def _condition(text: str, names: tuple[str, ...]) -> Callable[..., bool]:
 def sizes(
     conditions: tuple[str, ...], names: tuple[str, ...], labels: tuple[str, ...], *values: int
 ) -> None:
-    """What export found out of free sizes, checked: each condition holds of the values of ``names``.
+    """Raises ``GuardError`` unless all conditions that export found on free sizes hold.
 
-    labels: how an error calls them
+    names, values: the symbols in the conditions, and their sizes in this call
+    labels: the names that an error uses for them
     """
     for text in conditions:
         if not _condition(text, names)(*values):

@@ -1,7 +1,7 @@
-"""Losses of logits: what a Hugging Face model returns beside them when it is given labels.
+"""Losses of logits, as Hugging Face models return them when they are given labels.
 
-Cross entropy is linear in log-probabilities, ``log_softmax(x) = x - logsumexp(x)``, whose logsumexp is
-held (as by the twin of ``log_softmax``). Binary cross entropy is a function of each logit, by its secant.
+Cross entropy is linear in the log-probabilities, ``log_softmax(x) = x - logsumexp(x)``; the logsumexp is
+held, as by the twin of ``log_softmax``. Binary cross entropy is a function of each logit: its secant.
 """
 
 from __future__ import annotations

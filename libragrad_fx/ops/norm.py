@@ -3,7 +3,7 @@
 All of them are ``y = w * (x - mean) * rstd + b`` over some axes. With ``u = g * w`` the balanced
 gradient is ``dx = rstd * (u - mean(u))``; RMSNorm has no mean. Statistics are accumulated in
 float32 for 16-bit inputs, as the forward kernels do. Gradients of ``w`` and ``b`` are autograd's.
-Where those are not wanted, ``rstd`` and ``w`` are all that is kept of a LayerNorm or an RMSNorm.
+If those are not wanted, a LayerNorm, RMSNorm or GroupNorm saves only ``rstd`` and ``w``.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def _weighted(g: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """g * w in a new tensor, in at least float32, the rows one after the other."""
+    """g * w in a new contiguous tensor of at least float32."""
     u = _wide(g).contiguous()
-    if u is not g:  # a new one already
+    if u is not g:  # already a new tensor
         return u if weight is None else times_(u, weight)
     return u.clone() if weight is None else u * weight
 
 
 def _pull(u: torch.Tensor, rstd: torch.Tensor, axes: Axes) -> torch.Tensor:
-    """rstd * (u - mean(u)), in the memory of u. A sum is a third of the cost of a mean where u is
-    small, and its division is part of the difference."""
+    """rstd * (u - mean(u)), in place in u. The mean is a sum, which costs a third of ``mean`` for small u;
+    the subtraction's ``alpha`` divides it."""
     total = u.sum(axes, keepdim=True)
     return times_(minus_(u, total, total.numel() / max(u.numel(), 1)), rstd)
 
@@ -60,7 +60,7 @@ def _native_layer_norm(
     input: torch.Tensor, normalized_shape: list[int], weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None, eps: float = 1e-5, cudnn_enable: bool = True,
 ) -> Any:  # fmt: skip
-    """What ``layer_norm`` calls: the output, the mean, 1/sigma."""
+    """The kernel that ``layer_norm`` calls. Returns the output, the mean, 1/sigma."""
     return torch.native_layer_norm(input, normalized_shape, weight, bias, eps)
 
 
@@ -80,7 +80,7 @@ def _rms_norm_kept(
     input: torch.Tensor, normalized_shape: list[int], weight: torch.Tensor | None = None,
     eps: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The output and 1/sigma, which costs one more look at the input and saves keeping it."""
+    """The output and 1/sigma: one more pass over the input, which then need not be saved."""
     x, axes = _wide(input), tuple(range(-len(normalized_shape), 0))
     norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
     floor = torch.finfo(x.dtype).eps if eps is None else eps
@@ -109,14 +109,14 @@ def _per_channel(x: torch.Tensor, weight: torch.Tensor | None = None) -> Any:
 
 
 def _split(x: torch.Tensor, groups: int | None) -> torch.Tensor:
-    """(N, groups, C / groups, *): a view in any memory format, so that a gradient keeps its own."""
+    """(N, groups, C / groups, *): a view in any memory format, so a gradient keeps its layout."""
     if groups is None:
         return x
     return x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
 
 
 def _axes(ndim: int, groups: int | None) -> Axes:
-    """What is whitened together, of ``_split`` of a (N, C, *) input; without groups, a channel."""
+    """The axes of ``_split`` over which statistics are taken; without groups, per channel."""
     return (0, *range(2, ndim)) if groups is None else tuple(range(2, ndim + 1))
 
 
@@ -152,7 +152,7 @@ def _native_group_norm(
     input: torch.Tensor, num_groups: int, weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None, eps: float = 1e-5, cudnn_enabled: bool = True,
 ) -> Any:  # fmt: skip
-    """What ``group_norm`` calls: the output, the mean, 1/sigma; both (N, groups)."""
+    """The kernel that ``group_norm`` calls. Returns the output, the mean and 1/sigma (N, groups)."""
     on_cpu = input.device.type == "cpu"
     x = input.contiguous(
         memory_format=suggest_memory_format(input)
@@ -205,7 +205,7 @@ instance_norm = twin(aten.instance_norm.default, _instance_norm, saves=_SAVES)
 batch_norm = twin(aten.batch_norm.default, _batch_norm, saves=_SAVES)
 
 
-# --- the scale alone, and what is divided by it
+# --- sgn, and standard deviations
 
 
 def _sgn(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor) -> Grads:

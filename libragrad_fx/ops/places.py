@@ -1,4 +1,4 @@
-"""Places of an axis: which ops take some, and what takes or names them in a graph that is rewritten."""
+"""Ops that take places along an axis (``select``, ``slice``): how to read them, and how to insert some."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SELECT, _SLICE, _COPY = aten.select.int, aten.slice.Tensor, aten.clone.default
 
 
 class Taken(NamedTuple):
-    """What a ``select`` or a ``slice`` takes of ``x``. end: None of a ``select``, which drops the axis."""
+    """The places of ``x`` that a ``select`` or a ``slice`` takes. end: None for a ``select``."""
 
     x: Node
     axis: int
@@ -27,7 +27,7 @@ class Taken(NamedTuple):
 
 
 def taken(node: Node) -> Taken | None:
-    """What a node takes of its operand; None if it is neither a ``select`` nor a ``slice``."""
+    """The places that a node takes; None if it is neither a ``select`` nor a ``slice``."""
     if node.target is _SELECT:
         x, axis, place = bind(_SELECT, node.args, node.kwargs).values()
         return Taken(x, axis, place, None, 1)
@@ -37,26 +37,26 @@ def taken(node: Node) -> Taken | None:
 
 
 def is_selection(node: Node) -> bool:
-    """Whether a node is one place of an axis, without the axis."""
+    """Whether a node is a ``select``: one place of an axis, without the axis."""
     return node.target is _SELECT
 
 
 def take_one(graph: Graph, x: Node, axis: int, place: int) -> tuple[Node, Node]:
-    """Nodes for one place of an axis, which stays: a view of it, and a copy, for which ``x`` may go."""
+    """Nodes for one place of an axis, which keeps size 1: a view, and its copy, so that ``x`` can go."""
     end = sys.maxsize if place == -1 else place + 1
     part = graph.call_function(_SLICE, (x, axis, place, end))
     return part, graph.call_function(_COPY, (part,))
 
 
 def only_place(graph: Graph, x: Node, axis: Any) -> Node:
-    """A node for ``x`` without an axis that has one place."""
+    """A node for ``x`` without ``axis``, which has size 1."""
     return graph.call_function(_SELECT, (x, axis, 0))
 
 
 def whole(
     x: torch.Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> torch.Tensor:
-    """``x[:]`` along an axis, whose gradient is not copied into zeros of the same size first."""
+    """``x[:]``; its backward is the identity. A slice's would copy the gradient into a tensor of zeros."""
     return same(x)
 
 

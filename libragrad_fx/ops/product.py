@@ -1,4 +1,4 @@
-"""The product of two values, each of which gets half of the gradient (method: the product rule)."""
+"""The product of two values; each gets half of its gradient (method: the product rule)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ aten = torch.ops.aten
 
 
 def _halved(needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, other: torch.Tensor) -> Grads:
-    nothing = g.new_zeros(())  # g b / 2 in one pass
+    nothing = g.new_zeros(())  # addcmul(0, g, b) computes g b / 2 in one pass
 
     def half(of: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         dx = torch.addcmul(nothing, g, by, value=0.5)

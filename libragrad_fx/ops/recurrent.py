@@ -1,8 +1,8 @@
 """LSTM, GRU and Elman layers and cells: PyTorch's kernel forward, the balanced functional form backward.
 
-The cell is written out twice over the same code: once to record its sigmoid gates and the secant
-slopes of its tanh, once to replay them as constants. Replayed, the layer is linear in its input,
-its initial state and its biases together; the backward is that linear map's transpose.
+The functional form of a cell runs twice: once to record its sigmoid gates and the secant slopes of its
+tanh, once with these replayed as constants. Replayed, the layer is linear in its input, its initial
+state and its biases together; the backward is the transpose of that linear map.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ _WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh")
 
 @dataclasses.dataclass(frozen=True)
 class Recurrence:
-    """cell:  one step of a layer
-    squash: its non-linearity that carries
-    parts: of how many parts what enters its non-linearities is made, all but one of them gates
-    value: which of them carries
-    by_grad_mode: whether PyTorch picks its kernel by grad mode: oneDNN has one for inference, with
-        other bits
+    """One kind of recurrent layer.
+
+    cell:   one step
+    squash: its non-linearity on the value: tanh or relu
+    parts:  how many parts the weights stack: the gates and the value
+    value:  the index of the value among them
+    by_grad_mode: whether PyTorch picks its kernel by grad mode (oneDNN has one for inference, with other
+        bits)
     """
 
     cell: Callable[[Held, torch.Tensor, Tensors, Tensors], Tensors]
@@ -56,14 +58,14 @@ class Held:
         return self
 
     def rows(self, p: Tensors) -> Tensors:
-        """A cell's parameters; once gates are held, no more rows of them than make the value."""
+        """A cell's parameters; in the replay, only their rows for the value."""
         if self._next is None:
             return p
-        stacked = 4 if len(p) >= 4 else 2  # the rest is a projection
+        stacked = 4 if len(p) >= 4 else 2  # after these comes an LSTM's projection, if it has one
         return [*(w.chunk(self._kind.parts)[self._kind.value] for w in p[:stacked]), *p[stacked:]]
 
     def parts(self, z: torch.Tensor) -> Sequence[Any]:
-        """What those rows make, part by part."""
+        """``z``, computed with those rows, as its parts; in the replay, None for the gates."""
         if self._next is None:
             return z.chunk(self._kind.parts, -1)
         return [z if i == self._kind.value else None for i in range(self._kind.parts)]
@@ -112,7 +114,7 @@ def _layer(
 ) -> tuple[torch.Tensor, Tensors]:
     """(T, B, I) -> (T, B, H) and the last state: one direction of one layer."""
     outputs, p = [], held.rows(p)
-    # steps side by side are one product, and not one each
+    # one product for all steps
     steps = linear(x.contiguous(), p[0], _bias(p, 2)).unbind(0)
     for step in reversed(steps) if reverse else steps:
         state = kind.cell(held, step, state, p)
@@ -150,14 +152,14 @@ def _form(
 def _step(
     kind: Recurrence, held: Held, x: torch.Tensor, state: Tensors, p: Tensors
 ) -> tuple[torch.Tensor, ...]:
-    """The functional form of a cell that is called step by step."""
+    """The functional form of a single cell."""
     p = held.rows(p)
     return tuple(kind.cell(held, linear(x, p[0], _bias(p, 2)), state, p))
 
 
 def _linearised(op: torch._ops.OpOverload, args: dict[str, Any]) -> tuple[Callable[..., Any], Groups]:
-    """A layer or a cell with its gates held, as a linear function of tensors; and these, by the argument
-    that gives them."""
+    """A layer or cell with its gates held, as a linear function of tensors; and these tensors, grouped by
+    argument."""
     kind, states = _KINDS[op], args["hx"]
     groups: Groups = {"input": [args["input"]]}
     groups["hx"] = list(states) if _is_list(states) else [states]
@@ -180,7 +182,7 @@ def _is_list(x: Any) -> bool:
 
 
 def bias(op: torch._ops.OpOverload, live: Sequence[str], args: dict[str, Any]) -> Any:
-    """What it adds by itself: its held form with its live input and states at zero."""
+    """The constant of a call: its held form with live input and states at zero."""
     form, groups = _linearised(op, args)
     named = [(n, f"{n}[{i}]", t) for n, ts in groups.items() for i, t in enumerate(ts)]
     own = [torch.zeros_like(t) if {n, member} & set(live) else t for n, member, t in named]
@@ -222,7 +224,7 @@ def _recurrent(op: torch._ops.OpOverload) -> Callable[..., Any]:
 def _pulled(
     form: Callable[..., tuple[torch.Tensor, ...]], moving: Tensors, g: Tensors
 ) -> Sequence[torch.Tensor]:
-    """Gradients of a linear function; by plain autograd, which costs less, where it is not looked on."""
+    """Gradients of a linear function: by plain autograd, which costs less, or else by ``torch.func``."""
     if torch.is_grad_enabled() or watched():
         return torch.func.vjp(form, *moving)[1](tuple(g))  # type: ignore[no-any-return]
     moving = [t.detach().requires_grad_() for t in moving]

@@ -1,4 +1,4 @@
-"""Ops of which values decide the size of the result, written with indices where these values are known."""
+"""Ops whose result size depends on values (a mask, lengths), rewritten with indices if these are known."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _MASKS = (torch.bool, torch.uint8)
 
 
 def select_by_index(node: Node, read: Any, place: Any, shapes: dict[Node, Any]) -> None:
-    """Where the size of a result depends on values, make it the same with a size that is known.
+    """If the size of ``node``'s result depends on values, rewrite it so that the size is known.
 
-    read:   by node that ``node`` reads whole numbers of: how often these were written to, and they
-    place:  ``(key, make)`` -> a placeholder for a tensor of whole numbers, one for each key
-    shapes: of what each node makes
+    read:   by node whose whole numbers ``node`` reads: (count of writes into them so far, the numbers)
+    place:  ``(key, make)`` -> the placeholder of a tensor of whole numbers, one for each key
+    shapes: the shape of each node's result
     """
     if node.target in _BY_INDEX:
         indices: list[Any] = []
@@ -63,7 +63,7 @@ def select_by_index(node: Node, read: Any, place: Any, shapes: dict[Node, Any]) 
 
 
 def _columns(held: torch.Tensor, batch_first: Any, key: Any, place: Any) -> list[Node]:
-    """Where the elements of packed sequences lie in padded ones; held: by step and sequence."""
+    """The indices of packed elements in the padded tensor. held: which (step, sequence) has an element."""
     columns = held.nonzero(as_tuple=True)
     nodes = [place((*key, i), lambda c=c: c) for i, c in enumerate(columns)]
     return nodes[::-1] if batch_first else nodes

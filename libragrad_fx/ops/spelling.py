@@ -1,8 +1,8 @@
-"""One spelling for each op: how an exported graph says it, and how the normal form does.
+"""Rewrites an op of an exported graph as the op that the normal form uses for it. For example:
 
-``view`` is ``reshape`` (a kernel may choose other strides than the one traced), batch norm is the public op
-(so that it picks the kernel that the model picks, and updates its statistics itself), ``copy``, which
-autograd refuses, is a cast and an expansion, and a write into a part of complex numbers is one of pairs.
+``view`` becomes ``reshape``: another kernel may choose other strides than the traced one. Batch norm
+becomes the public op, which picks the model's kernel and updates its statistics. ``copy``, which autograd
+refuses, becomes a cast and an expansion. A write into complex numbers becomes one into pairs of reals.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _WRITES = {"slice_scatter", "select_scatter", "diagonal_scatter"}
 class Writer:
     """Writes nodes of the normal form.
 
-    emit: ``(op, args, kwargs)`` -> the node that stands for the exported one
-    made: ``(op, *args)`` -> a node on the way, which the exported graph has not
+    emit: ``(op, args, kwargs)`` -> the node that replaces the exported one
+    made: ``(op, *args)`` -> an additional node, which the exported graph does not have
     """
 
     emit: Callable[..., Node]
@@ -41,14 +41,14 @@ class Writer:
 
 
 def written(node: Node, args: Any, kwargs: Any, to: Writer) -> Any:
-    """What stands for ``node``, of an exported graph, in the normal form.
+    """The normal form's node for ``node`` of an exported graph; None if nothing reads it.
 
-    args, kwargs: the node's, in terms of the new graph.
+    args, kwargs: of ``node``, as nodes of the new graph.
     """
     name, op, value = _name(node), node.target, cast(Any, node.meta.get("val"))
     if name in _BATCH_NORMS:
         made = to.emit(aten.batch_norm.default, _batch_norm(name, args), {})
-        made.meta["val"] = value[0]  # the others are statistics
+        made.meta["val"] = value[0]  # the other outputs are statistics
         return made
     if op is operator.getitem and _name(node.args[0]) in _BATCH_NORMS:
         return args[0] if args[1] == 0 else None
@@ -56,7 +56,7 @@ def written(node: Node, args: Any, kwargs: Any, to: Writer) -> Any:
         return to.emit(aten.reshape.default, args, kwargs)
     if name == "div" and kwargs.get("rounding_mode", "") is None:
         return to.emit(aten.div.Tensor, args, {})
-    if name == "sgn" and not value.is_complex():  # of real numbers they are one op
+    if name == "sgn" and not value.is_complex():  # the same on real numbers
         return to.emit(aten.sign.default, args, {})
     if name in _MOMENTS:
         overload, args, kwargs = _corrected(op, args, kwargs)
@@ -70,7 +70,7 @@ def written(node: Node, args: Any, kwargs: Any, to: Writer) -> Any:
 
 
 def says_nothing(node: Node) -> bool:
-    """Whether a node only asserts what export took for granted: it returns nothing."""
+    """Whether a node only asserts an assumption of export: it returns nothing."""
     op = node.target
     if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten":
         return False
@@ -78,7 +78,7 @@ def says_nothing(node: Node) -> bool:
 
 
 def is_empty(node: Node) -> bool:
-    """Whether a node is a tensor without values."""
+    """Whether a node makes an uninitialised tensor."""
     return _name(node).startswith(("empty", "new_empty"))
 
 
@@ -87,7 +87,7 @@ def _name(node: Any) -> str:
 
 
 def _batch_norm(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments of the public op; whether cuDNN may be used is a flag of the moment."""
+    """Arguments of the public op; the last, whether cuDNN may be used, is PyTorch's flag now."""
     x, weight, bias, *rest = args
     mean, var = (None, None) if len(rest) == 3 else rest[:2]
     training = False if name.endswith("no_training") else rest[-3]
@@ -95,7 +95,7 @@ def _batch_norm(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _corrected(op: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The overload that the others of an op of two moments come down to."""
+    """The ``correction`` overload of ``var_mean`` or ``std_mean``, and the call's arguments for it."""
     x, *rest = bind(op, args, kwargs).items()
     given = dict(rest)
     if "unbiased" in given:
@@ -105,8 +105,8 @@ def _corrected(op: Any, args: Any, kwargs: Any) -> tuple[Any, tuple[Any, ...], d
 
 
 def _complex_write(node: Node, args: Any, kwargs: Any, to: Writer) -> Node:
-    """PyTorch has no derivative of the functional form, though it has one of the write in place that it
-    stands for."""
+    """A write into complex numbers, as a write into pairs of reals: PyTorch has a derivative for the
+    in-place write, but none for its functional form."""
     x, part, *where = args
     pairs = [to.made(aten.view_as_real.default, to.made(aten.resolve_conj.default, v)) for v in (x, part)]
     if node.target is aten.diagonal_scatter.default:  # the diagonal is the last axis
@@ -117,7 +117,7 @@ def _complex_write(node: Node, args: Any, kwargs: Any, to: Writer) -> Node:
 
 
 def _copied(node: Node, into: Node, source: Node, to: Writer) -> Node:
-    """``copy(into, source)``: the source, in the dtype and shape of what it overwrites."""
+    """``copy(into, source)``: the source in the dtype, device and shape of ``into``."""
     want, have = node.meta["val"], source.meta["val"]
     if want.dtype != have.dtype or want.device != have.device:
         options = {"dtype": want.dtype, "device": want.device}

@@ -1,10 +1,10 @@
 """Twins: functions whose forward calls an ATen op unchanged and whose backward is ours.
 
-No single PyTorch primitive survives everything. A ``torch.autograd.Function`` in ``setup_context``
-form works in eager, ``torch.compile`` and ``torch.func``, but ``torch.export`` erases its backward
-without a word; a ``torch.library`` custom op survives export, but fails under ``vmap(grad)``. So a
-twin is a small dispatcher: the Function normally, the custom op while exporting. Neither has a
-forward-mode rule: both refuse.
+No single PyTorch primitive works everywhere. A ``torch.autograd.Function`` in ``setup_context`` form works
+in eager mode, ``torch.compile`` and ``torch.func``, but ``torch.export`` silently drops its backward. A
+``torch.library`` custom op survives export, but fails under ``vmap(grad)``. So a twin is a small
+dispatcher: the Function normally, the custom op while exporting. Neither has a forward-mode rule: both
+raise an error.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ def twin(
 ) -> Callable[..., Any]:
     """The balanced twin of ``op``: same schema, same forward kernel, backward ``vjp``.
 
-    vjp:        called as ``vjp(needs, g, **saved)`` with ``needs`` the names of arguments whose
-                gradient is wanted, ``g`` the gradient of the output (a tuple for several outputs)
-                and ``saved`` every non-tensor argument plus the tensors named in ``saves``
-                (``"result"`` is the output). Returns gradients by argument name.
-    saves:      names of the tensor arguments that the backward reads; anything else is not kept.
+    vjp:        called as ``vjp(needs, g, **saved)``. ``needs``: names of the arguments whose gradient is
+                wanted. ``g``: the gradient of the output, a tuple for several outputs. ``saved``: every
+                non-tensor argument, and the saved tensors. Returns gradients by argument name.
+    saves:      names of the tensors to save: arguments, extras, or ``"result"`` for the output.
     forward:    computes the same bits as ``op`` from the same arguments; ``op`` itself by default.
-    extras:     names of what ``forward`` returns behind the op's output, for ``vjp`` alone; one that
-                ``saves`` names may be None.
-    if_params:  what is saved only if an argument beside the first, a parameter, wants its gradient.
-    compact:    what is saved as a copy where it is part of something larger, which is then let go.
-    over:       as ``forward``, and may write over its first argument. The twin has a second form then,
-                ``twin.over``, for where nobody else reads that.
+    extras:     names of the tensors that ``forward`` returns after the op's output, for ``vjp`` alone;
+                one that ``saves`` names may be None.
+    if_params:  names of tensors saved only if an argument other than the first, a parameter, needs a
+                gradient; None is saved otherwise.
+    compact:    names of tensors saved as a copy if they are views, so that the larger tensor is freed.
+    over:       as ``forward``, but may write over its first argument. The twin then has a second form,
+                ``twin.over``, for calls whose first argument has no other reader.
     """
     made = _Form(op, name or op._schema.name.split("::")[1], vjp, tuple(saves), tuple(extras),
                  tuple(if_params), tuple(compact))  # fmt: skip
@@ -70,7 +70,7 @@ def twin(
 
 @dataclasses.dataclass(frozen=True)
 class _Form:
-    """What ``twin`` was given, and the schema of its op in plain tuples: Dynamo knows no schema."""
+    """The arguments of ``twin``, and its op's schema as plain tuples, because Dynamo knows no schema."""
 
     op: torch._ops.OpOverload
     label: str
@@ -82,7 +82,7 @@ class _Form:
 
     @property
     def plain(self) -> tuple[str, ...]:
-        """Names of the arguments that are no tensors."""
+        """Names of the non-tensor arguments."""
         return tuple(a.name for a in self.op._schema.arguments if "Tensor" not in str(a.type))
 
     @property
@@ -92,7 +92,8 @@ class _Form:
 
 
 def _caller(form: _Form, eager: Any, function: Any, custom: Any) -> Callable[..., Any]:
-    """What stands in a graph: a Function, or the custom op while exporting, or ``op`` itself."""
+    """The function that a graph calls: it runs a Function, the custom op while exporting, or, without
+    grad mode, ``op`` itself."""
     op, lists, several = form.op, form.lists, bool(form.extras)
     names, _, defaults = signature(op)
 
@@ -117,7 +118,7 @@ def _caller(form: _Form, eager: Any, function: Any, custom: Any) -> Callable[...
 
 
 def _saver(form: _Form) -> Save:
-    """Keeps what the backward reads of a call's values: its arguments, its result, the extras, None.
+    """Returns ``save(ctx, values, others)``. values: the arguments, the result, the extras, and None.
 
     Tensors go through ``save_for_backward``, so views and vmap work.
     """
@@ -142,7 +143,7 @@ def _saver(form: _Form) -> Save:
 
 
 def _alone(x: torch.Tensor) -> torch.Tensor:
-    """``x`` in memory that holds nothing else."""
+    """``x``, or a copy of it if it is only a part of its storage."""
     if x.untyped_storage().nbytes() == x.nbytes:
         return x
     return x.clone(memory_format=torch.contiguous_format)
@@ -160,7 +161,7 @@ def _puller(form: _Form) -> Pull:
         upstream = g[0] if len(g) == 1 else tuple(g)
         if not torch._C._is_any_autocast_enabled():
             return vjp(needs, upstream, **saved)
-        # a backward runs in the dtypes that its forward chose, whatever surrounds .backward()
+        # the backward uses the dtypes of its forward, even if .backward() is called under autocast
         device = next((t.device.type for t in g if t is not None), "cpu")
         with torch.autocast(device, enabled=False):
             return vjp(needs, upstream, **saved)
@@ -169,13 +170,13 @@ def _puller(form: _Form) -> Pull:
 
 
 def times_(x: torch.Tensor, y: Any) -> torch.Tensor:
-    """``x * y`` in the memory of ``x``, which nobody else reads: a new tensor costs more than the
-    product. Under ``vmap`` it is a new one, as ``y`` may have more elements there."""
+    """``x * y``, in place in ``x``, which has no other reader: allocating a tensor costs more than the
+    product. Under ``vmap`` it allocates, because ``y`` may have more elements there."""
     return x * y if batched(y) else x.mul_(y)
 
 
 def batched(y: Any) -> bool:
-    """Whether a tensor may stand for several: ``torch.func``, or ``is_grads_batched`` of autograd."""
+    """Whether a tensor may be a batch of tensors: ``torch.func``, or autograd's ``is_grads_batched``."""
     if torch._C._are_functorch_transforms_active():
         return True
     if torch.compiler.is_compiling() or not isinstance(y, torch.Tensor):
@@ -184,22 +185,22 @@ def batched(y: Any) -> bool:
 
 
 def minus_(x: torch.Tensor, y: Any, alpha: float = 1.0) -> torch.Tensor:
-    """``x - alpha * y`` in the memory of ``x``, as ``times_``."""
+    """``x - alpha * y``, in place in ``x``, as ``times_``."""
     if batched(y):
         return torch.sub(x, y, alpha=alpha)
     return x.sub_(y, alpha=alpha)
 
 
 def spent() -> bool:
-    """Whether what a node saved is let go behind its backward, so that it may be written over."""
+    """Whether saved tensors are freed after this backward (no ``retain_graph``), so may be overwritten."""
     if torch.is_grad_enabled() or watched():
         return False
     return not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined,no-any-return]
 
 
 def _parts(form: _Form, run: Callable[..., Any]) -> tuple[tuple[str, ...], Run, Save, Pull]:
-    """The names of an op's arguments; what calls ``run`` on them, in that order, and returns the op's
-    result and the extras; what saves; and what pulls back."""
+    """What both Functions are made of: the op's argument names; a function that calls ``run`` on values in
+    that order and returns (result, extras); the saver; the puller."""
     names, keyword, _ = signature(form.op)
     count, several = len(names) - len(keyword), bool(form.extras)
 
@@ -212,9 +213,9 @@ def _parts(form: _Form, run: Callable[..., Any]) -> tuple[tuple[str, ...], Run, 
 
 
 def _eager(form: _Form, run: Callable[..., Any]) -> Any:
-    """The Function for where only autograd looks on, of an op without lists of tensors. Extras are no
-    outputs of it, and its form is the old one: for that of ``_function``, PyTorch binds the arguments
-    to a signature, in Python and at every call, which costs more than a small layer norm."""
+    """The Function for plain eager mode, for an op without lists of tensors. It returns no extras, and has
+    the old form, ``forward(ctx, ...)``: for ``setup_context``, PyTorch binds the arguments to a signature
+    in Python at every call, which costs more than a small layer norm."""
     names, both, save, pull = _parts(form, run)
 
     def forward(ctx: Any, *values: Any) -> Any:
@@ -240,7 +241,7 @@ def _function(form: _Form, run: Callable[..., Any]) -> Any:
         return flat if spec is None else pytree.tree_unflatten(flat, spec)
 
     class Balanced(torch.autograd.Function):
-        """Its first argument: how the others, flat, make up those of ``op``, where some are lists."""
+        """The arguments of ``op``, flattened; the first is the spec that restores its lists, or None."""
 
         generate_vmap_rule = True
 
@@ -278,7 +279,7 @@ def _outputs(ctx: Any, output: Any, extras: int) -> tuple[Any, ...]:
     if not extras:
         return (output,)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # or each gets a gradient of zeros, filled in
+    ctx.set_materialize_grads(False)  # otherwise autograd allocates zeros as the gradient of each
     return tuple(output)
 
 

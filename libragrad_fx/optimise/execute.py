@@ -1,6 +1,6 @@
 """Generates the code that runs: bindings for ops, in place where the operand is dead, constants folded.
 
-It is made anew from the lean graph when a module is loaded; the lean graph is what is pickled.
+Only the lean graph is pickled; its code is generated again when a module is loaded.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from libragrad_fx.ops.gate import gated
 from libragrad_fx.ops.places import idle, whole
 from libragrad_fx.ops.product import halved_mul
 
-_KEPT = 8  # how many sizes constants are kept for
-_MANY = 2**20  # elements of constants that are kept together
+_KEPT = 8  # constants are kept for so many sizes
+_MANY = 2**20  # the most elements of constants that are kept for one size
 
 
 def bound(graph: Graph) -> Graph:
-    """A copy of ``graph`` that calls bindings where it is marked, nothing at all for ``x[:]`` and for
-    idle dropouts, and writes over what nobody else reads."""
+    """A copy of ``graph`` with the passes' notes carried out: bindings, fused gates, ``unbind``, in-place
+    ops, folded constants. ``x[:]`` and idle dropouts are removed."""
     new = Graph()
     new.output(new.graph_copy(graph, {}))
     for node in [n for n in new.nodes if note(n).gate is not None]:
@@ -48,7 +48,7 @@ def bound(graph: Graph) -> Graph:
 
 
 def _gate(graph: Graph, node: Node) -> None:
-    """One node for an activation, its product with a value, and the halving of the gradient."""
+    """Replace an activation, its product and the halving of the gradient by one ``gated`` op."""
     at, over, halves = note(node).gate  # type: ignore[misc]
     product: Any = node if node.target is halved_mul else node.args[0]
     act = product.args[at]
@@ -64,9 +64,8 @@ def _gate(graph: Graph, node: Node) -> None:
 
 
 def _unbind(graph: Graph) -> None:
-    """One ``unbind`` for the places of an axis that are taken one by one, as the steps of a scan are: the
-    gradient of a ``select`` is as large as what it is taken from, and filled with zeros. Of an axis with
-    one place, ``squeeze`` takes it."""
+    """Replace the selects of one axis (the steps of a scan) by one ``unbind``: each select's gradient would
+    be as large as its operand, and mostly zeros. On an axis of size 1, ``squeeze`` replaces a select."""
     groups: dict[Any, list[Node]] = defaultdict(list)
     for node in graph.nodes:
         if (place := note(node).place) is not None:
@@ -89,7 +88,7 @@ def _source(node: Any) -> Node:
 
 
 def _erase(graph: Graph, node: Node) -> None:
-    """A node that nobody reads, and what was there for it alone."""
+    """Erase a node that has no readers, and the operands that have none after that."""
     read = node.all_input_nodes
     graph.erase_node(node)
     for n in read:
@@ -98,14 +97,14 @@ def _erase(graph: Graph, node: Node) -> None:
 
 
 def flattened(graph: Graph) -> tuple[Callable[[torch.nn.Module], Any], dict[str, Any]]:
-    """Let ``graph`` name attributes by one name each.
+    """Change ``graph`` so that its attributes have names without dots (``a0``, ``a1``).
 
-    ``nn.Module`` looks for each part of ``layers.3.fc1.weight`` in Python, at every call: of a small
-    network that is a tenth of the time. Here each submodule is looked up once a call, and where
-    modules keep theirs, so that what a user replaces is seen.
+    ``nn.Module`` looks up each part of ``layers.3.fc1.weight`` in Python, at every call: a tenth of the
+    time of a small network. Here each submodule is looked up once a call, in the modules' own
+    dictionaries; so a parameter that the user replaces takes effect.
 
     Returns:
-        What looks the attributes up in a module, and a stand-in for each of them.
+        A function from a module to these attributes, and placeholder attributes to compile with.
     """
     named = [n for n in graph.nodes if n.op in ("get_attr", "call_module")]
     names = {str(n.target): f"a{i}" for i, n in enumerate(named)}
@@ -114,7 +113,7 @@ def flattened(graph: Graph) -> tuple[Callable[[torch.nn.Module], Any], dict[str,
     parents = [itertools.accumulate(p.split(".")[:-1], "{}.{}".format) for p in names]
     modules = [(p, *p.rpartition(".")[::2]) for p in sorted(set(itertools.chain(*parents)))]
     leaves = [p.rpartition(".")[::2] for p in names]
-    Attributes = namedtuple("Attributes", names.values())  # of plain objects, Dynamo knows not all
+    Attributes = namedtuple("Attributes", names.values())  # a type that Dynamo can trace
 
     def attributes(root: torch.nn.Module) -> Any:
         found: dict[str, Any] = {"": root}
@@ -131,8 +130,8 @@ def flattened(graph: Graph) -> tuple[Callable[[torch.nn.Module], Any], dict[str,
 
 
 def _fold(graph: Graph) -> None:
-    """Compute what is marked as fixed once for each of the numbers (mostly sizes) that it depends on:
-    a call that gives it stands in its place. What depends on no number is computed once for all calls."""
+    """Constant folding. Replace the nodes marked ``fixed`` by calls that compute them once for each value
+    of the numbers (mostly sizes) that they depend on; if there are none, once for all calls."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     fixed = [n for n in order if note(n).fixed]
     numbers: dict[Node, frozenset[Node]] = {}
@@ -154,7 +153,7 @@ def _fold(graph: Graph) -> None:
 
 
 def _program(fixed: Sequence[Node], given: Sequence[Node], read: Sequence[Node]) -> Graph:
-    """The fixed nodes that ``read`` is made of, as a graph of its own over the numbers ``given``."""
+    """A graph that computes the fixed nodes ``read`` from the numbers ``given``."""
     needed = reach(read, lambda n: [m for m in n.all_input_nodes if note(m).fixed])
     graph = Graph()
     env = {n: graph.placeholder(f"n{i}") for i, n in enumerate(given)}
@@ -166,14 +165,14 @@ def _program(fixed: Sequence[Node], given: Sequence[Node], read: Sequence[Node])
 
 
 def _held(program: Graph) -> Callable[..., Sequence[torch.Tensor]]:
-    """Runs a program of numbers, and keeps what it made of the last few, if that is small."""
+    """A function that runs ``program`` on numbers, and caches small results for the last few."""
     make = torch.fx.GraphModule({}, program).forward
     kept: dict[Any, Any] = {}
 
     def fixed(*numbers: Any) -> Sequence[torch.Tensor]:
         if watched() or torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
-            return make(*numbers)  # what such modes make of it is theirs
-        key = (torch.get_default_dtype(), *numbers)  # constants may be made without a dtype
+            return make(*numbers)  # under such a mode, the result is not to be cached
+        key = (torch.get_default_dtype(), *numbers)  # a constant may take the default dtype
         if key in kept:
             return kept[key]  # type: ignore[no-any-return]
         with torch.inference_mode(False), torch.no_grad():

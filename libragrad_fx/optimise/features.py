@@ -1,9 +1,9 @@
 """Back-propagates through the live features of a product alone.
 
-Of the fused qkv projection v alone carries a gradient. Balanced, its backward would still go through all
-rows of the weight, with zeros for q and k, after views had gathered them into a tensor. Here the product's
-result is cut off. Behind the views that lead to a live part, a ``graft`` sends the gradient to the
-product's operands directly, through the part's own rows.
+In a fused qkv projection, only v carries a gradient. The balanced backward would still go through all rows
+of the weight, with zeros for q and k that views had put together. This pass detaches the product's result.
+Behind the views that lead to a live part, a ``graft`` sends the gradient directly to the product's
+operands, through the part's own rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from libragrad_fx.optimise.work import Work
 
 
 def graft_live(work: Work) -> None:
-    """Cut off every product of which not all features get a gradient, and graft its live parts."""
+    """Detach every product with features that get no gradient, and graft its live parts."""
     graph = work.graph
     alive = live(graph, work.facts)
     found = list(_parts(work, alive))
@@ -49,11 +49,11 @@ def graft_live(work: Work) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of a product's result of which alone a gradient comes back.
+    """A live part of a product's result.
 
-    end:   the node that holds it: what views and copies make of the result of ``product``
-    order: for each axis of the result, the axes of ``end`` that make it up
-    rows:  the result's features that ``end`` holds, in its order
+    end:   the node that holds it, made from the result of ``product`` by views and copies
+    order: for each axis of the result, the axes of ``end`` that it was split into
+    rows:  the result's features that ``end`` holds, in the order of ``end``
     """
 
     end: Node
@@ -63,7 +63,7 @@ class Part:
 
 
 def _parts(work: Work, alive: set[Node]) -> Iterator[Part]:
-    """The live parts of every product of which not all features get a gradient."""
+    """The live parts of every product with enough features that get no gradient."""
     for node in work.graph.nodes:
         if node.target not in PRODUCTS or node not in alive:
             continue
@@ -79,8 +79,8 @@ def _parts(work: Work, alive: set[Node]) -> Iterator[Part]:
             continue
         features = sizes(node)[PRODUCTS[node.target]]
         dead = features - sum(_count(p.rows) for p in parts)
-        # Each part costs one more matrix product in the backward, and one more sum into the gradient of
-        # the input. So a split must save a quarter of the features for each part beyond the first.
+        # Each part costs one more matrix product in the backward, and one more addition into the input's
+        # gradient. So a split must save a quarter of the features for each part beyond the first.
         if parts and dead > 0 and dead >= features * (len(parts) - 1) / 4:
             yield from parts
         elif parts and dead > 0:
@@ -90,7 +90,7 @@ def _parts(work: Work, alive: set[Node]) -> Iterator[Part]:
 
 
 def _has_features(product: Node) -> bool:
-    """Whether a row of the weight makes a feature: it is a matrix, of one group."""
+    """Whether each row of the weight makes one feature: a matrix, or a convolution of one group."""
     (_, weight, _), conv = _operands(product)
     return len(sizes(weight)) > 1 and conv[-1:] in ((), (1,))
 
@@ -102,8 +102,7 @@ def _operands(product: Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def _cover(product: Node, node: Node, alive: set[Node], facts: Facts) -> list[Part] | str:
-    """Parts that hold all of ``node`` that gets a gradient, as small as views can make them; or why there
-    are none."""
+    """The smallest views that together hold all of ``node`` that gets a gradient; or why there are none."""
     parts: list[Part] = []
     for user in node.users:
         if not takes_gradient(user, node, alive, facts):
@@ -117,15 +116,15 @@ def _cover(product: Node, node: Node, alive: set[Node], facts: Facts) -> list[Pa
 
 
 def part_of(product: Node, end: Node, facts: Facts) -> Part | str:
-    """Where the elements of ``end`` lie in ``product``'s result. They are a part of it where every other
-    axis is whole and in order, and the features lie along axes of their own; otherwise why they are none.
+    """``end`` as a part of ``product``'s result, or why it is none. It is a part if it holds all other axes
+    whole and in order, and features along axes of their own.
     """
     whole = torch.empty(sizes(product), device="meta")
     view = replay(end, product, whole, facts)
     if view is whole:
         return "all its features get a gradient"
     if not torch.is_tensor(view) or view._base is not whole or view.numel() == 0:
-        return f"{end.name} is no view of it"  # a list of parts, a copy, nothing
+        return f"{end.name} is no view of it"  # a list of views, a copy, an empty tensor
     feature = PRODUCTS[product.target] % whole.ndim  # type: ignore[index]
     axes = [_axis(whole, n, s) for n, s in zip(view.shape, view.stride(), strict=True)]
     first, rest = divmod(int(view.storage_offset()), int(whole.stride(feature)))
@@ -147,7 +146,7 @@ def part_of(product: Node, end: Node, facts: Facts) -> Part | str:
 
 
 def _as_slice(rows: list[int]) -> slice | tuple[int, ...]:
-    """A slice where they lie side by side: it copies no weights."""
+    """A slice if the rows are adjacent: indexing by a slice copies no weights."""
     together = rows == list(range(rows[0], rows[0] + len(rows)))
     return slice(rows[0], rows[0] + len(rows)) if together else tuple(rows)
 
@@ -157,7 +156,7 @@ def _count(rows: slice | tuple[int, ...]) -> int:
 
 
 def _axis(whole: torch.Tensor, size: int, stride: int) -> int | None:
-    """The axis of a contiguous tensor that ``size`` steps of ``stride`` stay in."""
+    """The axis of a contiguous tensor within which ``size`` steps of ``stride`` stay."""
     for axis, (n, step) in enumerate(zip(whole.shape, whole.stride(), strict=True)):
         if size == 1 or (stride % step == 0 and stride * (size - 1) < step * n and stride < step * n):
             return axis

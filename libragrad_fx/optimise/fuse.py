@@ -1,4 +1,4 @@
-"""Finds gated activations with their product: one op does both, and keeps two tensors (``gate``)."""
+"""Finds gated activations and their product, which one op computes and saves less (``ops.gate``)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Gate = tuple[int, bool, tuple[int, bool] | None]
 
 
 def mark(work: Work) -> None:
-    """Mark each ``act(x) * y`` of half the gradient; what runs calls one op for it (``execute``)."""
+    """Mark each ``act(x) * y`` whose gradient is halved; ``execute`` calls one op for it."""
     for node in work.graph.nodes:
         product = halved(node)
         if product is None or not all(isinstance(a, Node) for a in product.args):
@@ -31,7 +31,8 @@ def mark(work: Work) -> None:
 
 
 def _gate(product: Node, facts: Facts) -> Gate | str | None:
-    """How a product is ``act(x) * y``, in the words of ``gated``; why not; None without an activation."""
+    """The arguments (at, over, halves) of ``gated`` for a product; a reason why not; None if neither factor
+    is an activation."""
     reason = None
     for at in (0, 1):
         act: Any = product.args[at]
@@ -51,14 +52,14 @@ def _gate(product: Node, facts: Facts) -> Gate | str | None:
 
 
 def _alike(a: Node, b: Node) -> bool:
-    """Whether two values have one shape, whatever the sizes of the inputs, and one dtype."""
+    """Whether two values have the same symbolic shape and the same dtype."""
     x, y = a.meta["val"], b.meta["val"]
     return a is not b and str(x.shape) == str(y.shape) and x.dtype == y.dtype
 
 
 def _halves(x: Any, y: Any, readers: set[Node], facts: Facts) -> tuple[int, bool] | None:
-    """The axis of a product's result of which ``x`` and ``y`` are the halves, that only ``readers``
-    read, and whether ``x`` is the second of them."""
+    """(axis, whether ``x`` is the second half) if ``x`` and ``y`` are the halves of one product's result
+    and only ``readers`` read them; else None."""
     product = x
     while product.target not in PRODUCTS:
         if not only_cuts(product, facts):
@@ -75,5 +76,5 @@ def _halves(x: Any, y: Any, readers: set[Node], facts: Facts) -> tuple[int, bool
 
 
 def _readers(node: Node, facts: Facts) -> set[Node]:
-    """What reads a value, or what is cut out of it."""
+    """The readers of a value, or of a part that views cut out of it."""
     return {r for u in node.users for r in (_readers(u, facts) if only_cuts(u, facts) else {u})}

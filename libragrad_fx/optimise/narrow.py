@@ -1,11 +1,11 @@
-"""Gradients of one row: what reads one token of many sends zeros to all the others.
+"""Back-propagates through one token if only one is read.
 
-A head reads the class token, or a decoder's last one, out of the last block's result. Autograd fills
-the gradient of the other rows with zeros and takes them back through all that treats each row by
-itself: norms, projections, the MLP, the queries of attention. Here that is computed a second time,
-for the one row, and this is what a gradient comes back through. Values come from the whole, which is
-not recorded: of one row, kernels may round otherwise. Only what all rows go into, such as the keys
-and values of attention, gets its gradient as before.
+A head reads one row of the last block's result: the class token, or a decoder's last token. Autograd fills
+the gradient of the other rows with zeros, and takes them back through all ops that treat rows separately:
+norms, projections, the MLP, the queries of attention. This pass computes these ops a second time, for the
+one row, and the gradient comes back through that copy alone. Values still come from the full computation,
+which is not recorded: kernels may round otherwise on one row. Ops that mix all rows, such as the keys and
+values of attention, get their gradient as before.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from libragrad_fx.optimise.work import Work
 from libragrad_fx.types import Kind, Location, OpFacts
 
 _NARROW = "narrow"
-_SMALL = 2**16  # elements of a product's result, below which calls cost more than its zeros
-_FEW = 8  # rows, likewise
+_SMALL = 2**16  # up to so many elements of a product's result, calls cost more than its zeros
+_FEW = 8  # below so many rows, likewise
 _VIEW = OpFacts(
     "row", Kind.LINEAR, "one row of a value", Location(__name__, 1), stream=("self",), moves="view"
 )
 _COPY = dataclasses.replace(_VIEW, moves="copy")
 
 Row = tuple[int, int]
-"""An axis, and the place along it (as in ``select``) of the only row that gets a gradient."""
+"""(axis, place along it as in ``select``) of the only row that gets a gradient."""
 
 
 def narrow(work: Work) -> None:
-    """Back-propagate through one row where only one is read."""
+    """Back-propagate through one row if only one is read."""
     graph, facts = work.graph, work.facts
     alive = live(graph, facts)
     rows, mouths = _rows(work, alive)
@@ -71,7 +71,7 @@ def narrow(work: Work) -> None:
         if node.name in facts:
             work.facts[new.name] = facts[node.name]
     again = {node.name: made[node, row] for node, row in rows.items()}
-    for new in again.values():  # a scale speaks of the row of its host
+    for new in again.values():  # a copied scale belongs to the copy of its host
         if (host := note(new).host) in again:
             annotate(new, host=again[host].name)
     read = [(mouth, made[x, rows[x]]) for mouth, x in mouths]
@@ -87,9 +87,9 @@ def narrow(work: Work) -> None:
 
 
 def _rows(work: Work, alive: set[Node]) -> tuple[dict[Node, Row], list[Any]]:
-    """The nodes of which one row gets a gradient, with that row; and who reads it, out of which of them.
+    """(the nodes of which only one row gets a gradient, with that row; (reader, node) where it is read).
 
-    Each is made of one row of its operands, and of what has no rows or is there as a whole.
+    That row of a node is computed from one row of some operands, and from its other operands as a whole.
     """
     asked: dict[Node, set[Row | None]] = defaultdict(set)
     rows: dict[Node, Row] = {}
@@ -114,7 +114,7 @@ def _rows(work: Work, alive: set[Node]) -> tuple[dict[Node, Row], list[Any]]:
 
 
 def _read_row(node: Node) -> Row | None:
-    """The row of its operand that a node is, if it is one of many."""
+    """The row that a node takes of its operand; None if it takes none or several, or of few."""
     if (found := taken(node)) is None:
         return None
     x, axis, place, end, _ = found
@@ -128,7 +128,7 @@ def _read_row(node: Node) -> Row | None:
 
 
 def _is_entry(node: Node, rows: dict[Node, Row], alive: set[Node], facts: Facts) -> bool:
-    """Whether a gradient leaves the narrow part of the graph here, to more than parameters."""
+    """Whether a node of ``rows`` sends a gradient to a node outside of it that is no parameter."""
     return isinstance(node.meta["val"], torch.Tensor) and any(
         n in alive and n.op != "get_attr" and takes_gradient(node, n, alive, facts)
         for n in node.all_input_nodes
@@ -140,7 +140,7 @@ def _is_entry(node: Node, rows: dict[Node, Row], alive: set[Node], facts: Facts)
 
 
 def _made_of(node: Node, row: Row, facts: Facts) -> dict[Any, Row] | str:
-    """The operands of which one row makes ``row`` of a node, and that row; or why that is not known."""
+    """By operand, the row from which ``row`` of a node is computed; or why there is none."""
     op, fact = aten_op(node), facts.get(node.name)
     source: Any = node.args[0] if node.args else None
     if is_scale(node) or node.target in (operator.getitem, idle):
@@ -172,7 +172,7 @@ def _made_of(node: Node, row: Row, facts: Facts) -> dict[Any, Row] | str:
 
 
 def _axis_before(node: Node, axis: int, facts: Facts) -> int | None:
-    """Where an axis of a view lies in its operand, if it is whole there and may be of one row."""
+    """The operand's axis that is ``axis`` of a view, if the view also works on one row of it."""
     x: Any = node.args[0]
     whole = torch.empty(sizes(x), device="meta")
     view = first(replay(node, x, whole, facts))
@@ -189,7 +189,7 @@ def _axis_before(node: Node, axis: int, facts: Facts) -> int | None:
 
 
 def _resized(node: Node, axis: int, facts: Facts) -> Any:
-    """The arguments of a node where an axis of its result has one row; a view may be told its sizes."""
+    """A node's arguments if an axis of its result has size 1: a view's ``size`` argument is changed."""
     if not only_moves(node, facts) or node.target is operator.getitem:
         return node.args
     _, told, *_ = [*signature(aten_op(node))[0], "", ""]
@@ -213,7 +213,8 @@ def _broadcast(node: Node, row: Row) -> dict[Any, Row]:
 def _parted(
     node: Node, given: dict[str, Any], back: int, rowwise: Mapping[str, int | str]
 ) -> dict[Any, int] | None:
-    """Operands that have the rows of a result, by the axis that they lie along, both from behind."""
+    """The operands that the row key ``rowwise`` names, if rows stay apart along axis ``back``; a negative
+    axis, which is that of the operands too."""
     found = {}
     for name, axes in rowwise.items():
         x = given[name]
@@ -224,7 +225,7 @@ def _parted(
 
 
 def _apart(axes: int | str, given: dict[str, Any], rank: int) -> set[int]:
-    """The axes, from behind, along which rows stay apart; see ``rowwise`` in ``rules/README.md``."""
+    """The negative axes along which rows stay apart; see ``rowwise`` in ``rules/README.md``."""
     if isinstance(axes, int):
         return {axes}
     every, but = set(range(-rank, 0)), axes.removeprefix("all").removeprefix(" but ")
@@ -236,7 +237,7 @@ def _apart(axes: int | str, given: dict[str, Any], rank: int) -> set[int]:
 
 
 def _queries(given: dict[str, Any], place: int) -> dict[Any, int] | None:
-    """A row of attention's queries, and of its mask, if it sees all keys that the mask lets it."""
+    """The axis of a row in attention's queries and in its mask, if causality hides no key from it."""
     q, k = (given[x].meta["val"].shape[-2] for x in ("query", "key"))
     last = place == -1 and str(q) == str(k)
     if given["dropout_p"] > 0 or (given["is_causal"] and not last):
@@ -250,7 +251,7 @@ def _queries(given: dict[str, Any], place: int) -> dict[Any, int] | None:
 
 
 def _again(work: Work, node: Node, row: Row, made: dict[Any, Node]) -> Node:
-    """``row`` of a node, from rows of its operands."""
+    """A new node for ``row`` of a node, computed from rows of its operands."""
     operands = _made_of(node, row, work.facts)
     assert isinstance(operands, dict)
     if node.target is operator.getitem and (node.args[0], row) not in made:
@@ -278,7 +279,7 @@ def _again(work: Work, node: Node, row: Row, made: dict[Any, Node]) -> Node:
 
 
 def _taken(work: Work, node: Node, row: Row, before: Node) -> Node:
-    """``row`` of a node's value, in memory of its own: the whole is let go."""
+    """New nodes that take ``row`` of a node's value and copy it, so that the full value can be freed."""
     with work.graph.inserting_before(before):
         part, new = take_one(work.graph, node, *row)
     for n, fact in ((part, _VIEW), (new, _COPY)):
@@ -296,7 +297,7 @@ def _like(value: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def _cut(graph: Graph, node: Node, made: set[Node]) -> None:
-    """Behind a node, not before it: its kernel may depend on which operands need a gradient."""
+    """Detach behind a node, not before it: its kernel may depend on which operands require grad."""
     with graph.inserting_after(node):
         cut = graph.call_function(insert.stop, (node,))
     cut.meta["val"] = node.meta["val"]
@@ -306,7 +307,7 @@ def _cut(graph: Graph, node: Node, made: set[Node]) -> None:
 
 
 def _join(work: Work, mouth: Node, row: Node) -> None:
-    """Forward: the token from the full tensor. Backward: into the token that was computed again."""
+    """Forward: the token from the full tensor. Backward: into the recomputed token."""
     path, graph = row, work.graph
     with graph.inserting_before(mouth.next):
         value = graph.call_function(insert.stop, (mouth,))
@@ -323,7 +324,7 @@ def _join(work: Work, mouth: Node, row: Node) -> None:
 
 
 def _plain(graph: Graph, node: Node) -> None:
-    """What a node was before it was balanced: no gradient comes back through the whole."""
+    """Undo the balancing of a node of the full computation, which gets no gradient now."""
     if is_scale(node):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
         graph.erase_node(node)

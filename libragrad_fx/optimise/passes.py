@@ -1,12 +1,12 @@
-"""The passes in order. What they make of a balanced graph runs where nobody listens to submodules.
+"""The optimiser's passes, in order. Their result, the lean graph, runs unless a submodule has a hook.
 
-The balanced graph says what the backward *is*. Much of what it would compute is zero, or the same at each
-call. Every pass leaves the forward and the gradients as they are, and may be left out:
+The balanced graph defines the backward. Much of what it would compute is zero, or the same at each call.
+No pass changes the forward or the gradients, and each can be switched off:
 
-    LIBRAGRAD_PASSES_OFF=token,features   those two are left out
-    LIBRAGRAD_DEBUG=passes                prints what each pass did, and why it left the rest
+    LIBRAGRAD_PASSES_OFF=token,features   switches these two off
+    LIBRAGRAD_DEBUG=passes                prints what each pass did, and why it left other nodes alone
 
-Probes, which are for listeners, are not in the graph that comes in.
+The input graph has no probes: those serve hooks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from libragrad_fx.types import Outcome
 
 
 class Pass(NamedTuple):
-    """One pass. does: what it saves, in a line."""
+    """One pass. does: its effect, in a line."""
 
     name: str
     run: Callable[[Work], None]
@@ -53,13 +53,12 @@ PASSES = (
 def optimise(
     graph: Graph, facts: Facts, off: Collection[str] | None = None
 ) -> tuple[Graph, Facts, tuple[Outcome, ...]]:
-    """A graph with ``graph``'s forward and gradients that does less, the facts about its ops, and what
-    each pass did.
+    """Run the passes. Returns the lean graph, the facts about its ops, and what each pass did.
 
     Args:
-        graph: balanced, without probes, with the traced values in ``meta["val"]``; it is changed.
+        graph: balanced, without probes, with traced values in ``meta["val"]``; it is changed in place.
         facts: by node, the row of its op.
-        off: names of passes to leave out; by default those in ``LIBRAGRAD_PASSES_OFF``.
+        off: names of passes to switch off; by default those in ``LIBRAGRAD_PASSES_OFF``.
 
     Raises:
         InputError: no pass has such a name.
@@ -70,13 +69,13 @@ def optimise(
     if unknown := [n for n in off if n not in names]:
         raise InputError(f"there is no pass {', '.join(unknown)}; there are {', '.join(names)}")
     done = []
-    before = _looks(graph)
+    before = _state(graph)
     for step in PASSES:
         if step.name not in off:
             work = Work(graph, dict(facts))
             step.run(work)
-            facts, after = work.facts, _looks(graph)
-            changed = [name for name, look in after.items() if before.get(name) != look]
+            facts, after = work.facts, _state(graph)
+            changed = [name for name, state in after.items() if before.get(name) != state]
             before = after
             done.append(Outcome(step.name, tuple(changed), work.noes))
     graph.lint()
@@ -86,7 +85,7 @@ def optimise(
 
 
 def explain(done: Sequence[Outcome]) -> str:
-    """What each pass changed, and how often it said no for which reason, as text."""
+    """As text: what each pass changed, and how many nodes it left alone for which reason."""
     lines = []
     for outcome in done:
         does = next(p.does for p in PASSES if p.name == outcome.name)
@@ -97,5 +96,5 @@ def explain(done: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _looks(graph: Graph) -> dict[str, object]:
+def _state(graph: Graph) -> dict[str, object]:
     return {n.name: (n.target, note(n), tuple(n.all_input_nodes)) for n in graph.nodes}

@@ -1,4 +1,4 @@
-"""Less work for what is known beforehand, and no new memory where the old is not read again."""
+"""Marks constants, selects and slices that can cost less, and ops that can write in place."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from libragrad_fx.ops.places import idle, is_selection, taken, whole
 from libragrad_fx.optimise.views import elements, is_sized, only_moves
 from libragrad_fx.optimise.work import Work
 
-_SMALL = 2**16  # elements of a constant that is kept
+_SMALL = 2**16  # the most elements of a constant that is kept
 
 
 def dropouts(work: Work) -> None:
@@ -31,11 +31,10 @@ def dropouts(work: Work) -> None:
 
 
 def constants(work: Work) -> None:
-    """Mark what need not be computed at every call: small values that depend on no input and no
-    parameter (masks, tables of positions)."""
+    """Mark small values that depend on no input and no parameter (masks, position tables) as ``fixed``."""
     shown = _shown(work)
     for node in work.graph.nodes:
-        reason = _moves(node)
+        reason = _not_fixed(node)
         if reason is None and node not in shown:
             annotate(node, fixed=True)
         elif reason:
@@ -51,7 +50,7 @@ def slices(work: Work) -> None:
 
 
 def steps(work: Work) -> None:
-    """Mark what is taken from an axis place by place and gets a gradient: it is unbound together."""
+    """Mark the selects that get a gradient, so that ``execute`` can unbind their axis."""
     alive, shown = live(work.graph, work.facts), _shown(work)
     for node in work.graph.nodes:
         if is_selection(node) and node in alive - shown:
@@ -63,7 +62,7 @@ def steps(work: Work) -> None:
 
 
 def memory(work: Work) -> None:
-    """Mark what may be computed in the memory of its first operand."""
+    """Mark ops that may write over their first operand."""
     for node in work.graph.nodes:
         if _reads_last(node, work.facts):
             annotate(node, over=True)
@@ -76,7 +75,7 @@ def memory(work: Work) -> None:
 
 
 def _shown(work: Work) -> set[Node]:
-    """What may lie in memory that the user gets, who may write to it."""
+    """Nodes that may share memory with an output, which the user may write into."""
     shown = set[Node]()
     for node in reversed(work.graph.nodes):
         seen = node in shown and not is_fresh(node, work.facts.get(node.name))
@@ -85,8 +84,8 @@ def _shown(work: Work) -> set[Node]:
     return shown
 
 
-def _moves(node: Node) -> str | None:
-    """Why a node is no constant that is worth keeping: "" where that needs no words; None if it is one."""
+def _not_fixed(node: Node) -> str | None:
+    """None if a node is a constant worth keeping; else the reason, "" if it is no constant at all."""
     op, value = node.target, node.meta.get("val")
     if isinstance(op, torch._ops.OpOverload):
         if op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags:
@@ -107,7 +106,7 @@ def _is_number(node: Node) -> bool:
 
 
 def _takes_all(node: Node) -> bool:
-    """Whether a slice keeps its axis as it is. An axis that may have another size ends at 2^63 - 1."""
+    """Whether a slice takes its whole axis. The end for an axis of free size is 2^63 - 1."""
     if (found := taken(node)) is None or is_selection(node):
         return False
     x, dim, start, end, step = found
@@ -117,7 +116,7 @@ def _takes_all(node: Node) -> bool:
 
 
 def _place(node: Node) -> tuple[int, int, int] | None:
-    """Along which axis a ``select`` takes which place of how many, where these numbers are fixed."""
+    """(axis, place, size of the axis) of a ``select``; None if the place or the size is not fixed."""
     x, axis, place = node.args
     shape = x.meta["val"].shape  # type: ignore[union-attr]
     count = shape[axis]
@@ -127,7 +126,7 @@ def _place(node: Node) -> tuple[int, int, int] | None:
 
 
 def _is_read_again(node: Node, facts: Facts) -> str | None:
-    """Why ``node`` may not write over its first operand; None where it may."""
+    """Why ``node`` may not write over its first operand; None if it may."""
     x: Any = node.args[0]
     if len(x.users) > 1 or x in node.args[1:]:
         return "its operand is read by others"
@@ -141,8 +140,8 @@ def _is_read_again(node: Node, facts: Facts) -> str | None:
 
 
 def _reads_last(node: Node, facts: Facts) -> bool:
-    """Whether an activation alone reads its operand, a product or a view of one: new memory that no
-    backward keeps, where it may leave its slope."""
+    """Whether a node is an activation that may write its slope over its operand: a product, or a view of
+    one, with no other reader. No backward reads a product's result."""
     if not hasattr(node.target, "over"):
         return False
     x: Any = node.args[0]

@@ -1,4 +1,4 @@
-"""Fewer gradient scales: each is a call from Python and a pass over memory."""
+"""Removes gradient scales: each costs a call from Python and a pass over memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from libragrad_fx.optimise.views import elements, is_sized, only_moves
 from libragrad_fx.optimise.work import Work
 from libragrad_fx.types import Kind, OpFacts
 
-_SMALL = 2**16  # elements, below which a call from Python costs more than a pass over memory
+_SMALL = 2**16  # up to so many elements, a twin's Python costs more than a pass over memory
 
 
 def halve(work: Work) -> None:
-    """``mul`` and a scale by 1/2 on its result become one twin, where a pass over memory costs more
-    than a call from Python."""
+    """``mul`` and a scale by 1/2 on its result become one twin, ``halved_mul``, if they are large."""
     for scale in list(filter(is_scale, work.graph.nodes)):
         host = halved(scale)
         if host is None:
@@ -35,7 +34,7 @@ def halve(work: Work) -> None:
 
 
 def halved(node: Node) -> Node | None:
-    """The product of two real values whose result, of half the gradient, ``node`` is."""
+    """The real product whose gradient ``node`` halves; ``node`` may be the fused ``halved_mul`` itself."""
     if node.target is halved_mul:
         return node
     if not is_scale(node):
@@ -55,7 +54,7 @@ def merge(work: Work) -> None:
 
 
 def _is_join(fact: OpFacts | None) -> bool:
-    """Whether an op is linear in all that it is given together."""
+    """Whether an op is linear in one argument, a list of tensors perhaps, and has no constant."""
     return fact is not None and fact.kind is Kind.LINEAR and len(fact.operands) == 1 and not fact.constant
 
 
@@ -81,7 +80,7 @@ def _merge(graph: Graph, join: Node, facts: Facts) -> str | None:
 
 
 def _scale_above(node: Any, facts: Facts) -> Node | None:
-    """The gradient scale that a value is read through, views and copies apart, and by nobody else."""
+    """The gradient scale above a value, seen through views and copies, if it has no other reader."""
     while len(node.users) == 1 and not is_scale(node) and only_moves(node, facts):
         node = node.args[0]
     return node if is_scale(node) and len(node.users) == 1 and node.args[1] else None

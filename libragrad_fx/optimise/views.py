@@ -1,4 +1,4 @@
-"""What a graph's nodes pass on: where gradients arrive, and what views make of a value."""
+"""Which nodes are views, and what a chain of views makes of a value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from libragrad_fx.decide.flow import Facts
 
 
 def only_moves(node: Node, facts: Facts) -> bool:
-    """Whether a node's elements are those of its operand in another order, or some of them."""
+    """Whether a node's elements are some or all of its operand's, in any order: a view, a copy, getitem."""
     return node.target is operator.getitem or _moves(node, facts) is not None
 
 
@@ -25,7 +25,7 @@ def _moves(node: Node, facts: Facts) -> str | None:
 
 
 def only_cuts(node: Node, facts: Facts) -> bool:
-    """Whether a node's value lies between two places of an axis of its operand, or is a list of such."""
+    """Whether a node is a slice of its operand, or a list of slices: a view with the same strides."""
     if node.target is operator.getitem or _moves(node, facts) != "view":
         return node.target is operator.getitem
     x, made = first(node.args[0]), node.meta["val"]
@@ -34,14 +34,14 @@ def only_cuts(node: Node, facts: Facts) -> bool:
 
 
 def first(value: Any) -> Any:
-    """A value, or the first of several; of a node what it computes."""
+    """A value, or the first of a list; for a node, its traced value."""
     value = value.meta["val"] if isinstance(value, Node) else value
     return value[0] if isinstance(value, list | tuple) else value
 
 
 def sizes(node: Node) -> tuple[int, ...]:
-    """The shape of a value, with a number for each free size that is unlikely to be another size as well:
-    what views do for these numbers they do for all, and not for those of the example alone."""
+    """The shape of a value, with a made-up number for each free size, unlikely to equal any other size. So
+    a conclusion drawn from it holds for all sizes, and not only for those of the example."""
     return tuple(map(_number, first(node).shape))
 
 
@@ -55,7 +55,7 @@ def in_example(size: Any) -> int:
 
 
 def is_sized(node: Node) -> bool:
-    """Whether no size of a value is decided by data."""
+    """Whether no size of a value depends on data."""
     return all(not isinstance(d, torch.SymInt) or d.node.has_hint() for d in first(node).shape)
 
 
@@ -65,13 +65,14 @@ def _number(value: Any) -> int:
     if not value.node.has_hint():
         raise RuntimeError("data decides this number")
     expr: Any = value.node.expr
-    # 240 has many divisors; symbols are named by numbers: s77
+    # multiples of 240, which has many divisors; each symbol (s77) by its own number
     chosen = {s: 240 * (61 + int("0" + re.sub(r"\D", "", s.name)) % 97) for s in expr.free_symbols}
     return int(expr.xreplace(chosen))
 
 
 def replay(end: Node, product: Node, whole: torch.Tensor, facts: Facts, args: Any = None) -> Any:
-    """The views that lead from a product to ``end``, on another tensor; ``args``: other ones of ``end``."""
+    """Apply the views between ``product`` and ``end`` to ``whole`` in place of the product; None if they
+    are no views of it. args: replace the arguments of ``end``."""
 
     def value(n: Node) -> Any:
         if n is product:
@@ -88,5 +89,5 @@ def replay(end: Node, product: Node, whole: torch.Tensor, facts: Facts, args: An
 
     try:
         return value(end)
-    except RuntimeError:  # on a contiguous tensor it is no view; or data decides its sizes
+    except RuntimeError:  # no view of a contiguous tensor, or its sizes depend on data
         return None

@@ -1,4 +1,4 @@
-"""What a pass works on."""
+"""The input of a pass, which it changes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from libragrad_fx.types import OpFacts
 
 @dataclasses.dataclass
 class Work:
-    """A graph that is being made to do less.
+    """The graph that a pass changes.
 
-    facts: by node, the row of its op; a pass adds those of the nodes that it adds
-    noes:  why a node that a pass might have changed was left as it is
+    facts: by node, the row of its op; a pass that adds nodes adds their facts
+    noes:  by node, why a pass left it as it is
     """
 
     graph: Graph

@@ -1,10 +1,9 @@
 """Models that are no single graph: Dynamo cuts them into several, and each is balanced by itself.
 
-Where ``torch.export`` refuses a model (a branch on a tensor's value, a call into numpy), Dynamo runs
-it as graphs with Python between them. Every graph goes through the same stages as a whole model.
-What that means: the law holds from end to end, because it holds in every graph and the Python
-between them hands tensors on; but roles end at a cut. A gate that is computed on one side and used
-on the other is taken for a value there.
+If ``torch.export`` refuses a model (a branch on a tensor's value, a call into numpy), Dynamo runs it as
+graphs with Python between them. Every graph goes through the same stages as a whole model. The law holds
+from end to end, because it holds in every graph and the Python between them passes tensors on unchanged.
+But roles end at a cut: a gate that one graph computes and another uses counts as a value there.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ MOVES, STILL, HELD = "moves", "still", "held"
 
 
 class _Piece(nn.Module):
-    """One of Dynamo's graphs as a model of its own: what is computed is an argument, whether it moves
-    with the input or not; what the model has, and what is no tensor, is held."""
+    """One of Dynamo's graphs as a model of its own. Computed tensors are its arguments, whether they depend
+    on the input (``MOVES``) or not (``STILL``); the model's own tensors, and non-tensors, are ``HELD``."""
 
     def __init__(self, body: torch.fx.GraphModule, args: tuple[Any, ...], kinds: tuple[str, ...]) -> None:
         super().__init__()
         self.body, self.kinds = body, kinds
         for i, (a, kind) in enumerate(zip(args, kinds, strict=True)):
-            if isinstance(a, nn.Parameter):  # it stays one: PyTorch picks kernels by requires_grad
+            if isinstance(a, nn.Parameter):  # as a parameter: PyTorch picks kernels by requires_grad
                 self.register_parameter(f"held_{i}", a)
             elif isinstance(a, torch.Tensor) and kind == HELD:
                 self.register_buffer(f"held_{i}", a)
@@ -64,10 +63,14 @@ class _Piece(nn.Module):
 
 @dataclasses.dataclass
 class Run:
-    """A forward of a cut module: which autograd nodes lead to the input, and what has run.
+    """One forward of a cut module.
 
-    own: by ``id``, the model's parameters and buffers
-    by:  runs the pieces in place of their own forward
+    own:     by ``id``, the model's parameters and buffers
+    by:      runs the pieces in place of their own forward
+    moves:   by autograd node, whether it leads to the input
+    pieces:  the graphs that ran, by name
+    foreign: autograd's names of ops that ran between graphs and depend on the input
+    over:    whether the forward has ended
     """
 
     inputs: list[torch.Tensor]
@@ -79,7 +82,7 @@ class Run:
     over: bool = False
 
     def refuse_early(self, g: torch.Tensor) -> None:
-        """A hook on what graphs return: a gradient that the forward itself takes would be balanced."""
+        """A hook on the outputs of graphs: a gradient taken inside the forward would be balanced."""
         if not self.over:
             raise CaptureError(
                 "the model differentiates itself in its forward: a balanced backward would change what"
@@ -95,7 +98,7 @@ class Run:
         return x.grad_fn is not None and self._leads(x.grad_fn)
 
     def _leads(self, node: Any) -> bool:
-        """Whether an autograd node leads to the input; eager ops on the way are noted by name."""
+        """Whether an autograd node leads to the input; eager ops on the way are noted in ``foreign``."""
         if node not in self.moves:
             if (variable := getattr(node, "variable", None)) is not None:
                 return any(variable is i for i in self.inputs)
@@ -121,7 +124,7 @@ class CutModule(InGraphs):
         balanced: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.balanced = balanced  # or autograd's own backward, for an account of it
+        self.balanced = balanced  # False: autograd's own backward, for ``audit``
         try:
             own = copied(model)
         except Exception as e:
@@ -129,7 +132,7 @@ class CutModule(InGraphs):
                 f"{type(model).__name__} is no single graph, and cannot be copied to be run in several"
                 f" (copy.deepcopy: {type(e).__name__}: {e})"
             ) from e
-        # the tree is the model's own, so that names and state are
+        # share the copy's module tree, so that names and state are the model's
         self.__dict__.update(_model=own, **{k: vars(own)[k] for k in TREE})
         self.training = model.training
         self.refusal, self.options, self.on_unknown = refusal, dict(options), on_unknown
@@ -140,7 +143,7 @@ class CutModule(InGraphs):
         self.cuts: tuple[str, ...] = ()
         self._local = threading.local()
         compiled = torch.compile(self._model, backend=self._backend, dynamic=False)
-        self.__dict__["_compiled"] = compiled  # no part of the tree
+        self.__dict__["_compiled"] = compiled  # not a submodule
 
     def __getstate__(self) -> dict[str, Any]:
         dropped = ("pieces", "cuts", "_local", "_compiled")
@@ -162,7 +165,7 @@ class CutModule(InGraphs):
 
     @property
     def plan(self) -> Plan:
-        """The edits of all graphs that have run so far; their names start with their graph's."""
+        """The edits of all graphs that have run so far; node names start with the graph's name."""
         plans = [(name, p.history.plan) for name, p in self.pieces.items()]
 
         def joined(field: str) -> Any:
@@ -223,7 +226,7 @@ class CutModule(InGraphs):
         return output, run
 
     def _started(self, args: Any, kwargs: Any, by: RunGraph | None) -> tuple[Any, Any, Run]:
-        """A call whose inputs all require grad, and the note of its run."""
+        """The call with inputs that all require grad, and a new ``Run``."""
         leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
         lone = lambda x: inexact(x) and (by is not None or not x.requires_grad)  # noqa: E731
         leaves = [x.detach().requires_grad_() if lone(x) else x for x in leaves]
@@ -261,10 +264,10 @@ class CutModule(InGraphs):
     def _piece(
         self, body: torch.fx.GraphModule, args: tuple[Any, ...], kinds: tuple[str, ...]
     ) -> tuple[str, CapturedModule | None, list[bool]]:
-        """A graph balanced, and which of its outputs carry what the input sends; None if none does."""
+        """(name, balanced graph, which outputs depend on the input); ("", None, []) if none does."""
         if MOVES not in kinds:
             return "", None, []
-        # whatever is said of it is said of a part of the user's model
+        # error messages name the class, so they speak of a part of the user's model
         part = type(f"a part of {type(self._model).__name__}", (_Piece,), {})
         piece = part(body, args, kinds)
         given = [(a.detach(), k) for a, k in zip(args, kinds, strict=True) if k != HELD]
@@ -309,14 +312,14 @@ def transform_in_pieces(
     model: nn.Module, args: Any, kwargs: Any, known: Reference | None, refusal: Exception,
     on_unknown: str, balanced: bool = True, **options: Any,
 ) -> CutModule:  # fmt: skip
-    """Balance ``model`` graph by graph, and run it once to see that every graph can be.
+    """Balance ``model`` graph by graph, and run it once to check that every graph can be balanced.
 
-    known: what the original gave, if it is to be compared (see ``birth``)
+    known: what the original returned, if the result is to be compared with it (see ``birth``)
 
     Raises:
-        CaptureError: Dynamo cannot run it either; says what both said.
+        CaptureError: Dynamo cannot run it either; holds both errors.
         UnknownOpError: as ``transform``; or ops run between the graphs, where no rule reaches.
-        VerificationError: the result is not what the original is.
+        VerificationError: the result differs from the original.
     """
     module = CutModule(model, str(refusal).splitlines()[0], options, on_unknown, balanced)
     try:

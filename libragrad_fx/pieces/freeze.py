@@ -1,8 +1,8 @@
-"""Whole numbers of a recorded graph (masks, indices, lengths) become inputs of it.
+"""Makes the whole numbers of a recorded graph (masks, indices, lengths) inputs of it.
 
-They carry no gradient, and the shapes of what they select are not known before they are: boxes that pass
-a threshold, tokens that are no padding. For one call they are numbers, and what selects by a mask selects
-by its indices.
+They carry no gradient, and the shapes of what they select depend on their values: boxes that pass a
+threshold, tokens that are no padding. For one recorded call these values are known. So a selection by a
+mask becomes one by indices, of known size.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from libragrad_fx.target import inexact
 def freeze(
     body: GraphModule, given: Sequence[torch.Tensor], inputs: int
 ) -> tuple[GraphModule, list[torch.Tensor], list[bool], list[torch.Tensor]]:
-    """``body`` with one more placeholder for each tensor of whole numbers that an op on real or complex
-    numbers reads, or that it returns; these tensors; which of them depend on the model's input; and what
-    ``body`` returns for ``given``.
+    """Give ``body`` a placeholder for each tensor of whole numbers that it returns, or that an op on real
+    or complex numbers reads.
 
-    body:   ATen ops as they were recorded, in-place ones too; it is changed.
-    given:  what it was recorded on, before it wrote into that.
+    Returns (new body, the tensors for these placeholders, which of them depend on the model's input, what
+    ``body`` returns for ``given``).
+
+    body:   recorded ATen ops, in-place ones too; it is changed.
+    given:  the tensors that it was recorded on, before it wrote into them.
     inputs: how many of these are the model's inputs; they come first.
     """
     run = _Run(body, inputs)
@@ -65,7 +67,8 @@ def freeze(
 
 
 def has_effect(node: Node) -> bool:
-    """Whether a node matters though nobody reads it. What Python asked of values has been answered."""
+    """Whether a node matters without readers: it writes or draws random numbers. (Python's questions about
+    values were answered during the recording.)"""
     op = node.target
     if isinstance(op, torch._ops.OpOverload):
         return op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags
@@ -73,12 +76,12 @@ def has_effect(node: Node) -> bool:
 
 
 class _Run(Interpreter):
-    """Runs a graph on real tensors and notes what is read of whole numbers.
+    """Runs a graph on real tensors and notes which whole numbers are read.
 
-    read:   by node that makes real numbers, or returns: each tensor of whole numbers that it reads, with
-            the count of the writes into it so far
-    idle:   nodes that make or write whole numbers that nobody outside the graph sees
-    shapes: of what a node makes
+    read:   by node that makes real numbers (or is the output): each tensor of whole numbers that it reads,
+            with the count of writes into it so far
+    idle:   nodes that make or write only whole numbers inside the graph
+    shapes: by node, the shape of its result
     moves:  nodes that depend on the model's input
     """
 
@@ -88,7 +91,7 @@ class _Run(Interpreter):
         self.read: dict[Node, dict[Node, tuple[int, torch.Tensor]]] = {}
         self.idle: set[Node] = set()
         self.shapes: dict[Node, Any] = {}
-        self.outside: dict[int, Any] = {}  # held, or another storage may get its place
+        self.outside: dict[int, Any] = {}  # by address; kept alive, or the address may be reused
         self.moves = set([n for n in body.graph.nodes if n.op == "placeholder"][:inputs])
 
     def run_node(self, n: Node) -> Any:
@@ -109,7 +112,7 @@ class _Run(Interpreter):
         return result
 
     def _writes_inside(self, n: Node, whole: dict[Node, torch.Tensor]) -> bool:
-        """Whether an op writes whole numbers that nobody outside the graph sees."""
+        """Whether an op writes whole numbers into memory that was allocated inside the graph."""
         op = n.target
         if not isinstance(op, torch._ops.OpOverload) or not op._schema.is_mutable:
             return False

@@ -1,8 +1,8 @@
-"""The last rung: a model that is no graph is run for real while its ops are recorded.
+"""The last rung: run the model on real tensors, and record its ops.
 
-Whatever Python does on the way (loops on values, hooks, NumPy, foreign containers) has happened when the
-ops are there: they are one graph, for this call. It goes through the same stages as any other, and its
-balanced form is then run on the same inputs. A call that runs the same ops again finds its graph made.
+Python (loops on values, hooks, NumPy, foreign containers) runs as usual; the recorded ops are one graph,
+for this call. It goes through the same stages as any other graph, and its balanced form then runs on the
+same inputs. A later call with the same ops reuses the balanced graph.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from libragrad_fx.target import differentiable, moving, undisturbed
 
 @dataclasses.dataclass(frozen=True)
 class Tape:
-    """One recorded forward. ``body`` takes the tensors among the inputs, and then ``held``: what it
-    reads besides (parameters, buffers, tensors that Python made)."""
+    """One recorded forward. ``body`` takes the tensors among the inputs, then ``held``: all other tensors
+    that it reads (parameters, buffers, tensors that Python made)."""
 
     body: GraphModule
     held: Sequence[torch.Tensor]
@@ -49,12 +49,12 @@ class Tape:
 
 
 def record(model: nn.Module, args: Any, kwargs: Any, book: RuleBook) -> Tape:
-    """Run ``model`` and note its ops. The model's own state moves on, as by any call.
+    """Run ``model`` and record its ops. The model's own state changes, as in any call.
 
-    book: a composite op that has a fact there is noted as one, any other in its parts.
+    book: a composite op that has a fact there is recorded whole, any other as its parts.
 
     Raises:
-        CaptureError: the model fails, or its ops cannot be noted.
+        CaptureError: the model fails, or its ops cannot be recorded.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     places = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
@@ -93,8 +93,8 @@ def record(model: nn.Module, args: Any, kwargs: Any, book: RuleBook) -> Tape:
 
 @contextlib.contextmanager
 def _own_kernels() -> Iterator[None]:
-    """PyTorch's kernels as a model runs them: for some ops tracing takes stand-ins that are written in
-    Python, with other bits (a resize of pictures, recurrent layers)."""
+    """Use PyTorch's own kernels. For some ops (resizing of pictures, recurrent layers), tracing would take
+    Python implementations, which have other bits."""
     keys = {COMPOSITE, torch._C.DispatchKey.Autograd}
     ops = [op for op in every_op() if not keys.isdisjoint(op.py_kernels)]
     with contextlib.ExitStack() as stack:
@@ -108,8 +108,8 @@ def _own_kernels() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _written_out() -> Iterator[None]:
-    """Control flow as an op (``cond``, ``while_loop``), and attention with functions of its own, run as
-    what they do for these values."""
+    """Run control flow ops (``cond``, ``while_loop``) and ``flex_attention`` directly: only the branch that
+    these values take is recorded."""
     dispatch = HigherOrderOperator.dispatch
 
     def run(self: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
@@ -123,7 +123,7 @@ def _written_out() -> Iterator[None]:
 
 
 def _parametric(traced: GraphModule) -> tuple[GraphModule, list[torch.Tensor]]:
-    """A graph that takes what it read as attributes, and these tensors."""
+    """A graph that takes the tensors that it read as attributes as arguments; and these tensors."""
     traced.graph.eliminate_dead_code(has_effect)
     graph, held, known = traced.graph, list[torch.Tensor](), dict[int, torch.fx.Node]()
     last = [n for n in graph.nodes if n.op == "placeholder"]
@@ -140,14 +140,14 @@ def _parametric(traced: GraphModule) -> tuple[GraphModule, list[torch.Tensor]]:
             held.append(value)
         node.replace_all_uses_with(known[id(value)])
         graph.erase_node(node)
-    for node in graph.nodes:  # where a tensor came from is of no use any more, and holds it
+    for node in graph.nodes:  # the traced values in ``meta`` would keep tensors alive
         node.meta = origin(node)
     graph.lint()
     return GraphModule(nn.Module(), graph), held
 
 
 class TapeModule(CutModule):
-    """A model that is recorded at each call, and balanced for that call."""
+    """A model that is recorded at each call; the recording is balanced and run."""
 
     def _reset(self) -> None:
         self.pieces = {}
@@ -162,7 +162,7 @@ class TapeModule(CutModule):
         args, kwargs, run = self._started(args, kwargs, by)
         if self._book is None:
             self._book = rulebook.load(self.options["policy"], self.options["rules"])
-        with undisturbed(self):  # what the graph draws and writes is drawn and written by the graph
+        with undisturbed(self):  # undo the recording's draws and writes: the graph will repeat them
             tape = record(self._model, args, kwargs, self._book)
         given = [*run.inputs, *tape.held]
         with undisturbed(self):
@@ -201,7 +201,7 @@ def transform_by_tape(
     model: nn.Module, args: Any, kwargs: Any, known: Reference | None, refusal: Exception,
     on_unknown: str, balanced: bool = True, **options: Any,
 ) -> TapeModule:  # fmt: skip
-    """Balance ``model`` call by call, and try it on one.
+    """Balance ``model`` call by call, and run it once.
 
     Raises:
         CaptureError: its ops cannot be recorded.
