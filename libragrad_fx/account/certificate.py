@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,16 +112,24 @@ def _dtypes(module: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.dtype
     return [t.dtype.to_real() for t in ([] if first is None else [first]) + leaves]
 
 
-def _tolerance(dtypes: Iterable[torch.dtype], graphs: Iterable[CapturedModule], account: Ledger) -> float:
+def _tolerance(dtypes: Iterable[torch.dtype], graphs: Collection[CapturedModule], account: Ledger) -> float:
     """What rounding may leave: a thousand ulp (8 in half precision) of the largest number of the account,
     in the coarsest dtype of the computation.
     """
     used = {*dtypes, *casts(graphs)}
     used |= {torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
     eps = max((torch.finfo(d).eps for d in used), default=torch.finfo(torch.float32).eps)
+    if torch.float32 in used and _in_tf32(graphs):
+        eps = max(eps, 2.0**-10)
     ulp = 1e3 if eps < 1e-5 else 8  # half precision is summed in float32, and has few ulp to give
     largest = max((abs(r.out) for r in account.rows), default=0.0)
     return ulp * eps * max(abs(account.output), abs(account.input), abs(account.bias), largest)
+
+
+def _in_tf32(graphs: Iterable[CapturedModule]) -> bool:
+    """Whether float32 is computed with TF32's ten bits on a GPU: convolutions are, by PyTorch's default."""
+    asked = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    return bool(asked) and any(p.is_cuda for g in graphs for p in g.parameters())
 
 
 def forward_equal(

@@ -114,8 +114,7 @@ def load(policy: str | Path = "libra", rules: Any = None) -> RuleBook:
             f"no policy {str(policy)!r:.80}{looked}: give one of {', '.join(names)}, or a .yaml file"
             " that there is"
         )
-    changed = (*_state(folder / "ops.yaml"), *_state(file))
-    book = _shipped(file, folder, changed)
+    book = _shipped(file, folder, file.stat().st_mtime_ns, (folder / "ops.yaml").stat().st_mtime_ns)
     return book if rules is None else book.extended(rules)
 
 
@@ -124,22 +123,16 @@ def _content(row: OpFacts | PolicyRow) -> str:
     return json.dumps(body, sort_keys=True)
 
 
-def _state(file: Path) -> tuple[int, int]:
-    """Which file it is, and when it was written."""
-    state = file.stat()
-    return state.st_ino, state.st_mtime_ns
-
-
 @functools.lru_cache(maxsize=16)
-def _shipped(file: Path, folder: Path, changed: tuple[int, ...]) -> RuleBook:
+def _shipped(file: Path, folder: Path, changed: int, ops_changed: int) -> RuleBook:
     """The shipped facts under a policy: parsed once, and again when a file changes. It takes a third of a
     second, which each transform would pay."""
     name, rows = _load_policy(file)
-    return RuleBook(_shipped_facts(folder / "ops.yaml", changed[:2]), rows, name)
+    return RuleBook(_shipped_facts(folder / "ops.yaml", ops_changed), rows, name)
 
 
 @functools.cache
-def _shipped_facts(file: Path, changed: tuple[int, ...]) -> dict[str, OpFacts]:
+def _shipped_facts(file: Path, changed: int) -> dict[str, OpFacts]:
     return _load_facts(file)
 
 

@@ -589,6 +589,19 @@ class TestCuda:
             assert agree(Case(model, gm, x), x)
             assert imbalance(gm, x) < 8 * torch.finfo(dtype).eps
 
+    @pytest.mark.parametrize("exact", [False, True])
+    def test_convolutions_in_tf32(self, exact: bool) -> None:
+        """As wide as they are in practice, they differ from float32 by what ten bits leave."""
+        convs = [nn.Conv2d(3 if i == 0 else 64, 64, 3, padding=1) for i in range(4)]
+        parts = [m for conv in convs for m in (conv, nn.BatchNorm2d(64), nn.ReLU())]
+        model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5)).eval().cuda()
+        x = torch.randn(4, 3, 32, 32, device="cuda")
+        with torch.backends.cudnn.flags(allow_tf32=not exact):
+            gm = lg.transform(model, x)
+            certificate = lg.verify(model, gm, x, TARGET)
+        assert certificate.ok, certificate
+        assert (certificate.tolerance > 1e-3 * abs(certificate.output)) is not exact
+
     @NAMES
     def test_inside_autocast(self, name: str) -> None:
         model, x = build(*MODELS[name], device="cuda")
