@@ -1,7 +1,7 @@
-"""What a backward costs: several of them on one model, in turns, so that the machine's moods cancel.
+"""Measures what a backward costs: several on one model, in turns, so that the machine's moods cancel.
 
 A *side* is a function of the input that does one forward and backward. Each round runs every side
-once; what is compared are the ratios within a round.
+once; ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Side = Callable[[torch.Tensor], object]
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """One side, against the first.
+    """The cost of one side.
 
-    seconds: median of a forward and a backward
-    ratio, low, high: median and quartiles, over rounds, of its time by that of the first side
-    peak:  MiB of tensors that exist at once at most, above what existed before
+    seconds: median time of a forward and a backward
+    ratio, low, high: median and quartiles, over rounds, of its time divided by the first side's
+    peak:  MiB of the tensors alive at once at most, without those alive before
     flops: floating-point operations in matrix products, convolutions and fused attention
     """
 
@@ -70,7 +70,7 @@ def gradient(f: Callable[[torch.Tensor], torch.Tensor]) -> Side:
 
 
 def compare(sides: Mapping[str, Side], x: torch.Tensor, rounds: int = 10) -> list[Cost]:
-    """Time and count every side on ``x``; at least one round is run before the first that counts."""
+    """Time every side on ``x``, and count its operations and memory; the counting runs warm it up."""
     flops = {name: _flops(side, x) for name, side in sides.items()}
     peaks = {name: _peak(side, x) for name, side in sides.items()}
     return race(sides, x, rounds, peaks, flops)
@@ -80,7 +80,7 @@ def race(
     sides: Mapping[str, Side], x: torch.Tensor, rounds: int,
     peaks: Mapping[str, float] | None = None, flops: Mapping[str, int] | None = None,
 ) -> list[Cost]:  # fmt: skip
-    """Time every side on ``x``, in turns; without counts where an op by op account is no use."""
+    """Time every side on ``x``, in turns. Leave out the counts if a side does not run op by op."""
     peaks, flops = peaks or {}, flops or {}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
@@ -118,7 +118,7 @@ def _wait(x: torch.Tensor) -> None:
 
 
 def _peak(side: Side, x: torch.Tensor) -> float:
-    """MiB of tensors that exist at once at most, above what existed before."""
+    """MiB of the tensors alive at once at most, without those alive before."""
     if x.is_cuda:
         torch.cuda.reset_peak_memory_stats(x.device)
         before = torch.cuda.memory_allocated(x.device)
@@ -130,8 +130,8 @@ def _peak(side: Side, x: torch.Tensor) -> float:
 
 
 class _Memory(TorchDispatchMode):
-    """The sizes of the storages that ops make, until they are gone. Scratch inside of kernels is not
-    seen; what an allocator keeps for later is not counted either, and so every run says the same."""
+    """Sums the storages that ops allocate, as long as they live. Scratch memory inside kernels is not seen,
+    and an allocator's cache is not counted; so every run gives the same number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +155,8 @@ def _key(x: torch.Tensor) -> int:
 
 
 class Operations(TorchDispatchMode):
-    """PyTorch's own formulas, without its counter of modules: that one would listen to them."""
+    """Counts operations by PyTorch's formulas. PyTorch's own counter puts hooks on modules, which would
+    switch the lean graph off."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -161,7 +161,7 @@ def _near(name: str, names: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """``Type: what it said``, on one line."""
+    """``Type: message``, on one line."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0].strip()}" if text else type(error).__name__
 

@@ -40,7 +40,7 @@ class Gate(nn.Module):
 
 
 def rooms() -> str:
-    """What the docstring of every stage says comes in and goes out, and who imports whom."""
+    """The table of stages, from their docstrings, and the drawing of their imports."""
     rows = ["| room | comes in | goes out | begin with |", "|---|---|---|---|"]
     for name in STAGES:
         said = ast.get_docstring(ast.parse((ROOT / name / "__init__.py").read_text("utf-8"))) or ""
@@ -52,7 +52,7 @@ def rooms() -> str:
 
 
 def arrows() -> list[str]:
-    """Who imports whom, without what follows from the rest."""
+    """The imports between stages, without those that others imply (the transitive reduction)."""
     graph: nx.DiGraph = nx.DiGraph()
     for name in STAGES:
         for path in (ROOT / name).rglob("*.py"):
@@ -65,7 +65,7 @@ def arrows() -> list[str]:
 
 
 def example() -> str:
-    """What each stage makes of a small model."""
+    """What each stage returns for a small model."""
     model, x = Gate().double().eval(), torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4)
     made = decide(model, x)
     module = rewritten(made)

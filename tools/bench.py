@@ -1,16 +1,17 @@
-"""What a balanced gradient costs beside every other way of having one: ``docs/performance.md``.
+"""Measures what a balanced gradient costs beside other ways to compute one: ``docs/performance.md``.
 
     python tools/bench.py [--only 'vit_*'] [--rounds 10] [--threads 1] [--device cuda]
                           [--mode eager|compiled|transform|sample|suite] [--limit 120]
 
-Every side of a case runs in turns in one process: plain autograd, ours, the authors' stop-gradient
-arithmetic on our graph, Captum's InputXGradient, and on torchvision's ViT the CP-LRP patches of LXT
-where it is installed (``pip install lxt``). Parameters are frozen, unless a case says otherwise, and
-random; the input is random. Long inputs are also run in segments (``checkpointed``).
-``compiled`` compares both under ``torch.compile``; ``transform`` times the transform itself against
-``torch.export`` alone; ``sample`` takes the small models of the coverage sample, ``suite`` all of timm's
-modules and Hugging Face's architectures (``--only 'hf/*'``), each in a process of its own and for so many
-seconds at most. Results are kept in ``docs/performance.jsonl``; a case that is run again replaces its
+The sides of a case run in turns in one process: plain autograd, ours, the authors' stop-gradient arithmetic
+on our graph, Captum's InputXGradient, and on torchvision's ViT the CP-LRP patches of LXT, if installed
+(``pip install lxt``). Weights and inputs are random; parameters are frozen unless a case says otherwise.
+Long inputs also run in segments (``checkpointed``).
+
+Modes: ``compiled`` compares plain and ours under ``torch.compile``. ``transform`` times the transform
+against ``torch.export`` alone. ``sample`` runs the small models of the coverage sample. ``suite`` runs all
+of timm's modules and Hugging Face's architectures (``--only 'hf/*'``), each in a process of its own with
+``--limit`` seconds. Results are kept in ``docs/performance.jsonl``; a case that is run again replaces its
 old one.
 """
 
@@ -314,7 +315,7 @@ def _keep(case: Case, machine: str, mode: str, costs: list[Cost]) -> None:
 
 
 def report() -> str:
-    """The page, from everything in ``RESULTS``."""
+    """The page, made from ``RESULTS``."""
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     text = [(Path(__file__).parent / "performance.md").read_text().rstrip()]
     for machine, mode in dict.fromkeys((r["machine"], r["mode"]) for r in rows):

@@ -2,9 +2,9 @@
 
     python tools/families.py [--deep] [-o docs/families.md]
 
-For each model, at registered depth with random parameters: graph nodes, edits, seconds that the
-transform takes, forward equality in three dtypes, completeness error and largest node residual in
-float64, and the largest relative difference of the input gradient to the independent reference.
+For each model, at registered depth with random parameters: graph nodes, edits, seconds of the transform,
+forward equality in three dtypes, completeness error and largest node residual in float64, and the largest
+relative difference of the input gradient from an independent reference.
 """
 
 from __future__ import annotations

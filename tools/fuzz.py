@@ -1,12 +1,13 @@
 """Random small modules with the habits of strangers' code, called in ways they were not captured for.
 
-Counts four outcomes: right, refused, a traceback that is not ours, silently wrong.
+Counts five outcomes: right, refused, traceback (an error that is not ours), silently wrong, and modules
+that fail themselves.
 
     python tools/fuzz.py --count 300 --seed 0
 
 A module is a chain of steps; each is a habit (control flow on sizes or values, state, caches, writes in
-place, containers, instance patches, grad mode, random numbers). A twin, never transformed, says what is
-right. The last two outcomes are printed with the seed that makes them again (``--only SEED``).
+place, containers, instance patches, grad mode, random numbers). An untransformed copy gives the right
+answers. Refusals, tracebacks and wrong results are printed with their seed (``--only SEED`` repeats one).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures of five models and what they teach: ``docs/pictures.md`` and ``docs/pictures/``.
+"""Writes ``docs/pictures.md`` and ``docs/pictures/``: five models, and what their pictures show.
 
     python tools/pictures.py [--only 'vit'] [--screenshots]
 

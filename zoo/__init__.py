@@ -1,7 +1,7 @@
 """Models by name, for ``libragrad coverage`` and the tests: in the repository, not in the wheel.
 
-``libragrad_fx.coverage.suites`` imports a file of this folder when its suite is asked for. Each has
-``names()``, every model's name with its family, and ``build(name)``, a ``Subject``.
+``libragrad_fx.coverage.suites`` imports a file of this folder when its suite is used. Each file has
+``names()``, which maps every model's name to its family, and ``build(name)``, which returns a ``Subject``.
 """
 
 from __future__ import annotations

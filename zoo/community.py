@@ -1,7 +1,7 @@
 """Models of libraries that strangers build on, each small and with random weights.
 
-One function a library, which imports it and gives its models by name: what builds one, and what to call
-it with. Nothing is downloaded. ``pip install 'libragrad-fx[community]'`` has the libraries.
+Each library has one function, which imports it and returns its models by name: (builder, function that
+makes inputs). Nothing is downloaded. ``pip install 'libragrad-fx[community]'`` installs the libraries.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Models = Mapping[str, Entry]
 
 
 class Call(nn.Module):
-    """A part of a library as a model: ``f`` of the module and the inputs, where its own forward is no
-    function of tensors, or is not what one explains."""
+    """A module with another forward, ``f(module, *inputs)``: its own is no function of tensors, or is not
+    what one explains."""
 
     def __init__(self, module: nn.Module, f: Callable[..., Any]) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def _kornia() -> Models:
     feature = need("kornia.feature", "community")
 
     def warped(m: nn.Module, x: Tensor) -> Tensor:
-        """A spatial transformer: the picture as a network of it says."""
+        """A spatial transformer: the picture, warped as a network on it says."""
         theta = m(x).tanh().view(-1, 2, 3) * 0.1 + torch.eye(2, 3).to(x)
         return need("kornia.geometry", "community").warp_affine(x, theta, (16, 16))
 
@@ -505,8 +505,8 @@ def _snntorch() -> Models:
     snn = need("snntorch", "community")
 
     def steps(m: Any, x: Tensor) -> Tensor:
-        """The membranes of the last layer, over four steps. Those of the first are what it reads: a spike
-        is a step, of which no gradient comes back."""
+        """The membrane potentials of the last layer, over four steps. It reads the potentials of the first
+        layer and not its spikes: a spike is a step function, which passes no gradient."""
         start = [cell.reset_mem() for cell in (m[1], m[3])]
         first, last = (s if isinstance(s, tuple) else (s,) for s in start)
         membranes = []

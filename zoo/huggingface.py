@@ -22,7 +22,7 @@ _LENGTH = 8  # tokens of a text
 _PADDED = 2  # of the second text, at its end
 _TOKEN = (_LENGTH - _PADDED - 1, 3)  # an entry at the last position that is a token in both texts
 
-# what a config takes of these, under whatever names it has for them
+# a config takes the entries that it has a field for, also under its own names (``attribute_map``)
 _SIZES: Mapping[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "projection_dim": 16,
@@ -41,7 +41,7 @@ _SIZES: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """One network: how to build it, what to feed it (batch 2), what of its output to explain.
+    """One network: its builder, its inputs (batch 2), and the target to explain.
 
     family: "vision", "language", "multimodal" or "audio"
     inputs: from the model to keyword arguments of its forward
@@ -59,7 +59,7 @@ class Architecture:
 
 
 def _config(cls: Any, options: Mapping[str, Any]) -> Any:
-    """A config: ``_SIZES`` where it has such a field, and ``options``; the same for those in it."""
+    """A config: the fields in ``_SIZES``, overridden by ``options``; its sub-configs likewise."""
     fields = {f.name for f in dataclasses.fields(cls)}
     names: Mapping[str, str] = cls.attribute_map
     sizes = {names.get(k, k): v for k, v in _SIZES.items()}
@@ -70,7 +70,7 @@ def _config(cls: Any, options: Mapping[str, Any]) -> Any:
 
 
 def _part(cls: Any, options: Any) -> Any:
-    """A config within another; where the outer one takes any, ``options`` say which model's."""
+    """A sub-config; where the outer one takes any, ``options["model_type"]`` says which."""
     if cls.__name__ == "AutoConfig":
         if options is None:
             return None
@@ -88,7 +88,7 @@ def _model(model_class: str, **options: Any) -> Callable[[], nn.Module]:
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Noise where a fresh model is constant: zero heads, zero biases, unit scales."""
+    """``model`` with noise added to constant parameters: zero heads, zero biases, unit scales."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -119,12 +119,12 @@ def _padded_text(model: Any) -> dict[str, Tensor]:
 
 
 def _masked_text(model: Any) -> dict[str, Tensor]:
-    """With a mask in the form that the attention adds to its scores."""
+    """A text, with a mask in the form that attention adds to its scores."""
     return {**_text(model), "attention_mask": torch.zeros(2, 1, 1, _LENGTH, dtype=torch.long)}
 
 
 def _answer(model: Any) -> dict[str, Tensor]:
-    """What a decoder behind an encoder has said so far."""
+    """Inputs of a decoder behind an encoder."""
     return {"decoder_inputs_embeds": _embeds(model)}
 
 
@@ -438,14 +438,14 @@ def _first_pair(output: Any) -> Tensor:
 
 
 def _image_then_text(model: Any) -> dict[str, Tensor]:
-    """Ids of one text of 16 image tokens (number 63) and 8 others, each batch."""
+    """Token ids: 16 image tokens (id 63), then 8 text tokens."""
     ids = torch.randint(3, 60, (2, 16 + _LENGTH))
     ids[:, :16] = 63
     return {"input_ids": ids}
 
 
 def _prefix(model: Any) -> dict[str, Tensor]:
-    """Which tokens follow the prefix, whose tokens all see each other."""
+    """0 for tokens of the prefix, which all attend to each other; 1 for those after it."""
     return {"token_type_ids": torch.tensor([[0] * 16 + [1] * _LENGTH] * 2)}
 
 

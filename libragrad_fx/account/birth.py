@@ -144,7 +144,7 @@ def _is_overwritten(model: torch.nn.Module, name: str, args: Any, kwargs: Any) -
 
 
 def require_same(model: torch.nn.Module, module: torch.nn.Module, known: Reference) -> None:
-    """Raise ``VerificationError`` unless ``module`` gives what the original gave, twice."""
+    """Raise ``VerificationError`` unless ``module`` returns what the original returned, twice."""
     for time, wanted in zip(("first", "second"), known.outputs, strict=True):
         try:
             found = _run(module, known.args, known.kwargs)
@@ -215,7 +215,7 @@ def _run(model: torch.nn.Module, args: Any, kwargs: Any, drawn: list[str] | None
     drawn: gets the names of the generators, other than PyTorch's, that the forward draws from
     """
     with undisturbed(model), differentiable(), _seeded(drawn):
-        # copies, as a model may write into what it gets
+        # copies, because a model may write into its arguments
         args, kwargs = pytree.tree_map(_given, (tuple(args), dict(kwargs)))
         return [*map(_plain, pytree.tree_leaves(model(*args, **kwargs)))]
 

@@ -1,5 +1,5 @@
 # ruff: noqa: I001
-"""The command line. Results go to stdout, what is said about them to stderr.
+"""The command line. Results go to stdout; notes, warnings and errors to stderr.
 
 Exit codes: 0 done; 1 a verification failed; 2 bad usage, or an error that one line explains.
 """

@@ -34,7 +34,7 @@ def audit(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Show where a backward creates or destroys attribution: the account of each node, worst first."""
+    """Show where a backward creates or destroys attribution: the ledger, its worst nodes first."""
     module = load_model(model, pretrained, checkpoint, seed).module
     with working("capturing the model") as say:
         inputs = guessed_inputs(module, seed)

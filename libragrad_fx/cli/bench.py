@@ -37,8 +37,8 @@ def bench(
 ) -> None:
     """Run forward and backward to the input, plain and balanced in turns, and print what they cost.
 
-    "operations" is the share that is left of the plain side's matrix products: what the time would
-    be if nothing else cost anything.
+    "operations" is the share of the plain side's matrix products that is left: the time ratio if
+    everything else were free.
     """
     from libragrad_fx.bench import HEAD, compare, gradient
 

@@ -1,4 +1,4 @@
-"""What several commands do: load a model, make inputs, write a file, show that work goes on."""
+"""Shared by the commands: load a model, make inputs, write a file, show progress."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load_model(name: str, pretrained: bool, checkpoint: Path | None, seed: int) 
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[Any]:
-    """A spinner on a terminal, silence elsewhere. Yields a function that renames the work."""
+    """A spinner on a terminal, silence elsewhere. Yields a function that changes its text."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda text: None
@@ -47,7 +47,7 @@ def dtype_of(module: torch.nn.Module) -> torch.dtype:
 def guessed_inputs(module: torch.nn.Module, seed: int) -> Any:
     torch.manual_seed(seed)
     args, kwargs = infer_inputs(module)
-    dtype = dtype_of(module)  # a model that brings its own example brings it in its own dtype
+    dtype = dtype_of(module)  # a model's own example may have another dtype
     return pytree.tree_map_only(
         torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, kwargs or args
     )
@@ -65,7 +65,7 @@ def target_of(module: torch.nn.Module, inputs: Any, index: int | None) -> Any:
 
 
 def write_file(file: Path, content: Any) -> None:
-    """Write bytes, or let a function write, making the folder; an error is one line."""
+    """Make the folder and write bytes, or call a function that writes; an OSError becomes one line."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if callable(content):

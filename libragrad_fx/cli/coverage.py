@@ -54,9 +54,9 @@ def coverage(
         Path | None, typer.Option(metavar="FILE", help="Write all results in DIR as a page.")
     ] = None,
 ) -> None:
-    """Take the models of a library through every promise, each in a process of its own.
+    """Check every promise on the models of a library, each in a process of its own.
 
-    Results are appended as they come; a run that was stopped goes on where it was.
+    Each result is appended to the file at once; a stopped run resumes there.
     """
     from libragrad_fx import coverage as cover
 
@@ -87,7 +87,7 @@ def coverage(
 
 @contextlib.contextmanager
 def _counting(what: str, total: int) -> Iterator[Any]:
-    """A progress bar on a terminal; what does not hold is printed as it is found."""
+    """A progress bar on a terminal; models that are not balanced are printed at once."""
     console = Console(stderr=True)
     with Progress(
         TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),

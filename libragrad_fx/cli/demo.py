@@ -28,7 +28,7 @@ def demo(
     One self-contained HTML file: plain and balanced heat maps of a vision transformer and a mixer,
     their errors, the certificates, and every change that was made to the backward.
     """
-    from libragrad_fx.demo import build as builder  # its dependencies are an extra
+    from libragrad_fx.demo import build as builder  # here, because its dependencies are optional
 
     with working("two models") as say:
         text = builder.page(images, say)

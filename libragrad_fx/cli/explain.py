@@ -1,4 +1,4 @@
-"""``libragrad explain``: draw what speaks for a class in a picture."""
+"""``libragrad explain``: draw a picture's attribution map."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def explain(
 
 
 def _heatmap() -> Any:
-    need("matplotlib", "demo")  # say so before minutes of work
+    need("matplotlib", "demo")  # fail before minutes of work, not after
     from libragrad_fx.viz import heatmap
 
     return heatmap
@@ -104,7 +104,7 @@ def _attribute(gm: Any, x: torch.Tensor, target: Any, method: str) -> lg.Attribu
 
 
 def _title(loaded: models.Loaded, logits: torch.Tensor, target: Any) -> str:
-    """``model: class 3 (tiger shark), probability 12 %``, as far as it is known."""
+    """``model: class 3 (tiger shark), softmax 12.0%``, without the parts that are not known."""
     index = target[0] if isinstance(target, list) else target
     index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
     if not isinstance(index, int) or logits.ndim != 2 or index >= logits.shape[1]:

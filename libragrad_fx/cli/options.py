@@ -1,4 +1,4 @@
-"""The command line itself: its options, and how it says what went wrong."""
+"""The app of the command line, its shared options, and its error messages."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from libragrad_fx.errors import (
 
 
 class _OneLineErrors(TyperGroup):
-    """The library's errors become one line and exit code 2; ``--debug`` shows where they arose."""
+    """Prints the library's errors in one line, with exit code 2; ``--debug`` adds the traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = _say_warning
+                warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except LibraGradError as e:
             if ctx.params.get("debug"):
@@ -35,7 +35,7 @@ class _OneLineErrors(TyperGroup):
             raise typer.Exit(2) from e
 
 
-def _say_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
+def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, (CustomBackwardWarning, CutWarning, GateOutputWarning)):
         typer.echo(f"warning: {one_line(message)}", err=True)
 

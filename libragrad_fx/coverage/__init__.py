@@ -1,8 +1,8 @@
-"""Where we stand: every architecture of timm, torchvision, Hugging Face and OpenCLIP, one by one.
+"""Checks every architecture of timm, torchvision, Hugging Face and OpenCLIP, and of twenty other libraries.
 
-``suites`` say what there is and how to build it; the lists that no library has of itself are in ``zoo/``,
-beside the package and not in the wheel. ``check`` takes one model through every promise, ``runner``
-gives each model a process of its own with limits, ``report`` writes the page.
+``suites`` names the models and builds them; models that no library lists itself are in ``zoo/``, beside the
+package and not in the wheel. ``check`` checks every promise on one model. ``runner`` gives each model a
+process of its own with limits. ``report`` writes the page.
 """
 
 from __future__ import annotations

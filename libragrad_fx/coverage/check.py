@@ -1,4 +1,4 @@
-"""One model through every promise, to a row of the coverage table."""
+"""Checks every promise on one model: a row of the coverage table."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ class Result:
     """A row of the table.
 
     how:          "numeric" (float64, forward, ledger) or "static" (capture, plan, static proof)
-    verdict:      "balanced", "unbalanced", "refused" (by a clear error), "failed" (by any other),
+    verdict:      "balanced", "unbalanced", "refused" (by an error of ours), "failed" (by any other),
                   "timeout", "memory", or "crashed"
-    reason:       in words, for anything but "balanced"; there, the casts that limit its precision
-                  and the places between its graphs where it is no single one
+    reason:       why it is not balanced; for "balanced", notes: casts that limit its precision, and
+                  where a model in several graphs is cut
     completeness: |⟨x, ∂f/∂x⟩ + Σ⟨b, ∂f/∂b⟩ - f|, relative to the largest of the three
-    residual:     that of the worst node, on the same scale
-    input_share:  ⟨x, ∂f/∂x⟩, of output f
+    residual:     of the worst node, on the same scale
+    input_share:  ⟨x, ∂f/∂x⟩
+    output:       f
     seconds:      the transform alone
-    versions:     of torch and of the library that the model comes from
+    versions:     of torch and of the model's library
     """
 
     suite: str
@@ -62,7 +63,7 @@ class Result:
 
 
 def check(suite: str, name: str, family: str, static: bool, make: Any) -> Result:
-    """Build a subject by ``make()`` and take it through every promise; never raises."""
+    """Build a subject by ``make()`` and check every promise on it; never raises."""
     how = "static" if static else "numeric"
     warnings.simplefilter("ignore")
     blank = Result(suite, name, family, how, "failed", versions=_versions(suite, family))
@@ -117,7 +118,7 @@ def _numeric(blank: Result, subject: Subject) -> Result:
     if model is subject.model:
         coarse[torch.float32] = "the model, which does not run in float64"
     tolerance = max([TOLERANCE, *(100 * torch.finfo(d).eps for d in coarse)])
-    within = [abs(e) <= tolerance for e in errors]  # a nan is not
+    within = [abs(e) <= tolerance for e in errors]  # False for nan
     reasons = [
         *([] if found.forward_equal else [f"forward differs by {found.max_abs_difference:.2g}"]),
         *([] if found.erased_equal else ["the erased graph is not the original"]),
@@ -145,8 +146,8 @@ def _numeric(blank: Result, subject: Subject) -> Result:
 
 
 def _precise(subject: Subject) -> tuple[nn.Module, Any]:
-    """The model and its inputs in float64; as they are where it does not run so (a table of float32 that
-    is no buffer, quantised weights)."""
+    """The model and its inputs in float64; unchanged if it does not run in that (a float32 table that is no
+    buffer, quantised weights)."""
     inputs = pytree.tree_map(_double, subject.inputs)
     args, kwargs = as_call(copy.copy(inputs))
     try:
@@ -163,10 +164,10 @@ def _double(x: Any) -> Any:
 
 
 def generic(model: nn.Module, inputs: Any, seed: int = 0) -> None:
-    """Give a fresh model weights under which no check passes for want of signal.
+    """Give a fresh model generic weights, so that no check passes merely because there is no signal.
 
-    Constant parameters (zero heads and biases, unit scales) get noise, and batch norms the
-    statistics of ``inputs``, so that the signal arrives.
+    Constant parameters (zero heads and biases, unit scales) get noise, and batch norms get the
+    statistics of ``inputs``.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

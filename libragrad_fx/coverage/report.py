@@ -1,4 +1,4 @@
-"""Results -> a page: totals, a table by suite, and in words whatever does not hold."""
+"""Results -> a page: totals, a table for each suite, and the reason of every model not balanced."""
 
 from __future__ import annotations
 

@@ -23,15 +23,15 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.extras import need
 
 _PRELOAD = ("libragrad_fx.coverage.warm", "timm")
-_START = "forkserver"  # it imports everything once: a start costs milliseconds, not seconds
+_START = "forkserver"  # its server imports everything once: a start costs milliseconds, not seconds
 STOPPED = ("timeout", "memory", "crashed")
-"""Verdicts that say something of the machine as well: a run that goes on tries these again."""
-_POLL = 0.2  # seconds between two looks at a process
+"""Verdicts that also depend on the machine: a resumed run checks these models again."""
+_POLL = 0.2  # seconds between checks of a process
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one model may take: seconds, GiB of resident memory, CPU threads."""
+    """Limits for one model: seconds, GiB of resident memory, CPU threads."""
 
     seconds: float = 600
     gib: float = 20
@@ -50,7 +50,7 @@ def run(
 ) -> None:
     """Check ``names`` (name -> family) side by side and append each result to ``file``, a line each.
 
-    seen: called with every result as it comes.
+    seen: called with each result at once.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # models run on the CPU; CUDA does not survive a fork
     context: Any = multiprocessing.get_context(_START)
@@ -70,7 +70,7 @@ def run(
 
 
 def read(file: Path) -> Iterator[Result]:
-    """The results in a file; of several for one model the last.
+    """The results in a file; for each model the last one.
 
     Raises:
         InputError: a line is no result.
@@ -123,7 +123,7 @@ def _supervised(context: Any, task: tuple[str, str, str, bool, int], limits: Lim
 
 
 def _work(out: Any, suite: str, name: str, family: str, static: bool, threads: int) -> None:
-    logging.disable(logging.WARNING)  # model libraries warn of weights that nobody asked for
+    logging.disable(logging.WARNING)  # model libraries warn of missing pretrained weights
     torch.set_num_threads(threads)
     make = functools.partial(build, suite, name, fill=not static)
     out.send(check(suite, name, family, static, make))

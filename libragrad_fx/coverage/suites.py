@@ -1,4 +1,4 @@
-"""What there is to check: names by suite, and a builder that makes one ready to run."""
+"""The models to check: names by suite, and a builder for each."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ _SMALL = 160  # pixels a side
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One model in eval mode, batch-2 inputs that it takes (as ``transform`` takes them), and what
-    of its output to explain."""
+    """One model in eval mode; inputs of batch 2, as ``transform`` takes them; the target to explain."""
 
     name: str
     model: nn.Module
@@ -33,8 +32,8 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """names: every name with its family; build: a name's subject, with random weights;
-    package: the distribution that the models come from; if none, it is the family."""
+    """names: every name, with its family; build: from a name to its subject, with random weights;
+    package: the models' distribution, or "" if the family is that."""
 
     names: Callable[[], Mapping[str, str]]
     build: Callable[[str], Subject]
@@ -66,7 +65,7 @@ def _timm(name: str) -> Subject:
 
 
 def _smallest(module: str) -> Subject:
-    """The model of an architecture module with the least work: weights times input positions."""
+    """The model of an architecture module with the fewest weights times input pixels."""
     timm = need("timm", "coverage")
 
     def work(name: str) -> int:
@@ -79,8 +78,8 @@ def _smallest(module: str) -> Subject:
 
 
 def _reduced(subject: Subject) -> Subject:
-    """On a third of the side, where the model says that it takes any size and its own is large:
-    in float64 the attention maps of some thousand tokens fill 20 GB."""
+    """On an image of a third of the side, if that is large and the model takes any size: in float64, the
+    attention maps of some thousand tokens fill 20 GB."""
     config: Any = subject.model.pretrained_cfg
     (image,) = subject.inputs
     sides = [side // 3 for side in image.shape[2:]]
@@ -148,7 +147,7 @@ def _open_clip(name: str) -> Subject:
     return Subject(name, _Tower(model, side).eval(), (inputs,), middle)
 
 
-# --- what the folder zoo/ lists
+# --- models listed in the folder zoo/
 
 
 def _zoo(file: str) -> Any:
@@ -163,7 +162,7 @@ def _zoo(file: str) -> Any:
 
 
 def _listed(file: str, package: str, about: str) -> Suite:
-    """A suite of ``zoo/FILE.py``, which is imported when names or a model are asked for."""
+    """A suite of ``zoo/FILE.py``, which is imported only when its names or models are needed."""
     return Suite(lambda: _zoo(file).names(), lambda name: _zoo(file).build(name), package, about)
 
 

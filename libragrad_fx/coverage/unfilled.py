@@ -1,4 +1,4 @@
-"""Models whose random weights are never drawn: a 7-billion-parameter network in no memory at all."""
+"""Builds models without drawing their random weights: 7 billion parameters take no memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _LARGE = 1 << 16
 
 
 class unfilled(TorchDispatchMode):
-    """While it is on, large tensors are not filled with random numbers, nor is what follows done.
+    """Skips filling large tensors with random numbers, and later writes into these tensors.
 
-    Memory that is never written is never handed out by the system, so a model of any size can be
-    built, captured and analysed. Its numbers mean nothing.
+    The system allots no memory that is never written, so a model of any size can be built, captured and
+    analysed. Its numbers mean nothing.
     """
 
     def __init__(self) -> None:

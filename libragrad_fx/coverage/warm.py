@@ -1,4 +1,4 @@
-"""Imported by the server that forks the workers: the first transform of a process costs seconds."""
+"""Imported by the server that forks the workers, because a process's first transform costs seconds."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import torch
 from libragrad_fx.api import transform
 
 torch.set_num_threads(1)  # no pool of threads may exist when the server forks
-# without a backward: PyTorch refuses one in a fork of a process that has run one
+# no backward here: PyTorch refuses a backward in a fork of a process that has run one
 transform(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.GELU()), torch.ones(2, 2), check=False)

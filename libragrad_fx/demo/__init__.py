@@ -1,4 +1,4 @@
-"""The demo page: small trained models, pictures of digits and clothes, and what balancing changes.
+"""The demo page: small trained models that read digits on photographs, and what balancing changes.
 
 Comes in: nothing. Goes out: one HTML page.
 May import: everything. Begin with ``build``.

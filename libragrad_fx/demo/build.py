@@ -1,4 +1,4 @@
-"""What ``libragrad demo`` shows: two trained models, plain and balanced, on test scenes."""
+"""Builds the page of ``libragrad demo``: two trained models, plain and balanced, on test scenes."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class Study:
 
 
 def page(shown: int, say: Callable[[str], None] = lambda text: None) -> str:
-    """The page as HTML, with ``shown`` pictures a model. ``say`` is told what is being done."""
+    """The page as HTML, with ``shown`` pictures for each model. ``say`` gets progress messages."""
     for package in ("matplotlib", "sklearn", "timm"):
-        need(package, "demo")  # before the work, not after it
+        need(package, "demo")  # fail before the work, not after it
     scenes = demo_data.scenes(MEASURED, "test", SEED)
     studies = []
     for name in demo_data.MODELS:
@@ -96,7 +96,7 @@ def _measure(
 
 
 def share_in_box(values: np.ndarray, box: list[int], side: int) -> float:
-    """How much of a map's positive part lies in a box of pixels; patches spread evenly over theirs."""
+    """The share of a map's positive part in a box of pixels; a patch's value is spread over its pixels."""
     positive = heatmap.upsample(values.clip(min=0), (side, side), "nearest").astype(np.float64)
     left, top, right, bottom = box
     return float(positive[top:bottom, left:right].sum() / (positive.sum() or 1.0))

@@ -34,7 +34,7 @@ MODELS = ("vit", "mixer")
 _SPLITS: tuple[Split, ...] = ("train", "test")
 _TEST_DIGITS = 360  # of 1797
 _SEAM = 0.4  # photographs: test crops lie left of this fraction of the width, train crops right
-_PAD = 2  # empty cells around a digit's 8x8, so that its ink fades out inside what is resampled
+_PAD = 2  # empty cells around a digit's 8x8, so that its ink fades out inside the resampled area
 _INK = 0.5  # opacity from which a pixel counts as ink, for the box
 
 
@@ -103,7 +103,7 @@ def photo_columns(split: Split, width: int) -> tuple[int, int]:
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """RGB in [0, 1], ``(..., 3, H, W)``, to what the demo models take."""
+    """RGB in [0, 1], ``(..., 3, H, W)``, normalised for the demo models."""
     mean, std = (torch.tensor(c, dtype=images.dtype).view(3, 1, 1) for c in (MEAN, STD))
     return (images - mean.to(images.device)) / std.to(images.device)
 
@@ -121,7 +121,7 @@ def load_demo_model(name: str) -> torch.nn.Module:
 
 
 def demo_model_info(name: str) -> DemoModel:
-    """What the weight file says about itself."""
+    """The facts in the metadata of the weight file."""
     with importlib.resources.as_file(_asset(name)) as path, safe_open(path, "pt") as file:
         about = file.metadata()
     return DemoModel(
@@ -140,11 +140,10 @@ def demo_model_info(name: str) -> DemoModel:
 def build_model(architecture: str, kwargs: Mapping[str, Any]) -> torch.nn.Module:
     """A freshly initialised model of a class of ``timm.models``.
 
-    Not through ``timm.create_model``: its mixers fix their patch size, and the names it knows
-    promise 224 pixels.
+    ``timm.create_model`` would not do: its mixers fix their patch size, and its names promise 224 pixels.
     """
     model = getattr(need("timm.models", "demo"), architecture)(**kwargs)
-    # what timm's own models carry, for whoever asks a model which input it takes
+    # as on timm's own models, so that ``infer_inputs`` finds the input size
     model.pretrained_cfg = {"input_size": (3, SIZE, SIZE), "mean": MEAN, "std": STD}
     return model
 

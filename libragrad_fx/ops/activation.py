@@ -165,7 +165,7 @@ def _prod(
     needs: frozenset[str], g: torch.Tensor, *, self: torch.Tensor, dim: int | None = None,
     keepdim: bool = False, **_: Any,
 ) -> Grads:  # fmt: skip
-    """The last element of the cumulative product, whose backward knows what to do with zeros."""
+    """The last element of the cumulative product, whose backward handles zeros."""
     if dim is None:
         flat: Any = _prod(needs, g, self=self.flatten(), dim=0)["self"]
         return {"self": flat.reshape(self.shape)}

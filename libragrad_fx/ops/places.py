@@ -64,7 +64,7 @@ whole.aten_op = _SLICE  # type: ignore[attr-defined]
 
 
 def idle(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
-    """``x``: a dropout that drops nothing returns what it is given."""
+    """``x``: a dropout that drops nothing returns its argument."""
     return x
 
 

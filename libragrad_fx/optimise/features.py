@@ -68,10 +68,10 @@ def _parts(work: Work, alive: set[Node]) -> Iterator[Part]:
         if node.target not in PRODUCTS or node not in alive:
             continue
         if not _has_features(node):
-            work.no(node, "its weight is no matrix of one group")
+            work.no(node, "its weight is a vector, or has several groups")
             continue
         if not is_sized(node):
-            work.no(node, "data decides a size of it")
+            work.no(node, "a size of it depends on data")
             continue
         parts = _cover(node, node, alive, work.facts)
         if isinstance(parts, str):

@@ -136,7 +136,7 @@ def _is_entry(node: Node, rows: dict[Node, Row], alive: set[Node], facts: Facts)
     )
 
 
-# --- what a row is made of
+# --- from which rows of its operands a row is computed
 
 
 def _made_of(node: Node, row: Row, facts: Facts) -> dict[Any, Row] | str:
@@ -146,9 +146,9 @@ def _made_of(node: Node, row: Row, facts: Facts) -> dict[Any, Row] | str:
     if is_scale(node) or node.target in (operator.getitem, idle):
         return {source: row}
     if not isinstance(op, torch._ops.OpOverload) or op._schema.is_mutable:
-        return "what it computes is not known"
+        return "it is no functional op of PyTorch's"
     if not all(is_sized(n) for n in (node, *node.all_input_nodes) if hasattr(first(n), "shape")):
-        return "data decides a size of it"
+        return "a size of it depends on data"
     attends = fact is not None and fact.kind is Kind.ATTENTION
     if torch.Tag.nondeterministic_seeded in op.tags and not attends:
         return "it draws random numbers"
@@ -165,9 +165,9 @@ def _made_of(node: Node, row: Row, facts: Facts) -> dict[Any, Row] | str:
         found = _parted(node, given, back, {} if fact is None else fact.rowwise)
     leaves = pytree.tree_leaves(list(given.values()))
     if found is None:
-        return "one token of it is made of several"
+        return "it mixes tokens"
     if any(leaves.count(n) > 1 for n in found):
-        return "an operand is there as a whole, too"
+        return "an operand is passed to it twice"
     return {n: (len(sizes(n)) + back, place) for n, back in found.items()}
 
 

@@ -37,15 +37,15 @@ class Pass(NamedTuple):
 
 PASSES = (
     Pass("dropouts", reuse.dropouts, "a dropout that drops nothing is its argument"),
-    Pass("token", narrow.narrow, "where one token is read, the gradient comes back through it alone"),
-    Pass("features", features.graft_live, "a fused projection sends back its live features alone"),
+    Pass("token", narrow.narrow, "if one token is read, the gradient comes back through it alone"),
+    Pass("features", features.graft_live, "a fused projection back-propagates its live features alone"),
     Pass("halves", scales.halve, "a product and the halving of its gradient are one op"),
     Pass("joins", scales.merge, "cat([s·a, s·b]) is s·cat([a, b]): one gradient scale in place of n"),
     Pass("gates", fuse.mark, "a gated activation and its product are one op, which keeps two tensors"),
-    Pass("constants", reuse.constants, "what depends on no input and no parameter is computed once"),
+    Pass("constants", reuse.constants, "constant folding: values that depend on no input and no parameter"),
     Pass("slices", reuse.slices, "x[:] is x"),
-    Pass("steps", reuse.steps, "places taken one by one from an axis are unbound together"),
-    Pass("memory", reuse.memory, "an op writes over its operand where nobody reads that again"),
+    Pass("steps", reuse.steps, "the selects of an axis become one unbind"),
+    Pass("memory", reuse.memory, "an op writes over its operand if that is not read again"),
     Pass("bindings", lambda work: binding.mark(work.graph), "an op is called by PyTorch's own function"),
 )  # fmt: skip
 

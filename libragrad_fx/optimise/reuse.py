@@ -97,7 +97,7 @@ def _not_fixed(node: Node) -> str | None:
     if not isinstance(value, torch.Tensor):
         return ""
     if not is_sized(node):
-        return "data decides a size of it"
+        return "a size of it depends on data"
     return None if elements(node) <= _SMALL else f"it has more than {_SMALL} elements"
 
 

@@ -65,9 +65,9 @@ def _merge(graph: Graph, join: Node, facts: Facts) -> str | None:
     if not scales:
         return None
     if len(scales) < max(2, len(found)):
-        return "not all that it joins has a gradient scale of its own"
+        return "not all of its operands have a gradient scale of their own"
     if len({s.args[1:] for s in scales}) > 1:
-        return "what it joins is scaled by different factors"
+        return "its operands are scaled by different factors"
     with graph.inserting_after(join):
         behind = graph.call_function(insert.scale, (join, *scales[0].args[1:]))
     behind.meta["val"] = join.meta["val"]

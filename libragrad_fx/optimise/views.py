@@ -63,7 +63,7 @@ def _number(value: Any) -> int:
     if not isinstance(value, torch.SymInt):
         return int(value)
     if not value.node.has_hint():
-        raise RuntimeError("data decides this number")
+        raise RuntimeError("this number depends on data")
     expr: Any = value.node.expr
     # multiples of 240, which has many divisors; each symbol (s77) by its own number
     chosen = {s: 240 * (61 + int("0" + re.sub(r"\D", "", s.name)) % 97) for s in expr.free_symbols}
@@ -80,7 +80,7 @@ def replay(end: Node, product: Node, whole: torch.Tensor, facts: Facts, args: An
         if isinstance(n.meta["val"], (int, torch.SymInt)):
             return _number(n.meta["val"])
         if n.op != "call_function":
-            raise RuntimeError("data decides this view")
+            raise RuntimeError("this view depends on data")
         if _moves(n, facts) == "copy":
             return value(n.args[0])  # type: ignore[arg-type]
         own = n.args if args is None or n is not end else args

@@ -1,1 +1,1 @@
-"""What a person looks at: heat maps, the demo page, gradient graphs. Pictures and text out."""
+"""Results for people: heat maps, gradient graphs, the demo page, text."""

@@ -1,4 +1,4 @@
-"""A gradient graph as a picture of Graphviz, and as a table of modules."""
+"""A gradient graph as a picture (by Graphviz), and as a table of modules."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _INK, _FAINT = "#222222", "#b0b0b0"
 
 
 def to_dot(graph: nx.DiGraph, focus: str = "") -> Any:
-    """Painted by what autograd loses (violet) or creates (orange); dashed edges are pruned.
+    """Nodes are violet where autograd loses mass, orange where it creates some; pruned edges are dashed.
 
-    Widths are the mass that comes back when balanced. The gradient flows from bottom to top. Modules
-    are called by their paths, within ``focus`` by what is below it.
+    The width of an edge is its mass when balanced. The gradient flows from bottom to top. Modules are
+    named by their paths, inside ``focus`` relative to it.
     """
     graphviz = need("graphviz", "graph")
     unit = _unit(graph)
@@ -91,7 +91,7 @@ def _percent(value: float, unit: float) -> str:
 
 
 def tree(graph: nx.DiGraph, depth: int = 3) -> str:
-    """What each module loses and creates under autograd, what is done about it, and what is left."""
+    """A table by module: mass lost and created under autograd, the edits, and the imbalance left."""
     units = {side: abs(graph.graph["output"][side]) or 1.0 for side in SIDES}
     sums: dict[str, dict[str, float]] = {}
     actions: dict[str, dict[str, int]] = {}
@@ -125,6 +125,6 @@ def tree(graph: nx.DiGraph, depth: int = 3) -> str:
 
 
 def _place(path: str, first: dict[str, int]) -> list[int]:
-    """Where a module comes: behind its parent, among its siblings in the order of the graph."""
+    """Sort key of a module: after its parent; siblings in the order of the graph."""
     parts = path.split(".") if path else []
     return [first[".".join(parts[: i + 1])] for i in range(len(parts))]

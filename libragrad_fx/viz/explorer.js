@@ -1,5 +1,5 @@
-// The explorer of one gradient graph. Python gives the graph, its groups and all numbers; here is only
-// what moves: which groups are open, which side is shown, where the eye is. Graphviz lays out.
+// The explorer of one gradient graph. Python provides the graph, its groups and all numbers. This file holds
+// the state of the page: open groups, the side shown, pan and zoom. Graphviz computes the layout.
 
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const data = read("data");
@@ -11,10 +11,10 @@ const state = { side: "plain", view: "imbalance", rankdir: "TB", open: new Set(d
 
 // --- numbers
 
-const SEEN = 5e-4; // of the output: what is less is not said in a label
+const SEEN = 5e-4; // of the output: labels leave smaller numbers out
 const moved = (row) => (row ? row.lost + row.created : 0);
 const share = (value, side) => value / (data.output[side] || 1);
-const part = (value, side) => Math.abs(share(value, side)); // of what is lost or created: never negative
+const part = (value, side) => Math.abs(share(value, side)); // for mass lost or created, which is never negative
 const percent = (fraction) => {
   const p = 100 * fraction;
   return `${p === 0 || Math.abs(p) >= 1e-3 ? Number(p.toPrecision(3)) : p.toExponential(1)}\u00a0%`;
@@ -22,7 +22,7 @@ const percent = (fraction) => {
 const worst = Math.max(SEEN, ...[...nodes.values(), ...groups.values()].map((n) => part(moved(n.plain), "plain")));
 const depth = (amount) => Math.log1p(100 * amount) / Math.log1p(100 * worst);
 
-// --- what is visible: an op, or the outermost closed group that it is in
+// --- visible items: an op, or the outermost closed group around it
 
 const visible = (node) => node.groups.find((g) => !state.open.has(g)) ?? node.id;
 const SIDES = ["plain", "balanced"];
@@ -67,7 +67,7 @@ function lines(it) {
   const title = groups.has(it.id) ? it.id.replace(above, "") : it.title;
   const about = groups.has(it.id) ? `${it.ops} ops` : it.shape;
   const [a, b] = SIDES.map((side) => said(it, side));
-  return { head: [title, about].filter(Boolean), room: a.length > b.length ? a : b }; // room for either
+  return { head: [title, about].filter(Boolean), room: a.length > b.length ? a : b }; // room for the longer of both sides
 }
 
 // --- layout: DOT to an SVG element, by the Graphviz of graphviz-anywidget behind the anywidget protocol
@@ -78,7 +78,7 @@ const engine = (async () => {
   const held = { dot_source: "digraph {}", enable_zoom: false };
   const on = {};
   const room = by("engine-room");
-  const quiet = { log: console.log, info: console.info }; // it tells each element that it finds
+  const quiet = { log: console.log, info: console.info }; // the bundle logs each element that it finds
   const hushed = async (work) => {
     Object.assign(console, { log() {}, info() {} });
     try { await work(); } finally { Object.assign(console, quiet); }
@@ -118,7 +118,7 @@ function dot({ items, edges }) {
   return { text, ids: new Map([...name, ...place].map(([id, svg]) => [svg, id])) };
 }
 
-/** Whether all that a group is in is open, so that its own cluster is drawn. */
+/** Whether all groups around a group are open, so that its own cluster is drawn. */
 const shown = (group) => {
   for (let g = groups.get(group).parent; g; g = groups.get(g).parent) if (!state.open.has(g)) return false;
   return true;
@@ -130,7 +130,7 @@ let drawn = null; // { svg, elements: id -> element, edges: [[element, edge]] }
 let laying = Promise.resolve();
 let layouts = 0;
 
-/** Lay out what is open; `anchor` stays where it is on the screen, otherwise the whole is fitted. */
+/** Lay out the visible items. `anchor` keeps its place on the screen; without one, all is fitted. */
 function redraw(anchor = null) {
   laying = laying.then(async () => {
     by("note").textContent = "laying out …";
@@ -151,7 +151,7 @@ function redraw(anchor = null) {
       el.dataset.item = id;
       el.classList.toggle("group", groups.has(id));
     }
-    svg.querySelector(":scope > g > polygon")?.remove(); // the paper
+    svg.querySelector(":scope > g > polygon")?.remove(); // the background
     const edges = graph.edges.map((edge, i) => [svg.querySelector(`#e${i}`), edge]);
     edges.forEach(([el], i) => { el.dataset.edge = i; });
     const box = svg.viewBox.baseVal;
@@ -175,7 +175,7 @@ function redraw(anchor = null) {
 
 const mix = (colour, amount) => `color-mix(in srgb, var(--${colour}) ${Math.round(60 * amount)}%, var(--node))`;
 
-/** Colours, widths and words of one side and view, on the layout that is there. */
+/** Paint colours, widths and labels of one side and view onto the present layout. */
 function paint() {
   if (!drawn) return; // the first layout paints
   const { side, view } = state;
@@ -220,7 +220,7 @@ function legend(widest) {
 }
 
 const TICKS = [0.01, 0.1, 1, 10, 100, 1000].filter((t) => t < worst && t > worst / 500); // of the output
-/** A number below the scale; `at` from -1 to 1, as far from the middle as its colour is deep. */
+/** A number below the scale, at -1 to 1: as far from the middle as its colour is strong. */
 const tick = (amount, at) => Object.assign(element("span", {}, String(100 * amount)), { style: `left: ${50 + 50 * at}%` });
 
 const coloured = (name, text) => Object.assign(element("span", {}, text), { style: `color: var(--${name})` });
@@ -282,7 +282,7 @@ function about(it) {
   ];
 }
 
-const counts = (n) => n.plain || n.balanced ? n.op !== "target" : false; // not where it starts, nor where it ends
+const counts = (n) => n.plain || n.balanced ? n.op !== "target" : false; // neither inputs nor the target
 
 function overview() {
   const total = (side) => percent(part(data.nodes.reduce((sum, n) => sum + moved(n[side]), 0), side));
@@ -316,7 +316,7 @@ function flip(group) {
   return redraw(group).then(() => drawn.elements.get(group)?.focus({ preventScroll: true }));
 }
 
-/** Open whatever an item is in, choose it and bring it to the middle. */
+/** Open all groups around an item, select it and scroll it to the middle. */
 async function reveal(id) {
   const closed = [];
   for (let g = parent(id); g; g = groups.get(g).parent) if (!state.open.has(g)) closed.push(g);
@@ -373,7 +373,7 @@ function set(name, value) {
 by("fit").addEventListener("click", () => fit());
 by("fold").addEventListener("click", () => { state.open.clear(); state.chosen = null; redraw(); });
 
-// --- the eye: pan and zoom are the SVG's viewBox
+// --- pan and zoom: the SVG's viewBox
 
 const zoom = () => by("stage").clientWidth / drawn.svg.viewBox.baseVal.width;
 const look = (x, y, scale) => {
@@ -387,7 +387,7 @@ function fit() {
   const { size } = drawn;
   const { clientWidth: width, clientHeight: height } = by("stage");
   const whole = Math.min((width - 40) / size.width, (height - 40) / size.height, LARGEST);
-  const scale = Math.max(whole, READABLE); // too large to read as a whole: begin where the input is
+  const scale = Math.max(whole, READABLE); // if it is too large to read as a whole, begin at the input
   const along = (start, length, room) => (length * scale > room ? start - 20 / scale : start + (length - room / scale) / 2);
   look(along(size.x, size.width, width), along(size.y, size.height, height), scale);
 }

@@ -1,4 +1,4 @@
-"""A gradient graph as one HTML file that needs nothing else: opened from disk, without a network."""
+"""A gradient graph as one HTML file that works from disk, without a network."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from libragrad_fx.viz.graph import chains, groups, opened
 
 
 def to_html(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> str:
-    """The explorer of ``graph``; ``depth`` and ``focus`` say which modules are open at first.
+    """The explorer of ``graph``; ``depth`` and ``focus`` decide which modules are open at first.
 
     Raises:
-        LibraGradError: the packages that the page is made with are not installed.
+        LibraGradError: a package that makes the page is not installed.
     """
     jinja2 = need("jinja2", "graph")
     here = importlib.resources.files("libragrad_fx.viz")
@@ -32,7 +32,7 @@ def to_html(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> str:
 
 
 def to_data(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> dict[str, Any]:
-    """What the page knows: nodes and groups with their accounts, edges with both masses."""
+    """The page's data: nodes and groups with their accounts, edges with both masses."""
     found = chains(graph)
     return {
         "output": graph.graph["output"],
@@ -44,13 +44,13 @@ def to_data(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> dict[str, Any
 
 
 def _script_safe(jinja2: Any, value: Any) -> Any:
-    """JSON in which nothing ends a script element."""
+    """JSON that cannot end a script element."""
     return jinja2.utils.htmlsafe_json_dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def _engine() -> str:
-    """Graphviz, as the JavaScript (with its WebAssembly inside) that graphviz-anywidget carries."""
-    spec = importlib.util.find_spec("graphviz_anywidget")  # found, not imported: it needs Jupyter's
+    """Graphviz as JavaScript, with its WebAssembly inside: a file of the package graphviz-anywidget."""
+    spec = importlib.util.find_spec("graphviz_anywidget")  # not imported: that needs Jupyter's packages
     if spec is None or spec.origin is None:
         raise LibraGradError(
             ".html is laid out by the package 'graphviz-anywidget', which is not installed:"

@@ -1,4 +1,4 @@
-"""Questions to a gradient graph: by which ways its mass comes back, and what all of it goes through."""
+"""Queries on a gradient graph: its strongest paths, its bottlenecks, its residual stream."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def imbalance(graph: nx.DiGraph, side: str) -> float:
 
 
 def live(graph: nx.DiGraph, side: str) -> nx.DiGraph:
-    """What a gradient passes on one side, edges in the direction of the forward."""
+    """The edges that a gradient passes on one side, in the direction of the forward."""
     return nx.DiGraph((a, b, d) for a, b, d in graph.edges(data=True) if d[side] is not None)
 
 
 def bottlenecks(graph: nx.DiGraph, side: str = "balanced") -> list[str]:
-    """The nodes that every path from the output to every source goes through, from the output on."""
+    """The nodes that lie on every path from the output to a source, beginning at the output."""
     back = live(graph, side).reverse(copy=False)
     sources = [n for n in back if back.out_degree(n) == 0]
     if not sources:
@@ -45,12 +45,12 @@ def bottlenecks(graph: nx.DiGraph, side: str = "balanced") -> list[str]:
 def strongest_paths(
     graph: nx.DiGraph, count: int = 5, side: str = "balanced"
 ) -> list[tuple[float, list[str]]]:
-    """The paths from the output to the inputs by which most comes back, as (share, nodes).
+    """The ``count`` strongest paths from the output to the inputs, as (share, nodes).
 
-    What reaches a node goes on in proportion to the size of the mass on its edges; a path's share is
-    the product of its edges'. All shares of all paths sum up to 1. Of thousands of nodes, ask a
-    ``collapse``: paths are found one by one. (Of a module that is called twice, a collapse is one node
-    that paths come back to; they are counted once.)
+    A node passes its share on to its operands in proportion to |mass| on the edges; a path's share is the
+    product along its edges. The shares of all paths add up to 1. Paths are found one by one, so for
+    thousands of nodes pass a ``collapse``. (There, a module that is called twice is one node, and a path
+    passes it once.)
     """
     back = live(graph, side).reverse()
     sources = [n for n in back if back.out_degree(n) == 0]
@@ -60,7 +60,7 @@ def strongest_paths(
             share = m / total if (total := sum(mass.values())) else 1 / len(mass)
             back.edges[node, b]["cost"] = -math.log(share) if share else math.inf
     back.remove_edges_from([(a, b) for a, b, d in back.edges(data=True) if d["cost"] == math.inf])
-    end = ""  # behind every source, so that one search finds the paths to all
+    end = ""  # one node behind all sources, so that one search finds the paths to each
     back.add_edges_from(((s, end) for s in sources), cost=0.0)
     if "output" not in back or not nx.has_path(back, "output", end):
         return []
@@ -73,11 +73,11 @@ def strongest_paths(
 
 @dataclasses.dataclass(frozen=True)
 class Join:
-    """Where branches come together that all of the gradient passes: a residual sum, mostly; it may be
-    a product or a concatenation.
+    """A node that all of the gradient passes and at which branches meet: mostly a residual sum, but also a
+    product or a concatenation.
 
-    masses: side -> branch -> the mass that goes back into it, in shares of the output. A branch is
-            called by the module that most of its ops are in, ``residual`` where it has none.
+    masses: side -> branch -> the mass that goes back into it, as a share of the output. A branch is named
+            after the submodule of most of its ops; the others are ``residual`` and ``branch``.
     gone:   side -> the mass that went to biases between here and the output
     """
 
@@ -88,7 +88,7 @@ class Join:
 
 
 def streams(graph: nx.DiGraph) -> list[Join]:
-    """Every join, from the input on. Balanced, ``masses`` and ``gone`` sum up to the output."""
+    """Every join, beginning at the input. Balanced, ``masses`` and ``gone`` add up to 1."""
     chain = bottlenecks(graph)
     sides = {side: live(graph, side) for side in SIDES}
     found = []
@@ -108,7 +108,7 @@ def streams(graph: nx.DiGraph) -> list[Join]:
 
 
 def _operands(graph: nx.DiGraph, flow: nx.DiGraph, node: str) -> list[tuple[str, str]]:
-    """The edges into a join; a sum of sums is one join."""
+    """The edges into a join; nested sums count as one join."""
     adds = lambda n: graph.nodes[n]["kind"] == "linear" and flow.in_degree(n) > 1  # noqa: E731
     edges: list[tuple[str, str]] = []
     for a in flow.predecessors(node):
@@ -120,7 +120,7 @@ def _operands(graph: nx.DiGraph, flow: nx.DiGraph, node: str) -> list[tuple[str,
 def _names(graph: nx.DiGraph, flow: nx.DiGraph, join: str, split: str | None, ends: list[str]) -> list[str]:
     """A name for each branch between the split and the join.
 
-    The residual one is the split itself, or else the shortest that passes no module of its own.
+    The residual stream is the shortest branch without ops of submodules (often it has no ops at all).
     """
     after = (nx.descendants(flow, split) | {split}) if split in flow else set(flow)
     home = graph.nodes[join]["module"]
@@ -132,7 +132,7 @@ def _names(graph: nx.DiGraph, flow: nx.DiGraph, join: str, split: str | None, en
 
 
 def _child(module: str, home: str) -> str:
-    """The submodule of ``home`` that a module is in."""
+    """The name of the submodule of ``home`` that contains ``module``; "" if none does."""
     inside = module.removeprefix(f"{home}.") if home else module
     return "" if module == home or (home and inside == module) else inside.partition(".")[0]
 

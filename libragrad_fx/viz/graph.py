@@ -1,8 +1,8 @@
-"""The gradient graph of a model: what its pictures draw, and what can be asked of it.
+"""The gradient graph of a model, which pictures draw and ``flow`` queries.
 
 A ``networkx.DiGraph``: a node for every op that a gradient passes, under autograd or balanced; an edge
-from an op to each that reads it, with the gradient mass ⟨a, r(g)⟩ that comes back over it. Both sides
-are in one graph, so that a picture can show either, and every number is the ledger's.
+from an op to each reader, with the gradient mass ⟨a, r(g)⟩ that comes back over it. Both sides are in one
+graph, so a picture can show either. Every number is the ledger's.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ SIDES = ("plain", "balanced")
 NORMS = {"plain": "plain_norm", "balanced": "balanced_norm"}
 _CARRIED = (*SIDES, *NORMS.values())
 _PLACE = ("op", "module", "source")
-NAMES = {"plain": "autograd", "balanced": "balanced"}  # what a reader calls them
+NAMES = {"plain": "autograd", "balanced": "balanced"}  # the sides' names in pictures
 _SUMS = ("residual", "lost", "created", "bias")
 _SYMBOL = re.compile(r"\b[su]\d+\b")
-_FEWEST = 4  # as many equal modules in a row are drawn as the first, those between, the last
+_FEWEST = 4  # from so many equal modules in a row on, those between the first and the last are a group
 
 
 def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.DiGraph:
@@ -47,13 +47,12 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
     Returns:
         A graph with ``output`` (plain and balanced) in its attributes, in units of the output.
         Nodes: ``title``, ``op``, ``module``, ``source``, ``role``, ``kind``, ``shape``, ``dtype``,
-        ``action`` (and ``actions``, as of a group: which, how often), the ``operands`` that it acts
-        on (none named: all), the ``scale`` of what these send back, ``rule``, ``reason``, and for each
-        side ``residual`` and ``bias`` as the ledger has them, and what is ``lost`` and ``created``
-        (None where no gradient passes).
+        ``action`` (and ``actions``: by action, how often, as for groups), the ``operands`` that it acts
+        on ("": all), the ``scale`` of their gradient, ``rule``, ``reason``; and for each side, the
+        ledger's ``residual`` and ``bias``, and what is ``lost`` and ``created`` (None: no gradient).
         Edges: ``plain`` and ``balanced``, the mass ⟨a, r(g)⟩ that comes back over them (None: pruned);
-        ``plain_norm`` and ``balanced_norm``, ‖r(g)‖; the producer's ``role``; ``scale``, by what the
-        consumer's edit multiplies what it sends back over this edge.
+        ``plain_norm`` and ``balanced_norm``, ‖r(g)‖; the producer's ``role``; ``scale``, the factor by
+        which the reader's edit multiplies the gradient of this edge.
 
     Raises:
         InputError: ``gm`` is not the result of a transform, or is in several graphs.
@@ -93,8 +92,8 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
 
 
 def _describer(gm: CapturedModule) -> Callable[[str, LedgerRow | None], dict[str, Any]]:
-    """What is known of a node; without a row it is where the signal starts: an input of the model,
-    or an embedding that it indexes."""
+    """A function from a node and its row to its attributes. A node without a row is where the signal
+    starts: an input, or an embedding that an input indexes."""
     nodes = {n.name: n for n in gm.graph.nodes}
     edits = {e.node: e for e in gm.plan.edits} if gm.plan else {}
     roles, facts = gm.history.roles, gm.history.facts
@@ -122,14 +121,14 @@ def _start(name: str, node: torch.fx.Node | None) -> dict[str, str]:
 
 
 def _scaled(graph: nx.DiGraph, trace: torch.fx.Graph, edits: Iterable[Edit]) -> Iterator[tuple[str, str]]:
-    """The edges over which an edit scales what comes back: into its operands, or into all."""
+    """The edges whose gradient an edit scales: those of its operands, or all of the node."""
     nodes = {n.name: n for n in trace.nodes}
     for edit in edits:
         if edit.factor is None or edit.node not in graph:
             continue
         named = [n for _, n in operands(nodes[edit.node], edit.operands)]
         for n in named:
-            while n.name not in graph and n.all_input_nodes:  # a part of what an op returned
+            while n.name not in graph and n.all_input_nodes:  # a getitem of an op's outputs
                 n = n.all_input_nodes[0]
             if graph.has_edge(n.name, edit.node):
                 yield n.name, edit.node
@@ -145,7 +144,7 @@ def _because(edit: Edit | None) -> dict[str, Any]:
 
 
 def _shape(node: torch.fx.Node | None) -> dict[str, str]:
-    """Sizes that may change from call to call are letters: B for the first of a value, then C …"""
+    """Shape and dtype as text. Free sizes are letters: B for the first of a value, then C …"""
     value = None if node is None else node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return {"shape": "", "dtype": ""}
@@ -156,20 +155,20 @@ def _shape(node: torch.fx.Node | None) -> dict[str, str]:
 
 
 def op_title(data: Mapping[str, Any], outer: str = "") -> str:
-    """An op's short name, behind what is below ``outer`` of its module's path."""
+    """An op's short name, after its module's path relative to ``outer``: ``attn.proj · linear``."""
     op = data["op"].split(".")[1] if "." in data["op"] else data["op"]
     below = data["module"].removeprefix(outer).removeprefix(".")
     return f"{below} · {op}" if below else op
 
 
-# --- seen from further away
+# --- groups of nodes
 
 
 def chains(graph: nx.DiGraph) -> dict[str, tuple[str, ...]]:
-    """The groups that each node is in, outermost first: its module's path, name by name.
+    """The groups that each node is in, outermost first: the prefixes of its module's path.
 
-    A group of one node, or of all nodes of a single smaller group, says nothing and is left out.
-    Equal modules in a row are a group too, but for the first and the last of them.
+    A group is left out if it has one node, or the same nodes as a smaller group. Of equal modules in a row,
+    those between the first and the last form a group too.
     """
     paths = {n: _prefixes(d["module"]) for n, d in graph.nodes(data=True)}
     members = _members(paths)
@@ -203,9 +202,9 @@ def _members(chains: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
 
 
 def _runs(kinds: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
-    """A name for those between the first and the last of equal siblings in a row.
+    """By module, the name of its run: those between the first and the last of equal siblings in a row.
 
-    Every second one may be of another kind (windows that are shifted and not), or every third.
+    Siblings may alternate between two or three kinds (shifted windows and plain ones).
     """
     named: dict[str, str] = {}
     families: dict[str, list[str]] = {}
@@ -229,7 +228,7 @@ def _runs(kinds: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
 
 
 def _end(row: Sequence[str], start: int, period: int, kinds: Mapping[str, Any]) -> int:
-    """Up to where siblings repeat themselves, counted without a gap."""
+    """The index after the last sibling that repeats the one ``period`` before it, numbered without gaps."""
     number = [int(group.rpartition(".")[2]) for group in row]
     end = start + 1
     while (
@@ -242,9 +241,9 @@ def _end(row: Sequence[str], start: int, period: int, kinds: Mapping[str, Any]) 
 
 
 def opened(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> set[str]:
-    """The groups whose insides are drawn: ``depth`` names of a path are told apart, of which an op's
-    own is the last; and ``focus`` is open, as is all inside of it and whatever it is in. Equal modules
-    in a row stay one."""
+    """The groups whose insides are drawn: those above ``depth``, the number of names of a path that are
+    drawn apart (an op's own is the last), and all inside or around ``focus``. Runs of equal modules stay
+    closed."""
     found = chains(graph)
     inner = {a for chain in found.values() for a in chain[:-1]}
     inside = {n for n, d in graph.nodes(data=True) if focus and _within(d["module"], focus)}
@@ -261,9 +260,9 @@ def _within(module: str, focus: str) -> bool:
 
 
 def collapse(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> nx.DiGraph:
-    """Ops of one group (``chains``) as one node, but for groups that are ``opened``.
+    """A graph in which each group (``chains``) that is not ``opened`` is one node.
 
-    Sums add up; nodes gain ``ops`` (how many), ``kinds`` (of which ops) and ``actions``.
+    Sums are added; nodes gain ``ops`` (how many), ``kinds`` (how many of which op) and ``actions``.
     """
     open_ = opened(graph, depth, focus)
     return _merged(
@@ -273,7 +272,7 @@ def collapse(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> nx.DiGraph:
 
 
 def around(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> nx.DiGraph:
-    """``collapse``; with a ``focus``, only what is in it and what that reads or is read by."""
+    """As ``collapse``; with a ``focus``, only nodes inside it and their neighbours."""
     far = collapse(graph, depth, focus)
     inside = {n for n, d in far.nodes(data=True) if focus and _within(d["module"], focus)}
     near = {n for edge in far.edges if not inside.isdisjoint(edge) for n in edge}
@@ -281,7 +280,7 @@ def around(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> nx.DiGraph:
 
 
 def groups(graph: nx.DiGraph) -> dict[str, dict[str, Any]]:
-    """group -> what ``collapse`` would say of it as a node, and ``parent``."""
+    """group -> the attributes of its node in a ``collapse``, and ``parent``."""
     found = chains(graph)
     parents = {g: up for chain in found.values() for g, up in zip(chain, ("", *chain), strict=False)}
     return {
@@ -291,7 +290,7 @@ def groups(graph: nx.DiGraph) -> dict[str, dict[str, Any]]:
 
 
 def _merged(graph: nx.DiGraph, key: Mapping[str, str]) -> nx.DiGraph:
-    """The quotient by ``key``; edges within a group are gone, those between groups add up."""
+    """The quotient graph by ``key``: edges inside a group are dropped, those between groups are added."""
     merged = nx.DiGraph(**graph.graph)
     for k, nodes in _members({node: (k,) for node, k in key.items()}).items():
         if nodes == [k]:

@@ -1,8 +1,7 @@
 """Signed maps as pictures.
 
-Colours are ColorBrewer's red-blue: lightness falls evenly to both sides of a white zero. A map is
-multiplied onto its image, paled and in grey, so that zero leaves the image alone and lightness still
-reads as strength.
+Colours are ColorBrewer's red-blue: zero is white, and lightness falls evenly to both sides. A map is
+multiplied onto its image in pale grey: zero leaves the image as it is, and darker means stronger.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from PIL import Image, ImageDraw
 from libragrad_fx.extras import need
 
 COLOURS = "RdBu_r"
-CLIPPED = 0.99  # the scale ends at this quantile of |values|: single outliers would wash out the rest
-PALED = 0.3  # how much darker the darkest place of an image is than its lightest, under a map
+CLIPPED = 0.99  # the scale ends at this quantile of |values|, so that outliers do not wash out the rest
+PALED = 0.3  # under a map, the darkest place of an image is this much darker than its lightest
 _FILTERS = {"smooth": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
 
 
 def shared_scale(*maps: np.ndarray) -> float:
-    """The value at the end of a colour scale that all ``maps`` share: positive, also for zeros."""
+    """The end of a colour scale that all ``maps`` share: positive, also for maps of zeros."""
     tops = [np.quantile(np.abs(m), CLIPPED) or np.abs(m).max() for m in maps]
     return float(max(tops)) or 1.0
 
@@ -86,7 +85,7 @@ _SIDE, _GAP, _MARGIN, _FOOT, _HEAD = 3.4, 0.15, 0.2, 0.95, 0.85
 def figure(image: np.ndarray, maps: Sequence[tuple[str, np.ndarray]], title: str, note: str = "") -> Any:
     """A matplotlib figure: the image, then each (caption, map) over it, on one signed scale.
 
-    Its size depends on the number of maps alone. A caption may have two lines.
+    Its size depends only on the number of maps. A caption may have two lines.
     """
     matplotlib = need("matplotlib", "demo")
     n = len(maps) + 1

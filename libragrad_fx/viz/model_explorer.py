@@ -13,7 +13,7 @@ _TITLE = "gradient graph"
 
 
 def to_model_explorer(graph: nx.DiGraph) -> dict[str, Any]:
-    """A graph collection: module paths are its namespaces, pruned edges an overlay."""
+    """A graph collection: module paths become namespaces, pruned edges an overlay."""
     facts = ("op", "shape", "dtype", "source", "action", "operands", "rule", "reason")
     nodes = [
         {
@@ -46,7 +46,7 @@ def to_model_explorer(graph: nx.DiGraph) -> dict[str, Any]:
 
 
 def overlay(graph: nx.DiGraph, side: str) -> dict[str, Any]:
-    """Node data of one side; both sides are painted on the scale of autograd's."""
+    """Node data of one side; both sides use the colour scale of autograd's."""
     unit = abs(graph.graph["output"][side]) or 1.0
     worst = max(moved(d["plain"]) for _, d in graph.nodes(data=True)) / unit
     results = {

@@ -1,4 +1,4 @@
-"""The demo page: values in, one self-contained HTML file out. Everything is escaped."""
+"""The demo page: from values to one self-contained HTML file, with everything escaped."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """All that the page says.
+    """The content of the page.
 
     reading:    pairs of a term and its explanation
-    measured:   what the summary was measured on
-    certified:  what each certificate was made on
+    measured:   a sentence on what the summary was measured on
+    certified:  a sentence on what each certificate was made on
     """
 
     title: str
@@ -77,7 +77,7 @@ class Page:
 
 
 def render(page: Page, columns: Sequence[tuple[str, str]]) -> str:
-    """HTML. ``columns`` are the (method, side) of each example's panels, in their order."""
+    """The page as HTML. columns: the (method, side) of each example's panels, in order."""
     jinja2 = need("jinja2", "demo")
     world = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

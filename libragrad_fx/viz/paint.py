@@ -6,21 +6,21 @@ import math
 from collections.abc import Mapping
 
 LOST, CREATED, NEITHER = "#5e3c99", "#e66101", "#f7f7f7"
-SEEN = 5e-4  # of the output: what is less is neither said nor painted
+SEEN = 5e-4  # of the output: a smaller imbalance is neither written nor painted
 
 
 def moved(sums: Mapping[str, float] | None) -> float:
-    """What a node, or a group of them, loses and creates."""
+    """The mass that a node, or a group, loses plus the mass that it creates."""
     return sums["lost"] + sums["created"] if sums else 0.0
 
 
 def paint(sums: Mapping[str, float] | None, unit: float, worst: float) -> str:
-    """From pale to the colour of what prevails, by the logarithm of how much.
+    """The colour of a node: violet if it loses more than it creates, else orange; stronger by the log.
 
     Args:
-        sums: what is ``lost`` and ``created``.
-        unit: the size of the output.
-        worst: the share of it that gets the full colour.
+        sums: the mass ``lost`` and ``created``.
+        unit: |output|.
+        worst: the share of the output that gets the strongest colour.
     """
     amount = moved(sums) / unit
     if not sums or amount < SEEN:

@@ -1,4 +1,4 @@
-"""The residual stream against its branches, join by join: a strip for a paper, and a table."""
+"""The residual stream against its branches, join by join, as a bar chart and as a table."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from libragrad_fx.viz.graph import NAMES, SIDES
 from libragrad_fx.viz.text import table
 
 _STREAM, _GONE = "#c9ccd1", "#ffffff"
-# Okabe and Ito's, which colour-blind readers tell apart
+# Okabe and Ito's colours, which colour-blind readers tell apart
 _BRANCHES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442")
 _OTHERS = "others"
 
 
 def save(joins: Sequence[Join], path: Path, title: str = "") -> None:
-    """Draw what comes back over each join, autograd above and balanced below, to .svg, .png or .pdf.
+    """Draw the mass that comes back over each join, autograd above and balanced below.
+
+    path: .svg, .png or .pdf
 
     Raises:
-        InputError: a graph in which nothing joins.
+        InputError: there are no joins.
     """
     _draw(joined(joins), title).savefig(path, dpi=200)
 
 
 def joined(joins: Sequence[Join]) -> Sequence[Join]:
-    """The joins, if there are any.
+    """``joins``, checked.
 
     Raises:
-        InputError: a graph in which nothing joins.
+        InputError: there are none.
     """
     if not joins:
         raise InputError("no branches come together in this model where all of the gradient passes")
@@ -66,7 +68,7 @@ def _draw(joins: Sequence[Join], title: str) -> Any:
 
 
 def _bars(panel: Any, joins: Sequence[Join], side: str, kinds: Sequence[str], colours: Any) -> None:
-    """Stacked up where mass is of the output's sign, and down where it is against it."""
+    """Stacked bars: up for mass of the output's sign, down for mass against it."""
     up, down = [0.0] * len(joins), [0.0] * len(joins)
     parts = [(k, [100 * j.masses[side].get(k, 0.0) for j in joins], colours[k], "") for k in kinds]
     parts.append(("to biases so far", [100 * j.gone[side] for j in joins], _GONE, "////"))
@@ -88,7 +90,7 @@ def _bars(panel: Any, joins: Sequence[Join], side: str, kinds: Sequence[str], co
 
 
 def _gathered(joins: Sequence[Join]) -> list[Join]:
-    """With the lightest branches as one, where there are more than colours."""
+    """If there are more branches than colours, the lightest ones become ``others``."""
     names = [k for k in branches(joins) if k != RESIDUAL]
     if len(names) <= len(_BRANCHES):
         return [*joins]
@@ -105,19 +107,19 @@ def _sum(masses: Mapping[str, float], kept: Collection[str]) -> dict[str, float]
 
 
 def branches(joins: Sequence[Join]) -> list[str]:
-    """All names of branches, the residual stream first, then as they come."""
+    """All names of branches: the residual stream first, unnamed ones last."""
     names = dict.fromkeys(k for j in joins for k in j.masses["balanced"])
     return sorted(names, key=lambda k: (k != RESIDUAL, k in (BRANCH, _OTHERS)))
 
 
 def _ticks(joins: Sequence[Join]) -> list[str]:
-    """The module of each join, said once."""
+    """A label for each join: its module, empty if the same as before."""
     named = [j.module or j.node for j in joins]
     return [n if i == 0 or n != named[i - 1] else "" for i, n in enumerate(named)]
 
 
 def streams_table(joins: Sequence[Join]) -> str:
-    """What comes back over each join, in % of the output: autograd's number, then the balanced."""
+    """The mass that comes back over each join, in % of the output: autograd's → balanced."""
     kinds = branches(joins)
     pair = lambda *shares: " → ".join(f"{100 * s:.3g}" for s in shares)  # noqa: E731
     rows = [

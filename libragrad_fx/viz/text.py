@@ -1,4 +1,4 @@
-"""Plans, ledgers and certificates as text: what ``print`` shows of them."""
+"""Plans, ledgers and certificates as text, for ``print``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from libragrad_fx.types import Action, Certificate, Edit, Ledger, Plan
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """Plain-text table, one line a row, columns padded to their longest cell."""
+    """A plain-text table, one line for each row, columns padded to their longest cell."""
     if not rows:
         return []
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]

@@ -1,4 +1,4 @@
-"""A gradient graph as a file, whose ending says what kind."""
+"""Writes a gradient graph as a file; the ending decides the format."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ ENDINGS: Mapping[str, tuple[str, ...]] = {
 
 
 def check_path(path: str | Path, view: str = "graph") -> Path:
-    """The path, if a view can be written there: asked before the work."""
+    """The path, if a view can be written there: checked before the work.
+
+    Raises:
+        InputError: it cannot.
+    """
     path = Path(path)
     if view not in ENDINGS:
         raise InputError(f"view is one of {', '.join(ENDINGS)}; got {view!r:.40}")
@@ -45,18 +49,17 @@ def check_path(path: str | Path, view: str = "graph") -> Path:
 def write(
     graph: nx.DiGraph, path: str | Path, view: str = "graph", depth: int = 2, focus: str = ""
 ) -> Path:
-    """Write a view of ``graph`` as its file's ending says.
+    """Write a view of ``graph`` in the format of the path's ending.
 
-    graph: .svg, .png, .pdf, .dot show it from as far away as ``collapse`` does with ``depth``, or
-        ``focus`` and what is next to it; .html begins there; .json holds every op, as networkx's
-        ``node_link_graph`` reads it.
-    streams: what comes back over the residual stream and over each branch, see ``streams``.
-    model-explorer: .json for Google's Model Explorer, and beside it the account of each side for
+    graph: .svg, .png, .pdf, .dot draw its ``collapse`` to ``depth``, or ``focus`` and its neighbours; .html
+        opens like that; .json holds every op, for networkx's ``node_link_graph``.
+    streams: the mass that comes back over the residual stream and over each branch.
+    model-explorer: .json for Google's Model Explorer, and an overlay file for each side:
         ``model-explorer g.json --node_data_paths g.autograd.json,g.balanced.json``.
 
     Raises:
-        InputError: another ending, a place that cannot be written, a number that is not finite, or
-            Graphviz is not installed (.html, .dot and .json need none).
+        InputError: another ending, a path that cannot be written, a number that is not finite, or
+            Graphviz is not installed (.html, .dot and .json do not need it).
     """
     path = check_path(path, view)
     _require_finite(graph)
