@@ -5,7 +5,7 @@ from __future__ import annotations
 from libragrad_fx import errors
 from libragrad_fx.api import audit, gradient_graph, plan, trace, transform, verify, visualize
 from libragrad_fx.attribution import Attribution, attribute, blocks
-from libragrad_fx.module.segments import checkpointed
+from libragrad_fx.segments import checkpointed
 from libragrad_fx.types import Certificate, Ledger, Plan
 from libragrad_fx.version import __version__
 

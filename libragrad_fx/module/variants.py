@@ -77,7 +77,13 @@ def fits(module: CapturedModule, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 
 def fitting(module: InGraphs, inputs: Any) -> Any:
-    """The graph that ``module`` runs for ``inputs``; ``module`` itself if it has no original."""
+    """The graph that ``module`` runs for ``inputs``; ``module`` itself if it has no original.
+
+    Raises:
+        ModeError: the module was changed after it was captured.
+    """
+    if isinstance(module, CapturedModule) and module.training is module.record.training:
+        module._tree.require_unchanged()
     if module.origin is None:
         return module
     args, kwargs = as_call(inputs)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import libragrad_fx as lg
+from libragrad_fx.errors import ModeError
 from libragrad_fx.module.walk import blocks
 
 F64 = torch.float64
@@ -218,3 +219,17 @@ def test_blocks_of_torchvisions_vit() -> None:
     model = torchvision.models.VisionTransformer(32, 8, 3, 2, 16, 32, num_classes=5).double().eval()
     gm = lg.transform(model, torch.randn(2, 3, 32, 32, dtype=F64))
     assert blocks(gm) == [f"encoder.layers.encoder_layer_{i}" for i in range(3)]
+
+
+@pytest.mark.parametrize("change", ["half", "another activation"])
+def test_a_module_that_was_changed_is_not_explained(change: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 3))
+    x = torch.randn(2, 4)
+    module = lg.transform(model, x)
+    if change == "half":
+        model.half()
+    else:
+        module.get_submodule("1").approximate = "tanh"  # type: ignore[assignment]
+    for ask in (lg.attribute, lg.audit):
+        with pytest.raises(ModeError, match="captured"):
+            ask(module, x, 0)
