@@ -1257,7 +1257,7 @@ BAD_COMMANDS: dict[str, tuple[list[object], str]] = {
     "no model to explain": (["explain", "photo.png"], "--model"),
     "a picture that is a folder": (["explain", ".", "--model", GOOD], "no image file"),
     "a picture cut short": (["explain", "cut.png", "--model", GOOD], "cut.png"),
-    "no such method": (["explain", "photo.png", "--model", GOOD, "--method", "gradcam"], "--method"),
+    "no such method": (["explain", "photo.png", "--model", GOOD, "--method", "scorecam"], "--method"),
     "a model for other pictures": (["explain", "photo.png", "--model", f"{HERE}four_channels"], "does not take one image"),
     "a model of tables": (["explain", "photo.png", "--model", f"{HERE}small"], "does not take one image"),
     "output over a folder": (["explain", "photo.png", "--model", GOOD, "--plain", "-o", "."], "cannot write"),
