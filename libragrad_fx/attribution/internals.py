@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from libragrad_fx.graph.schema import aten_op
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.walk import called_modules
 from libragrad_fx.ops import insert
+from libragrad_fx.ops.places import taken
 from libragrad_fx.target import Target, as_call, differentiable, select_each, undisturbed
 from libragrad_fx.types import Kind, OpFacts, Site
 
@@ -48,6 +50,7 @@ class Internals:
     attention: every attention, in the order of the graph, where it was asked for
     streams: for each of these the residual stream behind it; None where there is none
     ends:    what the module at each layer returned, likewise
+    read:    which token of the last layer's module is read alone, by what comes behind it; None if none is
     """
 
     output: torch.Tensor
@@ -60,6 +63,7 @@ class Internals:
     attention: tuple[heads.Attention, ...] = ()
     streams: tuple[torch.Tensor | None, ...] = ()
     ends: tuple[torch.Tensor, ...] = ()
+    read: int | None = None
 
 
 def observe(
@@ -136,8 +140,19 @@ def observe(
     tokens |= {p: where[n] for p, n in taps.items()}
     return Internals(
         each.detach(), sources, tapped, constants, shapes, before, tokens, attended, streams,
-        tuple(kept[n].detach() for n in ends if n is not None),
+        tuple(kept[n].detach() for n in ends if n is not None), _read_token(ends[-1:], sizes),
     )  # fmt: skip
+
+
+def _read_token(ends: Sequence[Node | None], sizes: Mapping[Node, tuple[int, ...]]) -> int | None:
+    """The first place of the axis of tokens that is taken alone behind a node of shape (B, T, C)."""
+    behind = reach([n for n in ends if n is not None], lambda n: list(n.users))
+    for found in (t for n in sizes if n in behind and (t := taken(n)) is not None):
+        last = found.start == -1 and found.end in (None, sys.maxsize)
+        alone = found.end is None or last or found.end == found.start + 1
+        if len(sizes.get(found.x, ())) == 3 and found.axis == 1 and isinstance(found.start, int) and alone:
+            return found.start
+    return None
 
 
 def _facts_of(module: CapturedModule) -> Callable[[Node], OpFacts | None]:

@@ -104,7 +104,7 @@ def attribute(
         raise InputError(f"the target callable gave {batch} numbers; attribute wants one for each sample")
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        terms = how.terms(_taps(module, method, how, seen))
+        terms = how.terms(_taps(method, how, seen, target))
     biases = [(site.node, maps.by_sample(product(b, g), axis, batch)) for site, axis, b, g in seen.biases]
     if how.sums:
         expected = _expected(seen, [*tapped], biases, how.biases)
@@ -172,7 +172,7 @@ def _noise(x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
     return torch.randn(x.shape[1:], generator=draw, dtype=x.dtype).to(x.device) * size
 
 
-def _taps(module: CapturedModule, method: str, how: Method, seen: Internals) -> Taps:
+def _taps(method: str, how: Method, seen: Internals, target: Target) -> Taps:
     """What one backward showed, block by block."""
     images = _images(seen)
     layers = [
@@ -196,7 +196,7 @@ def _taps(module: CapturedModule, method: str, how: Method, seen: Internals) -> 
     found = [i for i in at if i is not None]
     streams = [s for i in found if (s := seen.streams[i]) is not None]
     taps = Taps(layers, [seen.attention[i] for i in found], streams, seen.ends)
-    return dataclasses.replace(taps, row=_row(method, taps, seen, images)) if how.row else taps
+    return dataclasses.replace(taps, row=_row(method, taps, seen, images, target)) if how.row else taps
 
 
 def _inside(seen: Internals, path: str) -> int | None:
@@ -209,17 +209,20 @@ def _over_tokens(seen: Internals, index: int, layer: Layer) -> bool:
     return layer.value.ndim == 3 and tokens == [layer.value.shape[1]] * 2 and batch == len(layer.value)
 
 
-def _row(method: str, taps: Taps, seen: Internals, images: Mapping[str, Any]) -> int:
-    """The token that attention is followed to: the class token, of a causal model the last one."""
-    first, weights = taps.layers[0], taps.attention[0].weights
-    if weights.shape[-1] > 1 and not bool(weights.triu(1).any()):
-        return -1
-    image = next(iter(images.values()), None)
-    if image is not None and not maps.layout(first.value.shape, seen.shapes, image).prefix:
-        raise InputError(
-            f"{method} follows attention to the class token, and {first.name} has none: use attcat"
-        )
-    return 0
+def _row(method: str, taps: Taps, seen: Internals, images: Mapping[str, Any], target: Target) -> int:
+    """The token that attention is followed to: the one that the model reads alone; else an image's class
+    token; else the one that the target names."""
+    if seen.read is not None:
+        return seen.read
+    first, image = taps.layers[0], next(iter(images.values()), None)
+    if image is not None and maps.layout(first.value.shape, seen.shapes, image).prefix:
+        return 0
+    if isinstance(target, tuple) and len(target) > 1:
+        return int(target[0])
+    raise InputError(
+        f"{method} follows attention to the token that the output is read from, and no token is read alone:"
+        " use attcat, or give a target (token, class)"
+    )
 
 
 def _expected(seen: Internals, names: Sequence[str], biases: Sequence[Term], plus: bool) -> torch.Tensor:

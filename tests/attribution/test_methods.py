@@ -14,6 +14,7 @@ from torch import nn
 
 import libragrad_fx as lg
 from libragrad_fx.attribution import METHODS, maps
+from libragrad_fx.attribution.internals import observe
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
 
@@ -295,6 +296,51 @@ def test_paths_go_over_inputs(name: str, case: Any) -> None:
         lg.attribute(module, x, TARGET, method=name, layers=["blocks.1"])
 
 
+class Reads(nn.Module):
+    """Two encoder layers, and what of their result is returned."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor], causal: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.read, self.causal, self.head = read, causal, nn.Linear(8, 5)
+        layers = (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1) if self.causal else None
+        for layer in self.layers:
+            x = layer(x, src_mask=mask)
+        return self.read(self.head(x))
+
+
+@pytest.mark.parametrize(
+    ("read", "target", "row"),
+    [
+        (lambda y: y[:, 0], TARGET, 0),
+        (lambda y: y[:, -1], TARGET, -1),
+        (lambda y: y[:, 3:4].squeeze(1), TARGET, 3),
+        (lambda y: y[:, -1:].flatten(1), TARGET, -1),
+        (lambda y: y, (4, TARGET), 4),
+    ],
+)
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_followed_to_the_token_that_is_read(
+    read: Any, target: Any, row: int, causal: bool
+) -> None:
+    model, x = Reads(read, causal).double().eval(), torch.randn(2, 6, 8, dtype=F64)
+    module = lg.trace(model, x)
+    seen = observe(module, x, target, lg.blocks(module), attention=True)
+    want = seen.attention[-1].weights.mean(1)[:, row]
+    got = lg.attribute(module, x, target, method="raw_attention")
+    torch.testing.assert_close(got.values, want, rtol=1e-12, atol=0)
+
+
+def test_where_no_token_is_read_alone_it_says_so() -> None:
+    model, x = Reads(lambda y: y.mean(1)).double().eval(), torch.randn(2, 6, 8, dtype=F64)
+    with pytest.raises(InputError, match="no token is read alone"):
+        lg.attribute(lg.transform(model, x), x, TARGET, method="rollout")
+
+
 def test_two_sequences_of_tokens_are_not_followed_as_one() -> None:
     class Towers(nn.Module):
         def __init__(self) -> None:
@@ -312,9 +358,9 @@ def test_two_sequences_of_tokens_are_not_followed_as_one() -> None:
     inputs = torch.randn(2, 5, 8, dtype=F64), torch.randn(2, 7, 8, dtype=F64)
     module = lg.transform(Towers().double().eval(), inputs)
     with pytest.raises(InputError, match="follows one sequence"):
-        lg.attribute(module, inputs, TARGET, method="rollout")
+        lg.attribute(module, inputs, TARGET, method="attcat")
     left = ["left.0", "left.1"]
-    assert lg.attribute(module, inputs, TARGET, method="rollout", layers=left).values.shape == (2, 5)
+    assert lg.attribute(module, inputs, TARGET, method="attcat", layers=left).values.shape == (2, 5)
 
 
 def test_heads_by_features_are_no_grid() -> None:
