@@ -56,7 +56,7 @@ def transform(
             if None. Axis 0 of each tensor becomes free, and so does the length of tokens. For a call that
             does not fit (another shape, container, dtype or constant), the original is captured again and
             the graph kept, as long as the process holds the original.
-        policy: ``"libra"`` (LibraGrad, CVPR 2025), ``"cp_lrp"`` (Ali et al. 2022), or a YAML file.
+        policy: ``"libra"`` (LibraGrad, CVPR 2025), another of ``rules/README.md``, or a YAML file.
         on_unknown: ``"raise"`` lists every op on a live gradient path that no rule covers;
             ``"keep"`` leaves autograd's gradient there and says so in the plan.
         rules: facts to add: a YAML file, or a list of mappings (see ``rules/README.md``).

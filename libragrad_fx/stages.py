@@ -21,6 +21,7 @@ from libragrad_fx.capture.normal import normalize
 from libragrad_fx.capture.state import copied, untouched
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.plan import plan as make_plan
+from libragrad_fx.decide.plan import require_matched
 from libragrad_fx.decide.roles import analyze
 from libragrad_fx.decide.rulebook import RuleBook
 from libragrad_fx.decide.sites import sites
@@ -85,7 +86,10 @@ def decide(
                 raise ExportError(f"{type(model).__name__} is no graph: {known.unfit}")
             trace, free = _traced(model, args, kwargs, book, module_calls, FIXED if piece else free)
         analysis = analyze(trace, book, all_carry=piece, static=static)
-        return Decision(trace, analysis, make_plan(trace, analysis, book, on_unknown), known, free)
+        made = make_plan(trace, analysis, book, on_unknown)
+        if not piece:  # a row may have its site in another piece
+            require_matched([made])
+        return Decision(trace, analysis, made, known, free)
 
 
 def _traced(

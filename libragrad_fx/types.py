@@ -48,7 +48,7 @@ class Kind(enum.StrEnum):
 
 
 class Action(enum.StrEnum):
-    """What is done to a backward. CUT, STOP and SCALE insert, SECANT and FREEZE_SCALE put a twin in.
+    """What is done to a backward. CUT, STOP and SCALE insert, the others put a twin in.
 
     CUT stops operands of an op without a gradient; what it returns requires one all the same.
     """
@@ -59,6 +59,7 @@ class Action(enum.StrEnum):
     SCALE = "scale"
     SECANT = "secant"
     FREEZE_SCALE = "freeze_scale"
+    TEMPER = "temper"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,17 +131,31 @@ class OpFacts:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyRow:
-    """One row of a policy file: (kind, site) -> action."""
+    """One row of a policy file: (kind, site) -> action.
+
+    number:   of ``{scale: 0.25}``
+    of:       the op or kind that makes the operand ("" for any)
+    scope:    the modules in which it holds ("" for all), which the file calls ``where``
+    optional: whether a model may have no site for it
+    """
 
     kind: Kind
     site: str
     action: Action
     cite: str
     where: Location
+    number: float | None = None
+    of: str = ""
+    scope: str = ""
+    optional: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.kind}/{self.site}"
+
+    def __str__(self) -> str:
+        made = f" of {self.of}" if self.of else ""
+        return self.name + made + (f" in {self.scope!r}" if self.scope else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +254,7 @@ class Edit:
     reason: str
     module: str
     source: str
+    temperature: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +283,10 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything the pass will do, decided before any node moves. Prints as a table."""
+    """Everything the pass will do, decided before any node moves. Prints as a table.
+
+    unmatched: rows of the policy that are not optional and have no site here
+    """
 
     policy: str
     digest: str
@@ -276,6 +295,7 @@ class Plan:
     unbalanced: tuple[Finding, ...]
     notes: tuple[str, ...]
     why: Mapping[str, str] = dataclasses.field(repr=False, default_factory=dict)
+    unmatched: tuple[PolicyRow, ...] = ()
 
     def explain(self, node: str) -> str:
         """Why ``node`` is edited, or why it is left alone (``libragrad plan --why NODE``)."""

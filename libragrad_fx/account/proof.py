@@ -7,6 +7,7 @@ proof combines these facts.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections import Counter
@@ -40,6 +41,7 @@ _BY_TWIN = {
     Kind.LINEAR: "linear, its output that is a gate scaled by a twin",
     Kind.RECURRENT: "recurrent layer, its gates held by a twin",
 }
+_SCALED = ", scaled"  # in a reason that rests on it
 _ONCE = ", if no two of its indices coincide"  # of two writes one survives, but autograd answers both
 
 
@@ -59,6 +61,8 @@ def prove(module: CapturedModule, as_run: bool = False) -> Proof:
         if hands_on(node) and node.target is not graft:
             continue
         reason, problem = _judge(node, facts, moving, arrived)
+        if stray := [] if _SCALED in reason else [*itertools.chain(*_scales(node))]:
+            reason, problem = "", f"its gradient is scaled by {stray[0]:g}"
         if reason:
             reasons[reason] += 1
         else:
@@ -104,7 +108,7 @@ def _judge(
         factors = sum(n in moving for n in node.args[1:3])
         if factors < 2:
             return "part of a product with one factor that carries", ""
-        return _scaled(node, facts, 1 / factors, "part of a product, scaled", "both factors carry")
+        return _scaled(node, facts, 1 / factors, "part of a product, scaled", "both factors carry", factors)
     if fact is None:
         return "", "no fact says how its output depends on its operands"
     kind = kind_of(node, fact)
@@ -115,10 +119,12 @@ def _judge(
         if len(sends) == 1:
             return _BY_KIND[Kind.LINEAR], ""
         reason = "rows times weights, scaled by 1/2"
-        return _scaled(node, facts, 0.5, reason, "both count its gradient", whole=False)
+        return _scaled(node, facts, 0.5, reason, "both count its gradient", 2, whole=False)
     if stray := sends - _among(sends, (*fact.stream, *fact.factors, *fact.denominator)):
         return "", f"{', '.join(sorted(stray))} gets a gradient, though it only modulates"
     twin = hasattr(node.target, "aten_op")
+    if hasattr(node.target, "temper"):
+        return "", "its softmax goes back at another temperature"
     gates = () if twin else fact.gate_outputs
     if gates and any(u.args[1] in gates for u in node.users if u in reached):
         return "", "an output of it that is a gate carries"
@@ -140,18 +146,18 @@ def _judge_under_autograd(
     if fact.degree is not None:
         wanted = 1 / fact.degree
         reason = f"homogeneous of degree {fact.degree:g}, scaled by its inverse"
-        return _scaled(node, facts, wanted, reason, f"its gradient is not scaled by {wanted:g}")
+        return _scaled(node, facts, wanted, reason, f"its gradient is not scaled by {wanted:g}", len(sends))
     if divisors := _among(sends, fact.denominator):
         if sends != divisors:
             return "", "a divisor gets a gradient beside what it divides"
         reason = "reciprocal, scaled by -1"
-        return _scaled(node, facts, -1.0, reason, "a divisor gets a gradient")
+        return _scaled(node, facts, -1.0, reason, "a divisor gets a gradient", len(divisors))
     factors = len(_among(sends, fact.factors))
     if kind is Kind.PRODUCT and factors > 1:
         reason = f"product of {factors} values, scaled by 1/{factors}"
         problem = f"a product of {factors} values counts its gradient {factors} times"
         alone = not _among(sends, fact.stream)
-        return _scaled(node, facts, 1 / factors, reason, problem, whole=alone)
+        return _scaled(node, facts, 1 / factors, reason, problem, factors, whole=alone)
     if kind is Kind.PRODUCT:
         return "product with one factor that carries", ""
     if kind in _BY_KIND:
@@ -178,15 +184,21 @@ def _behind_a_join(node: Node, facts: Mapping[str, OpFacts]) -> list[Any]:
 
 
 def _scaled(
-    node: Node, facts: Mapping[str, OpFacts], wanted: float, reason: str, problem: str,
+    node: Node, facts: Mapping[str, OpFacts], wanted: float, reason: str, problem: str, operands: int,
     whole: bool = True,
 ) -> tuple[str, str]:  # fmt: skip
-    """(reason, "") if a node's output, or each operand with a gradient, is scaled by ``wanted``; else
+    """(reason, "") if a node's output, or each of so many operands, is scaled by ``wanted``; else
     ("", problem). whole: scaling the output counts as well."""
-    mine = lambda n: is_scale(n) and note(n).host == node.name  # noqa: E731
-    outer = [n.args[1] for n in node.users if mine(n)] or _behind_a_join(node, facts)
-    inner = [n.args[1] for n in node.all_input_nodes if mine(n)]
+    inner, outer = _scales(node)
+    outer = outer or _behind_a_join(node, facts)
     if outer:
-        inner = outer if whole and not inner and len(node.users) == 1 else []
-    good = bool(inner) and all(math.isclose(f, wanted) for f in inner)  # type: ignore[arg-type]
+        inner, operands = outer if whole and not inner and len(node.users) == 1 else [], 1
+    good = len(inner) == operands and all(math.isclose(f, wanted) for f in inner)
     return (reason, "") if good else ("", problem)
+
+
+def _scales(node: Node) -> tuple[list[Any], list[Any]]:
+    """The factors of the scales that were put on a node's operands, and on its output."""
+    mine = lambda n: is_scale(n) and not insert.is_end(n) and note(n).host == node.name  # noqa: E731
+    sides = node.all_input_nodes, node.users
+    return tuple([n.args[1] for n in side if mine(n) and note(n).rule != LEAN] for side in sides)  # type: ignore[return-value]

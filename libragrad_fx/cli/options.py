@@ -96,7 +96,7 @@ TargetIndex = Annotated[
 
 Policy = Annotated[
     str,
-    typer.Option(metavar="NAME|FILE", help="What to balance, and how: libra, cp_lrp or a .yaml file."),
+    typer.Option(metavar="NAME|FILE", help="What to balance, and how: libra, attn_lrp, … or a .yaml file."),
 ]
 
 

@@ -43,8 +43,9 @@ def passes(node: Node, fact: OpFacts | None, moving: set[Node]) -> list[tuple[st
     if hands_on(node):
         return [("", n) for n in node.all_input_nodes if n in moving]
     names = tensor_arguments(node) if fact is None else fact.operands
-    if hasattr(node.target, "aten_op") and fact is not None and fact.kind is Kind.ATTENTION:
-        names = fact.factors  # attention's twin sends a gradient to v alone; others, to every operand
+    twin = hasattr(node.target, "aten_op") and not hasattr(node.target, "temper")
+    if twin and fact is not None and fact.kind is Kind.ATTENTION:
+        names = fact.factors  # its twin sends a gradient to v alone; others, to every operand
     return [(k, n) for k, n in operands(node, names) if n in moving]
 
 

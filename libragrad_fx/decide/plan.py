@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.fx import Node
 
 from libragrad_fx.decide.flow import is_inexact
+from libragrad_fx.decide.path import Found, Path
 from libragrad_fx.decide.roles import finding, kind_of
 from libragrad_fx.decide.rulebook import RuleBook
-from libragrad_fx.errors import NoPathError, UnknownOpError
+from libragrad_fx.errors import NoPathError, RuleError, UnknownOpError
 from libragrad_fx.graph.origin import module_path, source_line
 from libragrad_fx.graph.schema import op_name, operands
 from libragrad_fx.ops import TWINS
+from libragrad_fx.ops.temper import TEMPERED
 from libragrad_fx.types import (
     Action,
     Analysis,
@@ -47,7 +50,7 @@ def plan(trace: Trace, analysis: Analysis, book: RuleBook, on_unknown: str = "ra
         )
     planner = _Planner(trace, analysis, book)
     for node in trace.graph.nodes:
-        if node.name in analysis.live:
+        if node in planner.path:
             planner.visit(node)
         else:
             planner.visit_cut(node)
@@ -65,33 +68,45 @@ def plan(trace: Trace, analysis: Analysis, book: RuleBook, on_unknown: str = "ra
         unbalanced=tuple(planner.unbalanced),
         notes=tuple(notes),
         why={n.name: _why(n, analysis, planner) for n in trace.graph.nodes},
+        unmatched=tuple(r for r in book.rows if not r.optional and r not in planner.matched),
     )
 
 
+def require_matched(plans: Iterable[Plan]) -> None:
+    """Raise ``RuleError`` if a row that is not optional has no site in any part of a model."""
+    missed = [set(p.unmatched) for p in plans]
+    rows = sorted(set.intersection(*missed) if missed else (), key=lambda r: r.where.line)
+    if rows:
+        said = "\n".join(f"{r.where}: row {r} has no site in this model" for r in rows)
+        raise RuleError(f"{said}\n    correct it, or say 'optional: true' if it is for other models")
+
+
 class _Planner:
-    """Visits live nodes; each visit adds edits or findings."""
+    """Visits the nodes that the gradient passes; each visit adds edits or findings."""
 
     def __init__(self, trace: Trace, analysis: Analysis, book: RuleBook) -> None:
-        self.roles, self.facts, self.live = analysis.roles, analysis.facts, analysis.live
+        self.roles, self.facts = analysis.roles, analysis.facts
         self.relabelled, self.book = analysis.relabelled, book
+        self.path = Path(trace.graph, analysis, book)
         self.edits: list[Edit] = []
         self.unknown: list[Finding] = []
         self.unbalanced: list[Finding] = []
+        self.matched: set[PolicyRow] = set()
 
     def visit(self, node: Node) -> None:
         fact = self.facts.get(node.name)
         if fact is None:
+            if node in self.path.behind and isinstance(node.target, torch._ops.OpOverload):
+                self.unknown.append(
+                    finding(node, "no fact rules it, behind a gate that is live", "add a row for it")
+                )
             return
         kind = kind_of(node, fact)
-        carried = [
-            (k, n)
-            for k, n in operands(node, (*fact.stream, *fact.factors))
-            if self.roles[n.name] is Role.VALUE
-        ]
-        if carried or kind is Kind.EMBEDDING:
+        if self.path.carrying(node, (*fact.stream, *fact.factors)) or kind is Kind.EMBEDDING:
+            self._carried(node, fact, kind, self._gates(node, fact, kind))
+        elif node in self.path.behind:
             self._gates(node, fact, kind)
-            self._carried(node, fact, kind)
-        elif self._live(operands(node, fact.denominator)):
+        elif self.path.alive(node, fact.denominator):
             self._reciprocal(node, fact)
         else:
             self._gate_only(node)
@@ -114,45 +129,55 @@ class _Planner:
 
     # --- operands that modulate
 
-    def _gates(self, node: Node, fact: OpFacts, kind: Kind) -> None:
-        gates = self._live(operands(node, fact.gate))
-        if kind is Kind.PRODUCT:
-            factors = operands(node, fact.factors)
-            gates += [(k, n) for k, n in factors if self.roles[n.name] is Role.GATE]
-        for site, found in (
-            ("gate", gates),
-            ("denominator", self._live(operands(node, fact.denominator))),
-        ):
-            row = self._row(node, kind, site) if found else None
-            if row is None:
-                continue
-            names = tuple(k for k, _ in found)
-            if row.action is Action.STOP:
-                if kind is not Kind.ATTENTION:
-                    reason = f"{', '.join(n.name for _, n in found)} modulates and does not carry"
+    def _gates(self, node: Node, fact: OpFacts, kind: Kind) -> Found:
+        """Rule what modulates. Returned are gates that count as factors: ``scale`` without a number."""
+        counted: Found = []
+        for site, found in self.path.modulating(node, fact, kind).items():
+            for row, same in self._by_row(node, kind, site, found):
+                names = tuple(k for k, _ in same)
+                if row.action is Action.STOP and kind is Kind.ATTENTION:
+                    self._edit(node, row, names, "attention weights are held; v carries", fact=fact)
+                elif row.action is Action.STOP:
+                    reason = f"{', '.join(n.name for _, n in same)} modulates and does not carry"
                     self._edit(node, row, names, reason)
+                elif row.action is Action.SCALE and row.number is None:
+                    counted += same
                 else:
-                    reason = "attention weights are held; v carries"
-                    self._edit(node, row, names, reason, fact=fact)
-            else:
-                self._left(node, row, f"operand {', '.join(names)} depends on the input")
+                    self._let_through(node, row, names, f"operand {', '.join(names)} depends on the input")
+                    inside = self._row(node, kind, "weights") if kind is Kind.ATTENTION else None
+                    if inside is not None and inside.action is Action.TEMPER:
+                        self._temper(node, inside, "the softmax inside goes back at a temperature")
+        return counted
+
+    def _let_through(self, node: Node, row: PolicyRow, names: tuple[str, ...], problem: str) -> None:
+        if row.action is Action.SCALE:
+            self._edit(node, row, names, f"the policy's number for {', '.join(names)}", factor=row.number)
+        self._left(node, row, problem)
 
     # --- operands that carry
 
-    def _carried(self, node: Node, fact: OpFacts, kind: Kind) -> None:
-        factors = [(k, n) for k, n in operands(node, fact.factors) if self.roles[n.name] is Role.VALUE]
+    def _carried(self, node: Node, fact: OpFacts, kind: Kind, counted: Found) -> None:
+        factors = self.path.carrying(node, fact.factors)
         if kind is Kind.EMBEDDING and factors:  # rows that depend on the input, weighted by what does
             kind = Kind.PRODUCT
-            factors += [(k, n) for k, n in operands(node, fact.stream) if self.roles[n.name] is Role.VALUE]
+            factors += self.path.carrying(node, fact.stream)
         several = kind is Kind.PRODUCT and len(factors) > 1
-        row = self._row(node, kind, "values" if several else "value")
+        if counted or several:
+            return self._product(node, fact, factors, counted)
+        behind = node in self.path.behind
+        if behind and (kind in _BALANCED_KINDS or kind is Kind.PRODUCT):
+            return None
+        row = self._row(node, kind, "behind" if behind else "value")
         if row is None:
-            return
-        if several:
-            self._product(node, fact, row, tuple(k for k, _ in factors))
-        elif row.action is Action.KEEP:
+            return None
+        if row.action is Action.KEEP:
             if kind not in _BALANCED_KINDS and kind is not Kind.PRODUCT:
                 self._left(node, row, f"a {kind} op is not balanced under autograd")
+        elif row.action is Action.SCALE:
+            names = tuple(k for k, _ in factors)
+            self._let_through(node, row, names, f"the gradient of {', '.join(names)} is scaled")
+        elif row.action is Action.TEMPER:
+            self._temper(node, row, "it goes back at a temperature")
         elif fact.degree is not None:
             self._power(node, fact, row)
         elif any(map(_is_complex, node.all_input_nodes)) and not _takes_complex(fact):
@@ -164,15 +189,46 @@ class _Planner:
             )
         else:
             self._edit(node, row, (), self._reason(node, kind), fact=fact)
-
-    def _product(self, node: Node, fact: OpFacts, row: PolicyRow, names: tuple[str, ...]) -> None:
-        if row.action is not Action.SCALE:
-            return self._left(node, row, f"{len(names)} operands carry the signal")
-        additive = bool(operands(node, fact.stream))
-        reason = f"a product of {len(names)} values counts its gradient {len(names)} times"
-        # an offset is no factor: with one, the factors are scaled and not the whole output
-        self._edit(node, row, names if additive else (), reason, factor=1 / len(names))
         return None
+
+    def _product(self, node: Node, fact: OpFacts, factors: Found, counted: Found) -> None:
+        """A product of several operands that carry, gates among them that count as factors."""
+        site, every = self.path.values(node), [*factors, *counted]
+        stops = self.path.stopped(node, Kind.PRODUCT, site, factors) if len(factors) > 1 else []
+        ruled = self._by_row(node, Kind.PRODUCT, site, factors) if len(factors) > 1 else []
+        if not stops and (stop := next((r for r, _ in ruled if r.action is Action.STOP), None)):
+            self.unknown.append(finding(node, f"row {stop} would stop every factor", "narrow it"))
+            return
+        for row, same in ruled:
+            if row.action is Action.STOP:
+                reason = f"{', '.join(n.name for _, n in same)} is stopped by the policy"
+                self._edit(node, row, tuple(k for k, _ in same), reason)
+        rest = [(r, s) for r, s in ruled if r.action is not Action.STOP]
+        rest += self._by_row(node, Kind.PRODUCT, "gate", counted)
+        count = len(every) - len(stops)
+        if count < 2:
+            return
+        # an offset is no factor: with one, the factors are scaled and not the whole output
+        whole = len({(r.action, r.number) for r, _ in rest}) == 1 and not operands(node, fact.stream)
+        if len(rest) == 1:
+            rest = [(rest[0][0], [x for x in every if x not in stops])]
+        for row, same in rest[:1] if whole else rest:
+            if row.action is Action.SCALE:
+                factor = row.number or 1 / count
+                reason = f"a product of {count} values counts its gradient {count} times"
+                self._edit(node, row, () if whole else tuple(k for k, _ in same), reason, factor=factor)
+                if math.isclose(factor, 1 / count):
+                    continue
+            self._left(node, row, f"{count} operands carry the signal")
+
+    def _temper(self, node: Node, row: PolicyRow, reason: str) -> None:
+        if node.target in TEMPERED:
+            self._edit(node, row, (), reason, temperature=row.number)
+            self._left(node, row, "its backward is that of another temperature")
+        else:
+            self.unknown.append(
+                finding(node, f"row {row.name} tempers it, which is for softmax", "narrow the row")
+            )
 
     def _power(self, node: Node, fact: OpFacts, row: PolicyRow) -> None:
         if fact.degree != 1:
@@ -186,7 +242,7 @@ class _Planner:
         if row is not None and row.action is Action.KEEP:
             self._left(node, row, "what divides is the only operand that carries")
         elif row is not None:
-            names = tuple(k for k, _ in self._live(operands(node, fact.denominator)))
+            names = tuple(k for k, _ in self.path.alive(node, fact.denominator))
             reason = "homogeneous of degree -1"
             self._edit(node, row, names, reason, factor=-1.0, action=Action.SCALE)
 
@@ -201,8 +257,9 @@ class _Planner:
 
     def _gate_outputs(self, node: Node, fact: OpFacts) -> None:
         for user in node.users:
-            if user.args[1] in fact.gate_outputs and user.name in self.live:
-                row = self._row(node, Kind.GATE_SOURCE, "value") if fact.twin else None
+            if user.args[1] in fact.gate_outputs and user in self.path:
+                site = "behind" if user in self.path.behind else "value"
+                row = self._row(node, Kind.GATE_SOURCE, site) if fact.twin else None
                 if row is not None and row.action is Action.KEEP:
                     self._left(user, row, "an output that is a gate carries")
                     continue
@@ -220,18 +277,27 @@ class _Planner:
 
     # --- bookkeeping
 
-    def _live(self, found: list[tuple[str, Node]]) -> list[tuple[str, Node]]:
-        return [(k, n) for k, n in found if self.roles[n.name] >= Role.GATE]
+    def _by_row(self, node: Node, kind: Kind, site: str, found: Found) -> list[tuple[PolicyRow, Found]]:
+        """The operands of a site, by the row that rules them."""
+        groups: dict[PolicyRow, Found] = {}
+        for name, operand in found:
+            row = self._row(node, kind, site, operand)
+            if row is not None:
+                groups.setdefault(row, []).append((name, operand))
+        return list(groups.items())
 
-    def _row(self, node: Node, kind: Kind, site: str) -> PolicyRow | None:
-        row = self.book.rows.get((kind, site))
-        if row is None:
+    def _row(self, node: Node, kind: Kind, site: str, operand: Node | None = None) -> PolicyRow | None:
+        row = self.path.row(node, kind, site, operand)
+        if row is not None:
+            self.matched.add(row)
+        else:
             problem = f"policy {self.book.policy} has no row for {kind}/{site}"
             self.unknown.append(finding(node, problem, f"add a row: {{kind: {kind}, site: {site}, …}}"))
         return row
 
     def _left(self, node: Node, row: PolicyRow, problem: str) -> None:
-        remedy = f"row {row.name} of policy {self.book.policy} keeps autograd's gradient ({row.cite})"
+        does = "keeps autograd's gradient" if row.action is Action.KEEP else f"says {row.action}"
+        remedy = f"row {row} of policy {self.book.policy} {does} ({row.cite})"
         self.unbalanced.append(finding(node, problem, remedy))
 
     def _reason(self, node: Node, kind: Kind) -> str:
@@ -244,12 +310,14 @@ class _Planner:
     def _edit(
         self, node: Node, row: PolicyRow, names: tuple[str, ...], reason: str,
         *, factor: float | None = None, fact: OpFacts | None = None, action: Action | None = None,
+        temperature: float | None = None,
     ) -> None:  # fmt: skip
         self.edits.append(
             Edit(
                 node=node.name, op=op_name(node.target), action=action or row.action, operands=names,
                 factor=factor, twin=fact and fact.twin, secant=fact and fact.secant,
                 rule=row.name, reason=reason, module=module_path(node), source=source_line(node),
+                temperature=temperature,
             )
         )  # fmt: skip
 
@@ -291,7 +359,7 @@ def _why(node: Node, analysis: Analysis, planner: _Planner) -> str:
     edits = [e for e in planner.edits if e.node == node.name]
     lines += [f"  edit: {e.action} {', '.join(e.operands)} by {e.rule}: {e.reason}" for e in edits]
     if not edits:
-        on_path = node.name in analysis.live
+        on_path = node in planner.path
         lines.append(
             "  no edit: " + ("balanced by itself" if on_path else "no balanced gradient passes here")
         )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from libragrad_fx.ops import TWINS
 from libragrad_fx.ops.bias import BIASES
 from libragrad_fx.types import Action, Kind, Location, OpFacts, PolicyRow
 
-SITES = ("value", "values", "gate", "denominator")
+SITES = ("value", "values", "gate", "denominator", "behind", "weights")
 MOVES = ("view", "copy")
 _ROWWISE = re.compile(r"-\d+|all( but (-\d+|\w+|len\(\w+\)))?")
 _ARGUMENT = re.compile(r"all but (?:len\()?([a-zA-Z_]\w*)")
@@ -54,24 +55,32 @@ class RuleBook:
     """Facts about ops, and one policy over them."""
 
     facts: Mapping[str, OpFacts]
-    rows: Mapping[tuple[Kind, str], PolicyRow]
+    rows: tuple[PolicyRow, ...]
     policy: str
 
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of what the rules say (not of how the files are laid out), in hex."""
-        body = [_content(f) for f in self.facts.values()] + [_content(r) for r in self.rows.values()]
-        return hashlib.sha256(json.dumps(sorted(body)).encode()).hexdigest()
+        facts = sorted(map(_content, self.facts.values()))  # rows of one site: the first comes first
+        rows = [_content(r) for r in sorted(self.rows, key=lambda r: r.name)]
+        return hashlib.sha256(json.dumps(facts + rows).encode()).hexdigest()
 
     def fact(self, target: Any) -> OpFacts | None:
         """The row for an ATen overload: its own if there is one, else its packet's."""
         name = op_name(target)
         return self.facts.get(name) or self.facts.get(name.rsplit(".", 1)[0])
 
+    def row(self, kind: Kind, site: str, module: str, made_by: Container[str]) -> PolicyRow | None:
+        """The first row of a site that holds in ``module`` for an operand made by such an op."""
+        for row in self.rows:
+            fits = (row.kind, row.site) == (kind, site) and (not row.of or row.of in made_by)
+            if fits and (not row.scope or in_scope(row.scope, module)):
+                return row
+        return None
+
     def without(self, row: PolicyRow) -> RuleBook:
         """The same book with one policy row taken out (the control that a row is needed)."""
-        rows = {k: r for k, r in self.rows.items() if r != row}
-        return dataclasses.replace(self, rows=rows)
+        return dataclasses.replace(self, rows=tuple(r for r in self.rows if r != row))
 
     def extended(self, rules: str | Path | Iterable[Mapping[str, Any]]) -> RuleBook:
         """The same book with rows added, from a file like ``ops.yaml`` or as mappings in code.
@@ -115,7 +124,20 @@ def load(policy: str | Path = "libra", rules: Any = None) -> RuleBook:
             " that there is"
         )
     book = _shipped(file, folder, file.stat().st_mtime_ns, (folder / "ops.yaml").stat().st_mtime_ns)
-    return book if rules is None else book.extended(rules)
+    book = book if rules is None else book.extended(rules)
+    made = {*book.facts, *Kind, *(".".join(op.split(".")[:2]) for op in book.facts), ""}
+    for row in book.rows:
+        if row.of not in made:
+            raise RuleError(
+                f"{row.where}: 'of' is a kind, or an op that has a row of facts; got {row.of!r}"
+            )
+    return book
+
+
+def in_scope(scope: str, module: str) -> bool:
+    """Whether a pattern of ``fnmatch`` holds of a module's path, or of one that holds that module."""
+    parts = module.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:i]), scope) for i in range(1, len(parts) + 1))
 
 
 def _content(row: OpFacts | PolicyRow) -> str:
@@ -143,20 +165,26 @@ def _load_facts(file: Path, linear: Mapping[str, Any] | None = None) -> dict[str
     return _parse_facts([_mapping(child, file) for child in node.value], linear)
 
 
-def _load_policy(file: Path) -> tuple[str, dict[tuple[Kind, str], PolicyRow]]:
+def _load_policy(file: Path) -> tuple[str, tuple[PolicyRow, ...]]:
     node, where = _read(file)
     body, _ = _mapping(node, file, deep=False)
+    optional = _construct(body.pop("optional"), where) if "optional" in body else False
     if set(body) != {"policy", "rows"} or not isinstance(body["rows"], yaml.SequenceNode):
-        raise RuleError(f"{where}: a policy file has two keys, 'policy' (its name) and 'rows' (a list)")
-    rows: dict[tuple[Kind, str], PolicyRow] = {}
+        raise RuleError(
+            f"{where}: a policy file has two keys, 'policy' (its name) and 'rows' (a list), and may have"
+            " 'optional' (whether its rows are)"
+        )
+    rows: list[PolicyRow] = []
     for child in body["rows"].value:
         values, at = _mapping(child, file)
-        row = _policy_row(values, at)
-        if (row.kind, row.site) in rows:
-            first = rows[row.kind, row.site].where
-            raise RuleError(f"{at}: unreachable row: {row.name} is already ruled at {first}")
-        rows[row.kind, row.site] = row
-    return str(_construct(body["policy"], where)), rows
+        row = _policy_row({"optional": optional, **values}, at)
+        hides = (
+            r for r in rows if r.name == row.name and r.of in ("", row.of) and r.scope in ("", row.scope)
+        )
+        if first := next(hides, None):
+            raise RuleError(f"{at}: unreachable row: {row.name} is already ruled at {first.where}")
+        rows.append(row)
+    return str(_construct(body["policy"], where)), tuple(rows)
 
 
 def _read(file: Path) -> tuple[yaml.Node, Location]:
@@ -290,28 +318,64 @@ def _check_schema(row: OpFacts) -> None:
 
 
 def _policy_row(values: dict[str, Any], where: Location) -> PolicyRow:
-    _keys(values, {"kind", "site", "action", "cite"}, {"kind", "site", "action", "cite"}, where)
-    if values["site"] not in SITES:
-        raise RuleError(f"{where}: site {values['site']!r} is none of {', '.join(SITES)}")
-    kind, action = _enum(Kind, values["kind"], where), _enum(Action, values["action"], where)
+    needed = {"kind", "site", "action", "cite"}
+    _keys(values, needed | {"of", "where", "optional"}, needed, where)
+    site, of, scope, optional = (values.get(k, "") for k in ("site", "of", "where", "optional"))
+    if site not in SITES:
+        raise RuleError(f"{where}: site {site!r} is none of {', '.join(SITES)}")
+    if not (isinstance(of, str) and isinstance(scope, str) and isinstance(optional, bool)):
+        raise RuleError(f"{where}: 'of' and 'where' are text, 'optional' is true or false")
+    kind, (action, number) = _enum(Kind, values["kind"], where), _action(values["action"], where)
     if kind is Kind.CUT:
         raise RuleError(f"{where}: unreachable row: no gradient passes a cut")
     if action is Action.CUT:
         raise RuleError(f"{where}: a cut is a fact about an op, not a policy: stop is what you want")
-    if action not in (able := _actions(kind, values["site"])):
+    said = action if number is None else f"{{{action}: number}}"
+    if said not in (able := _actions(kind, site)):
         raise RuleError(
-            f"{where}: {action} cannot be done to {kind}/{values['site']}: give {' or '.join(able)}"
+            f"{where}: {said} cannot be done to {kind}/{site}: give {' or '.join(able) or 'another site'}"
         )
-    return PolicyRow(kind, values["site"], action, str(values["cite"]), where)
+    if of and (kind, site) == (Kind.ATTENTION, "gate"):
+        raise RuleError(f"{where}: q and k of fused attention have one row, whatever they are made of")
+    if not of and (site, action) == ("values", Action.STOP):
+        raise RuleError(f"{where}: of values that multiply, say with 'of' which to stop")
+    return PolicyRow(kind, site, action, str(values["cite"]), where, number, of, scope, optional)
 
 
-def _actions(kind: Kind, site: str) -> list[Action]:
-    """What a plan can do about a site."""
-    if site in ("gate", "denominator"):
+def _action(value: Any, where: Location) -> tuple[Action, float | None]:
+    """An action and its number: ``stop``, ``{scale: 0.25}``."""
+    if not isinstance(value, Mapping):
+        return _enum(Action, value, where), None
+    if len(value) != 1:
+        raise RuleError(f"{where}: an action has one number, '{{scale: 0.25}}'; got {value!r:.80}")
+    ((name, number),) = value.items()
+    real = isinstance(number, _NUMBER) and not isinstance(number, bool) and 0 < abs(number) < _HUGE
+    if not real or (name == Action.TEMPER and number < 0):
+        least = "be above 0" if name == Action.TEMPER else "not be 0"
+        raise RuleError(f"{where}: the number of {name!r} must be finite and {least}; got {number!r:.40}")
+    return _enum(Action, name, where), float(number)
+
+
+def _actions(kind: Kind, site: str) -> list[str]:
+    """What a plan can do about a site, as it is spelled."""
+    product, scaled, tempered = (
+        kind is Kind.PRODUCT,
+        f"{{{Action.SCALE}: number}}",
+        f"{{{Action.TEMPER}: number}}",
+    )
+    if site == "denominator":
         return [Action.KEEP, Action.STOP]
+    if site == "gate":
+        return [Action.KEEP, Action.STOP, scaled, *([Action.SCALE] if product else [])]
+    if site == "weights":
+        return [Action.KEEP, tempered] if kind is Kind.ATTENTION else []
+    found: list[str] = [Action.KEEP, *([_BY_TWIN[kind]] if kind in _BY_TWIN else [])]
     if site == "values":
-        return [Action.KEEP, Action.SCALE]
-    return [Action.KEEP, *([_BY_TWIN[kind]] if kind in _BY_TWIN else [])]
+        found += [Action.STOP] if product else []
+    if site == "values" or (product and site == "behind"):
+        found += [Action.SCALE, scaled]
+    found += [scaled] if (kind, site) == (Kind.ATTENTION, "value") else []
+    return found + ([tempered] if (kind, site) == (Kind.GATE_SOURCE, "behind") else [])
 
 
 def _keys(values: dict[str, Any], known: set[str], required: set[str], where: Location) -> None:

@@ -15,11 +15,14 @@ from libragrad_fx.graph import notes
 from libragrad_fx.graph.origin import origin
 from libragrad_fx.ops import TWINS, insert
 from libragrad_fx.ops.activation import secant
+from libragrad_fx.ops.temper import tempered
 
 _INSERTS = {
     insert.guard: "guard", insert.constant: "constant", insert.scale: "scale",
     insert.probe: "probe", insert.structure: "structure", insert.sizes: "sizes",
 }  # fmt: skip
+_MADE: dict[str, Any] = {"secant": secant, "temper": tempered}
+"""Twins that are made from an op and numbers, which they keep under this name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +84,10 @@ def _encode(target: Any) -> tuple[str, Any]:
         return "op", str(target)
     if target in _INSERTS:
         return "insert", _INSERTS[target]
-    if (made_of := getattr(target, "secant", None)) is not None:
-        op, *numbers = made_of
-        return "secant", (str(op), *numbers)
+    for kind in _MADE:
+        if (made_of := getattr(target, kind, None)) is not None:
+            op, *numbers = made_of
+            return kind, (str(op), *numbers)
     if TWINS.get(getattr(target, "__name__", "")) is target:
         return "twin", target.__name__
     module = "operator" if target.__module__ == "_operator" else target.__module__
@@ -94,9 +98,9 @@ def _decode(code: tuple[str, Any]) -> Any:
     kind, name = code
     if kind == "op":
         return operator.attrgetter(name)(torch.ops)
-    if kind == "secant":
+    if kind in _MADE:
         op, *numbers = name
-        return secant(operator.attrgetter(op)(torch.ops), *numbers)
+        return _MADE[kind](operator.attrgetter(op)(torch.ops), *numbers)
     if kind == "insert":
         return getattr(insert, name)
     if kind == "twin":

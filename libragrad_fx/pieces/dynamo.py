@@ -22,10 +22,12 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.account.birth import Reference, require_balanced, require_same
 from libragrad_fx.capture.state import copied, untouched
 from libragrad_fx.decide import rulebook
+from libragrad_fx.decide.plan import require_matched
 from libragrad_fx.errors import (
     CaptureError,
     CutWarning,
     NoPathError,
+    RuleError,
     UnknownOpError,
     VerificationError,
 )
@@ -326,7 +328,7 @@ def transform_in_pieces(
         with module.unchanged(), differentiable():
             module._forward(args, kwargs)
         prove_born(model, module, known)
-    except (CaptureError, UnknownOpError, VerificationError):
+    except (CaptureError, RuleError, UnknownOpError, VerificationError):
         raise
     except Exception as e:
         raise CaptureError(f"{refusal}\n  Run by Dynamo it failed as well: {type(e).__name__}: {e}") from e
@@ -340,6 +342,8 @@ def transform_in_pieces(
 
 def prove_born(model: nn.Module, module: CutModule, known: Reference | None) -> None:
     """The check at birth (``birth``) of a module in several graphs."""
+    if module.balanced:
+        require_matched(p.history.plan for p in module.pieces.values())
     if known is None:
         return
     with module.unchanged():

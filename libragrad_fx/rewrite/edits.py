@@ -16,10 +16,11 @@ from torch.fx import Graph, Node
 from libragrad_fx.decide.sites import sites
 from libragrad_fx.graph.notes import Undo, annotate
 from libragrad_fx.graph.origin import origin
-from libragrad_fx.graph.schema import operands
+from libragrad_fx.graph.schema import operands, tensor_arguments
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops import TWINS, insert
 from libragrad_fx.ops.activation import secant
+from libragrad_fx.ops.temper import tempered
 from libragrad_fx.optimise.passes import optimise
 from libragrad_fx.rewrite.erase import erase
 from libragrad_fx.rewrite.probes import insert_probes
@@ -76,8 +77,11 @@ def _root(module: torch.nn.Module) -> torch.nn.Module:
 
 def _apply(graph: Graph, node: Node, edit: Edit) -> None:
     annotate(node, rule=edit.rule, host=node.name)
+    op: Any = node.target
+    if edit.temperature is not None:
+        node.target = tempered(op, edit.temperature)
+        return
     if edit.twin is not None:
-        op: Any = node.target
         node.target = TWINS[edit.twin] if edit.secant is None else secant(op, *edit.secant)
         return
     added: tuple[Any, ...] = (insert.stop,) if edit.factor is None else (insert.scale, edit.factor)
@@ -109,8 +113,7 @@ def _add(graph: Graph, host: Node, edit: Edit, x: Node, target: Any, *rest: Any)
 def _set_operand(node: Node, operand: str, change: Callable[[Node], Node]) -> None:
     """Replace one operand, given by schema name (``tensors[1]`` for a member of a list)."""
     name, _, index = operand.partition("[")
-    schema = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    place = schema.index(name)
+    place = tensor_arguments(node).index(name)
     args, kwargs = list(node.args), dict(node.kwargs)
     holder: Any = kwargs if name in kwargs else args
     key: Any = name if name in kwargs else place

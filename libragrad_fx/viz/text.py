@@ -33,6 +33,8 @@ def _verb(edit: Edit) -> str:
         return f"{edit.action} {what}"
     if edit.action is Action.SCALE:
         return f"scale {what} by {edit.factor:g}"
+    if edit.temperature is not None:
+        return f"temper at {edit.temperature:g}"
     return f"{edit.action} ({edit.twin})"
 
 

@@ -244,7 +244,7 @@ def test_the_proof_goes_on_behind_an_embedding_whose_table_carries() -> None:
     model, x = Looked().double(), torch.randn(3, 4, dtype=torch.float64)
     proved = prove(balance(decide(model, x)))
     assert (proved.nodes, proved.open) == (4, ())
-    kept = prove(balance(decide(model, x, "cp_lrp")))
+    kept = prove(balance(decide(model, x, "ali_lrp")))
     assert [f.node for f in kept.open] == ["gelu"]
 
 

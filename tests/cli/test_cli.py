@@ -207,7 +207,7 @@ def test_verify_exits_0_when_balanced_and_1_when_not() -> None:
     good = run("verify", TINY, "--dtype", "float64", "--json")
     assert good.exit_code == 0
     assert lg.Certificate.from_json(good.stdout).dtype == "torch.float64"
-    bad = run("verify", TINY, "--policy", "cp_lrp")  # leaves gated activations to autograd
+    bad = run("verify", TINY, "--policy", "ali_lrp")  # leaves gated activations to autograd
     assert bad.exit_code == 1
     assert "NOT BALANCED" in bad.stdout
 

@@ -861,7 +861,7 @@ VALUE = st.one_of(
 @given(data=st.data())
 def test_a_shipped_file_with_one_thing_wrong(data: st.DataObject, tmp_path: Path) -> None:
     """A row loses a key, gains one, says something else, or comes twice: refused with its place."""
-    file = data.draw(st.sampled_from(["ops.yaml", "libra.yaml", "cp_lrp.yaml"]))
+    file = data.draw(st.sampled_from(["ops.yaml", "libra.yaml", "cp_lrp.yaml", "gim.yaml"]))
     facts = file == "ops.yaml"
     all_rows = shipped(file) if facts else shipped(file)["rows"]
     rows = [

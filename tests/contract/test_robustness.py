@@ -458,13 +458,13 @@ def test_the_model_and_its_result_share_weights(name: str) -> None:
 def pair() -> tuple[Case, CapturedModule]:
     """Two transforms of one model; the second by another policy."""
     model, x = build(*MODELS["transformer"])
-    return Case(model, lg.transform(model, x), x), lg.transform(model, x, policy="cp_lrp")
+    return Case(model, lg.transform(model, x), x), lg.transform(model, x, policy="ali_lrp")
 
 
 def test_two_policies_over_one_model(pair: tuple[Case, CapturedModule]) -> None:
     (model, first, x), second = pair
     assert first.plan.policy == "libra"
-    assert second.plan.policy == "cp_lrp"
+    assert second.plan.policy == "ali_lrp"
     assert all(p is q for p, q in zip(first.parameters(), second.parameters(), strict=True))
     assert same_bits(first(x), second(x))
     found = [gradient(f, x) for f in (model, first, second)]

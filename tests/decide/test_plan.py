@@ -54,10 +54,10 @@ def test_why() -> None:
 
 
 def test_a_second_policy_over_the_same_facts() -> None:
-    """CP-LRP keeps activations and products: fewer edits, and the plan names what is left."""
-    made = lg.plan(SwiGlu(), X, policy="cp_lrp")
+    """Ali et al.'s keeps activations and products: fewer edits, and the plan names what is left."""
+    made = lg.plan(SwiGlu(), X, policy="ali_lrp")
     assert [e.rule for e in made.edits] == ["normaliser/value"]
     assert [f.node for f in made.unbalanced] == ["silu", "mul"]
-    certificate = lg.verify(SwiGlu(), lg.transform(SwiGlu(), X, policy="cp_lrp"), X, target=0)
+    certificate = lg.verify(SwiGlu(), lg.transform(SwiGlu(), X, policy="ali_lrp"), X, target=0)
     assert not certificate.ok
     assert certificate.unbalanced == ("silu", "mul")

@@ -97,7 +97,7 @@ def _trace(name: str) -> tuple[Trace, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "row", [r for r in BOOK.rows.values() if r.action is not Action.KEEP], ids=lambda r: r.name
+    "row", [r for r in BOOK.rows if r.action is not Action.KEEP], ids=lambda r: r.name
 )
 def test_no_row_is_dead(row: PolicyRow) -> None:
     """The control: without the row, its network's completeness breaks by a large margin."""
@@ -113,7 +113,7 @@ def test_no_row_is_dead(row: PolicyRow) -> None:
     assert errors[1] > BROKEN
 
 
-@pytest.mark.parametrize("row", BOOK.rows.values(), ids=lambda r: r.name)
+@pytest.mark.parametrize("row", BOOK.rows, ids=lambda r: r.name)
 def test_a_missing_row_is_refused(row: PolicyRow) -> None:
     """Silence is no decision: a site without a row is an error that names the row to add."""
     names = {**NEEDED, "attention/value": "every_fused_op", "saturating/value": "every_fused_op"}
