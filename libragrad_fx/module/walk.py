@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 from libragrad_fx.module.captured import CapturedModule, one_graph
 
@@ -17,15 +17,20 @@ def blocks(module: CapturedModule) -> list[str]:
     """The repeated blocks of a network (transformer, mixer, residual blocks), in the order in which they
     run; empty if it has none. FullGrad+ sums over them.
 
-    They are the instances of one class, the most frequent one, whose names end in a digit (``layers.3``,
-    ``encoder_layer_3``) or that have a sibling of their class.
+    They are the instances of the most frequent class whose names end in a digit (``layers.3``,
+    ``encoder_layer_3``); where there are no two such, of a class that has siblings. The two MLPs of a
+    mixer's block have a sibling each, but are no blocks.
     """
     called = dict.fromkeys(called_modules(module))
     composed = {p: type(m) for p in called if list((m := module.get_submodule(p)).children())}
     beside = Counter((p.rpartition(".")[0], kind) for p, kind in composed.items())
-    groups: dict[type, list[str]] = {}
+    numbered, others = defaultdict[type, list[str]](list), defaultdict[type, list[str]](list)
     for path, kind in composed.items():
-        if path[-1].isdigit() or beside[path.rpartition(".")[0], kind] > 1:
-            groups.setdefault(kind, []).append(path)
-    found = max(groups.values(), key=lambda ps: (len(ps), -ps[0].count(".")), default=[])
-    return sorted(found, key=[n.target for n in module.graph.nodes].index) if len(found) > 1 else []
+        if path[-1].isdigit():
+            numbered[kind].append(path)
+        elif beside[path.rpartition(".")[0], kind] > 1:
+            others[kind].append(path)
+    sizes = lambda paths: (len(paths), -paths[0].count("."))  # noqa: E731
+    most = [max(groups.values(), key=sizes, default=[]) for groups in (numbered, others)]
+    found = next((paths for paths in most if len(paths) > 1), [])
+    return sorted(found, key=[n.target for n in module.graph.nodes].index)

@@ -233,3 +233,37 @@ def test_a_module_that_was_changed_is_not_explained(change: str) -> None:
     for ask in (lg.attribute, lg.audit):
         with pytest.raises(ModeError, match="captured"):
             ask(module, x, 0)
+
+
+class MixerBlock(nn.Module):
+    """Two MLPs of one class, one over tokens and one over channels, as timm's Mixer has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        mlps = (nn.Sequential(nn.Linear(n, 12), nn.GELU(), nn.Linear(12, n)) for n in (5, 8))
+        self.tokens, self.channels = mlps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.tokens(self.norm1(x).mT).mT
+        return x + self.channels(self.norm2(x))
+
+
+def test_parts_of_a_block_are_no_blocks() -> None:
+    """More of them are alike, but not the whole stream goes through them."""
+    blocks_ = nn.ModuleList(MixerBlock() for _ in range(3))
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.head = blocks_, nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x.mean(1))
+
+    model, x = Mixer().double().eval(), torch.randn(2, 5, 8, dtype=torch.float64)
+    module = lg.transform(model, x)
+    assert blocks(module) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert float(lg.attribute(module, x, 0).completeness_error.max()) < 1e-11
