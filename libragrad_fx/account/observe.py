@@ -14,6 +14,7 @@ from libragrad_fx.graph.schema import aten_op
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops import bias as biases
 from libragrad_fx.ops import insert
+from libragrad_fx.optimise.execute import entry
 from libragrad_fx.target import inexact
 from libragrad_fx.types import Site
 
@@ -47,13 +48,9 @@ class Observer(torch.fx.Interpreter):
         return next(self.args_iter)
 
     def fetch_attr(self, target: str) -> Any:
-        """As fx, but a submodule, parameter or buffer comes before an attribute of ours of that name."""
+        """As fx, but by ``entry``."""
         parent, _, name = target.rpartition(".")
-        holder = self.module.get_submodule(parent)
-        for place in (holder._modules, holder._parameters, holder._buffers):
-            if name in place:
-                return place[name]
-        return getattr(holder, name)
+        return entry(self.module.get_submodule(parent), name)
 
     def run_node(self, n: Node) -> Any:
         y = self.computed(n)

@@ -129,7 +129,8 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
         self.__dict__["lean"] = None
         code = super().recompile()
         body = type(self).forward
-        if any(hasattr(type(self), name) or name in vars(self) for name in self._modules):
+        names = (*self._modules, *self._parameters, *self._buffers)
+        if any(hasattr(type(self), name) or name in vars(self) for name in names):
             body = _by_place(self.graph, body)
         self._run(body)
         return code
@@ -251,8 +252,8 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
 
 
 def _by_place(graph: torch.fx.Graph, body: Callable[..., Any]) -> Callable[..., Any]:
-    """``body``, a graph's code, for a module with a submodule named like an attribute of ours (``plan``,
-    ``graph``): the generated code would find the attribute under that name."""
+    """``body``, a graph's code, for a module with a submodule, parameter or buffer named like an attribute
+    of ours (``plan``, ``graph``): the generated code would find the attribute under that name."""
     flat = torch.fx.Graph()
     flat.output(flat.graph_copy(graph, {}))
     attributes, stand_ins = flattened(flat)

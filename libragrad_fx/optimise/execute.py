@@ -121,12 +121,19 @@ def flattened(graph: Graph) -> tuple[Callable[[torch.nn.Module], Any], dict[str,
             found[path] = found[parent]._modules[name]
         values = []
         for parent, name in leaves:
-            holder = found[parent]
-            own = holder._parameters.get(name, holder._modules.get(name))
-            values.append(getattr(holder, name) if own is None else own)
+            own = found[parent]._parameters.get(name)
+            values.append(entry(found[parent], name) if own is None else own)
         return Attributes(*values)
 
     return attributes, dict.fromkeys(names.values())
+
+
+def entry(holder: torch.nn.Module, name: str) -> Any:
+    """What a module has by a name: a submodule, parameter or buffer comes before an attribute of ours."""
+    for place in (holder._modules, holder._parameters, holder._buffers):
+        if name in place:
+            return place[name]
+    return getattr(holder, name)
 
 
 def _fold(graph: Graph) -> None:
