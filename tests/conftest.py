@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from libragrad_fx.errors import CutWarning
 
 torch.set_num_threads(1)
 
@@ -21,3 +26,12 @@ def _seed() -> None:
 def no_attention_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small attention, which is left to PyTorch's kernel, goes through ours."""
     monkeypatch.setattr("libragrad_fx.ops.attention._SMALL", 0)
+
+
+@pytest.fixture
+def dynamo_afresh() -> Iterator[None]:
+    """Dynamo knows of no earlier test, and a model that is cut into several graphs is no news."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CutWarning)
+        yield

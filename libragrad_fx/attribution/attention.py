@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from libragrad_fx.decide.flow import reach
 from libragrad_fx.graph.origin import module_path
 from libragrad_fx.graph.schema import aten_op, bind, operands
-from libragrad_fx.ops.attention import is_softmax
+from libragrad_fx.ops.attention import is_softmax, probabilities, repeated
 from libragrad_fx.ops.insert import is_scale, probed, stop
 from libragrad_fx.types import Kind, OpFacts
 
@@ -87,25 +87,17 @@ def attention(site: Site, call: tuple[Any, Any], gradient: torch.Tensor, batch: 
     value, g = given[site.after].detach().double(), gradient.double()
     heads = weights.shape[1] if weights.ndim == 4 else weights.shape[0] // batch
     if value.ndim == 4 and value.shape[1] != heads:  # grouped queries
-        value = value.repeat_interleave(heads // value.shape[1], 1)
+        value = repeated(value, heads // value.shape[1])
     found = [t.detach().double() for t in (weights, g @ value.mT)]
     return Attention(site.module, *(t if t.ndim == 4 else t.unflatten(0, (batch, heads)) for t in found))
 
 
 def _probabilities(given: Mapping[str, Any]) -> torch.Tensor:
-    q, k = given["query"].detach().double(), given["key"].detach().double()
-    if k.shape[1] != q.shape[1]:
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    q, k = (given[name].detach().double() for name in ("query", "key"))
+    k = repeated(k, q.shape[-3] // k.shape[-3]) if given["enable_gqa"] else k
     scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(q.shape[-1])
-    scores = q @ k.mT * scale
-    mask = given["attn_mask"]
-    if given["is_causal"]:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
-        scores = (
-            scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask.detach()
-        )
-    return scores.softmax(-1).nan_to_num(0.0)
+    mask = None if given["attn_mask"] is None else given["attn_mask"].detach()
+    return probabilities(q, k, mask, 0, given["is_causal"], scale)
 
 
 def stream_after(site: Site, facts: Facts) -> Node | None:

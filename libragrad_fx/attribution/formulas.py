@@ -39,6 +39,7 @@ class Taps:
     streams:   of each layer's block, the residual stream behind attention, (B, T, C)
     ends:      of each layer's block, its output, (B, T, C)
     row:       the token that the output is read from, of methods that follow attention to it
+    seed:      of methods that draw numbers
     """
 
     layers: Sequence[Layer]
@@ -46,6 +47,7 @@ class Taps:
     streams: Sequence[torch.Tensor] = ()
     ends: Sequence[torch.Tensor] = ()
     row: int = 0
+    seed: int = 0
 
 
 # --- gradients
@@ -65,7 +67,8 @@ def random(taps: Taps) -> list[Term]:
     """A number from [0, 1) for each position, their sum 1: what any method has to beat."""
     first = taps.layers[0]
     kept = [n if i in (0, *first.places) else 1 for i, n in enumerate(first.value.shape)]
-    drawn = torch.rand(kept, dtype=torch.float64).to(first.value.device)
+    draw = torch.Generator().manual_seed(taps.seed)
+    drawn = torch.rand(kept, generator=draw, dtype=torch.float64, device=draw.device).to(first.value.device)
     return [(first.name, drawn / drawn.flatten(1).sum(1).view(-1, *[1] * (drawn.ndim - 1)))]
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,7 +72,6 @@ def observe(
     layers: Sequence[str] = (),
     biases: bool = True,
     attention: bool = False,
-    given: Mapping[str, torch.Tensor] | None = None,
 ) -> Internals:
     """Run ``module`` forward and backward once.
 
@@ -83,13 +81,11 @@ def observe(
         layers: module paths; of a module called several times the first call counts.
         biases: whether bias terms are wanted.
         attention: whether attention probabilities are wanted.
-        given: values for sources of the signal in place of what the inputs say, by their names.
 
     Raises:
         InputError: no such layer, or the target does not fit.
     """
     taps = {path: layer_input(module, path) for path in layers}
-    wanted = {*taps.values()}
     first = next(iter(taps.values()), None)
     upstream = _ancestors(first) if first is not None else set()
     # without layers, what starts the signal is an input, and no constant
@@ -98,8 +94,9 @@ def observe(
     facts = _facts_of(module)
     attends = [*heads.sites(module.graph, facts)] if attention else []
     behind = [heads.stream_after(site, facts) for site in attends]
-    ends = [_layer_output(module, path) for path in layers] if attention else []
-    wanted |= {site.node for site in attends} | {n for n in (*behind, *ends) if n is not None}
+    ends = [_at_call(module, path, "_output") for path in layers] if attention else []
+    at = {site.node for site in attends}
+    wanted = {*taps.values(), *at, *behind, *ends}
     called: dict[Node, Any] = {}
     kept: dict[Node, torch.Tensor] = {}
     sizes: dict[Node, tuple[int, ...]] = {}
@@ -110,15 +107,14 @@ def observe(
             sizes[n] = shape
         if n in wanted:
             kept[n] = y
-        if attends and any(n is site.node for site in attends):
+        if n in at:
             called[n] = run.fetch_args_kwargs_from_env(n)
         if n not in upstream and (site := counted.get(n.name)) is not None:
             terms.extend(_terms(site, y, site_bias(site, n, *run.fetch_args_kwargs_from_env(n))))
 
+    run = Observer(module, tap)
     with differentiable(), undisturbed(module):
-        args, kwargs = as_call(inputs)
-        run = Observer(module, tap, given=given or {})
-        each = select_each(run.run(*flat_arguments(module, args, kwargs)), target)
+        each = select_each(run.run(*flat_arguments(module, *as_call(inputs))), target)
         values = [*run.sources.values(), *(kept[n] for n in taps.values()), *(t for *_, t in terms)]
         values += [kept[site.node] for site in attends]
         found = iter(_pairs(each, values))
@@ -135,7 +131,7 @@ def observe(
     streams = tuple(None if n is None else kept[n].detach() for n in behind)
     shapes = tuple(shape for n, shape in sizes.items() if n in upstream)
     before = {p: frozenset(map(source_name, _ancestors(n))) for p, n in taps.items()}
-    where = positions(module, sizes, sources)
+    where = positions(module, facts, sizes, sources)
     tokens = {source_name(n): names for n, names in where.items()}
     tokens |= {p: where[n] for p, n in taps.items()}
     return Internals(
@@ -144,18 +140,27 @@ def observe(
     )  # fmt: skip
 
 
+def run_from(
+    module: CapturedModule, inputs: Any, target: Target, given: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The output and the gradients of ``Internals.inputs``, if the signal starts from ``given``."""
+    run = Observer(module, given=given)
+    with differentiable(), undisturbed(module):
+        each = select_each(run.run(*flat_arguments(module, *as_call(inputs))), target)
+        pairs = _pairs(each, [*run.sources.values()])
+    return each.detach(), {name: g for name, (_, g) in zip(run.sources, pairs, strict=True)}
+
+
 def _read_token(ends: Sequence[Node | None], sizes: Mapping[Node, tuple[int, ...]]) -> int | None:
     """The first place of the axis of tokens that is taken alone behind a node of shape (B, T, C)."""
     behind = reach([n for n in ends if n is not None], lambda n: list(n.users))
     for found in (t for n in sizes if n in behind and (t := taken(n)) is not None):
-        last = found.start == -1 and found.end in (None, sys.maxsize)
-        alone = found.end is None or last or found.end == found.start + 1
-        if len(sizes.get(found.x, ())) == 3 and found.axis == 1 and isinstance(found.start, int) and alone:
+        if len(sizes.get(found.x, ())) == 3 and found.axis == 1 and found.alone:
             return found.start
     return None
 
 
-def _facts_of(module: CapturedModule) -> Callable[[Node], OpFacts | None]:
+def _facts_of(module: CapturedModule) -> heads.Facts:
     """The row of a node's op: as the module was balanced by, else the shipped one."""
     made, shipped = module.record.history, rulebook.load().fact
     own = made.facts if made is not None else {}
@@ -178,8 +183,9 @@ def _terms(site: Site, y: Any, bias: Any) -> Iterator[Term]:
 
 
 def positions(
-    module: CapturedModule, sizes: Mapping[Node, tuple[int, ...]], floating: Collection[str]
-) -> dict[Node, frozenset[str]]:
+    module: CapturedModule, facts: heads.Facts, sizes: Mapping[Node, tuple[int, ...]],
+    floating: Collection[str],
+) -> dict[Node, frozenset[str]]:  # fmt: skip
     """The inputs whose positions (tokens, pixels) each node's value has.
 
     A value has the positions of all that it is computed from, with two exceptions. Attention, matrix
@@ -192,7 +198,7 @@ def positions(
     """
     import networkx as nx  # who attributes nothing does not wait for it
 
-    starts, facts = module.record.starts, _facts_of(module)
+    starts = module.record.starts
     signal: set[str] = set()
     shared: nx.Graph = nx.Graph()
     found: dict[Node, frozenset[str]] = {}
@@ -246,25 +252,22 @@ def _finite(bias: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
 
 def layer_input(module: CapturedModule, path: str) -> Node:
     """The graph node that is the first tensor argument of the module at ``path``."""
-    for node in module.graph.nodes:
-        if node.op == "call_module" and node.target == path and "_output" in node.kwargs:
-            found: list[Node] = []
-            map_arg(node.args, found.append)
-            if found:
-                return found[0]
+    if (found := _at_call(module, path, "_args")) is not None:
+        return found
     called = called_modules(module)
     near = difflib.get_close_matches(str(path), called, 3) or called[:6]
     hint = f"; called are, for example, {', '.join(near)}"
     raise InputError(f"no module {path!r} is called with a tensor in this graph{hint}")
 
 
-def _layer_output(module: CapturedModule, path: str) -> Node | None:
-    """The graph node that is the first tensor which the module at ``path`` returns."""
+def _at_call(module: CapturedModule, path: str, side: str) -> Node | None:
+    """The first tensor that the module at ``path`` is called with (``_args``) or returns (``_output``)."""
     for node in module.graph.nodes:
         if node.op == "call_module" and node.target == path and "_output" in node.kwargs:
             found: list[Node] = []
-            map_arg(node.kwargs["_output"], found.append)
-            return found[0] if found else None
+            map_arg(node.kwargs[side], found.append)
+            if found:
+                return found[0]
     return None
 
 

@@ -13,7 +13,7 @@ import torch
 
 from libragrad_fx.attribution import maps
 from libragrad_fx.attribution.formulas import METHODS, Layer, Method, Taps, Term
-from libragrad_fx.attribution.internals import Internals, observe
+from libragrad_fx.attribution.internals import Internals, observe, run_from
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.variants import fitting
@@ -102,9 +102,7 @@ def attribute(
     tapped = seen.layers or seen.inputs
     if any(h.shape[0] != batch for h, _ in tapped.values()):
         raise InputError(f"the target callable gave {batch} numbers; attribute wants one for each sample")
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        terms = how.terms(_taps(method, how, seen, target))
+    terms = how.terms(_taps(method, how, seen, target, seed))
     biases = [(site.node, maps.by_sample(product(b, g), axis, batch)) for site, axis, b, g in seen.biases]
     if how.sums:
         expected = _expected(seen, [*tapped], biases, how.biases)
@@ -124,10 +122,10 @@ def _layers(module: CapturedModule, which: str) -> list[str]:
 
 def _require(module: CapturedModule, method: str, how: Method, paths: Sequence[str]) -> None:
     """Raise ``InputError`` if the graph has not what a method needs."""
-    if method in ("gradient", "input_x_gradient") and len(paths) > 1:
-        raise InputError(f"{method} takes one layer; got {', '.join(paths)}")
     if how.path and paths:
         raise InputError(f"{method} goes over inputs, and takes no layers")
+    if how.layers == "input" and len(paths) > 1:
+        raise InputError(f"{method} takes one layer; got {', '.join(paths)}")
     if how.attention and not paths:
         raise InputError(
             f"{method} goes from block to block, and no repeated blocks were found: name their paths with"
@@ -141,8 +139,7 @@ def _observed(
 ) -> tuple[Internals, torch.Tensor | None]:  # fmt: skip
     """What a method is computed from. On a path, the gradients are averages over it, and the values the way
     that it goes; and, of a line, by how much the output differs between its ends."""
-    run = functools.partial(observe, module, inputs, target, paths, how.biases)
-    seen = run(attention=how.attention)
+    seen = observe(module, inputs, target, paths, how.biases, how.attention)
     if not how.path:
         return seen, None
     starts = {name: x for name, (x, _) in seen.inputs.items()}
@@ -153,15 +150,16 @@ def _observed(
     else:
         draw = torch.Generator().manual_seed(seed)
         places = [({k: x + _noise(x, draw) for k, x in starts.items()}, 1 / steps) for _ in range(steps)]
+    run = functools.partial(run_from, module, inputs, target)
     mean = {name: torch.zeros_like(g) for name, (_, g) in seen.inputs.items()}
     for given, weight in places:
-        for name, (_, g) in run(given=given).inputs.items():
+        for name, g in run(given)[1].items():
             mean[name] += weight * g
     if how.path == "noise":
         return dataclasses.replace(seen, inputs={k: (x, mean[k]) for k, x in starts.items()}), None
     origin = {k: torch.full_like(x, baseline) for k, x in starts.items()}
     way = {k: (x - baseline, mean[k]) for k, x in starts.items()}
-    difference = seen.output.double() - run(given=origin).output.double()
+    difference = seen.output.double() - run(origin)[0].double()
     return dataclasses.replace(seen, inputs=way), difference
 
 
@@ -169,18 +167,18 @@ def _noise(x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
     """The same for each sample, of standard deviation 0.15 of the range of its values, as in the paper."""
     inner = tuple(range(1, x.ndim))
     size = 0.15 * (x.amax(inner, keepdim=True) - x.amin(inner, keepdim=True))
-    return torch.randn(x.shape[1:], generator=draw, dtype=x.dtype).to(x.device) * size
+    return torch.randn(x.shape[1:], generator=draw, dtype=x.dtype, device=draw.device).to(x.device) * size
 
 
-def _taps(method: str, how: Method, seen: Internals, target: Target) -> Taps:
+def _taps(method: str, how: Method, seen: Internals, target: Target, seed: int) -> Taps:
     """What one backward showed, block by block."""
-    images = _images(seen)
+    image = next(iter(_images(seen).values()), None)
     layers = [
-        Layer(name, h, g, maps.positions(h.shape, next(iter(images.values()), None)))
+        Layer(name, h, g, maps.positions(h.shape, image))
         for name, (h, g) in (seen.layers or seen.inputs).items()
     ]
     if not how.attention:
-        return Taps(layers)
+        return Taps(layers, seed=seed)
     at = [_inside(seen, layer.name) for layer in layers]
     missing = [x.name for x, i in zip(layers, at, strict=True) if i is None or not _over_tokens(seen, i, x)]
     if missing:
@@ -196,7 +194,7 @@ def _taps(method: str, how: Method, seen: Internals, target: Target) -> Taps:
     found = [i for i in at if i is not None]
     streams = [s for i in found if (s := seen.streams[i]) is not None]
     taps = Taps(layers, [seen.attention[i] for i in found], streams, seen.ends)
-    return dataclasses.replace(taps, row=_row(method, taps, seen, images, target)) if how.row else taps
+    return dataclasses.replace(taps, row=_row(method, taps, seen, image, target)) if how.row else taps
 
 
 def _inside(seen: Internals, path: str) -> int | None:
@@ -209,13 +207,12 @@ def _over_tokens(seen: Internals, index: int, layer: Layer) -> bool:
     return layer.value.ndim == 3 and tokens == [layer.value.shape[1]] * 2 and batch == len(layer.value)
 
 
-def _row(method: str, taps: Taps, seen: Internals, images: Mapping[str, Any], target: Target) -> int:
+def _row(method: str, taps: Taps, seen: Internals, image: Any, target: Target) -> int:
     """The token that attention is followed to: the one that the model reads alone; else an image's class
     token; else the one that the target names."""
     if seen.read is not None:
         return seen.read
-    first, image = taps.layers[0], next(iter(images.values()), None)
-    if image is not None and maps.layout(first.value.shape, seen.shapes, image).prefix:
+    if image is not None and maps.layout(taps.layers[0].value.shape, seen.shapes, image).prefix:
         return 0
     if isinstance(target, tuple) and len(target) > 1:
         return int(target[0])

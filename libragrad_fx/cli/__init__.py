@@ -17,18 +17,7 @@ from libragrad_fx.cli.bench import bench
 from libragrad_fx.cli.coverage import coverage
 from libragrad_fx.cli.options import app
 
-__all__ = [
-    "app",
-    "audit",
-    "bench",
-    "coverage",
-    "demo",
-    "explain",
-    "graph",
-    "main",
-    "plan",
-    "verify",
-]
+__all__ = ["app", "audit", "bench", "coverage", "demo", "explain", "graph", "main", "plan", "verify"]
 
 
 def main() -> None:

@@ -7,21 +7,8 @@ from typing import Annotated
 import typer
 
 import libragrad_fx as lg
-from libragrad_fx.cli.common import (
-    guessed_inputs,
-    load_model,
-    target_of,
-    working,
-)
-from libragrad_fx.cli.options import (
-    Checkpoint,
-    Json,
-    ModelName,
-    Pretrained,
-    Seed,
-    TargetIndex,
-    app,
-)
+from libragrad_fx.cli.common import guessed_inputs, load_model, target_of, working
+from libragrad_fx.cli.options import Checkpoint, Json, ModelName, Pretrained, Seed, TargetIndex, app
 
 
 @app.command(short_help="Show which nodes create or destroy attribution.")

@@ -8,19 +8,9 @@ import torch
 import typer
 
 import libragrad_fx as lg
-from libragrad_fx.cli.common import (
-    guessed_inputs,
-    load_model,
-    working,
-)
-from libragrad_fx.cli.options import (
-    ModelName,
-    Seed,
-    app,
-)
-from libragrad_fx.errors import (
-    InputError,
-)
+from libragrad_fx.cli.common import guessed_inputs, load_model, working
+from libragrad_fx.cli.options import ModelName, Seed, app
+from libragrad_fx.errors import InputError
 from libragrad_fx.target import middle, select
 
 

@@ -10,14 +10,11 @@ from typing import Any
 import torch
 import typer
 from rich.console import Console
-from torch.utils import _pytree as pytree
 
 from libragrad_fx import models
 from libragrad_fx.capture.examples import infer_inputs
-from libragrad_fx.errors import (
-    InputError,
-)
-from libragrad_fx.target import largest
+from libragrad_fx.errors import InputError
+from libragrad_fx.target import as_call, largest
 
 
 def load_model(name: str, pretrained: bool, checkpoint: Path | None, seed: int) -> models.Loaded:
@@ -47,17 +44,13 @@ def dtype_of(module: torch.nn.Module) -> torch.dtype:
 def guessed_inputs(module: torch.nn.Module, seed: int) -> Any:
     torch.manual_seed(seed)
     args, kwargs = infer_inputs(module)
-    dtype = dtype_of(module)  # a model's own example may have another dtype
-    return pytree.tree_map_only(
-        torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, kwargs or args
-    )
+    return kwargs or args
 
 
 def run_once(module: torch.nn.Module, inputs: Any) -> Any:
+    args, kwargs = as_call(inputs)
     with torch.no_grad():
-        if isinstance(inputs, dict):
-            return module(**inputs)
-        return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
+        return module(*args, **kwargs)
 
 
 def target_of(module: torch.nn.Module, inputs: Any, index: int | None) -> Any:

@@ -11,24 +11,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from libragrad_fx.cli.common import (
-    write_file,
-)
-from libragrad_fx.cli.options import (
-    app,
-    one_line,
-)
-from libragrad_fx.errors import (
-    InputError,
-)
+from libragrad_fx.cli.common import write_file
+from libragrad_fx.cli.options import app, one_line
+from libragrad_fx.errors import InputError
 
 
 @app.command(short_help="Check whole model libraries, model by model.")
@@ -64,13 +51,13 @@ def coverage(
         raise InputError("nothing to do: give --suite, or --report to render what is there")
     if suite is not None:
         file = results / f"{suite}{'-static' if static else ''}.jsonl"
-        everything = cover.SUITES[suite].names()
+        fitting = {n: f for n, f in cover.SUITES[suite].names().items() if fnmatch.fnmatch(n, only)}
+        if not fitting:
+            raise InputError(f"no name of {suite} matches {only!r}")
         if not resume:
             file.unlink(missing_ok=True)
         done = {r.name for r in cover.read(file) if r.verdict not in cover.STOPPED}
-        names = {n: f for n, f in everything.items() if fnmatch.fnmatch(n, only) and n not in done}
-        if not any(fnmatch.fnmatch(n, only) for n in everything):
-            raise InputError(f"no name of {suite} matches {only!r}")
+        names = {n: f for n, f in fitting.items() if n not in done}
         limits = cover.Limits(seconds, memory, max(1, (os.cpu_count() or 1) // jobs))
         with _counting(f"{suite}{', static' if static else ''}", len(names)) as seen:
             cover.run(suite, names, static=static, file=file, jobs=jobs, limits=limits, seen=seen)

@@ -8,13 +8,8 @@ from typing import Annotated
 
 import typer
 
-from libragrad_fx.cli.common import (
-    working,
-    write_file,
-)
-from libragrad_fx.cli.options import (
-    app,
-)
+from libragrad_fx.cli.common import working, write_file
+from libragrad_fx.cli.options import app
 
 
 @app.command(short_help="Write a page that shows the difference; offline.")

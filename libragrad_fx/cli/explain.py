@@ -12,28 +12,14 @@ import typer
 import libragrad_fx as lg
 from libragrad_fx import models
 from libragrad_fx.attribution import METHODS
-from libragrad_fx.cli.common import (
-    dtype_of,
-    load_model,
-    run_once,
-    working,
-    write_file,
-)
-from libragrad_fx.cli.options import (
-    Checkpoint,
-    Pretrained,
-    TargetIndex,
-    app,
-)
-from libragrad_fx.errors import (
-    InputError,
-)
+from libragrad_fx.cli.common import dtype_of, load_model, run_once, working, write_file
+from libragrad_fx.cli.options import Checkpoint, Pretrained, TargetIndex, app
+from libragrad_fx.errors import InputError
 from libragrad_fx.extras import need
 from libragrad_fx.target import first_tensor, largest
 
 _CAPTIONS = {"fullgrad_plus": "FullGrad+", "input_x_gradient": "Input×Gradient"}
 _Name: Any = Literal[tuple(METHODS)]  # type: ignore[valid-type]
-_AT_FIRST_BLOCK = ("input_x_gradient", "gradient")
 
 
 @app.command(short_help="Draw what speaks for a class in a picture.")
@@ -99,7 +85,8 @@ def _error(size: float) -> str:
 
 
 def _attribute(gm: Any, x: torch.Tensor, target: Any, method: str) -> lg.Attribution:
-    layers = lg.blocks(gm)[:1] or None if method in _AT_FIRST_BLOCK else None
+    how = METHODS[method]
+    layers = lg.blocks(gm)[:1] or None if how.layers == "input" and not how.path else None
     return lg.attribute(gm, x, target, method=method, layers=layers)
 
 

@@ -8,26 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 import libragrad_fx as lg
-from libragrad_fx.cli.common import (
-    guessed_inputs,
-    load_model,
-    target_of,
-    working,
-)
-from libragrad_fx.cli.options import (
-    Checkpoint,
-    ModelName,
-    Pretrained,
-    Seed,
-    TargetIndex,
-    app,
-)
-from libragrad_fx.errors import (
-    InputError,
-)
-from libragrad_fx.viz.draw import tree
-from libragrad_fx.viz.flow import streams
-from libragrad_fx.viz.strip import joined, streams_table
+from libragrad_fx.cli.common import guessed_inputs, load_model, target_of, working
+from libragrad_fx.cli.options import Checkpoint, ModelName, Pretrained, Seed, TargetIndex, app
+from libragrad_fx.errors import InputError
 
 
 @app.command(short_help="Draw where a backward creates or destroys attribution.")
@@ -52,6 +35,10 @@ def graph(
     seed: Seed = 0,
 ) -> None:
     """Print what each module loses and creates under autograd, and what balancing does; or draw it."""
+    from libragrad_fx.viz.draw import tree  # here, so that only drawing imports networkx
+    from libragrad_fx.viz.flow import streams
+    from libragrad_fx.viz.strip import joined, streams_table
+
     if out is None and (focus or view == "model-explorer"):
         raise InputError("--focus and --view model-explorer are for a file: add -o FILE")
     module = load_model(model, pretrained, checkpoint, seed).module

@@ -12,12 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import libragrad_fx as lg
-from libragrad_fx.errors import (
-    CustomBackwardWarning,
-    CutWarning,
-    GateOutputWarning,
-    LibraGradError,
-)
+from libragrad_fx.errors import CustomBackwardWarning, CutWarning, GateOutputWarning, LibraGradError
 
 
 class _OneLineErrors(TyperGroup):

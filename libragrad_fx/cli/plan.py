@@ -7,20 +7,9 @@ from typing import Annotated
 import typer
 
 import libragrad_fx as lg
-from libragrad_fx.cli.common import (
-    load_model,
-    working,
-)
-from libragrad_fx.cli.options import (
-    Json,
-    ModelName,
-    Policy,
-    Rules,
-    app,
-)
-from libragrad_fx.errors import (
-    InputError,
-)
+from libragrad_fx.cli.common import load_model, working
+from libragrad_fx.cli.options import Json, ModelName, Policy, Rules, app
+from libragrad_fx.errors import InputError
 
 
 @app.command(short_help="List what would change in the backward, and why.")

@@ -8,12 +8,7 @@ import torch
 import typer
 
 import libragrad_fx as lg
-from libragrad_fx.cli.common import (
-    guessed_inputs,
-    load_model,
-    target_of,
-    working,
-)
+from libragrad_fx.cli.common import guessed_inputs, load_model, target_of, working
 from libragrad_fx.cli.options import (
     Checkpoint,
     Json,

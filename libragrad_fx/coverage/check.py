@@ -108,11 +108,9 @@ def _numeric(blank: Result, subject: Subject) -> Result:
     found = lg.verify(model, gm, inputs, subject.target)
     scale = max(abs(found.output), abs(found.input_share), abs(found.bias_share))
     scale = scale or math.nan
-    behind = max((b.error for b in found.boundaries), default=0.0)
     run = found.input_share if found.share_as_run is None else found.share_as_run
-    errors = [
-        e / scale for e in (found.completeness_error, found.worst_residual, behind, run - found.input_share)
-    ]
+    sums = found.completeness_error, found.worst_residual, found.boundary_error, run - found.input_share
+    errors = [e / scale for e in sums]
     coarse = casts(gm.captured_graphs.values())
     coarse.pop(torch.float64, None)
     if model is subject.model:

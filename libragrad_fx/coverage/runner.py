@@ -7,7 +7,6 @@ import functools
 import json
 import logging
 import multiprocessing
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -52,7 +51,6 @@ def run(
 
     seen: called with each result at once.
     """
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # models run on the CPU; CUDA does not survive a fork
     context: Any = multiprocessing.get_context(_START)
     context.set_forkserver_preload(list(_PRELOAD))
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -32,5 +32,4 @@ def blocks(module: CapturedModule) -> list[str]:
             others[kind].append(path)
     sizes = lambda paths: (len(paths), -paths[0].count("."))  # noqa: E731
     most = [max(groups.values(), key=sizes, default=[]) for groups in (numbered, others)]
-    found = next((paths for paths in most if len(paths) > 1), [])
-    return sorted(found, key=[n.target for n in module.graph.nodes].index)
+    return next((paths for paths in most if len(paths) > 1), [])

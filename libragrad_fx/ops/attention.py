@@ -18,6 +18,7 @@ import torch
 from torch.fx import Node
 from torch.nn.attention import SDPBackend
 
+from libragrad_fx.graph.schema import aten_op
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.function import watched
 from libragrad_fx.ops.twin import Grads, times_, twin
@@ -38,10 +39,10 @@ _SMALL = 2**16  # so many elements of k, one kernel for all three gradients cost
 
 
 def is_softmax(node: Node) -> bool:
-    return getattr(node.target, "aten_op", node.target) is aten.softmax.int
+    return aten_op(node) is aten.softmax.int
 
 
-def _probabilities(
+def probabilities(
     q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, first: int, causal: bool, scale: float
 ) -> torch.Tensor:  # fmt: skip
     """softmax(scale q kᵀ + mask) for the query rows that start at ``first``; masked-out rows are 0."""
@@ -57,6 +58,11 @@ def _probabilities(
     return torch.softmax(scores, -1).masked_fill(nothing, 0.0)
 
 
+def repeated(x: torch.Tensor, times: int) -> torch.Tensor:
+    """Keys or values, once for each head of a group of queries."""
+    return x.repeat_interleave(times, -3) if times > 1 else x
+
+
 def _rows(mask: torch.Tensor, rows: slice) -> torch.Tensor:
     """The mask's part for these query rows; a mask that all rows share is returned whole."""
     return mask if mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
@@ -70,11 +76,11 @@ def _attention(
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     heads = query.shape[-3] // key.shape[-3] if enable_gqa else 1
     wide = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
-    k = (key.repeat_interleave(heads, -3) if heads > 1 else key).to(wide)
+    k = repeated(key, heads).to(wide)
     dv = k.new_zeros((*k.shape[:-1], g.shape[-1]))
     for first in range(0, query.shape[-2], _CHUNK):
         rows = slice(first, first + _CHUNK)
-        p = _probabilities(query[..., rows, :].to(wide), k, attn_mask, first, is_causal, scale)
+        p = probabilities(query[..., rows, :].to(wide), k, attn_mask, first, is_causal, scale)
         dv = dv + p.transpose(-2, -1) @ g[..., rows, :].to(wide)
     if heads > 1:
         dv = dv.unflatten(-3, (-1, heads)).sum(-3)
@@ -109,7 +115,7 @@ def _by_lse(
     wide = lse.dtype
     mask = _additive(attn_mask, lse)
     lse = lse.masked_fill(lse == -math.inf, math.inf)  # a row with nothing to attend to: P is 0
-    keys = (key.repeat_interleave(heads, 1) if heads > 1 else key).to(wide)
+    keys = repeated(key, heads).to(wide)
     dv = torch.zeros((*keys.shape[:3], g.shape[-1]), dtype=wide, device=g.device)
     for part, rows in _blocks(query.shape, keys.shape[2]):
         seen = slice(0, rows.stop if is_causal else None)

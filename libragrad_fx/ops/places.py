@@ -25,6 +25,14 @@ class Taken(NamedTuple):
     end: Any
     step: Any
 
+    @property
+    def alone(self) -> bool:
+        """Whether it is one place, known before the model runs."""
+        if not isinstance(self.start, int):
+            return False
+        last = self.start == -1 and self.end == sys.maxsize
+        return self.end is None or last or (self.start != -1 and self.end == self.start + 1)
+
 
 def taken(node: Node) -> Taken | None:
     """The places that a node takes; None if it is neither a ``select`` nor a ``slice``."""
@@ -32,7 +40,8 @@ def taken(node: Node) -> Taken | None:
         x, axis, place = bind(_SELECT, node.args, node.kwargs).values()
         return Taken(x, axis, place, None, 1)
     if node.target is _SLICE:
-        return Taken(*bind(_SLICE, node.args, node.kwargs).values())
+        x, axis, start, end, step = bind(_SLICE, node.args, node.kwargs).values()
+        return Taken(x, axis, start, sys.maxsize if end is None else end, step)
     return None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from libragrad_fx.errors import ModeError
-from libragrad_fx.ops.attention import _probabilities, scaled_dot_product_attention
+from libragrad_fx.ops.attention import probabilities, repeated, scaled_dot_product_attention
 from libragrad_fx.ops.twin import LIBRARY, NAMESPACE, Grads, twin
 
 aten = torch.ops.aten
@@ -87,13 +87,13 @@ def _scores(
     """The gradients of q, k and the mask, some query rows at a time."""
     heads = query.shape[-3] // key.shape[-3] if enable_gqa else 1
     wide = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
-    k, v = ((x.repeat_interleave(heads, -3) if heads > 1 else x).to(wide) for x in (key, value))
+    k, v = (repeated(x, heads).to(wide) for x in (key, value))
     soft = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask / temperature
 
     def rows() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for first in range(0, query.shape[-2], _CHUNK):
             q, do = (x[..., first : first + _CHUNK, :].to(wide) for x in (query, g))
-            s = _probabilities(q, k, soft, first, is_causal, scale / temperature)
+            s = probabilities(q, k, soft, first, is_causal, scale / temperature)
             dx = _jacobian(s, do @ v.transpose(-2, -1), -1)
             yield dx, dx.transpose(-2, -1) @ q
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -115,16 +114,12 @@ def _rows(work: Work, alive: set[Node]) -> tuple[dict[Node, Row], list[Any]]:
 
 def _read_row(node: Node) -> Row | None:
     """The row that a node takes of its operand; None if it takes none or several, or of few."""
-    if (found := taken(node)) is None:
+    found = taken(node)
+    if found is None or not found.alone or not is_sized(found.x):
         return None
-    x, axis, place, end, _ = found
-    if not isinstance(place, int) or not is_sized(x):
+    if in_example(first(found.x).shape[found.axis]) < _FEW:
         return None
-    if in_example(first(x).shape[axis]) < _FEW:
-        return None
-    last = place == -1 and end in (None, sys.maxsize)
-    one = is_selection(node) or last or (place != -1 and end == place + 1)
-    return (axis % len(sizes(x)), place) if one else None
+    return found.axis % len(sizes(found.x)), found.start
 
 
 def _is_entry(node: Node, rows: dict[Node, Row], alive: set[Node], facts: Facts) -> bool:

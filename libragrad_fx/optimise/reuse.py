@@ -107,12 +107,12 @@ def _is_number(node: Node) -> bool:
 
 def _takes_all(node: Node) -> bool:
     """Whether a slice takes its whole axis. The end for an axis of free size is 2^63 - 1."""
-    if (found := taken(node)) is None or is_selection(node):
+    if (found := taken(node)) is None:
         return False
     x, dim, start, end, step = found
     size = x.meta["val"].shape[dim] if "val" in x.meta else sys.maxsize
     known = size if isinstance(size, int) else sys.maxsize
-    return start in (0, None) and step == 1 and (end is None or (isinstance(end, int) and end >= known))
+    return start in (0, None) and step == 1 and isinstance(end, int) and end >= known
 
 
 def _place(node: Node) -> tuple[int, int, int] | None:

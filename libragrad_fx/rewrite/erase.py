@@ -11,6 +11,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from libragrad_fx.errors import VerificationError
 from libragrad_fx.graph.notes import Undo, note
+from libragrad_fx.graph.schema import aten_op
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.insert import leaf
@@ -35,8 +36,7 @@ def erase(edited: Graph) -> Graph:
             case Undo.OUTPUT:
                 env[node] = leaf(*args) if node.target is leaf else kwargs["_output"]
             case Undo.OP:
-                target = getattr(node.target, "aten_op", node.target)
-                env[node] = graph.create_node(node.op, target, args, kwargs, node.name)
+                env[node] = graph.create_node(node.op, aten_op(node), args, kwargs, node.name)  # type: ignore[arg-type]
     return graph
 
 

@@ -25,7 +25,7 @@ from libragrad_fx.graph.schema import op_name, operands
 from libragrad_fx.module.captured import CapturedModule, one_graph
 from libragrad_fx.ops import insert
 from libragrad_fx.rewrite.edits import unedited
-from libragrad_fx.types import Edit, LedgerRow
+from libragrad_fx.types import Edit, LedgerRow, Plan
 
 SIDES = ("plain", "balanced")
 NORMS = {"plain": "plain_norm", "balanced": "balanced_norm"}
@@ -63,7 +63,7 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
     plain = unedited(gm)
     accounts = {"plain": ledger(plain, inputs, target), "balanced": ledger(gm, inputs, target)}
     graph = nx.DiGraph(output={side: account.output for side, account in accounts.items()})
-    describe = _describer(gm)
+    describe = _describer(gm, plan)
     for side, account in accounts.items():
         for row in account.rows:
             if row.node not in graph:
@@ -91,11 +91,11 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
     return graph
 
 
-def _describer(gm: CapturedModule) -> Callable[[str, LedgerRow | None], dict[str, Any]]:
+def _describer(gm: CapturedModule, plan: Plan) -> Callable[[str, LedgerRow | None], dict[str, Any]]:
     """A function from a node and its row to its attributes. A node without a row is where the signal
     starts: an input, or an embedding that an input indexes."""
     nodes = {n.name: n for n in gm.graph.nodes}
-    edits = {e.node: e for e in gm.plan.edits} if gm.plan else {}
+    edits = {e.node: e for e in plan.edits}
     roles, facts = gm.history.roles, gm.history.facts
 
     def describe(name: str, row: LedgerRow | None) -> dict[str, Any]:

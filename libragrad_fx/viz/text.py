@@ -73,7 +73,6 @@ def certificate_text(c: Certificate) -> str:
         return "ok  " if good else "FAIL"
 
     tol, proved = c.tolerance, sum(c.proof.values())
-    behind = max((b.error for b in c.boundaries), default=0.0)
     lines = [
         f"certificate: {'balanced' if c.ok else 'NOT BALANCED'}"
         f" (policy {c.policy}, rules {c.digest[:12]}, {c.dtype} on {c.device})",
@@ -94,8 +93,8 @@ def certificate_text(c: Certificate) -> str:
         f"  {mark(c.runs_as_accounted)} the graph that runs gives the input"
         f" {c.share_as_run:.6g}" if c.share_as_run is not None else
         "       the graph that runs is not compared: embeddings choose where the signal starts",
-        f"  {mark(behind <= tol)} behind each of {len(c.boundaries)} blocks, the largest"
-        f" completeness error is {behind:.3g}",
+        f"  {mark(c.boundary_error <= tol)} behind each of {len(c.boundaries)} blocks, the largest"
+        f" completeness error is {c.boundary_error:.3g}",
         *(f"       cut: {c}; a gate that crosses it is taken for a value" for c in c.cuts),
         f"       the input carries {c.input_fraction:.1%} of what the account moves",
     ]  # fmt: skip

@@ -193,6 +193,14 @@ def test_certificate_as_json(accounts: tuple[Ledger, Ledger, Certificate]) -> No
             Certificate.from_json(text)
 
 
+def test_an_error_that_is_no_number_is_the_largest(accounts: tuple[Ledger, Ledger, Certificate]) -> None:
+    broken = dataclasses.replace(accounts[2].boundaries[0], error=math.nan)
+    for boundaries in ((broken, *accounts[2].boundaries), (*accounts[2].boundaries, broken)):
+        certificate = dataclasses.replace(accounts[2], boundaries=boundaries)
+        assert not certificate.ok
+        assert "FAIL behind each of" in str(certificate)
+
+
 def test_a_broken_forward_is_measured() -> None:
     model, x = vit()
     gm = lg.transform(model, x)

@@ -16,14 +16,17 @@ from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.target import select_each
 
 F64 = torch.float64
+DEPTH, HEADS = 3, 2
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_classes": 5}
 
 
-def vit() -> nn.Module:
+def vit(fused: bool = True) -> nn.Module:
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", depth=3, num_heads=2, **SMALL)
+    model = timm.create_model("vit_tiny_patch16_224", depth=DEPTH, num_heads=HEADS, **SMALL)
     for p in model.parameters():
         nn.init.normal_(p, 0, 0.2)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
     return model.double().eval()
 
 

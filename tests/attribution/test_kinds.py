@@ -15,11 +15,6 @@ from libragrad_fx.module.walk import blocks
 F64 = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
-
-
 def net(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3))
 

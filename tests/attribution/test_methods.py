@@ -17,21 +17,11 @@ from libragrad_fx.attribution import METHODS, maps
 from libragrad_fx.attribution.internals import observe
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
+from tests.attribution.test_attribution import DEPTH, HEADS, SMALL, vit
 
 F64 = torch.float64
 Tensor = torch.Tensor
-TARGET, DEPTH, HEADS, TOKENS = 2, 3, 2, 17
-
-
-def vit(fused: bool = False) -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_classes": 5}
-    model = timm.create_model("vit_tiny_patch16_224", depth=DEPTH, num_heads=HEADS, **sizes)
-    for p in model.parameters():
-        nn.init.normal_(p, 0, 0.2)
-    for block in model.blocks:
-        block.attn.fused_attn = fused
-    return model.double().eval()
+TARGET, TOKENS = 2, 17
 
 
 @dataclasses.dataclass
@@ -153,9 +143,9 @@ def case(request: Any) -> tuple[CapturedModule, CapturedModule, Tensor, Seen]:
     torch.manual_seed(0)
     x = torch.randn(3, 3, 32, 32, dtype=F64)
     make = lg.transform if request.param == "balanced" else lg.trace
-    written, fused = make(vit(), x), make(vit(fused=True), x)
-    runs = vit() if request.param == "plain" else lg.transform(vit(), x)
-    return written, fused, x, observed(vit(), x, runs)
+    written, fused = make(vit(fused=False), x), make(vit(), x)
+    runs = vit(fused=False) if request.param == "plain" else lg.transform(vit(fused=False), x)
+    return written, fused, x, observed(vit(fused=False), x, runs)
 
 
 @pytest.mark.parametrize("name", REFERENCE)
@@ -188,7 +178,7 @@ def test_fullgrad_and_skip_plus_are_sums_of_what_is_tested(case: Any) -> None:
 def test_fullgrad_is_complete_when_balanced() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 3, 32, 32, dtype=F64)
-    module = lg.transform(vit(), x)
+    module = lg.transform(vit(fused=False), x)
     for method in ("fullgrad", "fullgrad_plus", "skip_plus"):
         found = lg.attribute(module, x, TARGET, method=method)
         assert float(found.completeness_error.max()) <= 1e-11
@@ -280,7 +270,7 @@ def test_windows_are_no_attention_over_tokens() -> None:
 
 
 def test_without_a_class_token_there_is_no_row_to_read() -> None:
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_classes": 5, "global_pool": "avg"}
+    sizes = SMALL | {"global_pool": "avg"}
     model = timm.create_model("vit_tiny_patch16_224", depth=2, num_heads=2, class_token=False, **sizes)
     x = torch.randn(2, 3, 32, 32, dtype=F64)
     module = lg.transform(model.double().eval(), x)

@@ -8,8 +8,7 @@ import functools
 import itertools
 import random
 import types
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,19 +18,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import libragrad_fx as lg
-from libragrad_fx.errors import CutWarning, GuardError, InputError, ModeError
+from libragrad_fx.errors import GuardError, InputError, ModeError
 from libragrad_fx.pieces.dynamo import CutModule
 
+pytestmark = pytest.mark.usefixtures("dynamo_afresh")
+
 F64 = torch.float64
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CutWarning)
-        yield
 
 
 def net() -> nn.Sequential:

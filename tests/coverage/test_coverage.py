@@ -151,6 +151,16 @@ def test_a_suite_that_cannot_be_listed_keeps_its_results(
     assert file.read_text() == "{}\n"
 
 
+def test_a_filter_that_fits_nothing_keeps_the_results(tmp_path: Path) -> None:
+    file = tmp_path / "timm.jsonl"
+    file.write_text("{}\n")
+    options = ["--suite", "timm", "--filter", "no_such_*", "--no-resume", "--results", str(tmp_path)]
+    result = CliRunner().invoke(app, ["coverage", *options])
+    assert result.exit_code == 2
+    assert "matches" in result.output
+    assert file.read_text() == "{}\n"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

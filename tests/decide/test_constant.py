@@ -10,13 +10,10 @@ import torch
 import libragrad_fx as lg
 from libragrad_fx.decide import rulebook
 from libragrad_fx.errors import RuleError, UnknownOpError
-from tests.between import Between, X, weighed
+from tests.between import Between, X, certified, define
 
 COLUMNS = torch.arange(8).expand(4, 8) // 2
-LIBRARY = torch.library.Library("constant_of_tests", "FRAGMENT")
-LIBRARY.define("shifted(Tensor x) -> Tensor")
-LIBRARY.impl("shifted", lambda x: x * 2 + 1, "CompositeExplicitAutograd")
-LIBRARY.impl("shifted", lambda x: x * 2 + 1, "AutogradCPU")
+LIBRARY = define("constant_of_tests", "shifted", "Tensor x", lambda x: x * 2 + 1)
 shifted = torch.ops.constant_of_tests.shifted
 ROW = {"op": "constant_of_tests.shifted", "kind": "linear", "stream": ["x"], "why": "2 x + 1"}
 
@@ -29,10 +26,7 @@ ROW = {"op": "constant_of_tests.shifted", "kind": "linear", "stream": ["x"], "wh
 ])  # fmt: skip
 @pytest.mark.parametrize("said", [{}, {"constant": True}])
 def test_a_row_for_an_op_that_adds_something(f: Any, said: Any) -> None:
-    model = Between(f)
-    module = lg.transform(model, X, rules=[{**ROW, **said}])
-    certificate = lg.verify(model, module, X, weighed)
-    assert certificate.ok, certificate
+    certified(Between(f), rules=[{**ROW, **said}])
 
 
 def test_a_row_that_denies_its_constant_is_named() -> None:

@@ -13,24 +13,15 @@ from torch import nn
 import libragrad_fx as lg
 from libragrad_fx.decide import rulebook
 from libragrad_fx.errors import RuleError
-from tests.between import Between, X, weighed
-
-
-def _define(library: str, name: str, takes: str, f: Any) -> torch.library.Library:
-    made = torch.library.Library(library, "FRAGMENT")
-    made.define(f"{name}({takes}) -> Tensor")
-    made.impl(name, f, "CompositeExplicitAutograd")
-    made.impl(name, f, "AutogradCPU")
-    return made
-
+from tests.between import Between, X, define, weighed
 
 LIBRARIES = [
-    _define("slopes_of_tests", "bump", "Tensor x, float w", lambda x, w: x * torch.exp(-x * x / w)),
-    _define(
+    define("slopes_of_tests", "bump", "Tensor x, float w", lambda x, w: x * torch.exp(-x * x / w)),
+    define(
         "slopes_of_tests", "ramp", "Tensor x, *, float b=1.", lambda x, b=1.0: (x * b).exp().log1p() / b
     ),
-    _define("slopes_of_tests", "swap", "Tensor x", lambda x: 1 - x * torch.sigmoid(x)),
-    _define("others_of_tests", "bump", "Tensor x", lambda x: torch.arctan(x)),
+    define("slopes_of_tests", "swap", "Tensor x", lambda x: 1 - x * torch.sigmoid(x)),
+    define("others_of_tests", "bump", "Tensor x", lambda x: torch.arctan(x)),
 ]
 OPS, OTHERS = torch.ops.slopes_of_tests, torch.ops.others_of_tests
 ROWS = [

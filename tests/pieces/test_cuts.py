@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +12,8 @@ from torch import nn
 import libragrad_fx as lg
 from libragrad_fx.errors import CaptureError, CutWarning, InputError
 from libragrad_fx.pieces.dynamo import CutModule
+
+pytestmark = pytest.mark.usefixtures("dynamo_afresh")
 
 
 class Branching(nn.Module):
@@ -60,15 +60,6 @@ class Between(nn.Module):
         if h.sum() > 1e9:
             h = h / 2
         return self.head(self.outside(h))
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CutWarning)
-        yield
 
 
 def branching() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:

@@ -169,7 +169,7 @@ def test_sequences_packed_out_of_a_list() -> None:
             return torch.stack([s[-1] for s in nn.utils.rnn.unpack_sequence(self.rnn(packed)[0])])
 
     model, call = Model(), ([torch.randn(n, 6) for n in (4, 2, 3)],)
-    assert lg.verify(model, lg.transform(model, call), call, weighed).ok
+    certified(model, call)
 
 
 def tiny(name: str, **more: Any) -> Any:
@@ -192,7 +192,7 @@ def test_gradient_checkpointing(name: str) -> None:
     """transformers puts a hook on the embedding for it, which is Python of its own."""
     model, call = tiny(name), {"input_ids": torch.arange(14).view(2, 7)}
     model.gradient_checkpointing_enable()
-    assert lg.verify(model, lg.transform(model, call), call, weighed).ok
+    certified(model, call)
 
 
 LABELS = {
