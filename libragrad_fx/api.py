@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import warnings
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,14 +145,30 @@ def _one_graph(
     for name in made.analysis.gate_heads:
         text = next(n for n in made.plan.notes if name in n)
         warnings.warn(text, GateOutputWarning, stacklevel=3)
-    tree = Tree(model)
-
-    def recapture(args: Any, kwargs: Any) -> CapturedModule:
-        tree.require_unchanged()
-        return _one_graph(model, Arguments(tuple(args), kwargs), dynamic, **options)
-
-    vars(module)["origin"] = Origin(recapture)
+    vars(module)["origin"] = Origin(_Recapture(lambda: model, Tree(model), dynamic, options))
     return module
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recapture:
+    """Captures the original once more, for another call."""
+
+    original: Callable[[], torch.nn.Module | None]
+    tree: Tree
+    dynamic: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+    def __call__(self, args: Any, kwargs: Any) -> CapturedModule:
+        model = self.original()
+        if model is None:
+            raise InputError("the original model is gone")
+        self.tree.require_unchanged()
+        return _one_graph(model, Arguments(tuple(args), kwargs), self.dynamic, **self.options)
+
+    def weakly(self) -> _Recapture:
+        """The same, but it does not keep the original in memory."""
+        model = self.original()
+        return self if model is None else dataclasses.replace(self, original=weakref.ref(model))
 
 
 def _again(module: Any, policy: str | Path, on_unknown: str, rules: Any) -> Any:

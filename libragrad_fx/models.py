@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.extras import need
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_IMAGENET_SIZES = (1000, 21841, 21843, 11821, 12000)
 _NESTED = ("state_dict", "model")  # where training scripts put the weights inside a checkpoint
 
 
@@ -279,14 +281,7 @@ def preprocessing(model: Loaded) -> Preprocessing:
         InputError: it takes no images.
     """
     if model.source == "timm":
-        data = need("timm.data", "models")
-        config = data.resolve_model_data_config(model.module)
-        steps = data.create_transform(**config, is_training=False)
-        grey = config["input_size"][0] == 1
-        size = "x".join(map(str, config["input_size"][1:]))
-        note = f"timm's evaluation transform for this model ({size})"
-        to_tensor = (lambda image: steps(image.convert("L"))) if grey else steps
-        return Preprocessing(to_tensor, tuple(config["mean"]), tuple(config["std"]), note)
+        return _timm_steps(model.module)
     if model.source == "torchvision":
         return _torchvision_steps(model.name.partition(":")[2])
     args, kwargs = infer_inputs(model.module)
@@ -304,6 +299,47 @@ def preprocessing(model: Loaded) -> Preprocessing:
     return Preprocessing(scale, (0.0,), (1.0,), note)
 
 
+def transform_of(model: torch.nn.Module) -> Callable[[Image.Image], torch.Tensor]:
+    """From a picture to the tensor (C, H, W) that ``model`` was published for, as it says itself.
+
+    Raises:
+        InputError: it does not say.
+    """
+    if hasattr(model, "pretrained_cfg"):
+        return _timm_steps(model).to_tensor
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        raise InputError(
+            "this model does not say how it wants its pictures: give processor=…, a callable from a PIL"
+            " picture to a tensor (C, H, W), or tensors"
+        )
+    try:
+        made = need("transformers", "models").AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as e:
+        raise InputError(f"no image processor is found for {name}: give one as processor=…") from e
+    return pixels_by(made)
+
+
+def pixels_by(processor: Any) -> Callable[[Image.Image], torch.Tensor]:
+    """A processor of Hugging Face as a callable from a picture to a tensor (C, H, W)."""
+
+    def to_tensor(picture: Image.Image) -> torch.Tensor:
+        return processor(images=picture, return_tensors="pt")["pixel_values"][0]
+
+    return to_tensor
+
+
+def _timm_steps(module: torch.nn.Module) -> Preprocessing:
+    data = need("timm.data", "models")
+    config = data.resolve_model_data_config(module)
+    steps = data.create_transform(**config, is_training=False)
+    grey = config["input_size"][0] == 1
+    size = "x".join(map(str, config["input_size"][1:]))
+    note = f"timm's evaluation transform for this model ({size})"
+    to_tensor = (lambda image: steps(image.convert("L"))) if grey else steps
+    return Preprocessing(to_tensor, tuple(config["mean"]), tuple(config["std"]), note)
+
+
 def _torchvision_steps(name: str) -> Preprocessing:
     published = need("torchvision.models", "models").get_model_weights(name)
     steps = next(iter(published)).transforms() if len(published) else None
@@ -316,8 +352,21 @@ def _torchvision_steps(name: str) -> Preprocessing:
 
 def class_name(model: Loaded, index: int, classes: int) -> str:
     """The ImageNet name of class ``index``; empty where the model's classes are not known."""
-    if model.source == "factory" or classes not in (1000, 21841, 21843, 11821, 12000):
+    if model.source == "factory" or classes not in _IMAGENET_SIZES:
         return ""
     data = need("timm.data", "models")
     subset = data.infer_imagenet_subset(model.module) if model.source == "timm" else "imagenet-1k"
     return data.ImageNetInfo(subset).index_to_description(index) if subset else ""
+
+
+def label_of(model: torch.nn.Module, index: int) -> str:
+    """What a model calls its class ``index``; empty where it does not say."""
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if isinstance(names, Mapping):
+        found = str(names.get(index, ""))
+        return "" if found == f"LABEL_{index}" else found
+    if hasattr(model, "pretrained_cfg") and getattr(model, "num_classes", 0) in _IMAGENET_SIZES:
+        data = need("timm.data", "models")
+        subset = data.infer_imagenet_subset(model)
+        return str(data.ImageNetInfo(subset).index_to_description(index)) if subset else ""
+    return ""

@@ -31,7 +31,8 @@ class Observer(torch.fx.Interpreter):
         tap: called with each node and its value once that is computed; the node's arguments are
             ``fetch_args_kwargs_from_env(node)``.
         graph: the graph to run, ``module.graph`` by default; may be the lean one.
-        given: values that leaves start from instead of what the inputs say, by the names in ``sources``.
+        given: values that leaves start from instead of what is computed, by the names in ``sources``. A
+            node that is named here starts a leaf as well.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Observer(torch.fx.Interpreter):
 
     def run_node(self, n: Node) -> Any:
         y = self.computed(n)
-        if n.target is insert.guard or n.name in self.embeddings:
+        if n.target is insert.guard or n.name in self.embeddings or n.name in self.given:
             y = pytree.tree_map(lambda x: self.started(n, x), y)  # an embedding bag gives several
         if self.tap is not None:
             self.tap(n, y)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from libragrad_fx.attribution.formulas import METHODS
-from libragrad_fx.attribution.methods import Attribution, attribute
+from libragrad_fx.attribution.methods import explain
+from libragrad_fx.attribution.result import Attribution
 from libragrad_fx.module.walk import blocks, called_modules
 
-__all__ = ["METHODS", "Attribution", "attribute", "blocks", "called_modules"]
+__all__ = ["METHODS", "Attribution", "blocks", "called_modules", "explain"]

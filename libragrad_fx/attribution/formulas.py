@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from libragrad_fx.attribution.attention import Attention
+from libragrad_fx.errors import InputError
 from libragrad_fx.target import product
 
 Term = tuple[str, torch.Tensor]
@@ -64,12 +65,13 @@ def input_x_gradient(taps: Taps) -> list[Term]:
 
 
 def random(taps: Taps) -> list[Term]:
-    """A number from [0, 1) for each position, their sum 1: what any method has to beat."""
+    """A number from [0, 1) for each position, their sum 1, the same for each sample: what any method has to
+    beat."""
     first = taps.layers[0]
-    kept = [n if i in (0, *first.places) else 1 for i, n in enumerate(first.value.shape)]
+    kept = [n if i in first.places else 1 for i, n in enumerate(first.value.shape)]
     draw = torch.Generator().manual_seed(taps.seed)
     drawn = torch.rand(kept, generator=draw, dtype=torch.float64, device=draw.device).to(first.value.device)
-    return [(first.name, drawn / drawn.flatten(1).sum(1).view(-1, *[1] * (drawn.ndim - 1)))]
+    return [(first.name, (drawn / drawn.sum()).expand(len(first.value), *kept[1:]))]
 
 
 # --- class activation maps, with their signs (no ReLU)
@@ -160,7 +162,8 @@ class Method(NamedTuple):
     attention: whether it reads attention probabilities
     row:       whether it follows attention to the one token that the output is read from
     sums:      whether its map adds up to the output where the backward is balanced
-    path:      whether the gradient is an average over inputs: of noise, or on the way from a baseline
+    path:      whether the gradient is an average over inputs: of noise, or on the way from a baseline; or
+               whether the whole map is one
     """
 
     terms: Callable[[Taps], list[Term]]
@@ -170,7 +173,7 @@ class Method(NamedTuple):
     attention: bool = False
     row: bool = False
     sums: bool = False
-    path: Literal["", "noise", "line"] = ""
+    path: Literal["", "noise", "line", "whole"] = ""
 
 
 _LIBRA = "Mehri et al. 2025 (LibraGrad)"
@@ -194,3 +197,22 @@ METHODS: Mapping[str, Method] = {
     "attcat": Method(attcat, "all", "Qiang et al. 2022", attention=True),
     "tokentm": Method(tokentm, "all", "Wu et al. 2024", attention=True, row=True),
 }  # fmt: skip
+
+
+def method_of(name: str) -> Method:
+    """The method called ``name``: one of ``METHODS``, or ``path_averaged(…)`` of one.
+
+    ``path_averaged(m)`` is the mean of m's maps on the way from the baseline to the first block's input, as
+    LibraGrad's authors compute "Integrated Gradients" and its compositions. It promises no sum.
+
+    Raises:
+        InputError: there is none.
+    """
+    if isinstance(name, str):
+        inner = name.removeprefix("path_averaged(").removesuffix(")")
+        found = METHODS.get(inner)
+        if found is not None and name == inner:
+            return found
+        if found is not None and name == f"path_averaged({inner})" and not found.path:
+            return found._replace(path="whole", sums=False, source=f"{_LIBRA}, of {found.source}")
+    raise InputError(f"no method {name!r}; there are {', '.join(METHODS)}, and path_averaged(…) of those")

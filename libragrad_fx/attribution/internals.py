@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 
 from libragrad_fx.account.observe import Observer, flat_arguments, site_bias, source_name
 from libragrad_fx.attribution import attention as heads
+from libragrad_fx.attribution import maps
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.flow import reach
 from libragrad_fx.errors import InputError
@@ -30,8 +31,8 @@ from libragrad_fx.target import Target, as_call, differentiable, select_each, un
 from libragrad_fx.types import Kind, OpFacts, Site
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-Term = tuple[Site, int | None, torch.Tensor, torch.Tensor]
-"""A site, which axis counts samples, its constant, and the output that it is part of, or its gradient."""
+Term = tuple[Site, maps.Rows | None, torch.Tensor, torch.Tensor]
+"""A site, where samples are, its constant, and the gradient of the output that it is part of."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +42,10 @@ class Internals:
     output:  (B,) what is explained, one number a sample
     inputs:  name -> (x, df/dx) for every floating-point input (or embedded token sequence)
     layers:  module path -> (h, df/dh) for the input h of each module asked for
-    biases:  (site, axis, b, df/db) for the additive constants that are not upstream of the first
-             layer; b and df/db have the shape of the op's output, ``axis`` counts its samples
+    biases:  (site, rows, b, df/db) for the additive constants that are not upstream of the first
+             layer; b and df/db have the shape of the op's output, ``rows`` says where its samples are
+    upstream: likewise for those upstream of it, where biases were asked for
+    places:  likewise for the additive tables of positions, upstream or not
     shapes:  shapes of the values upstream of the first layer, in graph order (``()`` for a tuple)
     before:  module path -> the nodes and inputs that the layer's input is computed from
     tokens:  node, input or module path -> the inputs whose positions it has (see ``positions``)
@@ -56,6 +59,8 @@ class Internals:
     inputs: Mapping[str, Pair]
     layers: Mapping[str, Pair]
     biases: tuple[Term, ...]
+    upstream: tuple[Term, ...]
+    places: tuple[Term, ...]
     shapes: tuple[tuple[int, ...], ...]
     before: Mapping[str, frozenset[str]]
     tokens: Mapping[str, frozenset[str]]
@@ -65,90 +70,198 @@ class Internals:
     read: int | None = None
 
 
-def observe(
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """An additive constant of the graph.
+
+    site, axis: whose it is, and which axis of ``output`` counts samples, None if that is not known
+    value:      the constant; ``output`` is what it is part of
+    counts:     whether it is a bias term, which is not upstream of the first layer
+    places:     whether it is a table of positions: added element by element, and not everywhere the same
+    """
+
+    site: Site
+    axis: int | None
+    value: torch.Tensor
+    output: torch.Tensor
+    counts: bool
+    places: bool
+
+    def term(self, gradient: torch.Tensor, rows: maps.Rows | None) -> Term:
+        return self.site, rows, _finite(self.value.expand_as(self.output), gradient), gradient
+
+    def rows(self, batch: int) -> maps.Rows | None:
+        """Where its samples are, if its shape leaves no doubt."""
+        shape, axis = self.output.shape, self.axis
+        if batch == 1 and shape and axis is None:
+            axis = shape.index(1) if 1 in shape else 0
+        if axis is None or (batch > 1 and shape[axis] != batch):
+            return None
+        return maps.Rows(axis, shape[axis] // batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One forward with its inside in view. ``back`` goes back from a target, and from another one.
+
+    output:   what the module returned
+    sources:  name -> the floating-point inputs and embedded tokens, as leaves of autograd
+    layers:   module path -> the node of its input
+    values:   of the nodes that were asked for
+    attends, called: every attention asked for, and what it was called with
+    streams, ends: nodes as in ``Internals``
+    sizes:    the shape of each node's value, ``()`` for a tuple
+    """
+
+    module: CapturedModule
+    facts: heads.Facts
+    output: Any
+    sources: Mapping[str, torch.Tensor]
+    layers: Mapping[str, Node]
+    values: Mapping[Node, torch.Tensor]
+    constants: Sequence[Constant]
+    attends: Sequence[heads.Site]
+    called: Mapping[Node, Any]
+    streams: Sequence[Node | None]
+    ends: Sequence[Node]
+    sizes: Mapping[Node, tuple[int, ...]]
+
+    def back(self, target: Target, last: bool = True) -> Internals:
+        """The gradients of ``target``; ``last`` frees what a further backward would need.
+
+        Raises:
+            InputError: the target does not fit.
+        """
+        with differentiable():
+            each = select_each(self.output, target)
+            inner = [self.values[n] for n in [*self.layers.values(), *(s.node for s in self.attends)]]
+            values = [*self.sources.values(), *(c.output for c in self.constants), *inner]
+            rows = [c.rows(each.shape[0]) for c in self.constants]
+            doubtful = any(r is None for r in rows)
+            pairs = _pairs(each, values, last and not doubtful)
+            gradients = [g for _, g in pairs[len(self.sources) :]]
+            if doubtful:
+                rows = self._rows(each, rows, gradients, last)
+            found = iter(pairs)
+        sources = {name: next(found) for name in self.sources}
+        terms = [(c, c.term(next(found)[1], r)) for c, r in zip(self.constants, rows, strict=True)]
+        tapped = {path: next(found) for path in self.layers}
+        attended = tuple(
+            heads.attention(site, self.called[site.node], g, each.shape[0])
+            for site, (_, g) in zip(self.attends, found, strict=True)
+        )
+        return Internals(
+            output=each.detach(),
+            inputs=sources,
+            layers=tapped,
+            biases=tuple(term for c, term in terms if c.counts),
+            upstream=tuple(term for c, term in terms if not c.counts),
+            places=tuple(term for c, term in terms if c.places),
+            attention=attended,
+            **self.layout,
+        )
+
+    def _rows(
+        self,
+        each: torch.Tensor,
+        rows: Sequence[maps.Rows | None],
+        gradients: Sequence[torch.Tensor],
+        last: bool,
+    ) -> list[maps.Rows | None]:
+        """Where the samples of each constant are. Where its shape leaves that open (tokens in front of
+        samples, windows), gradients tell: if the target of a sample changes its sign, so do the gradients
+        of its rows. So the number of the sample is read bit by bit, one backward each.
+        """
+        batch, open_ = each.shape[0], [i for i, r in enumerate(rows) if r is None]
+        outputs = [self.constants[i].output for i in open_]
+        whose = [torch.zeros(t.shape, dtype=torch.long, device=t.device) for t in outputs]
+        bits, number = (batch - 1).bit_length(), torch.arange(batch, device=each.device)
+        for bit in range(bits):
+            signs = 1 - 2 * (number >> bit & 1)
+            back = _pairs(each * signs, outputs, last and bit == bits - 1)
+            for samples, i, (_, g) in zip(whose, open_, back, strict=True):
+                samples += (g.signbit() != gradients[i].signbit()).long() << bit
+        found = [*rows]
+        for i, samples in zip(open_, whose, strict=True):
+            axis, shape = self.constants[i].axis, samples.shape
+            axes = range(len(shape)) if axis is None else [axis]
+            found[i] = maps.rows_of(samples.masked_fill(gradients[i] == 0, -1), batch, [*axes])
+        return found
+
+    @functools.cached_property
+    def layout(self) -> Mapping[str, Any]:
+        """The fields of ``Internals`` that do not depend on the target."""
+        upstream = {p: _ancestors(n) for p, n in self.layers.items()}
+        first = next(iter(upstream.values()), set[Node]())
+        where = positions(self.module, self.facts, self.sizes, self.sources)
+        tokens = {source_name(n): names for n, names in where.items()}
+        return {
+            "shapes": tuple(shape for n, shape in self.sizes.items() if n in first),
+            "before": {p: frozenset(map(source_name, nodes)) for p, nodes in upstream.items()},
+            "tokens": tokens | {p: where[n] for p, n in self.layers.items()},
+            "streams": tuple(None if n is None else self.values[n].detach() for n in self.streams),
+            "ends": tuple(self.values[n].detach() for n in self.ends),
+            "read": _read_token(self.ends[-1:], self.sizes),
+        }
+
+
+def run(
     module: CapturedModule,
     inputs: Any,
-    target: Target,
     layers: Sequence[str] = (),
     biases: bool = True,
     attention: bool = False,
-) -> Internals:
-    """Run ``module`` forward and backward once.
+    given: Mapping[str, torch.Tensor] | None = None,
+    starts: bool = False,
+) -> Run:
+    """Run ``module`` forward once.
 
     Args:
         inputs: as ``module`` takes them: a tensor, a tuple, or a dict of keyword arguments.
-        target: what to explain (see ``verify.select``).
         layers: module paths; of a module called several times the first call counts.
         biases: whether bias terms are wanted.
         attention: whether attention probabilities are wanted.
+        given: what to start from instead of what is computed, by the names of ``Run.sources`` or of nodes.
+        starts: whether embeddings at which the signal starts, and that do not pass a layer, are inputs and
+            no constants.
 
     Raises:
-        InputError: no such layer, or the target does not fit.
+        InputError: no such layer.
     """
     taps = {path: layer_input(module, path) for path in layers}
     first = next(iter(taps.values()), None)
-    upstream = _ancestors(first) if first is not None else set()
-    # without layers, what starts the signal is an input, and no constant
-    sites = [s for s in module.record.sites if taps or not s.starts]
-    counted = {s.node: s for s in sites if biases and s.bias}
+    upstream = _ancestors(first) if first is not None else set[Node]()
+    starts = starts or not taps
+    sites = {s.node: s for s in module.record.sites if s.bias and not (starts and s.starts)}
     facts = _facts_of(module)
     attends = [*heads.sites(module.graph, facts)] if attention else []
-    behind = [heads.stream_after(site, facts) for site in attends]
-    ends = [_at_call(module, path, "_output") for path in layers] if attention else []
+    streams = [heads.stream_after(site, facts) for site in attends]
+    ends = [n for p in layers if (n := _at_call(module, p, "_output")) is not None] if attention else []
     at = {site.node for site in attends}
-    wanted = {*taps.values(), *at, *behind, *ends}
-    called: dict[Node, Any] = {}
-    kept: dict[Node, torch.Tensor] = {}
+    wanted = {*taps.values(), *at, *streams, *ends}
+    called, values = dict[Node, Any](), dict[Node, torch.Tensor]()
     sizes: dict[Node, tuple[int, ...]] = {}
-    terms: list[Term] = []
+    constants: list[Constant] = []
 
     def tap(n: Node, y: Any) -> None:
         if (shape := _shape(y)) is not None:
             sizes[n] = shape
         if n in wanted:
-            kept[n] = y
+            values[n] = y
         if n in at:
-            called[n] = run.fetch_args_kwargs_from_env(n)
-        if n not in upstream and (site := counted.get(n.name)) is not None:
-            terms.extend(_terms(site, y, site_bias(site, n, *run.fetch_args_kwargs_from_env(n))))
+            called[n] = runs.fetch_args_kwargs_from_env(n)
+        site = sites.get(n.name)
+        if site is not None and (biases or _is_pointwise(n)):
+            bias = site_bias(site, n, *runs.fetch_args_kwargs_from_env(n))
+            found = _constants(site, n, y, bias, biases and n not in upstream)
+            constants.extend(c for c in found if biases or c.places)
 
-    run = Observer(module, tap)
+    runs = Observer(module, tap, given=given)
     with differentiable(), undisturbed(module):
-        each = select_each(run.run(*flat_arguments(module, *as_call(inputs))), target)
-        values = [*run.sources.values(), *(kept[n] for n in taps.values()), *(t for *_, t in terms)]
-        values += [kept[site.node] for site in attends]
-        found = iter(_pairs(each, values))
-    sources = {name: next(found) for name in run.sources}
-    tapped = {path: next(found) for path in taps}
-    constants = tuple(
-        (site, axis, _finite(b.expand_as(t), g), g)
-        for (site, axis, b, t), (_, g) in zip(terms, itertools.islice(found, len(terms)), strict=True)
+        output = runs.run(*flat_arguments(module, *as_call(inputs)))
+    return Run(
+        module, facts, output, runs.sources, taps, values, constants, attends, called, streams, ends, sizes
     )
-    attended = tuple(
-        heads.attention(site, called[site.node], g, each.shape[0])
-        for site, (_, g) in zip(attends, found, strict=True)
-    )
-    streams = tuple(None if n is None else kept[n].detach() for n in behind)
-    shapes = tuple(shape for n, shape in sizes.items() if n in upstream)
-    before = {p: frozenset(map(source_name, _ancestors(n))) for p, n in taps.items()}
-    where = positions(module, facts, sizes, sources)
-    tokens = {source_name(n): names for n, names in where.items()}
-    tokens |= {p: where[n] for p, n in taps.items()}
-    return Internals(
-        each.detach(), sources, tapped, constants, shapes, before, tokens, attended, streams,
-        tuple(kept[n].detach() for n in ends if n is not None), _read_token(ends[-1:], sizes),
-    )  # fmt: skip
-
-
-def run_from(
-    module: CapturedModule, inputs: Any, target: Target, given: Mapping[str, torch.Tensor]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The output and the gradients of ``Internals.inputs``, if the signal starts from ``given``."""
-    run = Observer(module, given=given)
-    with differentiable(), undisturbed(module):
-        each = select_each(run.run(*flat_arguments(module, *as_call(inputs))), target)
-        pairs = _pairs(each, [*run.sources.values()])
-    return each.detach(), {name: g for name, (_, g) in zip(run.sources, pairs, strict=True)}
 
 
 def _read_token(ends: Sequence[Node | None], sizes: Mapping[Node, tuple[int, ...]]) -> int | None:
@@ -167,19 +280,25 @@ def _facts_of(module: CapturedModule) -> heads.Facts:
     return lambda n: own.get(n.name) or shipped(aten_op(n))
 
 
-def _pairs(each: torch.Tensor, values: Sequence[torch.Tensor]) -> list[Pair]:
+def _pairs(each: torch.Tensor, values: Sequence[torch.Tensor], last: bool) -> list[Pair]:
     """Values with their gradients: zeros where none arrives."""
-    grads = torch.autograd.grad(each.sum(), values, allow_unused=True)
+    grads = torch.autograd.grad(each.sum(), values, retain_graph=not last, allow_unused=True)
     pairs = zip(values, grads, strict=True)
     return [(t.detach(), torch.zeros_like(t) if g is None else g) for t, g in pairs]
 
 
-def _terms(site: Site, y: Any, bias: Any) -> Iterator[Term]:
+def _constants(site: Site, node: Node, y: Any, bias: Any, counts: bool) -> Iterator[Constant]:
     """The constants of one site, and the outputs that they are part of."""
     ys, bs = (v if isinstance(v, (tuple, list)) else (v,) for v in (y, bias))
     for axis, t, b in zip(site.batch, ys, bs, strict=True):
         if b is not None and t.requires_grad:
-            yield site, axis, b, t
+            yield Constant(site, axis, b, t, counts, _is_pointwise(node) and _differs_by_place(b, t))
+
+
+def _differs_by_place(bias: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether a constant differs between positions, and between channels, of a value (B, ...)."""
+    axes = [a for a in range(1 - y.ndim, 0) if bias.ndim >= -a and bias.shape[a] > 1]
+    return len(axes) > 1 and sum(not bool((bias == bias.narrow(a, 0, 1)).all()) for a in axes) > 1
 
 
 def positions(

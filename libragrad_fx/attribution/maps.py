@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -107,18 +108,43 @@ def summed(term: torch.Tensor) -> torch.Tensor:
     return term.double().flatten(1).sum(1) if term.ndim > 1 else term.double()
 
 
-def by_sample(term: torch.Tensor, axis: int | None, batch: int) -> torch.Tensor:
-    """A term with its batch axis in front: (B, ...). Windows of one sample lie next to each other.
+class Rows(NamedTuple):
+    """Where samples are in a tensor: row r of ``axis`` is of sample (r // inner) % B. Windows of one sample
+    lie next to each other (``inner`` of them); of tokens in front of samples, ``inner`` is 1."""
+
+    axis: int
+    inner: int
+
+
+def by_sample(term: torch.Tensor, rows: Rows | None, batch: int) -> torch.Tensor:
+    """A term with its batch axis in front: (B, ...).
 
     A term without a batch axis belongs to all samples alike; it is shared out equally.
     """
-    if axis is not None and term.ndim and term.shape[axis] % batch:
-        # a graph of one fixed batch names no axis (``Site.batch`` says the first): the one that fits
-        axis = next((i for i, n in enumerate(term.shape) if n == batch), None)
-    if axis is None or term.ndim == 0:
+    if rows is None:
         return (term / batch).expand(batch, *term.shape)
-    term = term.movedim(axis, 0)
-    return term if term.shape[0] == batch else term.unflatten(0, (batch, -1))
+    term = term.movedim(rows.axis, 0)
+    if term.shape[0] == batch:
+        return term
+    return term.unflatten(0, (-1, batch, rows.inner)).movedim(1, 0).flatten(1, 2)
+
+
+def rows_of(samples: torch.Tensor, batch: int, axes: Sequence[int]) -> Rows | None:
+    """Where samples are, from a tensor that says for each element whose it is, -1 where nobody knows.
+
+    The first of ``axes`` for which it is one pattern, and of that the largest ``inner``; None if none is.
+    """
+    for axis in axes:
+        found = samples.movedim(axis, 0).flatten(1)
+        n = found.shape[0]
+        whose, known = found.amax(1), found >= 0
+        if n % batch or bool(((found != whose[:, None]) & known).any()):
+            continue
+        row, said = torch.arange(n, device=found.device), whose >= 0
+        for inner in (i for i in range(n // batch, 0, -1) if n // batch % i == 0):
+            if bool((row.div(inner, rounding_mode="floor") % batch == whose)[said].all()):
+                return Rows(axis, inner)
+    return None
 
 
 def add(maps: Sequence[torch.Tensor]) -> torch.Tensor:

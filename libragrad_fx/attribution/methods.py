@@ -3,164 +3,189 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from libragrad_fx.attribution import maps
-from libragrad_fx.attribution.formulas import METHODS, Layer, Method, Taps, Term
-from libragrad_fx.attribution.internals import Internals, observe, run_from
+from libragrad_fx.attribution import formulas, maps
+from libragrad_fx.attribution.assemble import assemble, expected, images, shares_of
+from libragrad_fx.attribution.formulas import Layer, Method, Taps
+from libragrad_fx.attribution.internals import Internals, Run, run
+from libragrad_fx.attribution.result import Attribution
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.variants import fitting
 from libragrad_fx.module.walk import blocks
-from libragrad_fx.target import Target, product
+from libragrad_fx.target import Target, select_each
+from libragrad_fx.version import __version__
+
+Resolution = Literal["tokens", "pixels"]
+Starts = Mapping[str, torch.Tensor]
+VERSIONS = {
+    "python": platform.python_version(),
+    "torch": torch.__version__.partition("+")[0],
+    "libragrad-fx": __version__,
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Attribution:
-    """A signed, un-normalised attribution.
+class Question:
+    """What is asked of a captured module: see ``explain``.
 
-    values:       (B, H, W) over pixels or patches, or (B, N) over tokens; float64
-    prefix:       (B, P) class and register tokens, or None
-    unplaced:     (B,) what belongs to no position
-    others:       where a model has several inputs with positions: the maps of the others, by input
-    output:       (B,) what was explained
-    total:        (B,) what ``values``, ``prefix``, ``unplaced`` and ``others`` add up to
-    expected:     (B,) what they add up to where the backward is balanced: the output, for Input x
-                  Gradient only if no bias carries; for FullGrad+ over blocks (method §4), for each of them
-                  the output less what does not pass it (biases, other inputs), and all biases once; of
-                  integrated gradients the difference to the output at the baseline; nan for methods that
-                  promise no sum
-    completeness_error: (B,) |total - expected|
-    layers:       module paths whose inputs were used (empty: the model's own input)
+    rest: whether inputs that do not pass the one layer (another tower's) count where they enter
     """
 
-    values: torch.Tensor
-    prefix: torch.Tensor | None
-    unplaced: torch.Tensor
-    others: Mapping[str, torch.Tensor]
-    output: torch.Tensor
-    total: torch.Tensor
-    expected: torch.Tensor
-    completeness_error: torch.Tensor
+    module: CapturedModule
+    inputs: Any
     method: str
-    layers: tuple[str, ...]
+    how: Method
+    paths: tuple[str, ...]
+    rest: bool
+    baseline: float
+    steps: int
+    seed: int
+
+    def run(self, given: Starts | None = None) -> Run:
+        how = self.how
+        return run(self.module, self.inputs, self.paths, how.biases, how.attention, given, self.rest)
 
 
-def attribute(
+def explain(
     module: CapturedModule,
     inputs: Any,
-    target: Target = None,
+    targets: Callable[[Any], Sequence[Target]],
     *,
     method: str = "fullgrad_plus",
     layers: Sequence[str] | None = None,
+    resolution: Resolution = "tokens",
     baseline: float = 0.0,
     steps: int = 50,
     seed: int = 0,
-) -> Attribution:
-    """Explain ``target`` of a captured module on ``inputs``, one sample at a time in a batch.
+) -> list[Attribution]:
+    """Explain several targets on the same inputs, by one forward and a backward for each.
 
-    Args:
-        module: the result of ``transform`` (balanced) or ``trace`` (autograd's own backward).
-        inputs: a tensor, a tuple, or a dict of keyword arguments, batch first.
-        target: as in Captum (int, tuple, tensor, list), or a callable from output to scalars.
-        method: a name in ``attribution.METHODS``, which says what it needs and its source.
-            ``"fullgrad_plus"`` (FullGrad+, LibraGrad's flagship): Σ_c h g over the inputs of all blocks,
-            plus every additive bias of the graph times its gradient, once.
-        layers: module paths whose inputs to use in place of the method's own choice among the repeated
-            blocks of the network (``blocks``).
-        baseline: of ``integrated_gradients``: where the line to the input starts, a number for each entry
-            of the inputs or embeddings.
-        steps: how many inputs ``integrated_gradients`` (Gauss-Legendre nodes) and ``smoothgrad`` average
-            over.
-        seed: of ``smoothgrad``'s noise, of standard deviation 0.15 of the input's range, and of ``random``.
-
-    Raises:
-        InputError: unknown method or layer, a target that does not fit, or a model that has not what the
-            method needs.
+    Args and errors as of ``libragrad_fx.attribute``, but that ``targets`` gets the output and says them.
     """
-    if not isinstance(method, str) or method not in METHODS:
-        raise InputError(f"no method {method!r}; there are {', '.join(METHODS)}")
-    if not isinstance(module, CapturedModule):
-        raise InputError(
-            f"attribute needs a captured graph, and {type(module).__name__} is none: give it the result"
-            " of transform(model). A model that had to be cut into several graphs has no such maps;"
-            " its balanced input gradient, torch.autograd.grad(gm(x)[...], x), does what it says"
-        )
+    how = formulas.method_of(method)
     if isinstance(layers, str) or not isinstance(layers, (Sequence, type(None))):
         raise InputError(f"layers is a list of module paths, got {layers!r}")
-    module, how = fitting(module, inputs), METHODS[method]
-    paths = _layers(module, how.layers) if layers is None else list(layers)
-    _require(module, method, how, paths)
-    seen, line = _observed(module, inputs, target, how, paths, baseline, steps, seed)
-    batch = seen.output.shape[0]
-    tapped = seen.layers or seen.inputs
-    if any(h.shape[0] != batch for h, _ in tapped.values()):
-        raise InputError(f"the target callable gave {batch} numbers; attribute wants one for each sample")
-    terms = how.terms(_taps(method, how, seen, target, seed))
-    biases = [(site.node, maps.by_sample(product(b, g), axis, batch)) for site, axis, b, g in seen.biases]
-    if how.sums:
-        expected = _expected(seen, [*tapped], biases, how.biases)
-    elif line is not None:
-        expected = line
-    else:
-        expected = torch.full_like(seen.output, math.nan, dtype=torch.float64)
-    return _assemble(seen, terms, biases, expected, method, tuple(paths))
+    if resolution not in ("tokens", "pixels"):
+        raise InputError(f"resolution is 'tokens' or 'pixels', got {resolution!r}")
+    module = fitting(module, inputs)
+    paths = tuple(_layers(module, how, resolution) if layers is None else layers)
+    rest = layers is None and how.layers in ("input", "first")
+    asked = Question(module, inputs, method, how, paths, rest, baseline, steps, seed)
+    _require(asked)
+    seen = asked.run()
+    return _BY_PATH[how.path](asked, seen, targets(seen.output))
 
 
-def _layers(module: CapturedModule, which: str) -> list[str]:
+def _layers(module: CapturedModule, how: Method, resolution: Resolution) -> list[str]:
     """The block inputs that a method takes where nobody says; none of a network without blocks."""
-    found = [] if which == "input" else blocks(module)
-    chosen = {"first": found[:1], "last": found[-1:], "half": found[len(found) // 2 :]}
-    return chosen.get(which, found)
+    found = blocks(module)
+    if resolution == "pixels":
+        if how.layers not in ("input", "first"):
+            raise InputError(
+                "resolution='pixels' is for methods that look at one place: not for sums over blocks"
+            )
+        return []
+    chosen = {"input": found[:1], "first": found[:1], "last": found[-1:], "half": found[len(found) // 2 :]}
+    return chosen.get(how.layers, found)
 
 
-def _require(module: CapturedModule, method: str, how: Method, paths: Sequence[str]) -> None:
+def _require(asked: Question) -> None:
     """Raise ``InputError`` if the graph has not what a method needs."""
-    if how.path and paths:
-        raise InputError(f"{method} goes over inputs, and takes no layers")
-    if how.layers == "input" and len(paths) > 1:
-        raise InputError(f"{method} takes one layer; got {', '.join(paths)}")
-    if how.attention and not paths:
+    if asked.how.layers == "input" and len(asked.paths) > 1:
+        raise InputError(f"{asked.method} takes one layer; got {', '.join(asked.paths)}")
+    if asked.how.attention and not asked.paths:
         raise InputError(
-            f"{method} goes from block to block, and no repeated blocks were found: name their paths with"
-            " layers=[…], or use input_x_gradient"
+            f"{asked.method} goes from block to block, and no repeated blocks were found: name their paths"
+            " with layers=[…], or use input_x_gradient"
         )
 
 
-def _observed(
-    module: CapturedModule, inputs: Any, target: Target, how: Method, paths: Sequence[str], baseline: float,
-    steps: int, seed: int,
-) -> tuple[Internals, torch.Tensor | None]:  # fmt: skip
-    """What a method is computed from. On a path, the gradients are averages over it, and the values the way
-    that it goes; and, of a line, by how much the output differs between its ends."""
-    seen = observe(module, inputs, target, paths, how.biases, how.attention)
-    if not how.path:
-        return seen, None
-    starts = {name: x for name, (x, _) in seen.inputs.items()}
-    if how.path == "line":
-        nodes, weights = np.polynomial.legendre.leggauss(steps)
-        places = [({k: baseline + (1 + a) / 2 * (x - baseline) for k, x in starts.items()}, w / 2)
-                  for a, w in zip(nodes.tolist(), weights.tolist(), strict=True)]  # fmt: skip
-    else:
-        draw = torch.Generator().manual_seed(seed)
-        places = [({k: x + _noise(x, draw) for k, x in starts.items()}, 1 / steps) for _ in range(steps)]
-    run = functools.partial(run_from, module, inputs, target)
-    mean = {name: torch.zeros_like(g) for name, (_, g) in seen.inputs.items()}
-    for given, weight in places:
-        for name, g in run(given)[1].items():
-            mean[name] += weight * g
-    if how.path == "noise":
-        return dataclasses.replace(seen, inputs={k: (x, mean[k]) for k, x in starts.items()}), None
-    origin = {k: torch.full_like(x, baseline) for k, x in starts.items()}
-    way = {k: (x - baseline, mean[k]) for k, x in starts.items()}
-    difference = seen.output.double() - run(origin)[0].double()
-    return dataclasses.replace(seen, inputs=way), difference
+# --- where gradients are taken: at the inputs, or on a path to them
+
+
+def _at_once(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
+    return [_answer(asked, seen.back(t, last=i == len(targets) - 1), t) for i, t in enumerate(targets)]
+
+
+def _among_noise(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
+    """SmoothGrad: gradients averaged over inputs with noise."""
+    draw = torch.Generator().manual_seed(asked.seed)
+    starts = _starts(asked, seen)
+    near = [
+        ({k: x + _noise(x, draw) for k, x in starts.items()}, 1 / asked.steps) for _ in range(asked.steps)
+    ]
+    means = _mean_gradients(asked, targets, near)
+    whole = [seen.back(t, last=i == len(targets) - 1) for i, t in enumerate(targets)]
+    return [
+        _answer(asked, _with_gradients(one, mean, lambda x: x), t)
+        for one, mean, t in zip(whole, means, targets, strict=True)
+    ]
+
+
+def _on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
+    """Integrated gradients: averaged on the line from the baseline (Gauss-Legendre), times its length."""
+    base = asked.baseline
+    starts = _starts(asked, seen)
+    nodes, weights = np.polynomial.legendre.leggauss(asked.steps)
+    line = [({k: base + (1 + a) / 2 * (x - base) for k, x in starts.items()}, w / 2)
+            for a, w in zip(nodes.tolist(), weights.tolist(), strict=True)]  # fmt: skip
+    means = _mean_gradients(asked, targets, line)
+    origin = asked.run({k: torch.full_like(x, base) for k, x in starts.items()})
+    answers = []
+    for i, (mean, t) in enumerate(zip(means, targets, strict=True)):
+        last = i == len(targets) - 1
+        one, other = seen.back(t, last), select_each(origin.output, t).detach()
+        difference = one.output.double() - other.double()
+        answers.append(_answer(asked, _with_gradients(one, mean, lambda x: x - base), t, difference))
+    return answers
+
+
+def _whole_on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
+    """``path_averaged``: the whole method at k/n of the way to the first block's input, k = 1..n."""
+    place = blocks(asked.module)[:1]
+    first = run(asked.module, asked.inputs, place, False)
+    starts = _starts(dataclasses.replace(asked, rest=True), first)
+    base, found = asked.baseline, list[list[Attribution]]()
+    for k in range(1, asked.steps + 1):
+        given = {name: base + k / asked.steps * (x - base) for name, x in starts.items()}
+        found.append(_at_once(asked, asked.run(given), targets))
+    return [_mean(answers) for answers in zip(*found, strict=True)]
+
+
+_ByPath = Callable[[Question, Run, Sequence[Target]], list[Attribution]]
+_BY_PATH: Mapping[str, _ByPath] = {
+    "": _at_once, "noise": _among_noise, "line": _on_a_line, "whole": _whole_on_a_line
+}  # fmt: skip
+
+
+def _starts(asked: Question, seen: Run) -> Starts:
+    """What a path leads to, by the names that ``run`` takes: the layer's input, or the model's."""
+    layers = {seen.layers[p].name: seen.values[seen.layers[p]].detach() for p in seen.layers}
+    entered = _entered(asked, seen.sources, seen.layout["before"])
+    return layers | {name: x.detach() for name, x in entered.items()}
+
+
+def _entered(
+    asked: Question, inputs: Mapping[str, Any], before: Mapping[str, frozenset[str]]
+) -> dict[str, Any]:
+    """The inputs that count where they enter: all without a layer, else those that do not pass it."""
+    if not before:
+        return dict(inputs)
+    passed = frozenset().union(*before.values())
+    return {name: x for name, x in inputs.items() if asked.rest and name not in passed}
+
+
+def _tapped(asked: Question, seen: Internals) -> dict[str, Any]:
+    """What the method looks at, with its gradient: layers, and inputs that count where they enter."""
+    return {**seen.layers, **_entered(asked, seen.inputs, seen.before)}
 
 
 def _noise(x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
@@ -170,15 +195,85 @@ def _noise(x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
     return torch.randn(x.shape[1:], generator=draw, dtype=x.dtype, device=draw.device).to(x.device) * size
 
 
-def _taps(method: str, how: Method, seen: Internals, target: Target, seed: int) -> Taps:
+def _mean_gradients(
+    asked: Question, targets: Sequence[Target], places: Sequence[tuple[Starts, float]]
+) -> list[dict[str, torch.Tensor]]:
+    """For each target the gradients at ``places``, with their weights, by the names in ``Internals``."""
+    means: list[dict[str, torch.Tensor]] = [{} for _ in targets]
+    for given, weight in places:
+        seen = asked.run(given)
+        for i, (mean, target) in enumerate(zip(means, targets, strict=True)):
+            one = seen.back(target, last=i == len(targets) - 1)
+            for name, (_, g) in _tapped(asked, one).items():
+                mean[name] = mean.get(name, 0) + weight * g
+    return means
+
+
+def _with_gradients(
+    seen: Internals, gradients: Mapping[str, torch.Tensor], value: Callable[[torch.Tensor], torch.Tensor]
+) -> Internals:
+    """Other gradients, and other values, of the layer and inputs that have one."""
+
+    def other(pairs: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: (value(x), gradients[k]) if k in gradients else (x, g) for k, (x, g) in pairs.items()}
+
+    return dataclasses.replace(seen, layers=other(seen.layers), inputs=other(seen.inputs))
+
+
+def _mean(answers: Sequence[Attribution]) -> Attribution:
+    """The mean of all that is a tensor; of a mean of maps no sum is promised."""
+    first, n = answers[0], len(answers)
+    fields = {f.name: [getattr(a, f.name) for a in answers] for f in dataclasses.fields(first)}
+    means = {k: sum(v) / n for k, v in fields.items() if isinstance(v[0], torch.Tensor)}
+    others = {k: sum(a.others[k] for a in answers) / n for k in first.others}
+    return dataclasses.replace(first, **means, others=others)
+
+
+# --- from what was seen to an answer
+
+
+def _answer(
+    asked: Question, seen: Internals, target: Target, whole: torch.Tensor | None = None
+) -> Attribution:
+    """The method on what one backward showed. ``whole``: what it adds up to, of a method on a line."""
+    how, batch = asked.how, seen.output.shape[0]
+    tapped = _tapped(asked, seen)
+    if any(h.shape[0] != batch for h, _ in tapped.values()):
+        raise InputError(f"the target callable gave {batch} numbers; attribute wants one for each sample")
+    terms = how.terms(_taps(asked, seen, target))
+    biases = shares_of(seen.biases, batch)
+    if how.sums:
+        whole = expected(seen, [*tapped], biases, how.biases)
+    elif whole is None:
+        whole = torch.full_like(seen.output, math.nan, dtype=torch.float64)
+    plan = asked.module.plan
+    made = {"policy": str(plan.policy), "digest": plan.digest} if plan is not None else {}
+    named = _each_target(target, batch)
+    return assemble(
+        seen, terms, biases, whole, method=asked.method, layers=asked.paths, target=named,
+        labels=("",) * batch, versions=VERSIONS, **made,
+    )  # fmt: skip
+
+
+def _each_target(target: Target, batch: int) -> tuple[Any, ...]:
+    """What was explained, sample by sample, as plain data."""
+    if isinstance(target, (torch.Tensor, np.ndarray)):
+        target = target.tolist()
+    if callable(target):
+        target = getattr(target, "__name__", type(target).__name__)
+    each = target if isinstance(target, list) else [target] * batch
+    return tuple(getattr(t, "__name__", type(t).__name__) if callable(t) else t for t in each)
+
+
+def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
     """What one backward showed, block by block."""
-    image = next(iter(_images(seen).values()), None)
+    method, how = asked.method, asked.how
+    image = next(iter(images(seen).values()), None)
     layers = [
-        Layer(name, h, g, maps.positions(h.shape, image))
-        for name, (h, g) in (seen.layers or seen.inputs).items()
+        Layer(name, h, g, maps.positions(h.shape, image)) for name, (h, g) in _tapped(asked, seen).items()
     ]
     if not how.attention:
-        return Taps(layers, seed=seed)
+        return Taps(layers, seed=asked.seed)
     at = [_inside(seen, layer.name) for layer in layers]
     missing = [x.name for x, i in zip(layers, at, strict=True) if i is None or not _over_tokens(seen, i, x)]
     if missing:
@@ -220,84 +315,3 @@ def _row(method: str, taps: Taps, seen: Internals, image: Any, target: Target) -
         f"{method} follows attention to the token that the output is read from, and no token is read alone:"
         " use attcat, or give a target (token, class)"
     )
-
-
-def _expected(seen: Internals, names: Sequence[str], biases: Sequence[Term], plus: bool) -> torch.Tensor:
-    """(B,): what all terms add up to if the backward is balanced.
-
-    The term of a layer is the output less what does not come by it: biases and inputs that are not
-    before it.
-    """
-    output = seen.output.double()
-    if not plus or not seen.before:
-        return output
-    sums = [(name, maps.summed(b)) for name, b in biases]
-    sources = [(name, maps.summed(product(x, g))) for name, (x, g) in seen.inputs.items()]
-    whole = torch.zeros_like(output) + sum(s for _, s in sums)
-    for path in names:
-        before = seen.before[path]
-        whole = whole + output - sum(s for name, s in [*sources, *sums] if name not in before)
-    return whole
-
-
-def _assemble(
-    seen: Internals, shares: Sequence[Term], biases: Sequence[Term],
-    expected: torch.Tensor, method: str, layers: tuple[str, ...],
-) -> Attribution:  # fmt: skip
-    images = _images(seen)
-    terms = [*shares, *biases]
-    main = _main(seen, [name for name, _ in shares], images)
-    groups: dict[frozenset[str], list[torch.Tensor]] = {main: []}
-    for name, term in terms:
-        groups.setdefault(seen.tokens.get(name, frozenset()) or main, []).append(term)
-    firsts = {seen.tokens[n]: p.shape for n, p in reversed(shares)}
-    found: dict[frozenset[str], list[maps.Placed]] = {}
-    for source, group in groups.items():
-        # of joined sequences (text before patches) no part is laid out as an image
-        image = images.get(next(iter(source))) if len(source) == 1 else None
-        shape = firsts.get(source)
-        shape = max((t.shape for t in group), key=len) if shape is None else shape
-        where = maps.layout(shape, seen.shapes if source == main else [], image)
-        found[source] = [maps.place(t, where, image) for t in group]
-    placed = {
-        source: maps.add(shown)
-        for source, ps in found.items()
-        if (shown := [p.map for p in ps if p.map is not None])
-    }
-    if main not in placed:
-        raise InputError(
-            f"inputs of shape {tuple(firsts[main])} have no positions to attribute to; ask for"
-            " layers=[…] whose inputs are (B, N, C) or (B, C, H, W)"
-        )
-    prefix = [p.prefix for p in found[main] if p.prefix is not None]
-    rest = [p.rest for ps in found.values() for p in ps]
-    rest += [
-        p.prefix.sum(1)
-        for source, ps in found.items()
-        for p in ps
-        if source != main and p.prefix is not None
-    ]
-    total = torch.stack([maps.summed(t) for _, t in terms]).sum(0)
-    return Attribution(
-        values=placed[main],
-        prefix=torch.stack(prefix).sum(0) if prefix else None,
-        unplaced=torch.stack(rest).sum(0),
-        others={" and ".join(sorted(s)): m for s, m in placed.items() if s != main},
-        output=seen.output,
-        total=total,
-        expected=expected,
-        completeness_error=(total - expected).abs(),
-        method=method,
-        layers=layers,
-    )
-
-
-def _main(seen: Internals, names: Sequence[str], images: Mapping[str, Any]) -> frozenset[str]:
-    """The input whose positions the map is over: an image, or that of the first term."""
-    tokens = [seen.tokens[n] for n in names]
-    return next((t for t in tokens if t & set(images)), tokens[0])
-
-
-def _images(seen: Internals) -> dict[str, tuple[int, int]]:
-    """Height and width of the inputs that are images."""
-    return {n: (x.shape[-2], x.shape[-1]) for n, (x, _) in seen.inputs.items() if x.ndim == 4}

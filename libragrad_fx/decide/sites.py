@@ -38,9 +38,9 @@ def sites(graph: Graph, inputs: Sequence[ArgSpec], analysis: Analysis) -> tuple[
 
 
 def _batch_axis(value: Any, symbol: str | None) -> int | None:
-    """The first axis whose traced size is the batch size or a multiple of it."""
+    """The first axis whose traced size is the batch size or a multiple of it; None if that is not known."""
     if symbol is None or not isinstance(value, torch.Tensor):
-        return 0
+        return None
     mentions = (i for i, d in enumerate(value.shape) if symbol in re.findall(r"\w+", str(d)))
     return next(mentions, None)
 

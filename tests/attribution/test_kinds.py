@@ -128,12 +128,16 @@ def test_text_is_not_painted_on_the_picture(how: str) -> None:
     assert found.values.ndim == 3
     text = next(m for name, m in found.others.items() if m.shape == (2, 16))
     assert text.abs().sum() > 0
+    assert float(found.completeness_error.max()) < 1e-10
     shown = found.values.flatten(1).sum(1) + sum(m.flatten(1).sum(1) for m in found.others.values())
     torch.testing.assert_close(shown + found.unplaced, found.total)
-    only = lg.attribute(gm, (x, ids), 1, method="input_x_gradient")
+    only = lg.attribute(gm, (x, ids), 1, method="input_x_gradient", resolution="pixels")
     assert only.values.shape == (2, 16, 16)
     # cross-attention whose queries are the text has no gradient to it
     assert [m.shape for m in only.others.values()] == ([] if how == "cross" else [(2, 16)])
+    first = lg.attribute(gm, (x, ids), 1, method="fullgrad")
+    assert first.values.shape == (2, 4, 4)
+    assert float(first.completeness_error.max()) < 1e-10
 
 
 class Segments(nn.Module):
@@ -262,3 +266,38 @@ def test_parts_of_a_block_are_no_blocks() -> None:
     module = lg.transform(model, x)
     assert blocks(module) == ["blocks.0", "blocks.1", "blocks.2"]
     assert float(lg.attribute(module, x, 0).completeness_error.max()) < 1e-11
+
+
+class Order(nn.Module):
+    """Attention whose tokens lie in front of the samples, as PyTorch's is inside; or flattened samples."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order, self.embed = order, nn.Linear(3, 8)
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=order != "tokens first")
+        self.norm, self.head = nn.LayerNorm(8), net(8)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        x = x.transpose(0, 1) if self.order == "tokens first" else x
+        x = x + self.attend(x, x, x, need_weights=self.order == "weights")[0]
+        flat = self.norm(x).reshape(-1, 8)
+        x = x + self.down(self.up(flat).relu()).reshape(x.shape)
+        return self.head(x.mean(0 if self.order == "tokens first" else 1))
+
+
+@pytest.mark.parametrize("order", ["tokens first", "samples first", "weights"])
+@pytest.mark.parametrize("batch", [2, 3, 5])
+@pytest.mark.parametrize("method", ["fullgrad", "fullgrad_plus"])
+def test_biases_belong_to_their_samples_in_any_order(order: str, batch: int, method: str) -> None:
+    """A row of a bias is of the sample whose target gives it its gradient, wherever it lies."""
+    torch.manual_seed(batch)
+    model, x = Order(order).double().eval(), torch.randn(batch, 6, 3, dtype=F64)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.5)
+    gm = lg.transform(model, x)
+    found = lg.attribute(gm, x, 1, method=method)
+    alone = [lg.attribute(gm, x[i : i + 1], 1, method=method) for i in range(batch)]
+    torch.testing.assert_close(found.values, torch.cat([a.values for a in alone]), rtol=1e-10, atol=1e-12)
+    assert float(found.completeness_error.max()) < 1e-10

@@ -14,7 +14,7 @@ from torch import nn
 
 import libragrad_fx as lg
 from libragrad_fx.attribution import METHODS, maps
-from libragrad_fx.attribution.internals import observe
+from libragrad_fx.attribution.internals import run
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
 from tests.attribution.test_attribution import DEPTH, HEADS, SMALL, vit
@@ -190,8 +190,8 @@ def test_smoothgrad_is_a_mean_of_gradients(case: Any) -> None:
     for _ in range(5):
         noise = torch.randn(x.shape[1:], generator=draw, dtype=F64)
         at = torch.stack([s + 0.15 * (s.max() - s.min()) * noise for s in x])
-        total += lg.attribute(module, at, TARGET, method="gradient").values / 5
-    got = lg.attribute(module, x, TARGET, method="smoothgrad", steps=5, seed=4)
+        total += lg.attribute(module, at, TARGET, method="gradient", resolution="pixels").values / 5
+    got = lg.attribute(module, x, TARGET, method="smoothgrad", steps=5, seed=4, resolution="pixels")
     torch.testing.assert_close(got.values, total, rtol=1e-10, atol=1e-14)
 
 
@@ -234,8 +234,56 @@ def test_against_captum(name: str, balanced: bool) -> None:
     model, x = Cnn().double().eval(), torch.randn(2, 3, 8, 8, dtype=F64)
     module = (lg.transform if balanced else lg.trace)(model, x)
     want = CAPTUM[name](module, x.clone().requires_grad_()).sum(1)
-    got = lg.attribute(module, x, TARGET, method=name)
+    got = lg.attribute(module, x, TARGET, method=name, resolution="pixels")
     torch.testing.assert_close(got.values, want.detach(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_integrated_gradients_at_a_layer_against_captum(balanced: bool) -> None:
+    model, x = Cnn().double().eval(), torch.randn(2, 3, 8, 8, dtype=F64)
+    module = (lg.transform if balanced else lg.trace)(model, x)
+    layered = captum.attr.LayerIntegratedGradients(module, module.get_submodule("stem"))
+    # the baseline of the layer is what the layer makes of Captum's baseline: none here, by a layer of zeros
+    found = lg.attribute(module, x, TARGET, method="integrated_gradients")
+    assert found.layers == ("stages.0",)
+    with torch.no_grad():
+        model.stem.bias.zero_()
+    want = layered.attribute(x, torch.zeros_like(x), target=TARGET, n_steps=50).sum(1)
+    found = lg.attribute(module, x, TARGET, method="integrated_gradients")
+    torch.testing.assert_close(found.values, want.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_path_averaged_is_a_mean_of_maps(case: Any) -> None:
+    """Of maps at k/n of the first block's input, by hand: the rest of the network on a scaled input."""
+    module, _, x, _ = case
+    rest = Rest(vit(fused=False))
+    tokens = rest.tokens(x)
+    runs = (lg.transform if module.plan else lg.trace)(rest, tokens)
+    for method in ("input_x_gradient", "xgradcam_plus", "attcat"):
+        total = torch.zeros(3, TOKENS, dtype=F64)
+        for k in range(1, 5):
+            total += lg.attribute(runs, k / 4 * tokens, TARGET, method=method).values / 4
+        got = lg.attribute(module, x, TARGET, method=f"path_averaged({method})", steps=4)
+        tokens_of = torch.cat([got.prefix, got.values.flatten(1)], 1)
+        torch.testing.assert_close(tokens_of, total, rtol=1e-9, atol=1e-12)
+        assert bool(got.completeness_error.isnan().all())
+
+
+class Rest(nn.Module):
+    """A vision transformer from its tokens on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.blocks, self.norm, self.head = model.blocks, model.norm, model.head
+        self.before = (model.patch_embed, model._pos_embed)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        for step in self.before:
+            x = step(x)
+        return x.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(x))[:, 0])
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -279,11 +327,27 @@ def test_without_a_class_token_there_is_no_row_to_read() -> None:
     assert lg.attribute(module, x, TARGET, method="attcat").prefix is None
 
 
-@pytest.mark.parametrize("name", ["smoothgrad", "integrated_gradients"])
-def test_paths_go_over_inputs(name: str, case: Any) -> None:
+@pytest.mark.parametrize("name", ["gradient", "smoothgrad", "integrated_gradients"])
+def test_some_take_one_layer(name: str, case: Any) -> None:
     module, _, x, _ = case
-    with pytest.raises(InputError, match="takes no layers"):
-        lg.attribute(module, x, TARGET, method=name, layers=["blocks.1"])
+    with pytest.raises(InputError, match="takes one layer"):
+        lg.attribute(module, x, TARGET, method=name, layers=["blocks.0", "blocks.1"])
+
+
+@pytest.mark.parametrize("name", ["fullgrad_plus", "gradcam", "rollout"])
+def test_pixels_are_no_sum_over_blocks(name: str, case: Any) -> None:
+    module, _, x, _ = case
+    with pytest.raises(InputError, match="look at one place"):
+        lg.attribute(module, x, TARGET, method=name, resolution="pixels")
+
+
+@pytest.mark.parametrize(
+    "name", ["nonsense", "path_averaged(nonsense)", "path_averaged(smoothgrad)", "path_averaged", 3, None]
+)
+def test_no_such_method(name: Any, case: Any) -> None:
+    module, _, x, _ = case
+    with pytest.raises(InputError, match="there are random, gradient"):
+        lg.attribute(module, x, TARGET, method=name)
 
 
 class Reads(nn.Module):
@@ -319,7 +383,7 @@ def test_attention_is_followed_to_the_token_that_is_read(
 ) -> None:
     model, x = Reads(read, causal).double().eval(), torch.randn(2, 6, 8, dtype=F64)
     module = lg.trace(model, x)
-    seen = observe(module, x, target, lg.blocks(module), attention=True)
+    seen = run(module, x, lg.blocks(module), attention=True).back(target)
     want = seen.attention[-1].weights.mean(1)[:, row]
     got = lg.attribute(module, x, target, method="raw_attention")
     torch.testing.assert_close(got.values, want, rtol=1e-12, atol=0)

@@ -16,7 +16,8 @@ ROOT = Path(libragrad_fx.__file__).parent
 ROOMS = [
     {"errors", "types", "version"}, {"extras", "target"}, {"graph"}, {"ops"}, {"decide"}, {"optimise"},
     {"module"}, {"capture"}, {"rewrite"}, {"account"}, {"attribution", "stages", "viz"}, {"pieces"},
-    {"api"}, {"models"}, {"bench", "coverage", "demo", "segments"}, {"cli"}, {"__init__", "__main__"},
+    {"api"}, {"models"}, {"explain"}, {"bench", "coverage", "demo", "segments"}, {"cli"},
+    {"__init__", "__main__"},
 ]  # fmt: skip
 """What a room imports stands before it."""
 STAGES = ["graph", "ops", "decide", "optimise", "module", "capture", "rewrite", "account", "pieces"]

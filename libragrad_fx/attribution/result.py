@@ -1,0 +1,147 @@
+"""What an attribution method answers with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from libragrad_fx.attribution import storage
+from libragrad_fx.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribution:
+    """A signed, un-normalised attribution.
+
+    values:       (B, H, W) over pixels or patches, or (B, N) over tokens; float64
+    prefix:       (B, P) class and register tokens, or None
+    unplaced:     (B,) what belongs to no position
+    others:       where a model has several inputs with positions: the maps of the others, by input
+    output:       (B,) what was explained
+    total:        (B,) what ``values``, ``prefix``, ``unplaced`` and ``others`` add up to
+    expected:     (B,) what they add up to where the backward is balanced: the output, for Input x
+                  Gradient only if no bias carries; for FullGrad+ over blocks (method §4), for each of them
+                  the output less what does not pass it (biases, other inputs), and all biases once; of
+                  integrated gradients the difference to the output at the baseline; nan for methods that
+                  promise no sum
+    completeness_error: (B,) |total - expected|
+    positional:   (B,) Σ⟨p, ∂f/∂p⟩ over the tables of positions p that are added to tokens or pixels: the
+                  share of the output that is about where things are (PA-LRP). It is part of the sums above
+                  and no further term. Rotary positions are factors of q and k: theirs is zero wherever q
+                  and k are held, as by ``libra``
+    method:       as it was asked for
+    layers:       module paths whose inputs were used (empty: the model's own input)
+    policy:       what the backward was balanced by; "" for autograd's own
+    digest:       of that policy and of the facts, as in a certificate
+    target:       of each sample, the index that was explained, or what was asked for
+    labels:       of each sample, what the target is called; "" where nothing is known
+    tokens:       of each sample, the pieces of its text, padding as ""; None for anything else
+    versions:     of Python, torch and this library
+    """
+
+    values: torch.Tensor
+    prefix: torch.Tensor | None
+    unplaced: torch.Tensor
+    others: Mapping[str, torch.Tensor]
+    output: torch.Tensor
+    total: torch.Tensor
+    expected: torch.Tensor
+    completeness_error: torch.Tensor
+    positional: torch.Tensor
+    method: str
+    layers: tuple[str, ...]
+    policy: str = ""
+    digest: str = ""
+    target: tuple[Any, ...] = ()
+    labels: tuple[str, ...] = ()
+    tokens: tuple[tuple[str, ...], ...] | None = None
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(H, W) of a map over a picture; None for tokens in a row."""
+        return (self.values.shape[1], self.values.shape[2]) if self.values.ndim == 3 else None
+
+    def normalized(self, quantile: float = 0.99) -> Attribution:
+        """Each sample's map divided by that quantile of its |values|, and cut to [-1, 1]; signs stay.
+
+        A map of zeros stays one. What the map adds up to is that of the map before.
+        """
+        flat = self.values.abs().flatten(1)
+        top = flat.quantile(quantile, 1)
+        top = torch.where(top > 0, top, flat.amax(1))
+        top = torch.where(top > 0, top, 1.0).view(-1, *[1] * (self.values.ndim - 1))
+        return dataclasses.replace(self, values=(self.values / top).clamp(-1, 1))
+
+    def upsample(self, size: tuple[int, int]) -> Attribution:
+        """The map of a picture at ``size`` (H, W), bicubic, as the field draws and scores it.
+
+        Raises:
+            InputError: tokens in a row have no picture.
+        """
+        if self.grid is None:
+            raise InputError(
+                f"a map of shape {tuple(self.values.shape)} is over no picture: there is no size"
+            )
+        larger = torch.nn.functional.interpolate(self.values[:, None], tuple(size), mode="bicubic")[:, 0]
+        return dataclasses.replace(self, values=larger)
+
+    def topk(self, k: int) -> list[list[tuple[tuple[int, ...], float]]]:
+        """Of each sample the ``k`` positions with the largest values, in falling order: (position, value).
+
+        Raises:
+            InputError: there are fewer positions.
+        """
+        flat, shape = self.values.flatten(1), self.values.shape[1:]
+        if not 1 <= k <= flat.shape[1]:
+            raise InputError(f"k is from 1 to the number of positions, {flat.shape[1]}; got {k!r}")
+        best = flat.topk(k, 1)
+        places = [
+            [tuple(int(i) for i in torch.unravel_index(p, shape)) for p in row] for row in best.indices
+        ]
+        return [[*zip(row, vs, strict=True)] for row, vs in zip(places, best.values.tolist(), strict=True)]
+
+    @staticmethod
+    def joined(parts: Sequence[Attribution]) -> Attribution:
+        """The samples of several answers to one question, in their order.
+
+        Raises:
+            InputError: maps of different sizes.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        if len({tuple(p.values.shape[1:]) for p in parts}) > 1:
+            raise InputError("the maps of these batches differ in size: explain them one by one")
+        first, fields = parts[0], {}
+        for name, value in vars(first).items():
+            values = [getattr(p, name) for p in parts]
+            if isinstance(value, torch.Tensor):
+                fields[name] = torch.cat(values)
+            elif name in _BY_SAMPLE and value is not None:
+                fields[name] = sum(values, ())
+        others = {k: torch.cat([p.others[k] for p in parts]) for k in first.others}
+        return dataclasses.replace(first, **fields, others=others)
+
+    def save(self, path: str | Path) -> Path:
+        """Write all of it, values to the bit, as .npz, .safetensors or .json; ``load`` reads it back.
+
+        Raises:
+            InputError: another ending, or a path that cannot be written.
+        """
+        return storage.save(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path) -> Attribution:
+        """What ``save`` wrote.
+
+        Raises:
+            InputError: no such file, or another kind of file.
+        """
+        return storage.load(Path(path))
+
+
+_BY_SAMPLE = ("target", "labels", "tokens")
