@@ -172,7 +172,7 @@ def test_the_architecture_page_is_of_this_code() -> None:
 def test_the_package_can_be_read_in_an_afternoon() -> None:
     """The pass itself; what stands on it (attributions, pictures, command line, demo) is apart."""
     apart = {
-        "attribution", "viz", "models", "bench", "cli", "coverage", "demo", "extras", "segments",
+        "attribution", "explain", "viz", "models", "bench", "cli", "coverage", "demo", "extras", "segments",
         "__main__",
     }  # fmt: skip
     lines = {

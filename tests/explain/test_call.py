@@ -266,7 +266,7 @@ def test_pictures_that_are_none(tmp_path: Path, images: Tensor) -> None:
     sizes = iter((3, 4))
     with pytest.raises(InputError, match="of one shape"):
         lg.attribute(model, [picture(0), picture(1)], processor=lambda p: torch.rand(next(sizes)))
-    with pytest.raises(InputError, match="texts need a tokenizer"):
+    with pytest.raises(InputError, match="text need a tokenizer"):
         lg.attribute(model, "a cat")
 
 
@@ -287,7 +287,7 @@ def llama() -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
                          num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
-                         use_cache=False)  # fmt: skip
+                         use_cache=False, eos_token_id=None)  # fmt: skip
     return LlamaForCausalLM(config).double().eval()
 
 
