@@ -126,9 +126,9 @@ def _judge(
     twin = hasattr(node.target, "aten_op")
     if hasattr(node.target, "temper"):
         return "", "its softmax goes back at another temperature"
-    if hasattr(node.target, "share"):
-        share = Share(*node.target.share[1:])
-        return "sum of products, shared among its terms by a twin" + (_NONZERO if share.box else ""), ""
+    if made_of := getattr(node.target, "share", ()):
+        boxed = Share(*made_of[1:]).box is not None
+        return "sum of products, shared among its terms by a twin" + (_NONZERO if boxed else ""), ""
     gates = () if twin else fact.gate_outputs
     if gates and any(u.args[1] in gates for u in node.users if u in reached):
         return "", "an output of it that is a gate carries"

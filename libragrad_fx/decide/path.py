@@ -53,8 +53,8 @@ class Path:
         return self.book.row(kind, site, Place(module_path(node), names, reads, weighted))
 
     def weights(self, node: Node, fact: OpFacts) -> Found:
-        """The constant with which the one operand that carries is multiplied, if the op returns sums of such
-        products, of real numbers; else none."""
+        """The constant with which the one operand that carries is multiplied, if the op returns sums of
+        such products, of real numbers; else none."""
         every, carried = operands(node, fact.factors), self.carrying(node, fact.factors)
         rest = [x for x in every if x not in carried]
         given = bind(aten_op(node), node.args, node.kwargs)

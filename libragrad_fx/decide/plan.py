@@ -240,7 +240,8 @@ class _Planner:
 
     def _share(self, node: Node, fact: OpFacts, row: PolicyRow, value: str) -> None:
         ((name, weight),) = self.path.weights(node, fact)
-        share = Share(value, name, fact.stream, row.number, row.box, 1 - weight.meta["val"].ndim)
+        axis = 1 - weight.meta["val"].ndim if row.box is not None and len(row.box[0]) > 1 else -1
+        share = Share(value, name, fact.stream, row.number, row.box, axis)
         if row.box is not None and (problem := _no_box(node, share)):
             self.unknown.append(
                 finding(node, f"{problem}, so row {row.name} has no box for it", "narrow it")

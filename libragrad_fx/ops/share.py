@@ -8,8 +8,8 @@ proportion to
 z⁺:  ``c'``, as if γ were infinite ("dissent suppression 100%" in LibraGrad's code)
 box: ``x_i w - l_i max(w, 0) - h_i min(w, 0)``, where x is known to lie between l and h
 
-The gradient of x_i is what it gets from all j, divided by x_i. Weights and constants get autograd's gradient.
-Half precision is computed in float32.
+The gradient of x_i is what it gets from all j, divided by x_i. Weights and constants get autograd's
+gradient. Half precision is computed in float32.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _shared(op: torch._ops.OpOverload, share: Share) -> Callable[..., Any]:
 
 def _label(op: torch._ops.OpOverload, share: Share) -> str:
     """A name that is the same in every process."""
-    text = f"{op._schema.name.split('::')[1]}_{op._overloadname}_{share.value}_by_{share.gamma}_{share.box}"
+    text = "_".join(map(str, (op, *share)))
     return re.sub(r"\W+", "_", text.replace("-", "m").replace(".", "p"))
 
 
@@ -113,8 +113,13 @@ def _of_others(
     """Autograd's gradients of weights and constants."""
     if not names:
         return {}
-    _, pull = torch.func.vjp(lambda some: run({**values, **some}), {k: values[k] for k in names})
-    return pull(g)[0]  # type: ignore[no-any-return]
+    return _at(lambda some: run({**values, **some}), {k: values[k] for k in names})[1](g)  # type: ignore[no-any-return]
+
+
+def _at(f: Callable[[Any], torch.Tensor], x: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+    """The value of a linear function, and its transpose."""
+    y, pull, *_ = torch.func.vjp(f, x)
+    return y, lambda g: pull(g)[0]
 
 
 def _conforming(terms: Terms, x: torch.Tensor, g: torch.Tensor, gamma: float | None) -> torch.Tensor:
@@ -124,12 +129,11 @@ def _conforming(terms: Terms, x: torch.Tensor, g: torch.Tensor, gamma: float | N
     is at least half of |z|. Where z is 0 there is nothing to share.
     """
     all_, more = (0.0, 1.0) if gamma is None else (1 / (1 + gamma), gamma / (1 + gamma))
-    z, pull = torch.func.vjp(terms, x)
-    sizes, pull_sizes = torch.func.vjp(lambda a: terms(a, torch.abs), x.abs())
+    z, back = _at(terms, x)
+    sizes, sizes_back = _at(lambda a: terms(a, torch.abs), x.abs())
     total = all_ * z.abs() + more * (sizes + z.abs()) / 2
     each = g * (z.abs() / torch.where(z == 0, 1.0, total))
-    ((dx,), (of_sizes,)) = pull(each), pull_sizes(each * z.sign())
-    return (all_ + more / 2) * dx + more / 2 * x.sign() * of_sizes
+    return (all_ + more / 2) * back(each) + more / 2 * x.sign() * sizes_back(each * z.sign())
 
 
 def _in_box(terms: Terms, x: torch.Tensor, g: torch.Tensor, share: Share) -> torch.Tensor:
@@ -140,10 +144,10 @@ def _in_box(terms: Terms, x: torch.Tensor, g: torch.Tensor, share: Share) -> tor
     """
     assert share.box is not None
     below, above = (x - _along(share.axis, numbers, x) for numbers in share.box)
-    up, pull_up = torch.func.vjp(lambda d: terms(d, lambda w: w.clamp(min=0)), below)
-    down, pull_down = torch.func.vjp(lambda d: terms(d, lambda w: w.clamp(max=0)), above)
+    up, up_back = _at(lambda d: terms(d, lambda w: w.clamp(min=0)), below)
+    down, down_back = _at(lambda d: terms(d, lambda w: w.clamp(max=0)), above)
     each = g * _ratio(terms(x), up + down)
-    return _ratio(below * pull_up(each)[0] + above * pull_down(each)[0], x)
+    return _ratio(below * up_back(each) + above * down_back(each), x)
 
 
 def _along(axis: int, numbers: tuple[float, ...], x: torch.Tensor) -> torch.Tensor:

@@ -106,9 +106,9 @@ class Call:
 
 
 def by_gamma(x: Tensor, w: Tensor, g: Tensor, gamma: float) -> Tensor:
-    """Relevances R_i of R_j = z_j g_j. Montavon et al. 2019, split by the sign of x (Andéol et al. 2021, and
-    the class Gamma of zennit, without a bias): where z is positive, w⁺ is raised for positive x and w⁻ for
-    negative x; where z is negative, the other way round. ``gamma`` may be infinite.
+    """Relevances R_i of R_j = z_j g_j. Montavon et al. 2019, split by the sign of x (Andéol et al. 2021,
+    and the class Gamma of zennit, without a bias): where z is positive, w⁺ is raised for positive x and w⁻
+    for negative x; where z is negative, the other way round. ``gamma`` may be infinite.
     """
     relevance = torch.zeros_like(x)
     for row, send in zip(w, g, strict=True):
