@@ -129,7 +129,7 @@ def _linear(m: nn.Module, x: Tensor, gamma: float) -> Tensor:
     if not (gamma and isinstance(m, nn.Linear)):
         return m(x)
     terms = x.unsqueeze(-2) * m.weight
-    more = 1 + gamma * (terms.sign() == terms.sum(-1, keepdim=True).sign())
+    more = 1 + gamma * (terms.sign() == terms.sum(-1, keepdim=True).sign()).double()
     ratio = terms.sum(-1) / (terms * more).sum(-1)
     shared = (x.unsqueeze(-2) * (m.weight * more * ratio.unsqueeze(-1)).detach()).sum(-1)
     return m(x.detach()) + shared - shared.detach()
