@@ -264,6 +264,7 @@ class Stems(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.flat, self.late, self.after, self.mixed = (nn.Linear(4, 4) for _ in range(5))
+        self.square, self.inverse = nn.Linear(4, 4), nn.Linear(4, 4)
         self.scale = nn.Parameter(torch.rand(4))
         self.double()
 
@@ -272,7 +273,8 @@ class Stems(nn.Module):
         a = self.conv(shifted)
         b = self.flat(F.pad(x.flip(-1), (1, -1)).unflatten(-1, (2, 2)).flatten(-2) * 2)
         c = self.late(F.relu(x))
-        return self.after(a) + b + c + self.mixed(x + a) + x * x
+        d = self.square(x * x) + self.inverse(1 / (1 + x))
+        return self.after(a) + b + c + d + self.mixed(x + a)
 
 
 def test_what_reads_the_input(tmp_path: Path) -> None:
