@@ -57,14 +57,15 @@ class Path:
         such products, of real numbers; else none."""
         every, carried = operands(node, fact.factors), self.carrying(node, fact.factors)
         rest = [x for x in every if x not in carried]
-        given = bind(aten_op(node), node.args, node.kwargs)
+        factor = bind(aten_op(node), node.args, node.kwargs).get("alpha", 1)  # of the sum
         fits = (
             fact.kind is Kind.PRODUCT
             and len(carried) == len(rest) == 1
             and self.roles[rest[0][1].name] is Role.STATIC
             and not is_elementwise(node)
             and not any(map(is_complex, node.all_input_nodes))
-            and given.get("alpha", 1) > 0  # of the sum, where the op has such a factor
+            and isinstance(factor, (int, float))
+            and factor > 0
         )
         return rest if fits else []
 

@@ -371,6 +371,21 @@ def test_no_stem_no_site(tmp_path: Path) -> None:
         lg.plan(net, torch.rand(2, 4), policy=policy(tmp_path, BOX))
 
 
+def test_a_negative_factor_of_the_sum_is_left_to_the_next_row(tmp_path: Path) -> None:
+    """It would swap the weights' signs, and the ends of a box with them."""
+
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.b = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.b, x, self.w, alpha=-2) + torch.addmm(self.b, x, self.w, alpha=3)
+
+    made = lg.plan(Added(), torch.rand(2, 4), policy=policy(tmp_path, ALL))
+    assert [e.node for e in made.edits] == ["addmm_1"]
+
+
 def test_complex_values_are_left_to_the_next_row(tmp_path: Path) -> None:
     class Fourier(nn.Module):
         def __init__(self) -> None:
