@@ -11,9 +11,12 @@ import gzip
 import hashlib
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
 
 VARIABLE = "LIBRAGRAD_DATA"
 
@@ -145,9 +148,22 @@ SECOND = "A musician plays for an audience."
 """What ``SENTENCES`` are compared with."""
 
 
+def encoded(tokenizer: Any, texts: Sequence[str], side: str = "right") -> dict[str, torch.Tensor]:
+    """Token ids and the mask of the padding, which is put at the ``side`` of the shorter texts."""
+    found = tokenizer([*texts], return_tensors="pt", padding=len(texts) > 1, padding_side=side)
+    return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+
+def difference(tokenizer: Any, prompt: Prompt, mask: torch.Tensor) -> Callable[[Any], torch.Tensor]:
+    """A target: the right name's logit less the wrong one's, behind each text's last token."""
+    (right,), (wrong,) = (tokenizer(name)["input_ids"] for name in (prompt.right, prompt.wrong))
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    each = torch.arange(len(mask))
+    return lambda y: y.logits[each, last, right] - y.logits[each, last, wrong]
+
+
 def smollm2() -> Text:
     """SmolLM2-135M-Instruct, dequantised from Q4_1."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where, file = require("smollm2"), SOURCES["smollm2"].main
@@ -162,6 +178,33 @@ def minilm() -> Text:
 
     where = require("minilm")
     return Text(AutoModel.from_pretrained(where).eval(), AutoTokenizer.from_pretrained(where))
+
+
+class Similarity(nn.Module):
+    """The cosine of each sentence with one other.
+
+    A cosine divides by the length of the sentence's own vector. As a part of the model that is a norm like
+    any other, and the balanced backward holds it; in a target callable autograd would differentiate it.
+    """
+
+    other: torch.Tensor
+
+    def __init__(self, encoder: nn.Module, other: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        with torch.no_grad():
+            h = encoder(**other).last_hidden_state
+        vector = pooled(h, other["attention_mask"])[0]
+        self.register_buffer("other", vector / vector.norm())
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        h = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return nn.functional.normalize(pooled(h, attention_mask), dim=-1) @ self.other
+
+
+def pooled(h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(B, C): the mean of the tokens' vectors (B, T, C), those of the padding left out."""
+    return (h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
 # --- pictures
@@ -185,7 +228,6 @@ def dinov2_weights(file: Path) -> dict[str, Any]:
     of the class token and of the patches are two constants, of one row and of many.
     """
     import onnx
-    import torch
     from onnx import numpy_helper
 
     graph = onnx.load(os.fspath(file)).graph
@@ -217,15 +259,17 @@ def dinov2_weights(file: Path) -> dict[str, Any]:
     return {name: t.contiguous() for name, t in out.items()}
 
 
+PHOTOGRAPHS = ("china", "flower")
+
+
 def photographs(side: int = 224) -> Any:
-    """scikit-learn's two photographs, china and flower, (2, 3, side, side), normalised as for DINOv2."""
+    """scikit-learn's two photographs, (2, 3, side, side), normalised as for DINOv2."""
     import timm.data
-    import torch
     from PIL import Image
     from sklearn.datasets import load_sample_image
 
     steps: Any = timm.data.create_transform((3, side, side), interpolation="bicubic", crop_pct=1.0)
-    pictures = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
+    pictures = [load_sample_image(f"{name}.jpg") for name in PHOTOGRAPHS]
     return torch.stack([steps(Image.fromarray(p)) for p in pictures])
 
 
