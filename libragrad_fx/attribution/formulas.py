@@ -79,21 +79,42 @@ def random(taps: Taps) -> list[Term]:
 
 def gradcam(taps: Taps) -> list[Term]:
     """w_c = mean over positions of the gradient; Σ_c w_c h_c. Selvaraju et al. 2017."""
-    return [_weighted(x, x.gradient.double().mean(x.places, keepdim=True)) for x in taps.layers]
+    found = []
+    for x in taps.layers:
+        at = reached(x)
+        found.append(_weighted(x, _summed(x, x.gradient.double()) / _summed(x, at), at))
+    return found
 
 
 def xgradcam(taps: Taps) -> list[Term]:
     """w_c = Σ_t g |h| / (Σ_t |h| + 1e-7); Σ_c w_c h_c. Fu et al. 2020, in the authors' signed form."""
     found = []
     for x in taps.layers:
-        size = x.value.double().abs()
-        shares = (x.gradient.double() * size).sum(x.places, keepdim=True)
-        found.append(_weighted(x, shares / (size.sum(x.places, keepdim=True) + 1e-7)))
+        at = reached(x)
+        size = x.value.double().abs() * at
+        shares = _summed(x, x.gradient.double() * size)
+        found.append(_weighted(x, shares / (_summed(x, size) + 1e-7), at))
     return found
 
 
-def _weighted(layer: Layer, weights: torch.Tensor) -> Term:
-    return layer.name, layer.value.double() * weights
+def reached(layer: Layer) -> torch.Tensor:
+    """1 at the tokens that the output comes from, 0 at the others, which have no gradient: a shorter text's
+    padding, and what follows the token that is read. A mean over positions leaves them out, so that a text
+    in a batch is explained as it is alone. Of images all positions count; so do all if none has a gradient.
+    """
+    if layer.value.ndim != 3:
+        kept = [n if i in (0, *layer.places) else 1 for i, n in enumerate(layer.value.shape)]
+        return layer.value.new_ones(kept).double()
+    at = (layer.gradient != 0).any(2, keepdim=True)
+    return (at | ~at.any(1, keepdim=True)).double()
+
+
+def _summed(layer: Layer, values: torch.Tensor) -> torch.Tensor:
+    return values.sum(layer.places, keepdim=True) if layer.places else values
+
+
+def _weighted(layer: Layer, weights: torch.Tensor, at: torch.Tensor) -> Term:
+    return layer.name, layer.value.double() * weights * at
 
 
 # --- attention
@@ -116,8 +137,12 @@ def genatt(taps: Taps) -> list[Term]:
 
 def attcat(taps: Taps) -> list[Term]:
     """Σ_l a_l Σ_c h_{l+1} g_{l+1}, a_l the mean attention that a token gets. Qiang et al. 2022."""
-    after = zip(taps.attention, input_x_gradient(taps)[1:], strict=False)
-    return [(name, a.weights.mean((1, 2))[..., None] * share) for a, (name, share) in after]
+    found = []
+    for layer, a, after in zip(taps.layers, taps.attention, taps.layers[1:], strict=False):
+        at = reached(layer)
+        got = (a.weights.mean(1) * at).sum(1) / at.sum(1)
+        found.append((after.name, got[..., None] * product(after.value, after.gradient)))
+    return found
 
 
 def tokentm(taps: Taps) -> list[Term]:
@@ -127,14 +152,15 @@ def tokentm(taps: Taps) -> list[Term]:
     one = torch.eye(first.shape[1], dtype=seen.dtype, device=seen.device)
     for layer, a, stream, end in zip(taps.layers, taps.attention, taps.streams, taps.ends, strict=True):
         before, between, behind = (t.double() for t in (layer.value, stream, end))
-        mixed = a.weights.mean(1) * _turned(before, between)[:, None] * a.gradient.relu().mean(1)
-        seen = (one + torch.diag_embed(_turned(between, behind))) @ (one + mixed) @ seen
+        at = reached(layer)[..., 0] > 0
+        mixed = a.weights.mean(1) * _turned(before, between, at)[:, None] * a.gradient.relu().mean(1)
+        seen = (one + torch.diag_embed(_turned(between, behind, at))) @ (one + mixed) @ seen
     return _read(taps, seen)
 
 
-def _turned(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _turned(a: torch.Tensor, b: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """(B, T): the growth of each token, weighted by a softmax over tokens of how little it turned."""
-    likeness = torch.nn.functional.cosine_similarity(a, b, dim=-1)
+    likeness = torch.nn.functional.cosine_similarity(a, b, dim=-1).masked_fill(~at, -torch.inf)
     return b.norm(dim=-1) / (a.norm(dim=-1) + 1e-8) * likeness.softmax(-1)
 
 
