@@ -10,6 +10,8 @@ import torch
 import libragrad_fx as lg
 from zoo import real
 
+pytestmark = pytest.mark.slow  # SmolLM2 is captured in a minute
+
 
 def needs(name: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(real.missing(name)), reason=real.missing(name))

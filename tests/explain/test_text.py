@@ -47,7 +47,8 @@ def test_a_word_is_a_target() -> None:
 def test_this_word_and_not_that() -> None:
     model, words = llama(), tokenizer()
     found = lg.attribute(model, TEXTS, "dog", against=["cat", "mat"], processor=words, method="fullgrad")
-    this, that = lg.attribute_each(model, TEXTS, ["dog", ["cat", "mat"]], processor=words, method="fullgrad")
+    targets = ["dog", ["cat", "mat"]]
+    this, that = lg.attribute_each(model, TEXTS, targets, processor=words, method="fullgrad")
     torch.testing.assert_close(found.values, this.values - that.values, rtol=0, atol=FLOAT32)
     assert found.labels == ("dog against cat", "dog against mat")
 
@@ -63,7 +64,7 @@ def test_words_that_are_no_target() -> None:
 
 
 def test_classes_of_a_text_have_names() -> None:
-    model, words = bert("SequenceClassification", id2label={0: "bad", 1: "good"}, num_labels=2), tokenizer()
+    model, words = bert("SequenceClassification", id2label={0: "bad", 1: "good"}), tokenizer()
     found = lg.attribute(model, TEXTS, "good", processor=words)
     number = lg.attribute(model, TEXTS, 1, processor=words)
     assert torch.equal(found.values, number.values)
@@ -156,7 +157,7 @@ def test_two_prompts_on_one_picture_are_two_maps() -> None:
     inputs = {"text": ["a cat", "the dog"], "images": [picture(0), picture(0)]}
     target = lg.Likeness("image_embeds", "text_embeds")
     found = lg.attribute(model, inputs, target, processor=processor, method="fullgrad")
-    y = model(**{k: v for k, v in processor(**inputs, return_tensors="pt", padding=True).items()})
+    y = model(**processor(**inputs, return_tensors="pt", padding=True))
     cosines = torch.nn.functional.cosine_similarity(y.image_embeds, y.text_embeds)
     torch.testing.assert_close(found.output, 100 * cosines.detach())
     assert float(found.completeness_error.max()) < 1e-8
@@ -199,7 +200,8 @@ def test_likeness_of_two_texts_by_pairs(balanced: bool, chunk: int) -> None:
         )
         want += left[:, :, None] * right[:, None, :]
     torch.testing.assert_close(found.values, want, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(found.output, torch.nn.functional.cosine_similarity(model(a), model(b)).detach())
+    cosines = torch.nn.functional.cosine_similarity(model(a), model(b)).detach()
+    torch.testing.assert_close(found.output, cosines)
     assert float(found.completeness_error.max()) < 1e-12
     with pytest.raises(InputError, match=r"vectors \(B, D\), and gave \(2,\)"):
         lg.similarity(module, a, b, embed=lambda y: y.sum(1))
