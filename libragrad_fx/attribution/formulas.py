@@ -158,6 +158,13 @@ def tokentm(taps: Taps) -> list[Term]:
     return _read(taps, seen)
 
 
+def legrad(taps: Taps) -> list[Term]:
+    """The mean over blocks, heads and queries of relu(dA). Each block's dA is that of the target on its own
+    output, as if the network ended there. Bousselham et al. 2024, without their final scaling to [0, 1]."""
+    shares = torch.stack([a.gradient.relu().mean((1, 2)) for a in taps.attention]).mean(0)
+    return [(taps.layers[0].name, shares[..., None])]
+
+
 def _turned(a: torch.Tensor, b: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """(B, T): the growth of each token, weighted by a softmax over tokens of how little it turned."""
     likeness = torch.nn.functional.cosine_similarity(a, b, dim=-1).masked_fill(~at, -torch.inf)
@@ -189,7 +196,7 @@ class Method(NamedTuple):
     row:       whether it follows attention to the one token that the output is read from
     sums:      whether its map adds up to the output where the backward is balanced
     path:      whether the gradient is an average over inputs: of noise, or on the way from a baseline; or
-               whether the whole map is one
+               whether the whole map is one; or whether each block has a gradient of its own
     """
 
     terms: Callable[[Taps], list[Term]]
@@ -199,7 +206,7 @@ class Method(NamedTuple):
     attention: bool = False
     row: bool = False
     sums: bool = False
-    path: Literal["", "noise", "line", "whole"] = ""
+    path: Literal["", "noise", "line", "whole", "blocks"] = ""
 
 
 _LIBRA = "Mehri et al. 2025 (LibraGrad)"
@@ -222,6 +229,7 @@ METHODS: Mapping[str, Method] = {
     "genatt": Method(genatt, "all", "Chefer et al. 2021", attention=True, row=True),
     "attcat": Method(attcat, "all", "Qiang et al. 2022", attention=True),
     "tokentm": Method(tokentm, "all", "Wu et al. 2024", attention=True, row=True),
+    "legrad": Method(legrad, "all", "Bousselham et al. 2024", attention=True, path="blocks"),
 }  # fmt: skip
 
 

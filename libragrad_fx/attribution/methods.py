@@ -160,9 +160,29 @@ def _whole_on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> l
     return [_mean(answers) for answers in zip(*found, strict=True)]
 
 
+def _block_by_block(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
+    """LeGrad: each block's attention by the target of its own output, as if it were the last block's."""
+    ends = {path: seen.values[n] for path, n in zip(asked.paths, seen.ends, strict=True)}
+    last = seen.ends[-1].name
+    tails = [run(asked.module, asked.inputs, biases=False, given={last: t.detach()}) for t in ends.values()]
+    answers = []
+    for target in targets:
+        one = seen.back(target, last=False)
+        attention = dict(enumerate(one.attention))
+        for (path, end), tail in zip(ends.items(), tails, strict=True):
+            inside, (_, g) = _inside(one, path), tail.back(target, last=False).inputs[last]
+            if inside is not None:
+                attention[inside] = seen.attended(inside, end, g)
+        answers.append(
+            _answer(asked, dataclasses.replace(one, attention=tuple(attention.values())), target)
+        )
+    return answers
+
+
 _ByPath = Callable[[Question, Run, Sequence[Target]], list[Attribution]]
 _BY_PATH: Mapping[str, _ByPath] = {
-    "": _at_once, "noise": _among_noise, "line": _on_a_line, "whole": _whole_on_a_line
+    "": _at_once, "noise": _among_noise, "line": _on_a_line, "whole": _whole_on_a_line,
+    "blocks": _block_by_block,
 }  # fmt: skip
 
 
