@@ -111,6 +111,14 @@ def test_the_tree_has_the_old_names_and_classes(name: str) -> None:
     assert all(p is q for p, q in zip(gm.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_may_be_set_again_to_what_it_is(training: bool) -> None:
+    """Libraries do so before they explain. A model that returns a dataclass has a module of ours."""
+    model, inputs = build("bert")
+    gm = lg.transform(model.train(training), inputs)
+    gm.train(training)(**inputs)
+
+
 def test_a_hook_may_change_the_output() -> None:
     model, inputs = build("vit")
     gm, model = lg.transform(model, inputs), copy.deepcopy(model)
