@@ -141,6 +141,13 @@ def test_a_pre_hook_that_changes_arguments_is_refused() -> None:
     gm(**inputs)
 
 
+def test_a_submodule_called_alone_is_refused() -> None:
+    model, inputs = build("vit")
+    gm = lg.transform(model, inputs)
+    with pytest.raises(ModeError, match="computes nothing when it is called alone"):
+        gm.patch_embed(**inputs)
+
+
 def patches(t: torch.Tensor) -> torch.Tensor:
     return t[:, 1:].reshape(t.shape[0], 4, 4, -1).permute(0, 3, 1, 2)
 
