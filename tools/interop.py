@@ -2,8 +2,8 @@
 
     python tools/interop.py [--small] [-o docs/interop.md]
 
-Every cell is run here, by the code of ``tests/interop``: timm's ViT-tiny with random parameters (``--small``:
-the tests' model of two blocks), and a small network of convolutions and ReLUs.
+Every cell is run here, by the code of ``tests/interop``: on timm's ViT-tiny with random parameters
+(``--small``: the tests' model of two blocks), and on a small network of convolutions and ReLUs.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from tests.interop.matrix import CNN, FORMS, VIT, Use, cnn, missing, outcome, small_vit, vit_tiny
+from tests.interop.matrix import CNN, FORMS, VIT, Use, cnn, missing, outcomes, small_vit, vit_tiny
 
 LIBRARIES = ("captum", "grad-cam", "quantus", "timm", "torch")
 PAGE = """# With other libraries
 
-Made by `python tools/interop.py`: {versions}. Libraries are as installed, unmodified. The same code runs in
-`tests/interop/`, on a smaller ViT, where each cell of the columns `original`, `lg.trace` and `lg.transform`
-is required.
+Made by `python tools/interop.py`, with {versions}.
+The libraries are unmodified. The same code runs in `tests/interop/`, on a smaller ViT, where each cell of
+the columns `original`, `lg.trace` and `lg.transform` is required.
 
-`lg.trace` is the captured model with autograd's backward: what a library says of it must be what it says of
-the original. `lg.transform` is balanced: there it must be what `lg.attribute` says, where we have the method.
+`lg.trace` is the captured model with autograd's backward: what a library says of it must be what it says
+of the original. `lg.transform` is balanced: there it must be what `lg.attribute` says, where we have
+the method.
 
 | word | means |
 |---|---|
@@ -45,18 +46,19 @@ the original. `lg.transform` is balanced: there it must be what `lg.attribute` s
 
 {first}
 
-- No module of a ViT has a rule in Captum's DeepLift, so on the original it is Input x Gradient already. `LRP`
-  has no rule for `Identity`.
-- `LayerGradCam` takes the axis of tokens for channels; use grad-cam, or `lg.attribute(…, method="gradcam")`.
+- No module of a ViT has a rule in Captum's DeepLift, so on the original it is Input x Gradient already.
+  `LRP` has no rule for `Identity`.
+- `LayerGradCam` takes the axis of tokens for channels: use grad-cam, or our `gradcam`.
 - `AblationCAM` puts a layer of its own into the model, which a captured graph cannot know.
-- `ShapleyCAM` needs a second derivative, which PyTorch's fused attention does not have.
-- grad-cam's `FullGrad` takes biases of convolutions and batch norms alone. `lg.attribute(…, "fullgrad_plus")` takes
-  all.
+- `ShapleyCAM` needs a second derivative, which PyTorch's fused attention does not have; where there is one,
+  it forgets its `reshape_transform` and wants convolutions.
+- grad-cam's `FullGrad` takes biases of convolutions and batch norms alone; our `fullgrad_plus` takes all.
 
 ## Convolutions and ReLUs as modules
 
-A network that is balanced as it is: `same` under `lg.transform`. Methods that rewrite the backward by module
-type find their ReLUs here. On exported graphs several of them run, and give another answer without a word.
+A network that is balanced as it is: `same` under `lg.transform`. Methods that rewrite the backward by
+module type find their ReLUs here. On exported graphs several of them run, and give another answer without
+a word.
 
 {second}
 """
@@ -71,7 +73,9 @@ def table(uses: Mapping[str, Use], make: Callable[[], tuple[nn.Module, torch.Ten
     for name, use in tqdm(uses.items(), desc=label):
         absent = missing(use)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            cells = [f"needs {absent}" if absent else outcome(use, f, form, make()[1]) for f in FORMS]
+            cells = (
+                outcomes(use, FORMS, form, make()[1]) if not absent else (f"needs {absent}",) * len(FORMS)
+            )
         rows.append((name, *cells))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

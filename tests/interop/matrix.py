@@ -10,7 +10,7 @@ import importlib.util
 import io
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -321,41 +321,41 @@ CNN: dict[str, Use] = {
 }
 
 
-def outcome(use: Use, form: str, forms: Callable[[str], nn.Module], x: Tensor) -> str:
-    """What comes of one use on one form of a model:
+def outcomes(
+    use: Use, names: Iterable[str], forms: Callable[[str], nn.Module], x: Tensor
+) -> tuple[str, ...]:
+    """What comes of one use on forms of a model, the original first:
 
     - "same": the original's values, to the bit; of the original itself, "ok"
     - "as ours": values of our own method, to 1e-4 of the largest
     - "runs": other values
     - "refused": by an error of ours that says why; "fails (...)": by any other
     """
+    words, known = [], None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            module = forms(form)
-            found = use.run(module, x)
-        except LibraGradError:
-            return "refused"
-        except Exception as e:
-            return f"fails ({type(e).__name__})"
-        if isinstance(found, int):
-            return str(found)
-        if form == "original":
-            return "ok"
-        if same(use, forms("original"), x, found):
-            return "same"
-        own = use.ours if isinstance(module, CapturedModule) else None
-        if own is not None and close(own(module, x), found):
-            return "as ours"
-    return "runs"
+        for name in names:
+            try:
+                module = forms(name)
+                found = use.run(module, x)
+            except LibraGradError:
+                words.append("refused")
+            except Exception as e:
+                words.append(f"fails ({type(e).__name__})")
+            else:
+                if isinstance(found, int):
+                    words.append(str(found))
+                else:
+                    words.append("ok" if name == "original" else compared(use, module, x, found, known))
+                known = found if name == "original" else known
+    return tuple(words)
 
 
-def same(use: Use, original: nn.Module, x: Tensor, found: Any) -> bool:
-    try:
-        known = use.run(original, x)
-    except Exception:  # nothing to compare with
-        return False
-    return np.array_equal(array(known), array(found))
+def compared(use: Use, module: nn.Module, x: Tensor, found: Any, known: Any) -> str:
+    if known is not None and np.array_equal(array(known), array(found)):
+        return "same"
+    own = use.ours if isinstance(module, CapturedModule) else None
+    return "as ours" if own is not None and close(own(module, x), found) else "runs"
 
 
 def close(a: Any, b: Any) -> bool:

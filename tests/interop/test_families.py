@@ -56,11 +56,13 @@ def vit(**options: Any) -> nn.Module:
 
 
 # the model, its input, a layer, the layer whose input that layer's output is, and what lays it out by hand
-FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str, Callable[[Tensor], Tensor]]] = {
+Reshape = Callable[[Tensor], Tensor]
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, str, Reshape]] = {
     "vit": (vit, (32, 48), "blocks.0", "blocks.1", tokens(1, 4, 6)),
     "registers": (lambda: vit(reg_tokens=2), (32, 48), "blocks.0", "blocks.1", tokens(3, 4, 6)),
     "pooled": (
-        lambda: vit(class_token=False, global_pool="avg"), (32, 48), "blocks.0", "blocks.1", tokens(0, 4, 6),
+        lambda: vit(class_token=False, global_pool="avg"), (32, 48), "blocks.0", "blocks.1",
+        tokens(0, 4, 6),
     ),
     "swin": (
         lambda: timm.create_model("swin_tiny_patch4_window7_224", **SWIN), (56, 56),
@@ -85,7 +87,12 @@ def hires(model: nn.Module, path: str, reshape: Callable[[Tensor], Tensor], x: T
     raise AssertionError("the context swallowed an error")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+SLOW = ("swin", "torchvision", "pooled", "vit")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=pytest.mark.slow if f in SLOW else ()) for f in FAMILIES]
+)
 def test_grad_cam(family: str) -> None:
     make, size, layer, behind, by_hand = FAMILIES[family]
     model, x = randomised(make(), 0.2), torch.randn(2, 3, *size)

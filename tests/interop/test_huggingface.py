@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,10 +34,16 @@ def bert() -> tuple[Any, Text, Text]:
     return model, by_id, {"inputs_embeds": embedded, "attention_mask": mask}
 
 
+@pytest.fixture(scope="module")
+def made(bert: Any) -> Callable[[str, int], Any]:
+    """The model as captured with its first or second inputs."""
+    return functools.cache(lambda make, inputs: MAKE[make](bert[0], bert[inputs]))
+
+
 @pytest.mark.parametrize("make", MAKE)
-def test_inputs_embeds(make: str, bert: Any) -> None:
+def test_inputs_embeds(make: str, bert: Any, made: Any) -> None:
     model, by_id, inputs = bert
-    gm, of_ids = MAKE[make](model, inputs), MAKE[make](model, by_id)
+    of_ids, gm = made(make, 1), made(make, 2)
     given = gm(**inputs)
     assert type(given) is type(model(**inputs))
     assert torch.equal(given.logits, model(**inputs).logits)
@@ -62,9 +70,9 @@ def test_inputs_embeds(make: str, bert: Any) -> None:
 
 
 @pytest.mark.parametrize("make", MAKE)
-def test_layers_of_token_ids(make: str, bert: Any) -> None:
+def test_layers_of_token_ids(make: str, bert: Any, made: Any) -> None:
     model, inputs, _ = bert
-    gm, path = MAKE[make](model, inputs), "bert.embeddings.word_embeddings"
+    gm, path = made(make, 1), "bert.embeddings.word_embeddings"
 
     def explained(module: Any, name: str, **options: Any) -> Tensor:
         def forward(ids: Tensor, mask: Tensor) -> Tensor:
@@ -81,9 +89,9 @@ def test_layers_of_token_ids(make: str, bert: Any) -> None:
     torch.testing.assert_close(own, found.sum(-1))
 
 
-def test_text_sums_up_to_the_logit(bert: Any) -> None:
+def test_text_sums_up_to_the_logit(bert: Any, made: Any) -> None:
     model, inputs, _ = bert
-    gm = lg.transform(model, inputs)
+    gm = made("transform", 1)
     found = lg.attribute(gm, inputs, [1, 2])
     assert found.values.shape == (2, 7)
     assert torch.equal(found.output, model(**inputs).logits[[0, 1], [1, 2]].detach())

@@ -1,4 +1,4 @@
-"""Unmodified libraries on the original, on its plain trace and on its transform: every cell of the matrix."""
+"""Unmodified libraries on the original, its plain trace and its transform: every cell of the matrix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from tests.interop import matrix
-from tests.interop.matrix import CNN, FORMS, VIT, outcome
+from tests.interop.matrix import CNN, FORMS, VIT
 
 TABLES = {"vit": (VIT, matrix.small_vit), "cnn": (CNN, matrix.cnn)}
 USUAL = ("ok", "same", "as ours")
@@ -55,7 +55,7 @@ def test_cell(table: str, name: str) -> None:
         pytest.skip(f"needs {missing} (see CONTRIBUTING.md)")
     names = ("original", "`lg.trace`", "`lg.transform`")
     forms, x = functools.partial(form, table), make()[1]
-    assert tuple(outcome(uses[name], n, forms, x) for n in names) == expected(table, name)
+    assert matrix.outcomes(uses[name], names, forms, x) == expected(table, name)
     for module in (m for n in names for m in forms(n).modules()):
         hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
         assert not any(hooks)
