@@ -131,7 +131,7 @@ def our_noise(module: Any, x: Tensor) -> Tensor:
     """Our gradient, at the inputs that Captum draws."""
     torch.manual_seed(1)
     noisy = torch.normal(x.repeat_interleave(4, 0), 0.1)
-    found = lg.attribute(module, noisy, TARGET, method="gradient").values
+    found = lg.attribute(module, noisy, TARGET, method="gradient", resolution="pixels").values
     return found.unflatten(0, (-1, 4)).mean(1)
 
 
@@ -140,7 +140,11 @@ def summed(run: Run, axis: int = 1) -> Run:
 
 
 def ours(method: str, **options: Any) -> Run:
-    return lambda module, x: lg.attribute(module, x, TARGET, method=method, **options).values
+    """A method of ours, at the place that Captum explains."""
+    place = "tokens" if "layers" in options else "pixels"
+    return lambda module, x: lg.attribute(
+        module, x, TARGET, method=method, resolution=place, **options
+    ).values
 
 
 def our_tokens(module: Any, x: Tensor) -> Tensor:
@@ -216,10 +220,12 @@ def quantus(name: str, explain: Callable[..., np.ndarray] | None = None, **make:
 
         steps = {"features_in_step": x[0, 0].numel() // 8} if name == "PixelFlipping" else {}
         metric = getattr(quantus, name)(disable_warnings=True, **steps, **make)
-        method = "InputXGradient" if explain is None else "input_x_gradient"
+        asked = {"method": "InputXGradient"}
+        if explain is not None:
+            asked = {"method": "input_x_gradient", "resolution": "pixels"}
         scores = metric(
             model=model, x_batch=x.numpy(), y_batch=np.array([TARGET] * len(x)), a_batch=None, device="cpu",
-            explain_func=explain or quantus.explain, explain_func_kwargs={"method": method},
+            explain_func=explain or quantus.explain, explain_func_kwargs=asked,
         )  # fmt: skip
         return np.array(scores, dtype=float)
 

@@ -63,9 +63,9 @@ def test_inputs_embeds(make: str, bert: Any, made: Any) -> None:
             for m in (gm, model)
         )  # fmt: skip
         assert torch.equal(found, known) is (make == "trace")
-        own = lg.attribute(gm, inputs, 1, method=method, steps=8)
+        own = lg.attribute(gm, inputs, 1, method=method, steps=8, resolution="pixels")
         torch.testing.assert_close(own.values, found.sum(-1))
-        other = lg.attribute(of_ids, by_id, 1, method=method, steps=8)
+        other = lg.attribute(of_ids, by_id, 1, method=method, steps=8, resolution="pixels")
         torch.testing.assert_close(own.values, other.values)  # of ids, the signal starts at the embeddings
 
 
@@ -85,7 +85,7 @@ def test_layers_of_token_ids(make: str, bert: Any, made: Any) -> None:
     for name, options in (("LayerIntegratedGradients", {"n_steps": 8}), ("LayerGradientXActivation", {})):
         found, known = explained(gm, name, **options), explained(model, name, **options)
         assert torch.equal(found, known) is (make == "trace")
-    own = lg.attribute(gm, inputs, 1, method="input_x_gradient").values
+    own = lg.attribute(gm, inputs, 1, method="input_x_gradient", resolution="pixels").values
     torch.testing.assert_close(own, found.sum(-1))
 
 

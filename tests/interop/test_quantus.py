@@ -31,8 +31,9 @@ def test_images(case: Any) -> None:
     np.testing.assert_allclose(found[:, 0, ::8, ::8] * 64, own.values.numpy())
     assert np.array_equal(lg.quantus_explain(gm, x, torch.from_numpy(TARGETS)), found)
     assert np.array_equal(lg.quantus_explain(model, x, [2, 1]), found)
-    pixels = lg.quantus_explain(gm, x.double().numpy(), TARGETS, method="input_x_gradient")
-    own = lg.attribute(gm, x, [2, 1], method="input_x_gradient")
+    fine: Any = {"method": "input_x_gradient", "resolution": "pixels"}
+    pixels = lg.quantus_explain(gm, x.double().numpy(), TARGETS, **fine)
+    own = lg.attribute(gm, x, [2, 1], **fine)
     assert np.array_equal(pixels[:, 0], own.values.numpy())
     last = lg.quantus_explain(gm, x, TARGETS, method="hirescam", layers=["blocks.0"])
     assert not np.array_equal(last, lg.quantus_explain(gm, x, TARGETS, method="hirescam"))
@@ -44,7 +45,7 @@ def test_policies(case: Any) -> None:
     assert not np.array_equal(relp, lg.quantus_explain(gm, x, TARGETS, method="gradient"))
     again = lg.quantus_explain(lg.transform(model, x, policy="relp"), x, TARGETS, method="gradient")
     assert np.array_equal(relp, again)
-    with pytest.raises(InputError, match="captured already"):
+    with pytest.raises(InputError, match="captured by libra"):
         lg.quantus_explain(gm, x, TARGETS, policy="relp")
 
 
