@@ -40,7 +40,7 @@ class Taps:
     streams:   of each layer's block, the residual stream behind attention, (B, T, C)
     ends:      of each layer's block, its output, (B, T, C)
     row:       the token that the output is read from, of methods that follow attention to it
-    seed:      of methods that draw numbers
+    noise:     a number from [0, 1) for each position of the first layer, 1 for batch and channels
     """
 
     layers: Sequence[Layer]
@@ -48,7 +48,7 @@ class Taps:
     streams: Sequence[torch.Tensor] = ()
     ends: Sequence[torch.Tensor] = ()
     row: int = 0
-    seed: int = 0
+    noise: torch.Tensor | None = None
 
 
 # --- gradients
@@ -65,13 +65,10 @@ def input_x_gradient(taps: Taps) -> list[Term]:
 
 
 def random(taps: Taps) -> list[Term]:
-    """A number from [0, 1) for each position, their sum 1, the same for each sample: what any method has to
-    beat."""
-    first = taps.layers[0]
-    kept = [n if i in first.places else 1 for i, n in enumerate(first.value.shape)]
-    draw = torch.Generator().manual_seed(taps.seed)
-    drawn = torch.rand(kept, generator=draw, dtype=torch.float64, device=draw.device).to(first.value.device)
-    return [(first.name, (drawn / drawn.sum()).expand(len(first.value), *kept[1:]))]
+    """Noise as shares, their sum 1, the same for each sample: what any method has to beat."""
+    assert taps.noise is not None
+    first, batch = taps.layers[0], len(taps.layers[0].value)
+    return [(first.name, (taps.noise / taps.noise.sum()).expand(batch, *taps.noise.shape[1:]))]
 
 
 # --- class activation maps, with their signs (no ReLU)

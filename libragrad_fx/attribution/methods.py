@@ -293,7 +293,7 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
         Layer(name, h, g, maps.positions(h.shape, image)) for name, (h, g) in _tapped(asked, seen).items()
     ]
     if not how.attention:
-        return Taps(layers, seed=asked.seed)
+        return Taps(layers, noise=_uniform(layers[0], asked.seed))
     at = [_inside(seen, layer.name) for layer in layers]
     missing = [x.name for x, i in zip(layers, at, strict=True) if i is None or not _over_tokens(seen, i, x)]
     if missing:
@@ -310,6 +310,13 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
     streams = [s for i in found if (s := seen.streams[i]) is not None]
     taps = Taps(layers, [seen.attention[i] for i in found], streams, seen.ends)
     return dataclasses.replace(taps, row=_row(method, taps, seen, image, target)) if how.row else taps
+
+
+def _uniform(layer: Layer, seed: int) -> torch.Tensor:
+    kept = [n if i in layer.places else 1 for i, n in enumerate(layer.value.shape)]
+    draw = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(kept, generator=draw, dtype=torch.float64, device=draw.device)
+    return drawn.to(layer.value.device)
 
 
 def _inside(seen: Internals, path: str) -> int | None:
