@@ -158,8 +158,12 @@ def tokentm(taps: Taps) -> list[Term]:
 def legrad(taps: Taps) -> list[Term]:
     """The mean over blocks, heads and queries of relu(dA). Each block's dA is that of the target on its own
     output, as if the network ended there. Bousselham et al. 2024, without their final scaling to [0, 1]."""
-    shares = torch.stack([a.gradient.relu().mean((1, 2)) for a in taps.attention]).mean(0)
-    return [(taps.layers[0].name, shares[..., None])]
+    found = []
+    for layer, a in zip(taps.layers, taps.attention, strict=True):
+        at = reached(layer)
+        got = (a.gradient.relu().mean(1) * at).sum(1) / at.sum(1)
+        found.append(got[..., None] * at)
+    return [(taps.layers[0].name, torch.stack(found).mean(0))]
 
 
 def _turned(a: torch.Tensor, b: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

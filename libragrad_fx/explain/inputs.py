@@ -100,7 +100,7 @@ def _floating(model: torch.nn.Module) -> list[torch.Tensor]:
 def _of_tensors(inputs: Any, size: int | None) -> list[Callable[[], Batch]]:
     args, kwargs = as_call(inputs)
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.ndim]
-    count = tensors[0].shape[0] if tensors else 1
+    count = tensors[0].size(0) if tensors else 1
     if size is None or size >= count:
         return [lambda: Batch(inputs, 0, count, count)]
 

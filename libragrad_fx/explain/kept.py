@@ -63,8 +63,8 @@ def captured(model: torch.nn.Module, inputs: Any, policy: Policy) -> CapturedMod
 def _as_asked(module: InGraphs, policy: Policy) -> CapturedModule:
     if not isinstance(module, CapturedModule):
         raise InputError(
-            f"attribute needs one captured graph, and {type(module).__name__} is none: this model had to be"
-            " cut into several and has no such maps. Its balanced input gradient,"
+            f"attribute needs one captured graph, and {type(module).__name__} is none: a model that had to"
+            " be cut into several graphs has no such maps. Its balanced input gradient,"
             " torch.autograd.grad(gm(x)[...], x), does what it says"
         )
     made = AUTOGRAD if module.plan is None else module.plan.policy

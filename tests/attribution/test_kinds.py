@@ -288,16 +288,15 @@ class Order(nn.Module):
 
 
 @pytest.mark.parametrize("order", ["tokens first", "samples first", "weights"])
-@pytest.mark.parametrize("batch", [2, 3, 5])
-@pytest.mark.parametrize("method", ["fullgrad", "fullgrad_plus"])
-def test_biases_belong_to_their_samples_in_any_order(order: str, batch: int, method: str) -> None:
+@pytest.mark.parametrize("batch", [2, 5])
+def test_biases_belong_to_their_samples_in_any_order(order: str, batch: int) -> None:
     """A row of a bias is of the sample whose target gives it its gradient, wherever it lies."""
     torch.manual_seed(batch)
     model, x = Order(order).double().eval(), torch.randn(batch, 6, 3, dtype=F64)
     for p in model.parameters():
         nn.init.normal_(p, std=0.5)
     gm = lg.transform(model, x)
-    found = lg.attribute(gm, x, 1, method=method)
-    alone = [lg.attribute(gm, x[i : i + 1], 1, method=method) for i in range(batch)]
+    found = lg.attribute(gm, x, 1, method="fullgrad")
+    alone = [lg.attribute(gm, x[i : i + 1], 1, method="fullgrad") for i in range(batch)]
     torch.testing.assert_close(found.values, torch.cat([a.values for a in alone]), rtol=1e-10, atol=1e-12)
     assert float(found.completeness_error.max()) < 1e-10

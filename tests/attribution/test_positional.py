@@ -50,13 +50,13 @@ def paid(module: Any, x: Tensor, parameter: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("make", [lg.transform, lg.trace])
 @pytest.mark.parametrize("how", ["table", "scaled"])
-@pytest.mark.parametrize("method", ["input_x_gradient", "fullgrad_plus", "gradcam"])
-def test_tables_of_words(make: Callable[..., Any], how: str, method: str) -> None:
+def test_tables_of_words(make: Callable[..., Any], how: str) -> None:
     model, ids = Tokens(how).double().eval(), torch.randint(11, (3, 6))
     module = make(model, ids)
-    got = lg.attribute(module, ids, 1, method=method).positional
-    torch.testing.assert_close(got, paid(module, ids, model.place.weight))
-    assert float(got.abs().min()) > 0
+    want = paid(module, ids, model.place.weight)
+    assert float(want.abs().min()) > 0
+    for method in ("input_x_gradient", "fullgrad_plus", "gradcam"):
+        torch.testing.assert_close(lg.attribute(module, ids, 1, method=method).positional, want)
 
 
 @pytest.mark.parametrize("how", ["none", "one for all", "concatenated"])

@@ -77,7 +77,7 @@ BATCH: dict[str, Callable[..., torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("name", BATCH)
-@pytest.mark.parametrize("example", [1, 2, 4])
+@pytest.mark.parametrize("example", [1, 4])
 def test_every_batch_gives_what_the_model_gives(name: str, example: int) -> None:
     model = Of(BATCH[name]).eval()
     gm = lg.transform(model, rows(example))

@@ -690,7 +690,6 @@ BAD_ARGUMENTS: dict[str, Callable[[], Any]] = {
     "attribute: a number for layers": lambda: lg.attribute(net()[1], P, 0, layers=3),  # type: ignore[arg-type]
     "attribute: numbers as layers": lambda: lg.attribute(net()[1], P, 0, layers=[0]),  # type: ignore[list-item]
     "attribute: text for layers": lambda: lg.attribute(net()[1], P, 0, layers="stem"),
-    "attribute: the model itself": lambda: lg.attribute(net()[0], P, 0),  # type: ignore[arg-type]
     "attribute: no module": lambda: lg.attribute(None, P, 0),  # type: ignore[arg-type]
     "blocks: the model itself": lambda: lg.blocks(net()[0]),  # type: ignore[arg-type]
     "verify: swapped": lambda: lg.verify(net()[1], net()[0], P, 0),  # type: ignore[arg-type]

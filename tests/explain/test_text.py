@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -18,11 +19,13 @@ FLOAT32 = 1e-7  # of outputs below 1: transformers' RMSNorm computes in float32,
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def bert(kind: str, **extra: Any) -> Any:
+@functools.cache
+def bert(kind: str, names: tuple[str, ...] = ("bad", "good")) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.BertConfig(vocab_size=9, max_position_embeddings=16, **SMALL, **extra)
+    labels = dict(enumerate(names))
+    config = transformers.BertConfig(vocab_size=9, max_position_embeddings=16, id2label=labels, **SMALL)
     model = getattr(transformers, f"BertFor{kind}")(config).double().eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
@@ -64,7 +67,7 @@ def test_words_that_are_no_target() -> None:
 
 
 def test_classes_of_a_text_have_names() -> None:
-    model, words = bert("SequenceClassification", id2label={0: "bad", 1: "good"}), tokenizer()
+    model, words = bert("SequenceClassification", names=("bad", "good")), tokenizer()
     found = lg.attribute(model, TEXTS, "good", processor=words)
     number = lg.attribute(model, TEXTS, 1, processor=words)
     assert torch.equal(found.values, number.values)
@@ -89,7 +92,7 @@ def test_a_span_answers_a_question() -> None:
 
 
 def test_a_token_has_a_class() -> None:
-    model, words = bert("TokenClassification", num_labels=3), tokenizer()
+    model, words = bert("TokenClassification", names=("a", "b", "c")), tokenizer()
     found = lg.attribute(model, TEXTS, (1, 2), processor=words, method="fullgrad")
     want = model(**words(TEXTS, return_tensors="pt", padding=True)).logits[:, 1, 2].detach()
     torch.testing.assert_close(found.output, want)
@@ -102,7 +105,7 @@ def test_a_token_has_a_class() -> None:
 def test_padding_changes_nothing(kind: str, side: str) -> None:
     words = tokenizer()
     words.padding_side = side
-    model = llama() if kind == "llama" else bert("SequenceClassification", num_labels=2)
+    model = llama() if kind == "llama" else bert("SequenceClassification")
     found = lg.attribute(model, TEXTS, 1, processor=words, method="fullgrad_plus")
     assert found.tokens is not None
     for i, text in enumerate(TEXTS):
