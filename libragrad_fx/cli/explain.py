@@ -100,7 +100,7 @@ def explain(
         need("matplotlib", "demo")  # fail before minutes of work, not after
     processor = None if texts or loaded.source == "hf" else models.preprocessing(loaded).to_tensor
     options = {"top": top, "processor": processor, "resolution": resolution, "seed": seed}
-    targets = _targets(loaded, target, against)
+    targets = _targets(loaded, texts, target, against)
 
     def grid_of(item: Item, step: Callable[[], None]) -> Grid:
         rows: Grid = []
@@ -135,11 +135,14 @@ def _parts(text: str) -> list[str]:
     return [part for part in (p.strip() for p in text.split(",")) if part]
 
 
-def _targets(loaded: models.Loaded, target: str | None, against: str | None) -> list[Any] | None:
-    """Each target as a number or a name. Of next tokens, a space in front is part of the name."""
+def _targets(
+    loaded: models.Loaded, texts: bool, target: str | None, against: str | None
+) -> list[Any] | None:
+    """Each target as a number or a name. Of next tokens (texts), a space in front is part of the name."""
     known = {name: i for i, name in enumerate(models.categories(loaded))}
 
     def one(text: str) -> Any:
+        text = text if texts else text.strip()
         return int(text) if text.strip().lstrip("-").isdigit() else known.get(text, text)
 
     if target is None:

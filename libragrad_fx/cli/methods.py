@@ -27,6 +27,4 @@ def methods(model: ModelName, policy: Policy = "libra", seed: Seed = 0, json: Js
         (name, "no" if why else "yes", one_line(why) or METHODS[name].source) for name, why in found.items()
     ]
     typer.echo("\n".join(table(("method", "supported", "source, or why not"), rows)))
-    typer.echo(
-        f"{sum(not why for why in found.values())} of {len(found)}; path_averaged(NAME) of each as well"
-    )
+    typer.echo(f"{sum(not why for why in found.values())} of {len(found)} are supported")

@@ -20,6 +20,7 @@ _LINE = 0.16  # of a caption
 _BAR, _TICKS = 0.14, 0.85  # a colour bar, and the room for its numbers
 _SIDE, _LEAST, _WIDEST, _PAPER = 3.2, 1.9, 6.0, 13.0
 _LETTER, _TEXT_LINE = 0.088, 0.24  # of monospaced text of 10 points
+_CAPTION_LETTER = 0.058  # on average
 _GREY, _INK = "#666666", "#333333"
 
 
@@ -83,8 +84,18 @@ class _Placer:
 
 def _side(page: Sheet) -> float:
     """The width of a cell: text and bars want more than pictures, and many columns leave less to each."""
-    wide = any(c.values.ndim != 2 for row in page.rows for c in row.cells)
-    return min(_WIDEST if wide else _SIDE, max(_LEAST, _PAPER / (page.columns + page.pictured)))
+    cells = [(row, cell) for row in page.rows for cell in row.cells]
+    wanted = max(_wanted(row, cell) for row, cell in cells)
+    return min(wanted, max(_LEAST, _PAPER / (page.columns + page.pictured)))
+
+
+def _wanted(row: Row, cell: Cell) -> float:
+    if cell.values.ndim == 2:
+        return _SIDE
+    if cell.values.ndim > 2 or row.pieces is None:
+        return _WIDEST
+    said = max(map(len, _said(cell)), default=0) * _CAPTION_LETTER
+    return min(_WIDEST, max(sum(map(len, row.pieces)) * _LETTER, said, _SIDE))
 
 
 def _caption_height(row: Row) -> float:
@@ -147,7 +158,7 @@ def _draw_row(place: _Placer, page: Sheet, row: Row, top: float, side: float) ->
 
 
 def _fitting(line: str, side: float) -> str:
-    most = int(side / 0.058)
+    most = int(side / _CAPTION_LETTER)
     return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
@@ -212,7 +223,7 @@ def _bar(place: _Placer, scale: Scale, left: float, bottom: float, height: float
     axis.imshow(ramp, extent=(0, 1, low, scale.end), aspect="auto", origin="lower")
     axis.set_xticks([])
     ticks = [low, 0.0, scale.end] if scale.signed else [low, scale.end]
-    axis.set_yticks(ticks, [f"{t:.2g}" for t in ticks], fontsize=7)
+    axis.set_yticks(ticks, [f"{t:.3g}" for t in ticks], fontsize=7)
     axis.yaxis.tick_right()
     axis.tick_params(length=2)
     for spine in axis.spines.values():

@@ -47,25 +47,27 @@ def _row(page: Sheet, row: Row) -> str:
     first = ""
     if page.pictured:
         seen = _image(larger(row.picture), "input", False) if row.shown and row.picture is not None else ""
-        first = _figure(seen, ("input",) if seen else (), _SIDE)
-    cells = "".join(_figure(_cell(page, row, c), c.caption, _width(c)) for c in row.cells)
+        first = _figure(seen, ("input",) if seen else (), f"width:{_SIDE}px")
+    cells = "".join(_figure(_cell(page, row, c), c.caption, _width(row, c)) for c in row.cells)
     return f'{name}<div style="{_ROW}">{first}{cells}</div>'
 
 
-def _figure(body: str, caption: Sequence[str], width: int) -> str:
+def _figure(body: str, caption: Sequence[str], width: str) -> str:
     said = "<br>".join(
         html.escape(line) if k == 0 else f'<span style="{_SMALL}">{html.escape(line)}</span>'
         for k, line in enumerate(filter(None, caption))
     )
     return (
-        f'<figure style="margin:0;flex:none;width:{width}px">'
+        f'<figure style="margin:0;flex:none;{width}">'
         '<figcaption style="margin:0 0 4px;white-space:nowrap;overflow:hidden;text-overflow:ellipsis">'
         f"{said}</figcaption>{body}</figure>"
     )
 
 
-def _width(cell: Cell) -> int:
-    return _SIDE if cell.values.ndim == 2 else 3 * _SIDE if cell.values.ndim > 2 else 2 * _SIDE
+def _width(row: Row, cell: Cell) -> str:
+    if cell.values.ndim == 1 and row.pieces is not None:
+        return f"max-width:{2 * _SIDE}px"
+    return f"width:{_SIDE * {1: 2, 2: 1}.get(cell.values.ndim, 3)}px"
 
 
 def _cell(page: Sheet, row: Row, cell: Cell) -> str:
@@ -116,8 +118,8 @@ def _bars(cell: Cell, reach: tuple[float, float]) -> str:
 
 
 def _key(scale: Scale) -> str:
-    low = f"against {-scale.end:.2g}" if scale.signed else "0"
-    high = f"{scale.end:.2g} for" if scale.signed else f"{scale.end:.2g}"
+    low = f"against {-scale.end:.3g}" if scale.signed else "0"
+    high = f"{scale.end:.3g} for" if scale.signed else f"{scale.end:.3g}"
     bar = (
         f'<img src="{data_uri(legend(128, signed=scale.signed))}" alt="colour scale"'
         ' style="width:160px;height:10px;vertical-align:middle;margin:0 6px">'

@@ -213,11 +213,11 @@ def _caption(a: Any, i: int) -> tuple[str, ...]:
 
 
 def _signed(row: Row, look: Look) -> Row:
-    """With what is shown of its values; a cell with a scale of its own says it."""
+    """With what is shown of its values; where no bar says the scale, each caption does."""
     cells = row.cells
     if look.sign is not None:
         cells = tuple(dataclasses.replace(c, values=signed_part(c.values, look.sign)) for c in cells)
-    if look.scale == "each":
+    if look.scale == "each" or not look.show_colorbar or len({c.scale for c in cells}) > 1:
         cells = tuple(
             dataclasses.replace(c, caption=(*c.caption, f"colours end at {c.scale.end:.3g}")) for c in cells
         )

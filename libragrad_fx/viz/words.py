@@ -14,7 +14,7 @@ _METHODS = {
     "fullgrad_plus": "FullGrad+", "skip_plus": "Skip+", "hirescam": "HiResCAM", "gradcam": "Grad-CAM",
     "gradcam_plus": "Grad-CAM+", "xgradcam": "XGrad-CAM", "xgradcam_plus": "XGrad-CAM+",
     "raw_attention": "Raw attention", "rollout": "Rollout", "genatt": "GenAtt", "attcat": "AttCAT",
-    "tokentm": "TokenTM",
+    "tokentm": "TokenTM", "legrad": "LeGrad",
 }  # fmt: skip
 
 
@@ -54,4 +54,6 @@ def target_name(target: Any, label: str, positions: bool = False) -> str:
 
 
 def error_words(error: float) -> str:
-    return "it promises no sum" if math.isnan(error) else f"completeness error {number(error)}"
+    if math.isnan(error):
+        return "it promises no sum"
+    return f"completeness error {number(error) if error < 10 else format(error, '.3g')}"
