@@ -1,4 +1,4 @@
-"""Models by name (a timm name, ``torchvision:NAME``, ``package.module:factory``), and their images.
+"""Models by name (timm's, ``torchvision:NAME``, ``hf:NAME``, ``package.module:factory``), and their images.
 
 Every failure is an ``InputError`` whose first line says what to do, because the names, files and
 factories come straight from a command line.
@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,13 @@ from libragrad_fx.capture.examples import infer_inputs
 from libragrad_fx.errors import InputError
 from libragrad_fx.extras import need
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _IMAGENET_SIZES = (1000, 21841, 21843, 11821, 12000)
 _NESTED = ("state_dict", "model")  # where training scripts put the weights inside a checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode. ``source``: timm, torchvision or factory. ``weights``: where they come from."""
+    """A model in eval mode. source: timm, torchvision, hf or factory. weights: where they come from."""
 
     name: str
     source: str
@@ -43,18 +42,10 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """Turns a picture into a model's input (C, H, W), and that back into a picture."""
+    """Turns a picture into a model's input (C, H, W). note: how, in words."""
 
     to_tensor: Callable[[Image.Image], torch.Tensor]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     note: str
-
-    def seen(self, x: torch.Tensor) -> np.ndarray:
-        """The input ``x`` (C, H, W) as a picture (H, W, 3) in [0, 1]."""
-        mean, std = (torch.tensor(v).reshape(-1, 1, 1) for v in (self.mean, self.std))
-        picture = (x.detach().cpu().float() * std + mean).clamp(0, 1).expand(3, -1, -1)
-        return picture.permute(1, 2, 0).numpy()
 
 
 # --- models
@@ -66,7 +57,8 @@ def resolve(
     """Build a model in eval mode.
 
     Args:
-        name: a timm name, ``torchvision:NAME``, or ``package.module:factory``.
+        name: a timm name, ``torchvision:NAME``, ``hf:NAME`` or ``hf:FOLDER`` (of Hugging Face, always with
+            its published weights), or ``package.module:factory``.
         pretrained: download the published weights (timm and torchvision).
         checkpoint: a safetensors file or a torch state dict; it must fit exactly.
         seed: of random weights.
@@ -88,22 +80,24 @@ def resolve(
         return Loaded(name, source, module, f"from {Path(checkpoint).name}")
     if source == "factory":
         return Loaded(name, source, module, "as the factory made them")
-    if not pretrained:
+    published = pretrained or source == "hf"
+    if not published:
         _randomise_zeros(module)
-    return Loaded(name, source, module, "pretrained" if pretrained else "random")
+    return Loaded(name, source, module, "pretrained" if published else "random")
 
 
 def _builder(name: str) -> tuple[str, Callable[[bool], torch.nn.Module]]:
     head, colon, tail = name.partition(":")
     if not colon:
         return "timm", _timm(name)
-    return ("torchvision", _torchvision(tail)) if head == "torchvision" else ("factory", _factory(name))
+    known = {"torchvision": _torchvision, "hf": _hugging_face}
+    return (head, known[head](tail)) if head in known else ("factory", _factory(name))
 
 
 def _timm(name: str) -> Callable[[bool], torch.nn.Module]:
     timm = need("timm", "models")
     if not timm.is_model(name):
-        ways = "; other models are torchvision:NAME or package.module:factory"
+        ways = "; other models are torchvision:NAME, hf:NAME or package.module:factory"
         raise InputError(f"timm has no model {name!r}{_near(name, timm.list_models())}{ways}")
     return lambda pretrained: _fetch(name, lambda: timm.create_model(name, pretrained=pretrained))
 
@@ -123,6 +117,30 @@ def _torchvision(name: str) -> Callable[[bool], torch.nn.Module]:
     return lambda pretrained: _fetch(f"torchvision:{name}", lambda: make(pretrained))
 
 
+_TASKS = {
+    "ForImageClassification": "AutoModelForImageClassification", "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM", "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+}  # fmt: skip
+"""How the class that a config names ends, and what builds it. Any other is built without its head."""
+
+
+def _hugging_face(name: str) -> Callable[[bool], torch.nn.Module]:
+    library = need("transformers", "models")
+
+    def make() -> torch.nn.Module:
+        config = library.AutoConfig.from_pretrained(name)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+        trained = (getattr(config, "architectures", None) or [""])[0]
+        builder = next((made for end, made in _TASKS.items() if trained.endswith(end)), "AutoModel")
+        return getattr(library, builder).from_pretrained(name, config=config)
+
+    return lambda _: _fetch(f"hf:{name}", make)
+
+
 def _fetch(name: str, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
     logging.disable(logging.WARNING)  # the hub logs every retry; the error below says it once
     try:
@@ -130,7 +148,7 @@ def _fetch(name: str, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
     except Exception as e:  # network, hub, tag and registry errors of two libraries
         raise InputError(
             f"could not build {name}: {first_line(e)} (published weights need a network; a file you"
-            " have goes to --checkpoint)"
+            " have goes to --checkpoint, a folder of Hugging Face's to hf:FOLDER)"
         ) from e
     finally:
         logging.disable(logging.NOTSET)
@@ -280,10 +298,12 @@ def preprocessing(model: Loaded) -> Preprocessing:
     Raises:
         InputError: it takes no images.
     """
-    if model.source == "timm":
-        return _timm_steps(model.module)
     if model.source == "torchvision":
         return _torchvision_steps(model.name.partition(":")[2])
+    if hasattr(model.module, "pretrained_cfg"):
+        return _timm_steps(model.module)
+    if model.source == "hf":
+        return Preprocessing(transform_of(model.module), "its published image processor")
     args, kwargs = infer_inputs(model.module)
     shapes = [tuple(t.shape[1:]) for t in (*args, *kwargs.values())]
     if len(shapes) != 1 or len(shapes[0]) != 3 or shapes[0][0] not in (1, 3):
@@ -296,7 +316,7 @@ def preprocessing(model: Loaded) -> Preprocessing:
         return values.reshape(height, width, channels).permute(2, 0, 1)
 
     note = f"cropped and resized to {height}x{width}, values in [0, 1], no other normalisation"
-    return Preprocessing(scale, (0.0,), (1.0,), note)
+    return Preprocessing(scale, note)
 
 
 def transform_of(model: torch.nn.Module) -> Callable[[Image.Image], torch.Tensor]:
@@ -338,7 +358,7 @@ def _timm_steps(module: torch.nn.Module) -> Preprocessing:
     size = "x".join(map(str, config["input_size"][1:]))
     note = f"timm's evaluation transform for this model ({size})"
     to_tensor = (lambda image: steps(image.convert("L"))) if grey else steps
-    return Preprocessing(to_tensor, tuple(config["mean"]), tuple(config["std"]), note)
+    return Preprocessing(to_tensor, note)
 
 
 def _torchvision_steps(name: str) -> Preprocessing:
@@ -346,18 +366,17 @@ def _torchvision_steps(name: str) -> Preprocessing:
     steps = next(iter(published)).transforms() if len(published) else None
     if steps is not None and hasattr(steps, "mean") and hasattr(steps, "crop_size"):
         note = f"the transform of torchvision's weights ({steps.crop_size[0]}x{steps.crop_size[0]})"
-        return Preprocessing(steps, tuple(steps.mean), tuple(steps.std), note)
+        return Preprocessing(steps, note)
     preset = need("torchvision.transforms._presets", "models").ImageClassification(crop_size=224)
-    return Preprocessing(preset, *_IMAGENET, "torchvision's ImageNet defaults (224x224)")
+    return Preprocessing(preset, "torchvision's ImageNet defaults (224x224)")
 
 
-def class_name(model: Loaded, index: int, classes: int) -> str:
-    """The ImageNet name of class ``index``; empty where the model's classes are not known."""
-    if model.source == "factory" or classes not in _IMAGENET_SIZES:
-        return ""
-    data = need("timm.data", "models")
-    subset = data.infer_imagenet_subset(model.module) if model.source == "timm" else "imagenet-1k"
-    return data.ImageNetInfo(subset).index_to_description(index) if subset else ""
+def categories(model: Loaded) -> Sequence[str]:
+    """The classes of a model of torchvision, which does not name them itself; of any other, nothing."""
+    if model.source != "torchvision":
+        return ()
+    published = need("torchvision.models", "models").get_model_weights(model.name.partition(":")[2])
+    return next((w.meta.get("categories", ()) for w in published), ())
 
 
 def label_of(model: torch.nn.Module, index: int) -> str:

@@ -41,6 +41,7 @@ class Attribution:
     labels:       of each sample, what the target is called; "" where nothing is known
     tokens:       of each sample, the pieces of its text, padding as ""; None for anything else
     versions:     of Python, torch and this library
+    pictures:     (B, H, W, 3) uint8, what the model saw, where it was asked about pictures; else None
     """
 
     values: torch.Tensor
@@ -60,6 +61,7 @@ class Attribution:
     labels: tuple[str, ...] = ()
     tokens: tuple[tuple[str, ...], ...] | None = None
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    pictures: torch.Tensor | None = None
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -126,6 +128,26 @@ class Attribution:
         others = {k: torch.cat([p.others[k] for p in parts]) for k in first.others}
         return dataclasses.replace(first, **fields, others=others)
 
+    def show(self, title: str = "", **look: Any) -> Any:
+        """A matplotlib figure: maps over their pictures or alone, texts on colours, other numbers as bars.
+
+        Args:
+            look: ``method``, ``sign``, ``outlier_perc``, ``alpha_overlay`` and ``show_colorbar`` as
+                of Captum's ``visualize_image_attr``, and ``scale``: see ``libragrad_fx.viz.sheet.Look``.
+
+        Raises:
+            InputError: an option that there is not. LibraGradError: matplotlib is not installed.
+        """
+        from libragrad_fx.viz import figure, sheet  # here, so that only drawing imports it
+
+        return figure.figure(sheet.sheet(self, title, **look))
+
+    def _repr_html_(self) -> str:
+        """For notebooks: static HTML of at most ``_SHOWN`` samples."""
+        from libragrad_fx.viz import html, sheet
+
+        return html.fragment(sheet.sheet(self, most=_SHOWN))
+
     def save(self, path: str | Path) -> Path:
         """Write all of it, values to the bit, as .npz, .safetensors or .json; ``load`` reads it back.
 
@@ -144,4 +166,5 @@ class Attribution:
         return storage.load(Path(path))
 
 
+_SHOWN = 16  # samples in a notebook
 _BY_SAMPLE = ("target", "labels", "tokens")

@@ -9,6 +9,7 @@ from __future__ import annotations
 # imported in the order of the help page
 from libragrad_fx.cli.demo import demo
 from libragrad_fx.cli.explain import explain
+from libragrad_fx.cli.methods import methods
 from libragrad_fx.cli.plan import plan
 from libragrad_fx.cli.verify import verify
 from libragrad_fx.cli.audit import audit
@@ -19,7 +20,8 @@ from libragrad_fx.cli.doctor import doctor
 from libragrad_fx.cli.options import app
 
 __all__ = [
-    "app", "audit", "bench", "coverage", "demo", "doctor", "explain", "graph", "main", "plan", "verify",
+    "app", "audit", "bench", "coverage", "demo", "doctor", "explain", "graph", "main", "methods",
+    "plan", "verify",
 ]  # fmt: skip
 
 

@@ -1,105 +1,258 @@
-"""``libragrad explain``: draw a picture's attribution map."""
+"""``libragrad explain``: draw what speaks for an answer in pictures and texts."""
 
 from __future__ import annotations
 
-import math
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import libragrad_fx as lg
 from libragrad_fx import models
-from libragrad_fx.attribution import METHODS
-from libragrad_fx.cli.common import dtype_of, load_model, run_once, working, write_file
-from libragrad_fx.cli.options import Checkpoint, Pretrained, TargetIndex, app
-from libragrad_fx.errors import InputError
+from libragrad_fx.attribution.formulas import method_of
+from libragrad_fx.cli.common import load_model
+from libragrad_fx.cli.given import RAW, Item, items, places, raw_place
+from libragrad_fx.cli.options import Checkpoint, Pretrained, Seed, app, one_line
+from libragrad_fx.errors import InputError, LibraGradError
+from libragrad_fx.explain import Against
 from libragrad_fx.extras import need
-from libragrad_fx.target import first_tensor, largest
+from libragrad_fx.models import first_line
+from libragrad_fx.viz import paper, sheet
+from libragrad_fx.viz.console import texts
 
-_CAPTIONS = {"fullgrad_plus": "FullGrad+", "input_x_gradient": "Input×Gradient"}
-_Name: Any = Literal[tuple(METHODS)]  # type: ignore[valid-type]
+_POLICIES = {"plain": "autograd", "balanced": "libra"}  # other names of policies
+Grid = list[list[lg.Attribution]]
 
 
-@app.command(short_help="Draw what speaks for a class in a picture.")
+@app.command(short_help="Draw what speaks for an answer in pictures and texts.")
 def explain(
-    image: Annotated[Path, typer.Argument(help="Any picture.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGE|FOLDER|GLOB|TEXT…", help="Pictures; or texts, of a language model."),
+    ],
     model: Annotated[str, typer.Option(help="As MODEL in the other commands.")],
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
-    target: TargetIndex = None,
     method: Annotated[
-        _Name,  # pyright: ignore[reportInvalidTypeForm]
-        typer.Option(help="Gradients are taken at the first block, if the model has blocks."),
+        str, typer.Option(metavar="NAME,…", help="Methods, a row for each: see libragrad methods.")
     ] = "fullgrad_plus",
-    plain: Annotated[bool, typer.Option("--plain", help="Only the map of the plain gradient.")] = False,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The picture.")] = Path("out.png"),
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|NAME,…", help="Classes or next tokens, by number or name; else its own answer."
+        ),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="N|NAME", help="Another, which is subtracted: why not that?")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many of its largest answers.")] = 1,
+    policy: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="How the gradient is balanced; plain: not at all.")
+    ] = "libra",
+    compare: Annotated[
+        str, typer.Option(metavar="NAME,…", help="Policies to draw beside it: --compare plain.")
+    ] = "",
+    resolution: Annotated[
+        Literal["tokens", "pixels"], typer.Option(help="Where methods look that look at one place.")
+    ] = "tokens",
+    scale: Annotated[
+        Literal["method", "all", "each"], typer.Option(help="Which maps share a scale.")
+    ] = "method",
+    sign: Annotated[
+        Literal["all", "positive", "negative", "absolute_value"] | None,
+        typer.Option(help="Which part of the values is drawn."),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE|FOLDER",
+            help="Its ending decides: .png .svg .pdf .html, or raw values only: .npz .safetensors .json."
+            " {name} stands for the name of each input.",
+        ),
+    ] = None,
+    seed: Seed = 0,
 ) -> None:
-    """Draw which parts of a picture speak for a class, and which against it.
+    """Draw which parts of pictures or texts speak for an answer, and which against it.
 
-    A PNG: the input, the map of the plain gradient and the map of the balanced one, on one scale.
+    A row for each method; a column for each answer and policy; raw values beside the picture (.npz). An
+    input that fails is reported, and the rest goes on.
+    """  # fmt: skip
+    if target is not None and top > 1:
+        raise InputError("give --target or --top, not both")
+    if against is not None and target is None:
+        raise InputError("--against needs --target, to compare with")
+    methods = _parts(method)
+    policies = list(dict.fromkeys(_POLICIES.get(p, p) for p in [*_parts(compare), policy]))
+    for name in methods:
+        method_of(name)
+    loaded = load_model(model, pretrained, checkpoint, seed)
+    texts = getattr(loaded.module, "main_input_name", "") == "input_ids"
+    given = items(inputs, texts)
+    files = places(output, [item.name for item in given])
+    if any(file.suffix in (".png", ".svg", ".pdf") for file in files):
+        need("matplotlib", "demo")  # fail before minutes of work, not after
+    processor = None if texts or loaded.source == "hf" else models.preprocessing(loaded).to_tensor
+    options = {"top": top, "processor": processor, "resolution": resolution, "seed": seed}
+    targets = _targets(loaded, texts, target, against)
+
+    def grid_of(item: Item, step: Callable[[], None]) -> Grid:
+        rows: Grid = []
+        for name in methods:
+            row = []
+            for side in policies:
+                row.append(lg.attribute_each(
+                    loaded.module, item.value, targets, method=name, policy=side, **options))  # fmt: skip
+                step()
+            rows.append([_checked(loaded, a) for answers in zip(*row, strict=True) for a in answers])
+        return rows
+
+    asked = _Asked(loaded, files, {"scale": scale, "sign": sign}, len(methods), len(policies))
+    failed = _each(given, grid_of, asked, len(methods) * len(policies))
+    if failed:
+        typer.echo("\n".join(f"failed: {text}" for text in failed), err=True)
+        raise typer.Exit(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What decides how answers are written."""
+
+    loaded: models.Loaded
+    files: Sequence[Path]
+    look: dict[str, Any]
+    methods: int
+    policies: int
+
+
+def _parts(text: str) -> list[str]:
+    return [part for part in (p.strip() for p in text.split(",")) if part]
+
+
+def _targets(
+    loaded: models.Loaded, texts: bool, target: str | None, against: str | None
+) -> list[Any] | None:
+    """Each target as a number or a name. Of next tokens (texts), a space in front is part of the name."""
+    known = {name: i for i, name in enumerate(models.categories(loaded))}
+
+    def one(text: str) -> Any:
+        text = text if texts else text.strip()
+        return int(text) if text.strip().lstrip("-").isdigit() else known.get(text, text)
+
+    if target is None:
+        return None
+    found = [one(part) for part in target.split(",")]
+    return found if against is None else [Against(t, one(against)) for t in found]
+
+
+def _checked(loaded: models.Loaded, found: lg.Attribution) -> lg.Attribution:
+    """With the names of classes that a model does not know itself.
+
+    Raises:
+        InputError: the model answers nan.
     """
-    heatmap = _heatmap()
-    picture = models.read_image(image)
-    loaded = load_model(model, pretrained, checkpoint, seed=0)
-    steps = models.preprocessing(loaded)
-    x = steps.to_tensor(picture)[None].to(dtype_of(loaded.module))
-    with working("capturing the model") as say:
-        sides: dict[str, Any] = {"plain": lg.trace(loaded.module, x)}
-        if not plain:
-            sides["balanced"] = lg.transform(loaded.module, x)
-        logits = first_tensor(run_once(sides["plain"], x))
-        if bool(logits.isnan().any()):
-            raise InputError(f"{model} answers nan on this picture: there is nothing to draw")
-        chosen = target if target is not None else largest(logits)
-        say("explaining")
-        found = {k: _attribute(gm, x, chosen, method) for k, gm in sides.items()}
-    maps = {k: a.values[0] for k, a in found.items()}
-    if any(m.ndim != 2 for m in maps.values()):
-        raise InputError(f"{model} gives a map over tokens that have no place in the picture")
-    title = _title(loaded, logits, chosen)
-    name = _CAPTIONS.get(method, method)
-    errors = {k: _error(float(a.completeness_error[0])) for k, a in found.items()}
-    captions = [(f"{name}, {k}\n{error}", k) for k, error in errors.items()]
-    sheet = heatmap.figure(
-        steps.seen(x[0]), [(c, maps[k].numpy()) for c, k in captions], title, _weights(loaded)
-    )
-    write_file(output, lambda file: sheet.savefig(file, format="png"))
-    typer.echo(f"{title}\nimage: {steps.note}")
-    for k, a in found.items():
-        size = "x".join(map(str, maps[k].shape))
-        typer.echo(f"{k}: {name} on {size} positions, {errors[k]} of output {float(a.output[0]):.4g}")
-    typer.echo(f"wrote {output}")
+    if bool(found.output.isnan().any()):
+        raise InputError("the model answers nan: there is nothing to draw")
+    names = models.categories(loaded)
+    index = found.target[0][-1] if isinstance(found.target[0], tuple) else found.target[0]
+    if names and not found.labels[0] and isinstance(index, int) and 0 <= index < len(names):
+        return dataclasses.replace(found, labels=(names[index],))
+    return found
 
 
-def _heatmap() -> Any:
-    need("matplotlib", "demo")  # fail before minutes of work, not after
-    from libragrad_fx.viz import heatmap
-
-    return heatmap
+# --- one by one
 
 
-def _error(size: float) -> str:
-    return "it promises no sum" if math.isnan(size) else f"completeness error {size:.3g}"
+def _each(given: Sequence[Item], grid_of: Any, asked: _Asked, steps: int) -> list[str]:
+    """Explain and write each input; what failed, and why. A single one raises its error."""
+    failed, pages = list[str](), list[Any]()
+    book = len(given) > 1 and len(set(asked.files)) == 1
+    with _counting(steps * len(given)) as (console, begin, step):
+        for item, file in zip(given, asked.files, strict=True):
+            begin(item.name)
+            try:
+                grid = grid_of(item, step)
+                page = _page(item, grid, asked)
+                written = _save_raw(item, grid, file, asked)
+                if book:
+                    pages.append(page)
+                elif file.suffix not in RAW:
+                    written.insert(0, paper.save([page], file))
+            except Exception as e:  # of several, one that fails in any way must not stop the others
+                if len(given) == 1:
+                    raise
+                said = one_line(e) if isinstance(e, LibraGradError) else first_line(e)
+                failed.append(f"{item.value}: {said}")
+                continue
+            typer.echo("\n".join([*_lines(item, page, console), _wrote(written)]))
+    if pages:
+        typer.echo(f"wrote {paper.save(pages, asked.files[0])}")
+    return failed
 
 
-def _attribute(gm: Any, x: torch.Tensor, target: Any, method: str) -> lg.Attribution:
-    how = METHODS[method]
-    layers = lg.blocks(gm)[:1] or None if how.layers == "input" and not how.path else None
-    return lg.attribute(gm, x, target, method=method, layers=layers)
+def _wrote(files: Sequence[Path]) -> str:
+    """All files if they are few, else the first and how many more there are."""
+    if len(files) <= 4:
+        return f"wrote {', '.join(map(str, files))}"
+    others = files[-1].parent / f"{files[0].stem}.*{files[-1].suffix}"
+    return f"wrote {files[0]}, and {len(files) - 1} files {others}"
 
 
-def _title(loaded: models.Loaded, logits: torch.Tensor, target: Any) -> str:
-    """``model: class 3 (tiger shark), softmax 12.0%``, without the parts that are not known."""
-    index = target[0] if isinstance(target, list) else target
-    index = index[0] if isinstance(index, tuple) and len(index) == 1 else index
-    if not isinstance(index, int) or logits.ndim != 2 or index >= logits.shape[1]:
-        return f"{loaded.name}: {'its only output' if index is None else f'output {index}'}"
-    label = models.class_name(loaded, index, logits.shape[1]).partition(",")[0]
-    share = float(logits[0].double().softmax(0)[index])
-    return f"{loaded.name}: class {index}{f' ({label})' if label else ''}, softmax {share:.1%}"
+def _page(item: Item, grid: Grid, asked: _Asked) -> Any:
+    name = item.value.name if isinstance(item.value, Path) else item.name
+    weights = "" if asked.loaded.source == "factory" else f" (weights {asked.loaded.weights})"
+    title = f"{name}, {asked.loaded.name}{weights}"
+    return sheet.sheet(grid, title, **asked.look)
 
 
-def _weights(loaded: models.Loaded) -> str:
-    return f"weights {loaded.weights}"
+def _save_raw(item: Item, grid: Grid, file: Path, asked: _Asked) -> list[Path]:
+    """Each map as a file of its own; its name says what tells it from the others."""
+    shared = asked.files.count(file) > 1
+    written = []
+    for row in grid:
+        for found in row:
+            index = found.target[0][-1] if isinstance(found.target[0], tuple) else found.target[0]
+            parts = [
+                *([item.name] if shared else []),
+                *([found.method] if asked.methods > 1 else []),
+                *([found.policy or "plain"] if asked.policies > 1 else []),
+                *([index] if len(row) > asked.policies else []),
+            ]
+            written.append(found.save(raw_place(file, parts)))
+    return written
+
+
+def _lines(item: Item, page: Any, console: Console) -> list[str]:
+    """What is printed of one input; texts in colour where the terminal has some."""
+    found = [", ".join(filter(None, c.caption)) for row in page.rows for c in row.cells]
+    shown = texts(page)
+    if not shown:
+        return [f"{item.value}", *(f"  {text}" for text in found)]
+    lines = []
+    for caption, text in shown:
+        with console.capture() as held:
+            console.print(text, soft_wrap=True, highlight=False)
+        lines += [caption, f"  {held.get().rstrip()}"]
+    return lines
+
+
+@contextlib.contextmanager
+def _counting(total: int) -> Iterator[Any]:
+    """A progress bar on a terminal: a console for texts, functions to begin an input and to go a step."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("explaining"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("{task.description}"), console=console, disable=not console.is_terminal, transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("", total=total)
+        yield (
+            Console(),
+            lambda name: bar.update(task, description=name),
+            lambda: bar.advance(task),
+        )

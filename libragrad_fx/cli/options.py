@@ -64,14 +64,14 @@ def _options(
 ) -> None:
     """Explain any PyTorch model with a balanced backward pass, at an unchanged forward.
 
-    A model is a timm name (vit_base_patch16_224), torchvision:NAME, or package.module:factory, a
-    function of yours that returns an nn.Module. Start with: libragrad demo
+    A model is a timm name (vit_base_patch16_224), torchvision:NAME, hf:NAME or hf:FOLDER of Hugging Face,
+    or package.module:factory, a function of yours that returns an nn.Module. Start with: libragrad demo
     """
 
 
 ModelName = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="timm name, torchvision:NAME or package.module:factory."),
+    typer.Argument(metavar="MODEL", help="timm name, torchvision:NAME, hf:NAME or package.module:factory."),
 ]
 
 

@@ -50,7 +50,7 @@ class Study:
 
 def page(shown: int, say: Callable[[str], None] = lambda text: None) -> str:
     """The page as HTML, with ``shown`` pictures for each model. ``say`` gets progress messages."""
-    for package in ("matplotlib", "sklearn", "timm"):
+    for package in ("jinja2", "sklearn", "timm"):
         need(package, "demo")  # fail before the work, not after it
     scenes = demo_data.scenes(MEASURED, "test", SEED)
     studies = []

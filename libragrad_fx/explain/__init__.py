@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from libragrad_fx.explain.call import attribute, attribute_each
+from libragrad_fx.explain.draw import draw
 from libragrad_fx.explain.generation import attribute_generation
+from libragrad_fx.explain.offered import methods
 from libragrad_fx.explain.targets import Against, Likeness, Span
 
-__all__ = ["Against", "Likeness", "Span", "attribute", "attribute_each", "attribute_generation"]
+__all__ = [
+    "Against", "Likeness", "Span", "attribute", "attribute_each", "attribute_generation", "draw", "methods",
+]  # fmt: skip

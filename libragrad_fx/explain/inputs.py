@@ -29,6 +29,7 @@ class Batch:
     vocabulary: of the tokenizer, 0 if there is none
     piece:      the text of a token
     ids:        the tokens of a text
+    pictures:   (B, H, W, 3) uint8, what the model sees of pictures; None for anything else
     """
 
     call: Any
@@ -40,6 +41,7 @@ class Batch:
     vocabulary: int = 0
     piece: Callable[[int], str] | None = None
     ids: Callable[[str], list[int]] | None = None
+    pictures: torch.Tensor | None = None
 
 
 def batches(model: Any, inputs: Any, processor: Any, size: int | None) -> list[Callable[[], Batch]]:
@@ -121,7 +123,13 @@ def _of_pictures(
     steps = _picture_steps(model, processor)
     at = next((t.device, t.dtype) for t in [*_floating(model), torch.zeros(())])
     places, whole = _places(len(items), size), len(items)
-    return [lambda a=a, b=b: Batch(_pictures(items[a:b], steps, at), a, b - a, whole) for a, b in places]
+
+    def part(a: int, b: int) -> Batch:
+        opened = [_opened(item) for item in items[a:b]]
+        x = _pictures(opened, steps, at)
+        return Batch(x, a, b - a, whole, pictures=_seen(x, steps, opened[0].size))
+
+    return [lambda a=a, b=b: part(a, b) for a, b in places]
 
 
 def _picture_steps(model: Any, processor: Any) -> Callable[[Image.Image], torch.Tensor]:
@@ -136,13 +144,35 @@ def _picture_steps(model: Any, processor: Any) -> Callable[[Image.Image], torch.
     return steps
 
 
-def _pictures(items: Sequence[Any], steps: Any, at: tuple[torch.device, torch.dtype]) -> torch.Tensor:
-    made = [
-        steps(item.convert("RGB") if isinstance(item, Image.Image) else read_image(item)) for item in items
-    ]
+def _opened(item: Any) -> Image.Image:
+    return item.convert("RGB") if isinstance(item, Image.Image) else read_image(item)
+
+
+def _pictures(
+    items: Sequence[Image.Image], steps: Any, at: tuple[torch.device, torch.dtype]
+) -> torch.Tensor:
+    made = [steps(item) for item in items]
     if not all(isinstance(t, torch.Tensor) and t.shape == made[0].shape for t in made):
         raise InputError("the processor must give tensors (C, H, W) of one shape")
     return torch.stack(made).to(*at)
+
+
+def _seen(x: torch.Tensor, steps: Any, size: tuple[int, int]) -> torch.Tensor | None:
+    """(B, H, W, 3) uint8: a model's input as pictures, by what the processor makes of black and of white.
+
+    None if it is no picture, or if its brightness does not follow that of the picture.
+    """
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        return None
+    black, white = (
+        steps(Image.new("RGB", size, colour)).double().flatten(1).median(1).values.cpu().view(-1, 1, 1)
+        for colour in ("black", "white")
+    )
+    if not bool((white != black).all()):
+        return None
+    shown = (x.detach().double().cpu() - black) / (white - black)
+    pixels = (shown.clamp(0, 1) * 255).round().to(torch.uint8)
+    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
 
 
 # --- texts, and texts with pictures

@@ -202,14 +202,15 @@ def warn_if_curved(output: Any, target: Target) -> None:
 
 
 def named(model: Any, batch: Batch, found: Attribution, asked: Target) -> Attribution:
-    """With what is known about the batch: the pieces of its texts, and what its targets are called."""
+    """With what is known about the batch: pictures, pieces of texts, and what its targets are called."""
     against = isinstance(asked, Against)
     parts = [_each(t, batch.size) for t in ((asked.target, asked.other) if against else (asked,))]
     texts = [
         " against ".join(_said(model, batch, t) for t in sample) for sample in zip(*parts, strict=True)
     ]
     whose = tuple(zip(*parts, strict=True)) if against else tuple(parts[0])
-    return dataclasses.replace(found, tokens=batch.tokens, target=whose, labels=tuple(texts))
+    about = {"tokens": batch.tokens, "pictures": batch.pictures, "target": whose, "labels": tuple(texts)}
+    return dataclasses.replace(found, **about)
 
 
 def _each(target: Target, size: int) -> list[Any]:

@@ -1,7 +1,6 @@
-"""Signed maps as pictures.
+"""Maps as pictures: scaled, coloured (``palette``), and laid over what the model saw.
 
-Colours are ColorBrewer's red-blue: zero is white, and lightness falls evenly to both sides. A map is
-multiplied onto its image in pale grey: zero leaves the image as it is, and darker means stronger.
+A map is multiplied onto its picture in pale grey: zero leaves the picture as it is, darker means stronger.
 """
 
 from __future__ import annotations
@@ -9,23 +8,41 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from libragrad_fx.extras import need
+from libragrad_fx.errors import InputError
+from libragrad_fx.viz.palette import colours
 
-COLOURS = "RdBu_r"
-CLIPPED = 0.99  # the scale ends at this quantile of |values|, so that outliers do not wash out the rest
-PALED = 0.3  # under a map, the darkest place of an image is this much darker than its lightest
+QUANTILE = 0.99  # the scale ends at this quantile of |values|, so that outliers do not wash out the rest
+COVER = 0.7  # how far the picture fades under a map: of 0, it keeps its contrast, of 1 it is gone
+Sign = Literal["all", "positive", "negative", "absolute_value"]
+Way = Literal["blended_heat_map", "heat_map", "original_image", "masked_image", "alpha_scaling"]
+WAYS: tuple[str, ...] = get_args(Way)
 _FILTERS = {"smooth": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
+_MOST_FRAMES = 8
+_LEAST = 200  # screen pixels: a smaller picture is drawn with larger pixels, so that its map is smooth
 
 
-def shared_scale(*maps: np.ndarray) -> float:
-    """The end of a colour scale that all ``maps`` share: positive, also for maps of zeros."""
-    tops = [np.quantile(np.abs(m), CLIPPED) or np.abs(m).max() for m in maps]
-    return float(max(tops)) or 1.0
+# --- scaling
+
+
+def signed_part(values: np.ndarray, sign: Sign) -> np.ndarray:
+    """What of a map is shown; of one sign, as positive numbers."""
+    parts = {"all": lambda v: v, "positive": lambda v: v.clip(min=0),
+             "negative": lambda v: (-v).clip(min=0), "absolute_value": np.abs}  # fmt: skip
+    if sign not in parts:
+        raise InputError(f"sign is one of {', '.join(parts)}; got {sign!r}")
+    return parts[sign](values)
+
+
+def shared_scale(*maps: np.ndarray, quantile: float = QUANTILE) -> float:
+    """The end of a colour scale that all ``maps`` share: positive, also for maps of zeros or of nan."""
+    found = [np.abs(m[np.isfinite(m)]) for m in maps]
+    tops = [np.quantile(m, quantile) or m.max() for m in found if m.size]
+    return float(max(tops, default=0.0)) or 1.0
 
 
 def upsample(
@@ -36,10 +53,59 @@ def upsample(
     return np.asarray(image.resize((size[1], size[0]), _FILTERS[how]))
 
 
-def colours(values: np.ndarray, scale: float) -> np.ndarray:
-    """A signed map as colours: (..., 4) in [0, 1]; zero is white, ``±scale`` the darkest."""
-    palette = need("matplotlib", "demo").colormaps[COLOURS]
-    return palette(np.clip(values / (2 * scale) + 0.5, 0, 1))
+def as_picture(values: np.ndarray) -> np.ndarray:
+    """A map of any shape as one of a picture (H, W): frames or slices in a row, with gaps of nan.
+
+    At most eight are taken, evenly spaced; further axes in front are frames of frames.
+    """
+    if values.ndim < 2:
+        return values.reshape(1, -1)
+    if values.ndim == 2:
+        return values
+    frames = values.reshape(-1, *values.shape[-2:])
+    chosen = frames[np.unique(np.linspace(0, len(frames) - 1, _MOST_FRAMES).round().astype(int))]
+    gap = np.full((frames.shape[1], max(1, frames.shape[2] // 16)), np.nan)
+    parts = [part for frame in chosen for part in (frame, gap)]
+    return np.concatenate(parts[:-1], 1)
+
+
+# --- drawing
+
+
+def drawn(
+    values: np.ndarray,
+    image: np.ndarray | None,
+    scale: float,
+    signed: bool = True,
+    way: Way = "blended_heat_map",
+    cover: float = COVER,
+) -> np.ndarray:
+    """A map as a picture (H, W, 3) in [0, 1]; of the size of ``image`` (H, W, 3), or a multiple.
+
+    Args:
+        way: a ``method`` of Captum's ``visualize_image_attr``.
+        cover: how far the picture fades under the map.
+    """
+    if way not in WAYS:
+        raise InputError(f"a picture is drawn by one of {', '.join(WAYS)}; got {way!r}")
+    if values.ndim != 2 or image is None:  # frames, or nothing to lay it on
+        return colours(as_picture(values), scale, signed)
+    image = larger(image)
+    if way == "original_image":
+        return image
+    if way == "blended_heat_map":
+        return overlay(image, values, scale, signed=signed, cover=cover)
+    smooth = upsample(values, image.shape[:2])
+    if way == "heat_map":
+        return colours(smooth, scale, signed)
+    seen = np.nan_to_num(np.abs(smooth) / scale).clip(0, 1)[..., None]
+    return image * seen if way == "masked_image" else image * seen + 1 - seen
+
+
+def larger(image: np.ndarray) -> np.ndarray:
+    """A small picture (H, W, 3) with larger pixels."""
+    times = -(-_LEAST // min(image.shape[:2]))
+    return image.repeat(times, 0).repeat(times, 1)
 
 
 def overlay(
@@ -47,16 +113,23 @@ def overlay(
     values: np.ndarray,
     scale: float,
     how: Literal["smooth", "nearest"] = "smooth",
+    signed: bool = True,
+    cover: float = COVER,
 ) -> np.ndarray:
-    """A signed map (h, w) over an image (H, W, 3) in [0, 1]; same range and shape as the image."""
+    """A map (h, w) over an image (H, W, 3) in [0, 1]; same range and shape as the image."""
     grey = image @ np.array([0.299, 0.587, 0.114])
-    grey = 1 - PALED * (grey.max() - grey) / (np.ptp(grey) or 1)
-    return colours(upsample(values, image.shape[:2], how), scale)[..., :3] * grey[..., None]
+    grey = 1 - (1 - cover) * (grey.max() - grey) / (np.ptp(grey) or 1)
+    return colours(upsample(values, image.shape[:2], how), scale, signed) * grey[..., None]
+
+
+def to_image(image: np.ndarray) -> Image.Image:
+    """An array (H, W, 3) in [0, 1] as a picture."""
+    return Image.fromarray((image.clip(0, 1) * 255).round().astype(np.uint8))
 
 
 def enlarged(image: np.ndarray, times: int, box: Sequence[int] | None = None) -> Image.Image:
     """An image (H, W, 3) in [0, 1] with square pixels; ``box`` (left, top, right, bottom) outlined."""
-    whole = Image.fromarray((image.clip(0, 1) * 255).round().astype(np.uint8))
+    whole = to_image(image)
     whole = whole.resize((whole.width * times, whole.height * times), Image.Resampling.NEAREST)
     if box is not None:
         left, top, right, bottom = (int(v) * times for v in box)
@@ -72,41 +145,7 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def legend(width: int = 256, height: int = 1) -> Image.Image:
-    """The colour scale, from the most negative on the left to the most positive."""
-    row = colours(np.linspace(-1, 1, width), 1.0)[None, :, :3]
-    return Image.fromarray((np.repeat(row, height, 0) * 255).round().astype(np.uint8))
-
-
-# inches of a figure, from the left and from the bottom; a panel is a square of side _SIDE
-_SIDE, _GAP, _MARGIN, _FOOT, _HEAD = 3.4, 0.15, 0.2, 0.95, 0.85
-
-
-def figure(image: np.ndarray, maps: Sequence[tuple[str, np.ndarray]], title: str, note: str = "") -> Any:
-    """A matplotlib figure: the image, then each (caption, map) over it, on one signed scale.
-
-    Its size depends only on the number of maps. A caption may have two lines.
-    """
-    matplotlib = need("matplotlib", "demo")
-    n = len(maps) + 1
-    width, height = 2 * _MARGIN + n * _SIDE + (n - 1) * _GAP, _FOOT + _SIDE + _HEAD
-    sheet = need("matplotlib.figure", "demo").Figure((width, height), dpi=120, facecolor="white")
-    scale = shared_scale(*(m for _, m in maps))
-
-    def place(left: float, bottom: float, w: float, h: float) -> Any:
-        return sheet.add_axes((left / width, bottom / height, w / width, h / height))
-
-    drawn = [("input", image), *((caption, overlay(image, m, scale)) for caption, m in maps)]
-    for i, (caption, picture) in enumerate(drawn):
-        axis = place(_MARGIN + i * (_SIDE + _GAP), _FOOT, _SIDE, _SIDE)
-        axis.imshow(picture.clip(0, 1), interpolation="nearest")
-        axis.set_title(caption, fontsize=9, loc="left", color="#333333")
-        axis.set_axis_off()
-    key = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(-scale, scale), COLOURS)
-    bar = place(_MARGIN + _SIDE + _GAP, _FOOT - 0.3, _SIDE * 0.9, 0.12)
-    sheet.colorbar(key, cax=bar, orientation="horizontal", format="%.2g").outline.set_visible(False)
-    bar.tick_params(labelsize=8)
-    bar.set_xlabel("against the class  –  attribution  –  for the class", fontsize=8)
-    sheet.text(_MARGIN / width, 1 - 0.28 / height, title, fontsize=12)
-    sheet.text(_MARGIN / width, 0.15 / height, note, fontsize=8, color="#666666")
-    return sheet
+def legend(width: int = 256, height: int = 1, signed: bool = True) -> Image.Image:
+    """The colour scale, from the most negative (or zero) on the left to the most positive."""
+    row = colours(np.linspace(-1 if signed else 0, 1, width), 1.0, signed)[None]
+    return to_image(np.repeat(row, height, 0))

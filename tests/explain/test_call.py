@@ -348,3 +348,18 @@ def test_the_users_tokenizer_is_left_alone() -> None:
     words.pad_token, words.eos_token = None, "[UNK]"
     lg.attribute(llama(), ["the cat", "a"], processor=words)
     assert words.pad_token is None
+
+
+def test_what_the_model_saw_is_kept() -> None:
+    def steps(image: Image.Image) -> Tensor:
+        mean, std = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+        return ((to_tensor(image) - mean) / std).double()
+
+    model = Own().double().eval()
+    found = lg.attribute(model, [picture(0), picture(1)], processor=steps, batch_size=1)
+    assert found.pictures is not None
+    want = np.stack([np.asarray(picture(i).resize((32, 32))) for i in range(2)])
+    assert np.abs(found.pictures.numpy().astype(int) - want).max() <= 1
+    standardised = lg.attribute(model, picture(0), processor=lambda p: to_tensor(p) - to_tensor(p).mean())
+    assert standardised.pictures is None  # black and white become the same
+    assert lg.attribute(model, torch.randn(1, 3, 32, 32, dtype=F64)).pictures is None
