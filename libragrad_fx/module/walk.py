@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 
 from libragrad_fx.module.captured import CapturedModule, one_graph
 
@@ -21,12 +22,21 @@ def blocks(module: CapturedModule) -> list[str]:
     ``encoder_layer_3``); where there are no two such, of a class that has siblings. The two MLPs of a
     mixer's block have a sibling each, but are no blocks.
     """
+    return repeated(composed(module))
+
+
+def composed(module: CapturedModule) -> dict[str, type]:
+    """The called modules that have modules inside, and their classes."""
     called = dict.fromkeys(called_modules(module))
-    composed = {p: type(m) for p in called if list((m := module.get_submodule(p)).children())}
+    return {p: type(m) for p in called if list((m := module.get_submodule(p)).children())}
+
+
+def repeated(composed: Mapping[str, type]) -> list[str]:
+    """Which of these modules are blocks: see ``blocks``."""
     beside = Counter((p.rpartition(".")[0], kind) for p, kind in composed.items())
     numbered, others = defaultdict[type, list[str]](list), defaultdict[type, list[str]](list)
     for path, kind in composed.items():
-        if path[-1].isdigit():
+        if path[-1:].isdigit():
             numbered[kind].append(path)
         elif beside[path.rpartition(".")[0], kind] > 1:
             others[kind].append(path)
