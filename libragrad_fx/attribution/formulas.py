@@ -40,7 +40,7 @@ class Taps:
     streams:   of each layer's block, the residual stream behind attention, (B, T, C)
     ends:      of each layer's block, its output, (B, T, C)
     row:       the token that the output is read from, of methods that follow attention to it
-    seed:      of methods that draw numbers
+    noise:     a number from [0, 1) for each position of the first layer, 1 for batch and channels
     """
 
     layers: Sequence[Layer]
@@ -48,7 +48,7 @@ class Taps:
     streams: Sequence[torch.Tensor] = ()
     ends: Sequence[torch.Tensor] = ()
     row: int = 0
-    seed: int = 0
+    noise: torch.Tensor | None = None
 
 
 # --- gradients
@@ -65,13 +65,10 @@ def input_x_gradient(taps: Taps) -> list[Term]:
 
 
 def random(taps: Taps) -> list[Term]:
-    """A number from [0, 1) for each position, their sum 1, the same for each sample: what any method has to
-    beat."""
-    first = taps.layers[0]
-    kept = [n if i in first.places else 1 for i, n in enumerate(first.value.shape)]
-    draw = torch.Generator().manual_seed(taps.seed)
-    drawn = torch.rand(kept, generator=draw, dtype=torch.float64, device=draw.device).to(first.value.device)
-    return [(first.name, (drawn / drawn.sum()).expand(len(first.value), *kept[1:]))]
+    """Noise as shares, their sum 1, the same for each sample: what any method has to beat."""
+    assert taps.noise is not None
+    first, batch = taps.layers[0], len(taps.layers[0].value)
+    return [(first.name, (taps.noise / taps.noise.sum()).expand(batch, *taps.noise.shape[1:]))]
 
 
 # --- class activation maps, with their signs (no ReLU)
@@ -158,6 +155,13 @@ def tokentm(taps: Taps) -> list[Term]:
     return _read(taps, seen)
 
 
+def legrad(taps: Taps) -> list[Term]:
+    """The mean over blocks, heads and queries of relu(dA). Each block's dA is that of the target on its own
+    output, as if the network ended there. Bousselham et al. 2024, without their final scaling to [0, 1]."""
+    shares = torch.stack([a.gradient.relu().mean((1, 2)) for a in taps.attention]).mean(0)
+    return [(taps.layers[0].name, shares[..., None])]
+
+
 def _turned(a: torch.Tensor, b: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """(B, T): the growth of each token, weighted by a softmax over tokens of how little it turned."""
     likeness = torch.nn.functional.cosine_similarity(a, b, dim=-1).masked_fill(~at, -torch.inf)
@@ -189,7 +193,7 @@ class Method(NamedTuple):
     row:       whether it follows attention to the one token that the output is read from
     sums:      whether its map adds up to the output where the backward is balanced
     path:      whether the gradient is an average over inputs: of noise, or on the way from a baseline; or
-               whether the whole map is one
+               whether the whole map is one; or whether each block has a gradient of its own
     """
 
     terms: Callable[[Taps], list[Term]]
@@ -199,7 +203,7 @@ class Method(NamedTuple):
     attention: bool = False
     row: bool = False
     sums: bool = False
-    path: Literal["", "noise", "line", "whole"] = ""
+    path: Literal["", "noise", "line", "whole", "blocks"] = ""
 
 
 _LIBRA = "Mehri et al. 2025 (LibraGrad)"
@@ -222,6 +226,7 @@ METHODS: Mapping[str, Method] = {
     "genatt": Method(genatt, "all", "Chefer et al. 2021", attention=True, row=True),
     "attcat": Method(attcat, "all", "Qiang et al. 2022", attention=True),
     "tokentm": Method(tokentm, "all", "Wu et al. 2024", attention=True, row=True),
+    "legrad": Method(legrad, "all", "Bousselham et al. 2024", attention=True, path="blocks"),
 }  # fmt: skip
 
 

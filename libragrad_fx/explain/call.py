@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from libragrad_fx.attribution import Attribution, methods
+from libragrad_fx.attribution.formulas import method_of
 from libragrad_fx.attribution.methods import Resolution
 from libragrad_fx.errors import InputError
 from libragrad_fx.explain.inputs import Batch, batches
 from libragrad_fx.explain.kept import Policy, captured
-from libragrad_fx.explain.targets import Against, named, of_samples, resolved
+from libragrad_fx.explain.targets import Against, named, of_samples, resolved, warn_if_curved
 from libragrad_fx.target import Target
 
 
@@ -107,6 +108,7 @@ def attribute_each(
         raise InputError(f"top is at least 1, got {top}")
     if not isinstance(batch_size, (int, type(None))) or (batch_size is not None and batch_size < 1):
         raise InputError(f"batch_size is a number from 1 on, got {batch_size!r}")
+    complete = method_of(options.get("method", "fullgrad_plus")).sums
     parts: list[list[Attribution]] = []
     for batch in _shown(batches(model, inputs, processor, batch_size), progress):
         module = captured(model, batch.call, policy)
@@ -115,6 +117,8 @@ def attribute_each(
 
         def resolve(output: Any, batch: Batch = batch, chosen: Any = chosen, meant: Any = meant) -> Any:
             meant += resolved(model, batch, output, chosen)
+            for target in meant if complete else ():
+                warn_if_curved(output, target)
             return meant
 
         found = methods.explain(module, batch.call, resolve, **options)

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 from libragrad_fx.attribution import Attribution
 from libragrad_fx.attribution.similarity import unit
-from libragrad_fx.errors import InputError
+from libragrad_fx.errors import InputError, TargetWarning
 from libragrad_fx.explain.inputs import Batch
 from libragrad_fx.models import index_of, label_of
-from libragrad_fx.target import Target, first_tensor, select_each
+from libragrad_fx.target import (
+    Target,
+    differentiable,
+    dot,
+    first_tensor,
+    inexact,
+    moving,
+    select_each,
+)  # fmt: skip
+
+_CURVED = 1e-2  # half precision rounds a sum of outputs by less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +197,26 @@ def _index(model: Any, batch: Batch, name: str, token: bool) -> int:
             f"the target {name!r} is {len(ids)} tokens of this model; give one (its first, or an index)"
         )
     return ids[0]
+
+
+def warn_if_curved(output: Any, target: Target) -> None:
+    """Warn if f is not ⟨y, ∂f/∂y⟩ over the outputs y: no map of a probability, or of a cosine between two
+    outputs, adds up to it, however balanced the model."""
+    if not callable(target):
+        return
+    with differentiable():
+        own = pytree.tree_map(moving, output)
+        f = select_each(own, target).sum()
+        leaves = [t for t in pytree.tree_leaves(own) if inexact(t)]
+        grads = torch.autograd.grad(f, leaves, allow_unused=True)
+    owed = sum(dot(t.detach(), g) for t, g in zip(leaves, grads, strict=True) if g is not None)
+    if abs(owed - float(f)) > _CURVED * max(abs(owed), abs(float(f))):
+        warnings.warn(
+            f"the target {_called(target)} is {float(f):.4g}, and what it takes from the outputs adds up to"
+            f" {owed:.4g}: so does a complete map. Explain logits, or let the model compute the rest",
+            TargetWarning,
+            stacklevel=4,
+        )
 
 
 # --- names

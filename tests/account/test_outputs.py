@@ -28,5 +28,5 @@ def test_a_parameter_that_is_returned_is_a_constant_of_the_target() -> None:
     assert every.completeness_error < 1e-12
     assert every.input == alone.input
     constant = 2 * model.scale.exp() + model.linear.bias.sum()
-    torch.testing.assert_close(every.bias - alone.bias, float(constant))
+    torch.testing.assert_close(every.bias - alone.bias, constant.item())
     assert max(abs(r.residual) for r in every.rows) < 1e-12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 
 import libragrad_fx as lg
 from libragrad_fx.attribution import METHODS
-from libragrad_fx.errors import InputError
+from libragrad_fx.errors import InputError, TargetWarning
 from libragrad_fx.explain import kept
 from tests.attribution.test_attribution import vit
 
@@ -182,6 +183,31 @@ def test_bad_targets_say_what_there_is(images: Tensor) -> None:
         lg.attribute_each(model, images, [])
     with pytest.raises(InputError, match="say which target"):
         lg.attribute(nn.Conv2d(3, 4, 3), images.float())
+
+
+@pytest.mark.parametrize(
+    ("target", "curved"),
+    [
+        (lambda y: y[:, 1], False),
+        (lambda y: y[:, 1] - 0.5 * y[:, 2], False),
+        (lambda y: y.max(1).values, False),
+        (lambda y: y.softmax(1)[:, 1], True),
+        (lambda y: y[:, 1] * y[:, 2], True),
+        (lambda y: y[:, 1] + 3, True),
+        (lambda y: torch.nn.functional.cosine_similarity(y, torch.ones(5, dtype=F64)), True),
+        (lambda y: lg.unit(y)[:, 1], False),
+        (1, False),
+    ],
+)
+def test_a_target_that_no_map_adds_up_to_is_told(target: Any, curved: bool, images: Tensor) -> None:
+    model = Own().double().eval()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = lg.attribute(model, images, target, method="fullgrad")
+        lg.attribute(model, images, target, method="gradcam")
+    told = [w for w in said if w.category is TargetWarning]
+    assert len(told) == curved  # a method that promises no sum says nothing
+    assert (float(found.completeness_error.max()) > 1e-3) is curved
 
 
 # --- batches
