@@ -55,9 +55,8 @@ class Recorder(Observer):
         inputs = {n.name for n in module.graph.nodes if n.target is insert.guard}
         self.starts = inputs | self.embeddings
         self.origin = _origins(module, {*self.table, *self.starts})
-        self.moved = reach(
-            [n for n in module.graph.nodes if n.name in self.starts], lambda n: list(n.users)
-        )
+        started = [n for n in module.graph.nodes if n.name in self.starts]
+        self.moved = reach(started, lambda n: list(n.users))
         scales: Any = [(n.args[0], note(n).host) for n in module.graph.nodes if is_scale(n)]
         self.scaled = {x.name for x, host in scales if x.name == host}
 
