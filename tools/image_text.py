@@ -11,6 +11,7 @@ into the folder that LIBRAGRAD_DATA names; the second measures. The text around 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -44,7 +45,7 @@ METHODS = {
     "fullgrad": "FullGrad",
 }
 DRAWN = ("fullgrad_plus", "input_x_gradient")
-SIDES = ("plain", "balanced")
+SIDES = ("plain", "balanced")  # that are drawn
 SEED = 1  # of the test pictures
 EACH = 100  # pictures at once
 TIMES = 3  # pixels of the drawing for each of a picture
@@ -301,8 +302,14 @@ def main() -> None:
     model, data = zoo.load(), zoo.pairs(options.scenes, "test", SEED)
     inputs = asked(data)
     example = tuple(t[:2] for t in inputs)
-    sides = {"plain": lg.trace(model, example), "balanced": lg.transform(model, example)}
-    keys = [(method, side) for method in METHODS for side in SIDES]
+    longer = copy.deepcopy(model)
+    longer.unit = False  # so that only the target divides by the length, and holds it
+    sides = {
+        "plain": lg.trace(model, example),
+        "plain, length held": lg.trace(longer, example),
+        "balanced": lg.transform(model, example),
+    }
+    keys = [(method, side) for method in METHODS for side in sides]
     found = {(m, side): maps(sides[side], inputs, m) for m, side in tqdm(keys, unit="map")}
     both, one = accuracy(model, data)
     made = zoo.about()

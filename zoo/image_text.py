@@ -89,7 +89,7 @@ def partners(left: np.ndarray, right: np.ndarray, rng: np.random.Generator) -> n
 
 
 class Embeddings(NamedTuple):
-    """Unit vectors (B, D)."""
+    """Vectors (B, D)."""
 
     image_embeds: torch.Tensor
     text_embeds: torch.Tensor
@@ -116,20 +116,26 @@ class TextTower(nn.Module):
 
 
 class ImageText(nn.Module):
-    """Pictures (B, 3, H, W), normalised, and as many prompts (B, LENGTH) -> ``Embeddings``."""
+    """Pictures (B, 3, H, W), normalised, and as many prompts (B, LENGTH) -> ``Embeddings``.
+
+    unit: whether these have length one, as in CLIP
+    """
 
     def __init__(self, tower: nn.Module, width: int, text: TextTower, out: int) -> None:
         super().__init__()
-        self.image, self.text = tower, text
+        self.image, self.text, self.unit = tower, text, True
         self.projection = nn.Linear(width, out, bias=False)
         self.scale = nn.Parameter(torch.tensor(2.3))  # of the loss: e^2.3 = 10
         self.bias = nn.Parameter(torch.tensor(-5.0))
 
     def of_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.projection(self.image(pixel_values)), dim=-1)
+        return self._finished(self.projection(self.image(pixel_values)))
 
     def of_texts(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.text(input_ids), dim=-1)
+        return self._finished(self.text(input_ids))
+
+    def _finished(self, x: torch.Tensor) -> torch.Tensor:
+        return F.normalize(x, dim=-1) if self.unit else x
 
     def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> Embeddings:
         return Embeddings(self.of_images(pixel_values), self.of_texts(input_ids))

@@ -54,4 +54,5 @@ def _apart(reads: Mapping[str, frozenset[str]]) -> list[list[str]]:
             groups.remove(group)
             inputs, members = inputs | group[0], [*group[1], *members]
         groups.append((inputs, members))
-    return [members for _, members in groups]
+    order = {path: i for i, path in enumerate(reads)}
+    return sorted((members for _, members in groups), key=lambda paths: min(order[p] for p in paths))

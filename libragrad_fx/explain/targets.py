@@ -210,9 +210,10 @@ def warn_if_curved(output: Any, target: Target) -> None:
         leaves = [t for t in pytree.tree_leaves(own) if inexact(t)]
         grads = torch.autograd.grad(f, leaves, allow_unused=True)
     owed = sum(dot(t.detach(), g) for t, g in zip(leaves, grads, strict=True) if g is not None)
-    if abs(owed - float(f)) > _CURVED * max(abs(owed), abs(float(f))):
+    said = f.item()
+    if abs(owed - said) > _CURVED * max(abs(owed), abs(said)):
         warnings.warn(
-            f"the target {_called(target)} is {float(f):.4g}, and what it takes from the outputs adds up to"
+            f"the target {_called(target)} is {said:.4g}, and what it takes from the outputs adds up to"
             f" {owed:.4g}: so does a complete map. Explain logits, or let the model compute the rest",
             TargetWarning,
             stacklevel=4,
