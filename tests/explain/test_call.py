@@ -166,7 +166,7 @@ def test_this_and_not_that(images: Tensor) -> None:
     found = lg.attribute(model, images, 3, against=1)
     this, that = lg.attribute_each(model, images, [3, 1])
     torch.testing.assert_close(found.values, this.values - that.values, rtol=1e-10, atol=1e-14)
-    assert found.target == ("3 against 1",) * 4
+    assert found.target == ((3, 1),) * 4
     with pytest.raises(InputError, match="against needs a target"):
         lg.attribute(model, images, against=1)
 
