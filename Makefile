@@ -11,7 +11,7 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/$(VENV)/cache/inductor
 export TRITON_CACHE_DIR := $(CURDIR)/$(VENV)/cache/triton
 export HF_HOME := $(CURDIR)/$(VENV)/cache/huggingface
 
-.PHONY: demo test lint pictures sweep language coverage clean
+.PHONY: demo test lint pictures sweep language image-text coverage clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python >= 3.11 is needed: make PYTHON=python3.12')"
@@ -43,6 +43,11 @@ language: $(VENV)/installed
 	$(RUN) -m pip install --quiet --editable ".[real]"
 	$(RUN) tools/fetch.py smollm2 minilm dinov2
 	$(RUN) tools/language.py
+
+# trains a small model first, into the same folder
+image-text: $(VENV)/installed
+	$(RUN) tools/image_text.py --train
+	$(RUN) tools/image_text.py
 
 # hours; it goes on where it was stopped
 coverage: $(VENV)/installed

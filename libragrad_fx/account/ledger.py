@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.account.observe import Observer, flat_arguments, site_bias, source_name
+from libragrad_fx.decide.flow import reach
 from libragrad_fx.graph.notes import note
 from libragrad_fx.graph.schema import aten_op, bind, operands, spread, tensor_arguments
 from libragrad_fx.module.captured import CapturedModule, Forward, InGraphs
@@ -50,9 +51,12 @@ class Recorder(Observer):
         # the account ends at embeddings that start the signal: they are no sites
         self.table: dict[str, Site] = {s.node: s for s in module.record.sites if not s.starts}
         self.rows = {name: _Row() for name in (*self.table, _OUTPUT)}
+        self.constants: list[torch.Tensor] = []  # outputs that depend on parameters alone
         inputs = {n.name for n in module.graph.nodes if n.target is insert.guard}
         self.starts = inputs | self.embeddings
         self.origin = _origins(module, {*self.table, *self.starts})
+        started = [n for n in module.graph.nodes if n.name in self.starts]
+        self.moved = reach(started, lambda n: list(n.users))
         scales: Any = [(n.args[0], note(n).host) for n in module.graph.nodes if is_scale(n)]
         self.scaled = {x.name for x, host in scales if x.name == host}
 
@@ -94,11 +98,17 @@ class Recorder(Observer):
 
     def _returned(self, n: Node) -> Any:
         """The model's output; the row of the target is its reader."""
-        row = self.rows[_OUTPUT]
-        args: Any = map_arg(n.args, lambda m: row.operand(self.env[m], self.origin.get(m, "")))  # type: ignore[arg-type]
+        args: Any = map_arg(n.args, self._read)  # type: ignore[arg-type]
         if n.op == "output":
             return args[0]
         return self.module.get_submodule("output_structure")(*args)
+
+    def _read(self, m: Node) -> Any:
+        x = self.env[m]
+        if m in self.moved or not _moves(x):
+            return self.rows[_OUTPUT].operand(x, self.origin.get(m, ""))
+        self.constants.append(same(x))
+        return self.constants[-1]
 
 
 def _origins(module: CapturedModule, producers: Container[str]) -> dict[Node, str]:
@@ -245,9 +255,11 @@ def settle(recorders: Sequence[tuple[str, Recorder]], forward: Forward, target: 
     started = {id(x): x for x in forward.leaves if _moves(x)}
     started |= {id(x): x for _, r in recorders for x in r.sources.values()}
     sources = list(started.values())
-    grads = torch.autograd.grad(scalar, sources, allow_unused=True)
-    pairs = zip(sources, grads, strict=True)
-    carried = sum(dot(x.detach(), g) for x, g in pairs if g is not None)
+    constants = [x for name, r in recorders if not name for x in r.constants]
+    values = [*sources, *constants]
+    pairs = zip(values, torch.autograd.grad(scalar, values, allow_unused=True), strict=True)
+    masses = [0.0 if g is None else dot(x.detach(), g) for x, g in pairs]
+    carried, constant = sum(masses[: len(sources)]), sum(masses[len(sources) :])
     total = float(scalar.detach())
     rows: list[LedgerRow] = []
     boundaries: tuple[Boundary, ...] = ()
@@ -255,6 +267,7 @@ def settle(recorders: Sequence[tuple[str, Recorder]], forward: Forward, target: 
         found = recorder.rows
         sites = [s for s in recorder.table.values() if s.node in found]
         if not name:  # the only graph: the target gets a row as well
+            found[_OUTPUT].constant = constant
             boundaries = (*_boundaries(recorder, total),)
             found[_OUTPUT].out = total
             sites.append(Site(_OUTPUT, "target", "", "", (), None, False, ()))

@@ -105,8 +105,9 @@ def shares_of(constants: Sequence[Any], batch: int) -> list[Term]:
 
 
 def _main(seen: Internals, names: Sequence[str], images: Mapping[str, Any]) -> frozenset[str]:
-    """The input whose positions the map is over: an image, or that of the first term."""
-    tokens = [seen.tokens[n] for n in names]
+    """The input whose positions the map is over: an image, or that of the first term. What no gradient came
+    back to (the other tower) is out of the question."""
+    tokens = [seen.tokens[n] for n in names if n in seen.reached] or [seen.tokens[n] for n in names]
     return next((t for t in tokens if t & set(images)), tokens[0])
 
 

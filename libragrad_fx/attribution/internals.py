@@ -53,6 +53,7 @@ class Internals:
     streams: for each of these the residual stream behind it; None where there is none
     ends:    what the module at each layer returned, likewise
     read:    which token of the last layer's module is read alone, by what comes behind it; None if none is
+    reached: the inputs and layers that a gradient came back to, were it zero
     """
 
     output: torch.Tensor
@@ -68,6 +69,7 @@ class Internals:
     streams: tuple[torch.Tensor | None, ...] = ()
     ends: tuple[torch.Tensor, ...] = ()
     read: int | None = None
+    reached: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +140,8 @@ class Run:
             values = [*self.sources.values(), *(c.output for c in self.constants), *inner]
             rows = [c.rows(each.shape[0]) for c in self.constants]
             doubtful = any(r is None for r in rows)
-            pairs = _pairs(each, values, last and not doubtful)
+            grads = _gradients(each, values, last and not doubtful)
+            pairs = _filled(values, grads)
             gradients = [g for _, g in pairs[len(self.sources) :]]
             if doubtful:
                 rows = self._rows(each, rows, gradients, last)
@@ -150,8 +153,11 @@ class Run:
             heads.attention(site, self.called[site.node], g, each.shape[0])
             for site, (_, g) in zip(self.attends, found, strict=True)
         )
+        names = [*self.sources, *(None for _ in self.constants), *self.layers]
+        reached = {n for n, g in zip(names, grads, strict=False) if g is not None and n is not None}
         return Internals(
             output=each.detach(),
+            reached=frozenset(reached),
             inputs=sources,
             layers=tapped,
             biases=tuple(term for c, term in terms if c.counts),
@@ -187,7 +193,7 @@ class Run:
         bits, number = (batch - 1).bit_length(), torch.arange(batch, device=each.device)
         for bit in range(bits):
             signs = 1 - 2 * (number >> bit & 1)
-            back = _pairs(each * signs, outputs, last and bit == bits - 1)
+            back = _filled(outputs, _gradients(each * signs, outputs, last and bit == bits - 1))
             for samples, i, (_, g) in zip(whose, open_, back, strict=True):
                 samples += (g.signbit() != gradients[i].signbit()).long() << bit
         found = [*rows]
@@ -289,10 +295,14 @@ def _facts_of(module: CapturedModule) -> heads.Facts:
     return lambda n: own.get(n.name) or shipped(aten_op(n))
 
 
-def _pairs(each: torch.Tensor, values: Sequence[torch.Tensor], last: bool) -> list[Pair]:
-    """Values with their gradients: zeros where none arrives."""
-    grads = torch.autograd.grad(each.sum(), values, retain_graph=not last, allow_unused=True)
-    pairs = zip(values, grads, strict=True)
+def _gradients(each: torch.Tensor, values: Sequence[torch.Tensor], last: bool) -> Sequence[Any]:
+    """The gradients of values; None where none arrives."""
+    return torch.autograd.grad(each.sum(), values, retain_graph=not last, allow_unused=True)
+
+
+def _filled(values: Sequence[torch.Tensor], gradients: Sequence[Any]) -> list[Pair]:
+    """Values with their gradients: zeros where none arrived."""
+    pairs = zip(values, gradients, strict=True)
     return [(t.detach(), torch.zeros_like(t) if g is None else g) for t, g in pairs]
 
 

@@ -16,10 +16,10 @@ from libragrad_fx.attribution.assemble import assemble, expected, images, shares
 from libragrad_fx.attribution.formulas import Layer, Method, Taps
 from libragrad_fx.attribution.internals import Internals, Run, run
 from libragrad_fx.attribution.result import Attribution
+from libragrad_fx.attribution.towers import towers
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.variants import fitting
-from libragrad_fx.module.walk import blocks
 from libragrad_fx.target import Target, select_each
 from libragrad_fx.version import __version__
 
@@ -76,25 +76,54 @@ def explain(
     if resolution not in ("tokens", "pixels"):
         raise InputError(f"resolution is 'tokens' or 'pixels', got {resolution!r}")
     module = fitting(module, inputs)
-    paths = tuple(_layers(module, how, resolution) if layers is None else layers)
-    rest = layers is None and how.layers in ("input", "first")
-    asked = Question(module, inputs, method, how, paths, rest, baseline, steps, seed)
-    _require(asked)
-    seen = asked.run()
-    return _BY_PATH[how.path](asked, seen, targets(seen.output))
+
+    def answers(paths: Sequence[str], meant: Callable[[Any], Sequence[Target]]) -> list[Attribution]:
+        rest = layers is None and how.layers in ("input", "first")
+        asked = Question(module, inputs, method, how, tuple(paths), rest, baseline, steps, seed)
+        _require(asked)
+        seen = asked.run()
+        return _BY_PATH[how.path](asked, seen, meant(seen.output))
+
+    if layers is not None:
+        return answers(layers, targets)
+    found = towers(module)
+    if len(found) < 2:
+        return answers(_layers(found, how, resolution), targets)
+    meant, read = _read_towers(module, inputs, found, targets)
+    each: dict[int, Attribution] = {}
+    for mine in dict.fromkeys(read):
+        at = [i for i, which in enumerate(read) if which == mine]
+        paths = _layers([found[k] for k in mine], how, resolution)
+        each |= zip(at, answers(paths, lambda _, at=at: [meant[i] for i in at]), strict=True)
+    return [each[i] for i in range(len(meant))]
 
 
-def _layers(module: CapturedModule, how: Method, resolution: Resolution) -> list[str]:
-    """The block inputs that a method takes where nobody says; none of a network without blocks."""
-    found = blocks(module)
+def _read_towers(
+    module: CapturedModule, inputs: Any, found: Sequence[Sequence[str]],
+    targets: Callable[[Any], Sequence[Target]],
+) -> tuple[Sequence[Target], list[tuple[int, ...]]]:  # fmt: skip
+    """The targets, and of each the towers with blocks that it depends on: of CLIP's picture against a
+    constant text, the picture's alone."""
+    firsts = {k: paths[0] for k, paths in enumerate(found) if paths}
+    seen = run(module, inputs, [*firsts.values()], biases=False)
+    meant = targets(seen.output)
+    reached = [seen.back(t, last=i == len(meant) - 1).reached for i, t in enumerate(meant)]
+    return meant, [tuple(k for k, path in firsts.items() if path in names) for names in reached]
+
+
+def _layers(found: Sequence[Sequence[str]], how: Method, resolution: Resolution) -> list[str]:
+    """The block inputs that a method takes where nobody says, of towers; none of a network without blocks.
+    A method that looks at one place takes the tower with the most blocks."""
     if resolution == "pixels":
         if how.layers not in ("input", "first"):
             raise InputError(
                 "resolution='pixels' is for methods that look at one place: not for sums over blocks"
             )
         return []
-    chosen = {"input": found[:1], "first": found[:1], "last": found[-1:], "half": found[len(found) // 2 :]}
-    return chosen.get(how.layers, found)
+    if how.layers in ("input", "first"):
+        return [*max(found, key=len, default=[])][:1]
+    start = {"last": lambda n: n - 1, "half": lambda n: n // 2}.get(how.layers, lambda n: 0)
+    return [path for paths in found if paths for path in paths[start(len(paths)) :]]
 
 
 def _require(asked: Question) -> None:
@@ -150,7 +179,8 @@ def _on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> list[At
 
 def _whole_on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
     """``path_averaged``: the whole method at k/n of the way to the first block's input, k = 1..n."""
-    place = blocks(asked.module)[:1]
+    found = towers(asked.module)
+    place = next((t for t in found if set(t) & set(asked.paths)), max(found, key=len))[:1]
     first = run(asked.module, asked.inputs, place, False)
     starts = _starts(dataclasses.replace(asked, rest=True), first)
     base, found = asked.baseline, list[list[Attribution]]()
@@ -288,9 +318,9 @@ def _each_target(target: Target, batch: int) -> tuple[Any, ...]:
 def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
     """What one backward showed, block by block."""
     method, how = asked.method, asked.how
-    image = next(iter(images(seen).values()), None)
     layers = [
-        Layer(name, h, g, maps.positions(h.shape, image)) for name, (h, g) in _tapped(asked, seen).items()
+        Layer(name, h, g, maps.positions(h.shape, _image(seen, name)))
+        for name, (h, g) in _tapped(asked, seen).items()
     ]
     if not how.attention:
         return Taps(layers, noise=_uniform(layers[0], asked.seed))
@@ -309,7 +339,15 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
     found = [i for i in at if i is not None]
     streams = [s for i in found if (s := seen.streams[i]) is not None]
     taps = Taps(layers, [seen.attention[i] for i in found], streams, seen.ends)
-    return dataclasses.replace(taps, row=_row(method, taps, seen, image, target)) if how.row else taps
+    if not how.row:
+        return taps
+    return dataclasses.replace(taps, row=_row(method, taps, seen, _image(seen, layers[0].name), target))
+
+
+def _image(seen: Internals, name: str) -> tuple[int, int] | None:
+    """The size of the picture that a value may be laid out as; None of the positions of a text."""
+    found, where = images(seen), seen.tokens.get(name, frozenset())
+    return next((size for n, size in found.items() if n in where or not where), None)
 
 
 def _uniform(layer: Layer, seed: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,24 +56,45 @@ class Span:
 class Likeness:
     """``scale`` times the cosine between two vectors of the output, of which only the first is explained.
 
-    Both are (B, D), and fields of the output. What the second is made of counts as constant: a product of
-    two values would count the cosine twice. LibraGrad explains CLIP's pictures so, with a scale of 100.
+    Both are (B, D), and parts of the output: its fields, keys or indices. What the second is made of counts
+    as constant: a product of two values would count the cosine twice. LibraGrad explains CLIP's pictures
+    so, with a scale of 100.
 
     Args:
-        of: the field that is explained (``"image_embeds"``).
-        to: the field that it is compared with (``"text_embeds"``).
+        of: the part that is explained (``"image_embeds"``, or of a plain tuple 0).
+        to: the part that it is compared with (``"text_embeds"``).
+
+    Raises:
+        InputError: when it is called: no such part, or no vectors of one size.
     """
 
-    of: str
-    to: str
+    of: str | int
+    to: str | int
     scale: float = 100.0
 
     def __call__(self, output: Any) -> torch.Tensor:
-        missing = [name for name in (self.of, self.to) if not hasattr(output, name)]
-        if missing:
-            raise InputError(f"the output has no {' and no '.join(missing)}")
-        a, b = (getattr(output, name) for name in (self.of, self.to))
+        a, b = (_part(output, name) for name in (self.of, self.to))
+        if a.ndim != 2 or a.shape != b.shape:
+            raise InputError(
+                f"a likeness is of vectors (B, D), two and two: {self.of} is {tuple(a.shape)},"
+                f" {self.to} is {tuple(b.shape)}"
+            )
         return self.scale * (unit(a) * unit(b).detach()).sum(-1)
+
+
+def _part(output: Any, name: str | int) -> torch.Tensor:
+    """A tensor of the output, by key, field or index."""
+    if isinstance(output, Mapping):
+        found = output.get(name)
+    elif isinstance(name, str):
+        found = getattr(output, name, None)
+    else:
+        found = output[name] if isinstance(output, Sequence) and name < len(output) else None
+    if not isinstance(found, torch.Tensor):
+        parts = list(output) if isinstance(output, Mapping) else getattr(output, "_fields", ())
+        known = f"; it has {', '.join(map(str, parts))}" if parts else ""
+        raise InputError(f"the output has no {name}{known}")
+    return found
 
 
 # --- from what is asked to what ``select_each`` takes
@@ -189,9 +210,10 @@ def warn_if_curved(output: Any, target: Target) -> None:
         leaves = [t for t in pytree.tree_leaves(own) if inexact(t)]
         grads = torch.autograd.grad(f, leaves, allow_unused=True)
     owed = sum(dot(t.detach(), g) for t, g in zip(leaves, grads, strict=True) if g is not None)
-    if abs(owed - float(f)) > _CURVED * max(abs(owed), abs(float(f))):
+    said = f.item()
+    if abs(owed - said) > _CURVED * max(abs(owed), abs(said)):
         warnings.warn(
-            f"the target {_called(target)} is {float(f):.4g}, and what it takes from the outputs adds up to"
+            f"the target {_called(target)} is {said:.4g}, and what it takes from the outputs adds up to"
             f" {owed:.4g}: so does a complete map. Explain logits, or let the model compute the rest",
             TargetWarning,
             stacklevel=4,

@@ -1,0 +1,58 @@
+"""Parts of a network that share no input, and the repeated blocks of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from libragrad_fx.module.captured import CapturedModule, one_graph
+from libragrad_fx.module.walk import blocks
+from libragrad_fx.ops import insert
+
+
+def towers(module: CapturedModule) -> list[list[str]]:
+    """The repeated blocks of each tower, in the order in which they run; of a tower that has none, [].
+
+    Towers are parts of a network that share no input: of CLIP pictures go through one and texts through
+    another, until they meet in a product behind all blocks. Where blocks of two parts meet (a decoder
+    that reads an encoder), it is one tower.
+    """
+    found = [blocks(module, part) for part in _apart(_read_inputs(module))]
+    return found if len(found) > 1 and any(found) else [blocks(module)]
+
+
+def _read_inputs(module: CapturedModule) -> dict[str, frozenset[str]]:
+    """Of each called module that has modules inside, the inputs of the model that its first tensor argument
+    is computed from."""
+    reads: dict[Node, frozenset[str]] = {}
+    found: dict[str, frozenset[str]] = {}
+    for node in one_graph(module).graph.nodes:
+        if node.target is insert.guard:
+            reads[node] = frozenset([node.name])
+        elif node.target in (insert.sizes, insert.structure):
+            reads[node] = frozenset()  # the size of the batch is everybody's
+        else:
+            reads[node] = frozenset().union(*(reads[n] for n in node.all_input_nodes))
+        if node.op == "call_module" and "_output" in node.kwargs:
+            path, given = str(node.target), list[Node]()
+            map_arg(node.kwargs["_args"], given.append)
+            if given and [*module.get_submodule(path).children()]:
+                found.setdefault(path, reads[given[0]])
+    return found
+
+
+def _apart(reads: Mapping[str, frozenset[str]]) -> list[list[str]]:
+    """Modules in groups that share no input; those that read none are left out."""
+    groups: list[tuple[frozenset[str], list[str]]] = []
+    for path, inputs in reads.items():
+        if not inputs:
+            continue
+        members = [path]
+        for group in [g for g in groups if g[0] & inputs]:
+            groups.remove(group)
+            inputs, members = inputs | group[0], [*group[1], *members]
+        groups.append((inputs, members))
+    order = {path: i for i, path in enumerate(reads)}
+    return sorted((members for _, members in groups), key=lambda paths: min(order[p] for p in paths))
