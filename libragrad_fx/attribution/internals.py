@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from libragrad_fx.account.observe import Observer, flat_arguments, site_bias, source_name
 from libragrad_fx.attribution import attention as heads
 from libragrad_fx.attribution import maps
+from libragrad_fx.attribution.places import Located, Locator, laid_out
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.flow import reach
 from libragrad_fx.errors import InputError
@@ -49,6 +50,9 @@ class Internals:
     shapes:  shapes of the values upstream of the first layer, in graph order (``()`` for a tuple)
     before:  module path -> the nodes and inputs that the layer's input is computed from
     tokens:  node, input or module path -> the inputs whose positions it has (see ``positions``)
+    axes:    input -> its axes that are positions
+    layouts: nodes whose tokens are known to lie somewhere -> how they lie
+    windows: likewise of constants whose rows are parts of samples; their axes count samples first
     attention: every attention, in the order of the graph, where it was asked for
     streams: for each of these the residual stream behind it; None where there is none
     ends:    what the module at each layer returned, likewise
@@ -64,6 +68,9 @@ class Internals:
     shapes: tuple[tuple[int, ...], ...]
     before: Mapping[str, frozenset[str]]
     tokens: Mapping[str, frozenset[str]]
+    axes: Mapping[str, tuple[int, ...]]
+    layouts: Mapping[str, maps.Layout]
+    windows: Mapping[str, maps.Layout]
     attention: tuple[heads.Attention, ...] = ()
     streams: tuple[torch.Tensor | None, ...] = ()
     ends: tuple[torch.Tensor, ...] = ()
@@ -111,6 +118,7 @@ class Run:
     attends, called: every attention asked for, and what it was called with
     streams, ends: nodes as in ``Internals``
     sizes:    the shape of each node's value, ``()`` for a tuple
+    located:  where inputs, tokens and windows lie
     """
 
     module: CapturedModule
@@ -125,6 +133,7 @@ class Run:
     streams: Sequence[Node | None]
     ends: Sequence[Node]
     sizes: Mapping[Node, tuple[int, ...]]
+    located: Located
 
     def back(self, target: Target, last: bool = True) -> Internals:
         """The gradients of ``target``; ``last`` frees what a further backward would need.
@@ -141,10 +150,14 @@ class Run:
             pairs = _pairs(each, values, last and not doubtful)
             gradients = [g for _, g in pairs[len(self.sources) :]]
             if doubtful:
-                rows = self._rows(each, rows, gradients, last)
+                rows = self._rows(each, rows, gradients)
+            split = self._split(each, rows, gradients)
             found = iter(pairs)
         sources = {name: next(found) for name in self.sources}
-        terms = [(c, c.term(next(found)[1], r)) for c, r in zip(self.constants, rows, strict=True)]
+        terms = [
+            (c, c.term(split.get(i, next(found)[1]), maps.Rows(0, 1) if i in split else r))
+            for i, (c, r) in enumerate(zip(self.constants, rows, strict=True))
+        ]
         tapped = {path: next(found) for path in self.layers}
         attended = tuple(
             heads.attention(site, self.called[site.node], g, each.shape[0])
@@ -158,15 +171,29 @@ class Run:
             upstream=tuple(term for c, term in terms if not c.counts),
             places=tuple(term for c, term in terms if c.places),
             attention=attended,
+            windows=self._windows(terms, each.shape[0]),
             **self.layout,
         )
+
+    def _windows(self, terms: Sequence[tuple[Constant, Term]], batch: int) -> dict[str, maps.Layout]:
+        """How the rows of constants lie that are parts of samples."""
+        found = {}
+        for constant, (site, rows, _, g) in terms:
+            held = self.located.spots.get(site.node)
+            if held is None or not constant.counts:
+                continue
+            whole = g.ndim > constant.output.ndim  # the rows of all samples, for each of them
+            spots = {name: held_by.each(_samples_first(None if whole else rows, batch))
+                     for name, held_by in held.items()}  # fmt: skip
+            if (layout := laid_out(spots, self.located.axes, batch if whole else 1)) is not None:
+                found[site.node] = layout
+        return found
 
     def _rows(
         self,
         each: torch.Tensor,
         rows: Sequence[maps.Rows | None],
         gradients: Sequence[torch.Tensor],
-        last: bool,
     ) -> list[maps.Rows | None]:
         """Where the samples of each constant are. Where its shape leaves that open (tokens in front of
         samples, windows), gradients tell: if the target of a sample changes its sign, so do the gradients
@@ -178,7 +205,7 @@ class Run:
         bits, number = (batch - 1).bit_length(), torch.arange(batch, device=each.device)
         for bit in range(bits):
             signs = 1 - 2 * (number >> bit & 1)
-            back = _pairs(each * signs, outputs, last and bit == bits - 1)
+            back = _pairs(each * signs, outputs, False)
             for samples, i, (_, g) in zip(whose, open_, back, strict=True):
                 samples += (g.signbit() != gradients[i].signbit()).long() << bit
         found = [*rows]
@@ -187,6 +214,18 @@ class Run:
             axes = range(len(shape)) if axis is None else [axis]
             found[i] = maps.rows_of(samples.masked_fill(gradients[i] == 0, -1), batch, [*axes])
         return found
+
+    def _split(
+        self, each: torch.Tensor, rows: Sequence[maps.Rows | None], gradients: Sequence[torch.Tensor]
+    ) -> dict[int, torch.Tensor]:
+        """By constant whose rows are of several samples, or of all alike: its gradient from each sample, in
+        front of its axes. That takes a backward for each sample."""
+        mixed = [i for i, r in enumerate(rows) if r is None and bool(gradients[i].any())]
+        if not mixed:
+            return {}
+        outputs = [self.constants[i].output for i in mixed]
+        found = [[g for _, g in _pairs(one, outputs, False)] for one in each]
+        return {i: torch.stack(gs) for i, gs in zip(mixed, zip(*found, strict=True), strict=True)}
 
     @functools.cached_property
     def layout(self) -> Mapping[str, Any]:
@@ -199,6 +238,8 @@ class Run:
             "shapes": tuple(shape for n, shape in self.sizes.items() if n in first),
             "before": {p: frozenset(map(source_name, nodes)) for p, nodes in upstream.items()},
             "tokens": tokens | {p: where[n] for p, n in self.layers.items()},
+            "axes": self.located.axes,
+            "layouts": self.located.layouts,
             "streams": tuple(None if n is None else self.values[n].detach() for n in self.streams),
             "ends": tuple(self.values[n].detach() for n in self.ends),
             "read": _read_token(self.ends[-1:], self.sizes),
@@ -213,6 +254,7 @@ def run(
     attention: bool = False,
     given: Mapping[str, torch.Tensor] | None = None,
     starts: bool = False,
+    located: Located | None = None,
 ) -> Run:
     """Run ``module`` forward once.
 
@@ -224,6 +266,7 @@ def run(
         given: what to start from instead of what is computed, by the names of ``Run.sources`` or of nodes.
         starts: whether embeddings at which the signal starts, and that do not pass a layer, are inputs and
             no constants.
+        located: where things lie, if an earlier run has found it.
 
     Raises:
         InputError: no such layer.
@@ -242,8 +285,13 @@ def run(
     called, values = dict[Node, Any](), dict[Node, torch.Tensor]()
     sizes: dict[Node, tuple[int, ...]] = {}
     constants: list[Constant] = []
+    named = {n.name: n for n in module.graph.nodes}
+    counted = [named[name] for name in sites if biases and named[name] not in upstream]
+    locator = None if located else Locator(facts, *_ends([*taps.values()], counted))
 
     def tap(n: Node, y: Any) -> None:
+        if locator is not None:
+            follow(n, y, locator)
         if (shape := _shape(y)) is not None:
             sizes[n] = shape
         if n in wanted:
@@ -256,12 +304,37 @@ def run(
             found = _constants(site, n, y, bias, biases and n not in upstream)
             constants.extend(c for c in found if biases or c.places)
 
+    def follow(n: Node, y: Any, locator: Locator) -> None:
+        name = source_name(n)
+        if name in runs.sources and isinstance(y, torch.Tensor):
+            locator.start(n, name, y, n.target is not insert.guard)
+        locator.see(n, lambda: runs.fetch_args_kwargs_from_env(n), y)
+        locator.forget(runs.user_to_last_uses.get(n, ()))
+
     runs = Observer(module, tap, given=given)
     with differentiable(), undisturbed(module):
         output = runs.run(*flat_arguments(module, *as_call(inputs)))
+    located = located or (locator.located() if locator is not None else None)
+    assert located is not None
     return Run(
-        module, facts, output, runs.sources, taps, values, constants, attends, called, streams, ends, sizes
-    )
+        module, facts, output, runs.sources, taps, values, constants, attends, called, streams, ends, sizes,
+        located,
+    )  # fmt: skip
+
+
+def _ends(layers: Sequence[Node], counted: Sequence[Node]) -> tuple[list[Node], list[Node]]:
+    """The nodes whose tokens to locate: the first of each number of tokens; and all that lie in windows,
+    whose rows are parts of samples."""
+    first: dict[str, Node] = {}
+    windows = []
+    for node in sorted({*layers, *counted}):
+        value = node.meta.get("val")
+        shape = [str(n) for n in value.shape] if isinstance(value, torch.Tensor) else []
+        if len(shape) > 2 and "*" in shape[0]:
+            windows.append(node)
+        elif len(shape) == 3 and shape[1] != "1":
+            first.setdefault(shape[1], node)
+    return [*first.values()], windows
 
 
 def _read_token(ends: Sequence[Node | None], sizes: Mapping[Node, tuple[int, ...]]) -> int | None:
@@ -362,6 +435,10 @@ def _has_rows(node: Node, fact: OpFacts | None) -> bool:
 
 def _is_pointwise(node: Node) -> bool:
     return torch.Tag.pointwise in getattr(aten_op(node), "tags", ())
+
+
+def _samples_first(rows: maps.Rows | None, batch: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda t: t[None] if rows is None else maps.by_sample(t, rows, batch)
 
 
 def _finite(bias: torch.Tensor, g: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from libragrad_fx.attribution import formulas, maps
-from libragrad_fx.attribution.assemble import assemble, expected, images, shares_of
+from libragrad_fx.attribution.assemble import assemble, expected, images, layouts_of, shares_of
 from libragrad_fx.attribution.formulas import Layer, Method, Taps
 from libragrad_fx.attribution.internals import Internals, Run, run
 from libragrad_fx.attribution.result import Attribution
@@ -49,9 +49,12 @@ class Question:
     steps: int
     seed: int
 
-    def run(self, given: Starts | None = None) -> Run:
-        how = self.how
-        return run(self.module, self.inputs, self.paths, how.biases, how.attention, given, self.rest)
+    def run(self, given: Starts | None = None, like: Run | None = None) -> Run:
+        """A forward; on the values of ``given``, where things lie as in the run ``like``."""
+        how, located = self.how, None if like is None else like.located
+        return run(
+            self.module, self.inputs, self.paths, how.biases, how.attention, given, self.rest, located
+        )
 
 
 def explain(
@@ -122,7 +125,7 @@ def _among_noise(asked: Question, seen: Run, targets: Sequence[Target]) -> list[
     near = [
         ({k: x + _noise(x, draw) for k, x in starts.items()}, 1 / asked.steps) for _ in range(asked.steps)
     ]
-    means = _mean_gradients(asked, targets, near)
+    means = _mean_gradients(asked, seen, targets, near)
     whole = [seen.back(t, last=i == len(targets) - 1) for i, t in enumerate(targets)]
     return [
         _answer(asked, _with_gradients(one, mean, lambda x: x), t)
@@ -137,8 +140,8 @@ def _on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> list[At
     nodes, weights = np.polynomial.legendre.leggauss(asked.steps)
     line = [({k: base + (1 + a) / 2 * (x - base) for k, x in starts.items()}, w / 2)
             for a, w in zip(nodes.tolist(), weights.tolist(), strict=True)]  # fmt: skip
-    means = _mean_gradients(asked, targets, line)
-    origin = asked.run({k: torch.full_like(x, base) for k, x in starts.items()})
+    means = _mean_gradients(asked, seen, targets, line)
+    origin = asked.run({k: torch.full_like(x, base) for k, x in starts.items()}, seen)
     answers = []
     for i, (mean, t) in enumerate(zip(means, targets, strict=True)):
         last = i == len(targets) - 1
@@ -156,7 +159,7 @@ def _whole_on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> l
     base, found = asked.baseline, list[list[Attribution]]()
     for k in range(1, asked.steps + 1):
         given = {name: base + k / asked.steps * (x - base) for name, x in starts.items()}
-        found.append(_at_once(asked, asked.run(given), targets))
+        found.append(_at_once(asked, asked.run(given, seen), targets))
     return [_mean(answers) for answers in zip(*found, strict=True)]
 
 
@@ -196,12 +199,12 @@ def _noise(x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
 
 
 def _mean_gradients(
-    asked: Question, targets: Sequence[Target], places: Sequence[tuple[Starts, float]]
+    asked: Question, first: Run, targets: Sequence[Target], places: Sequence[tuple[Starts, float]]
 ) -> list[dict[str, torch.Tensor]]:
     """For each target the gradients at ``places``, with their weights, by the names in ``Internals``."""
     means: list[dict[str, torch.Tensor]] = [{} for _ in targets]
     for given, weight in places:
-        seen = asked.run(given)
+        seen = asked.run(given, first)
         for i, (mean, target) in enumerate(zip(means, targets, strict=True)):
             one = seen.back(target, last=i == len(targets) - 1)
             for name, (_, g) in _tapped(asked, one).items():
@@ -270,7 +273,8 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
     method, how = asked.method, asked.how
     image = next(iter(images(seen).values()), None)
     layers = [
-        Layer(name, h, g, maps.positions(h.shape, image)) for name, (h, g) in _tapped(asked, seen).items()
+        Layer(name, h, g, _places(seen, name, h.shape, image))
+        for name, (h, g) in _tapped(asked, seen).items()
     ]
     if not how.attention:
         return Taps(layers, seed=asked.seed)
@@ -292,6 +296,14 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
     return dataclasses.replace(taps, row=_row(method, taps, seen, image, target)) if how.row else taps
 
 
+def _places(seen: Internals, name: str, shape: Sequence[int], image: Any) -> tuple[int, ...]:
+    """The axes of a layer that are positions."""
+    if name in seen.inputs and name in seen.axes:
+        return seen.axes[name]
+    axes = [x.axes for x in layouts_of(seen, seen.tokens[name]) if shape[x.axes[0]] == x.tokens]
+    return axes[0] if axes and len(shape) == 3 else maps.positions(shape, image)
+
+
 def _inside(seen: Internals, path: str) -> int | None:
     """Which attention is the first of a block."""
     return next((i for i, a in enumerate(seen.attention) if f"{a.module}.".startswith(f"{path}.")), None)
@@ -307,8 +319,12 @@ def _row(method: str, taps: Taps, seen: Internals, image: Any, target: Target) -
     token; else the one that the target names."""
     if seen.read is not None:
         return seen.read
-    if image is not None and maps.layout(taps.layers[0].value.shape, seen.shapes, image).prefix:
-        return 0
+    first = taps.layers[0]
+    if image is not None:
+        known = layouts_of(seen, seen.tokens[first.name])
+        apart = [x for x in (*known, maps.guessed("", first.value.shape, seen.shapes, image)) if x.apart]
+        if apart:
+            return apart[0].apart[0]
     if isinstance(target, tuple) and len(target) > 1:
         return int(target[0])
     raise InputError(

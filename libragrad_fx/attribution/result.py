@@ -17,10 +17,13 @@ from libragrad_fx.errors import InputError
 class Attribution:
     """A signed, un-normalised attribution.
 
-    values:       (B, H, W) over pixels or patches, or (B, N) over tokens; float64
+    values:       over the positions of the main input, float64: (B, H, W) pixels or patches; (B, N) tokens,
+                  or columns of a table; (B, frames, H, W); (B, D, H, W) voxels; (B, C, T) a series (B, C, T)
+                  at its input, where channels are variables, and (B, T) behind it
     prefix:       (B, P) class and register tokens, or None
     unplaced:     (B,) what belongs to no position
-    others:       where a model has several inputs with positions: the maps of the others, by input
+    others:       where a model has several inputs with positions: the maps of the others, by input. Inputs
+                  whose values are added position by position (words, segments) have one
     output:       (B,) what was explained
     total:        (B,) what ``values``, ``prefix``, ``unplaced`` and ``others`` add up to
     expected:     (B,) what they add up to where the backward is balanced: the output, for Input x
@@ -62,9 +65,9 @@ class Attribution:
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
-    def grid(self) -> tuple[int, int] | None:
-        """(H, W) of a map over a picture; None for tokens in a row."""
-        return (self.values.shape[1], self.values.shape[2]) if self.values.ndim == 3 else None
+    def grid(self) -> tuple[int, ...] | None:
+        """(H, W) of a map over a picture, (frames, H, W) or (D, H, W) of one; None for tokens in a row."""
+        return tuple(self.values.shape[1:]) if self.values.ndim > 2 else None
 
     def normalized(self, quantile: float = 0.99) -> Attribution:
         """Each sample's map divided by that quantile of its |values|, and cut to [-1, 1]; signs stay.
@@ -77,8 +80,9 @@ class Attribution:
         top = torch.where(top > 0, top, 1.0).view(-1, *[1] * (self.values.ndim - 1))
         return dataclasses.replace(self, values=(self.values / top).clamp(-1, 1))
 
-    def upsample(self, size: tuple[int, int]) -> Attribution:
-        """The map of a picture at ``size`` (H, W), bicubic, as the field draws and scores it.
+    def upsample(self, size: Sequence[int]) -> Attribution:
+        """The map of a picture at ``size`` (H, W), bicubic, as the field draws and scores it; of a video or
+        volume at (frames, H, W), trilinear.
 
         Raises:
             InputError: tokens in a row have no picture.
@@ -87,7 +91,10 @@ class Attribution:
             raise InputError(
                 f"a map of shape {tuple(self.values.shape)} is over no picture: there is no size"
             )
-        larger = torch.nn.functional.interpolate(self.values[:, None], tuple(size), mode="bicubic")[:, 0]
+        if len(size) != len(self.grid):
+            raise InputError(f"a map over {self.grid} is enlarged to as many numbers, got {tuple(size)}")
+        mode = "bicubic" if len(size) == 2 else "trilinear"
+        larger = torch.nn.functional.interpolate(self.values[:, None], tuple(size), mode=mode)[:, 0]
         return dataclasses.replace(self, values=larger)
 
     def topk(self, k: int) -> list[list[tuple[tuple[int, ...], float]]]:
