@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +21,11 @@ def expected(seen: Internals, names: Sequence[str], biases: Sequence[Term], plus
     """(B,): what all terms add up to if the backward is balanced.
 
     The term of a layer is the output less what does not come by it: biases and inputs that are not
-    before it. An input in ``names`` counts for itself.
+    before it. An input in ``names`` counts for itself. nan where a path leads past a layer.
     """
     output = seen.output.double()
+    if seen.passed & {*names}:
+        return torch.full_like(output, math.nan)
     if not plus or not seen.before:
         return output
     sums = [(name, maps.summed(b)) for name, b in biases]

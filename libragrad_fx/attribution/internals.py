@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from libragrad_fx.account.observe import Observer, flat_arguments, site_bias, source_name
 from libragrad_fx.attribution import attention as heads
@@ -25,8 +26,9 @@ from libragrad_fx.decide.flow import reach
 from libragrad_fx.errors import InputError
 from libragrad_fx.graph.schema import aten_op
 from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.module.walk import called_modules
+from libragrad_fx.module.walk import argument, bypassed, calls, senders
 from libragrad_fx.ops import insert
+from libragrad_fx.ops.insert import probed
 from libragrad_fx.ops.places import taken
 from libragrad_fx.target import Target, as_call, differentiable, select_each, undisturbed
 from libragrad_fx.types import Kind, OpFacts, Site
@@ -49,6 +51,7 @@ class Internals:
     places:  likewise for the additive tables of positions, upstream or not
     shapes:  shapes of the values upstream of the first layer, in graph order (``()`` for a tuple)
     before:  module path -> the nodes and inputs that the layer's input is computed from
+    passed:  module paths of layers that a path from what they read leads past
     tokens:  node, input or module path -> the inputs whose positions it has (see ``positions``)
     axes:    input -> its axes that are positions
     layouts: nodes whose tokens are known to lie somewhere -> how they lie
@@ -67,6 +70,7 @@ class Internals:
     places: tuple[Term, ...]
     shapes: tuple[tuple[int, ...], ...]
     before: Mapping[str, frozenset[str]]
+    passed: frozenset[str]
     tokens: Mapping[str, frozenset[str]]
     axes: Mapping[str, tuple[int, ...]]
     layouts: Mapping[str, maps.Layout]
@@ -232,10 +236,11 @@ class Run:
         """The fields of ``Internals`` that do not depend on the target."""
         upstream = {p: _ancestors(n) for p, n in self.layers.items()}
         first = next(iter(upstream.values()), set[Node]())
-        where = positions(self.module, self.facts, self.sizes, self.sources)
+        where, sends = positions(self.module, self.facts, self.sizes, self.sources), senders(self.module)
         tokens = {source_name(n): names for n, names in where.items()}
         return {
             "shapes": tuple(shape for n, shape in self.sizes.items() if n in first),
+            "passed": frozenset(p for p, n in self.layers.items() if bypassed(self.module, n, sends)),
             "before": {p: frozenset(map(source_name, nodes)) for p, nodes in upstream.items()},
             "tokens": tokens | {p: where[n] for p, n in self.layers.items()},
             "axes": self.located.axes,
@@ -260,7 +265,7 @@ def run(
 
     Args:
         inputs: as ``module`` takes them: a tensor, a tuple, or a dict of keyword arguments.
-        layers: module paths; of a module called several times the first call counts.
+        layers: names of calls: module paths, and ``path#2`` for the second call of one.
         biases: whether bias terms are wanted.
         attention: whether attention probabilities are wanted.
         given: what to start from instead of what is computed, by the names of ``Run.sources`` or of nodes.
@@ -271,7 +276,7 @@ def run(
     Raises:
         InputError: no such layer.
     """
-    taps = {path: layer_input(module, path) for path in layers}
+    taps, called_by = {path: layer_input(module, path) for path in layers}, calls(module)
     first = next(iter(taps.values()), None)
     upstream = _ancestors(first) if first is not None else set[Node]()
     starts = starts or not taps
@@ -279,7 +284,7 @@ def run(
     facts = _facts_of(module)
     attends = [*heads.sites(module.graph, facts)] if attention else []
     streams = [heads.stream_after(site, facts) for site in attends]
-    ends = [n for p in layers if (n := _at_call(module, p, "_output")) is not None] if attention else []
+    ends = [n for p in layers if (n := _returned(called_by[p])) is not None] if attention else []
     at = {site.node for site in attends}
     wanted = {*taps.values(), *at, *streams, *ends}
     called, values = dict[Node, Any](), dict[Node, torch.Tensor]()
@@ -446,25 +451,19 @@ def _finite(bias: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     return bias if bool(bias.isfinite().all()) else bias.masked_fill(g == 0, 0.0)
 
 
-def layer_input(module: CapturedModule, path: str) -> Node:
-    """The graph node that is the first tensor argument of the module at ``path``."""
-    if (found := _at_call(module, path, "_args")) is not None:
+def layer_input(module: CapturedModule, name: str) -> Node:
+    """The node that is the first tensor argument of a call (``blocks.3``; the second, ``blocks.3#2``)."""
+    called = calls(module)
+    if name in called and (found := argument(called[name])) is not None:
         return found
-    called = called_modules(module)
-    near = difflib.get_close_matches(str(path), called, 3) or called[:6]
+    near = difflib.get_close_matches(str(name), called, 3) or [*called][:6]
     hint = f"; called are, for example, {', '.join(near)}"
-    raise InputError(f"no module {path!r} is called with a tensor in this graph{hint}")
+    raise InputError(f"no module {name!r} is called with a tensor in this graph{hint}")
 
 
-def _at_call(module: CapturedModule, path: str, side: str) -> Node | None:
-    """The first tensor that the module at ``path`` is called with (``_args``) or returns (``_output``)."""
-    for node in module.graph.nodes:
-        if node.op == "call_module" and node.target == path and "_output" in node.kwargs:
-            found: list[Node] = []
-            map_arg(node.kwargs[side], found.append)
-            if found:
-                return found[0]
-    return None
+def _returned(call: Node) -> Node | None:
+    """The first tensor that a module returned."""
+    return next((n for n in pytree.tree_leaves(probed(call)) if isinstance(n, Node)), None)
 
 
 def _ancestors(node: Node) -> set[Node]:

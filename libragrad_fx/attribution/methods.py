@@ -19,7 +19,7 @@ from libragrad_fx.attribution.result import Attribution
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.variants import fitting
-from libragrad_fx.module.walk import blocks
+from libragrad_fx.module.walk import blocks, called_modules, path_of
 from libragrad_fx.target import Target, select_each
 from libragrad_fx.version import __version__
 
@@ -278,7 +278,7 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
     ]
     if not how.attention:
         return Taps(layers, seed=asked.seed)
-    at = [_inside(seen, layer.name) for layer in layers]
+    at = [_inside(asked.module, seen, layer.name) for layer in layers]
     missing = [x.name for x, i in zip(layers, at, strict=True) if i is None or not _over_tokens(seen, i, x)]
     if missing:
         raise InputError(
@@ -304,9 +304,13 @@ def _places(seen: Internals, name: str, shape: Sequence[int], image: Any) -> tup
     return axes[0] if axes and len(shape) == 3 else maps.positions(shape, image)
 
 
-def _inside(seen: Internals, path: str) -> int | None:
-    """Which attention is the first of a block."""
-    return next((i for i, a in enumerate(seen.attention) if f"{a.module}.".startswith(f"{path}.")), None)
+def _inside(module: CapturedModule, seen: Internals, name: str) -> int | None:
+    """Which attention is the first in a call of a block."""
+    path, _, call = name.partition("#")
+    inside = [i for i, a in enumerate(seen.attention) if f"{a.module}.".startswith(f"{path}.")]
+    count = sum(path_of(c) == path for c in called_modules(module))
+    place = (int(call or 1) - 1) * len(inside) // max(count, 1)
+    return inside[place] if inside else None
 
 
 def _over_tokens(seen: Internals, index: int, layer: Layer) -> bool:

@@ -17,9 +17,9 @@ from libragrad_fx.errors import InputError
 class Attribution:
     """A signed, un-normalised attribution.
 
-    values:       over the positions of the main input, float64: (B, H, W) pixels or patches; (B, N) tokens,
-                  or columns of a table; (B, frames, H, W); (B, D, H, W) voxels; (B, C, T) a series (B, C, T)
-                  at its input, where channels are variables, and (B, T) behind it
+    values:       over the positions of the main input, float64: (B, H, W) pixels or patches; (B, N) tokens
+                  or columns of a table; (B, frames, H, W); (B, D, H, W) voxels; (B, C, T) of a series
+                  (B, C, T) at its input, where channels are variables, and (B, T) behind it
     prefix:       (B, P) class and register tokens, or None
     unplaced:     (B,) what belongs to no position
     others:       where a model has several inputs with positions: the maps of the others, by input. Inputs
@@ -37,7 +37,8 @@ class Attribution:
                   and no further term. Rotary positions are factors of q and k: theirs is zero wherever q
                   and k are held, as by ``libra``
     method:       as it was asked for
-    layers:       module paths whose inputs were used (empty: the model's own input)
+    layers:       module paths whose inputs were used (empty: the model's own input); of a module that is
+                  called several times, the second call is ``path#2``
     policy:       what the backward was balanced by; "" for autograd's own
     digest:       of that policy and of the facts, as in a certificate
     target:       of each sample, the index that was explained, or what was asked for

@@ -137,3 +137,47 @@ def test_a_series_by_a_recurrent_network(kind: Any) -> None:
     found = lg.attribute(lg.transform(model, x), x, 1)
     assert found.values.shape == (3, 7)
     assert float(found.completeness_error.max()) < 1e-12
+
+
+# --- modules that are called several times, and layers that the stream passes by
+
+
+def test_every_call_of_a_shared_tower_counts() -> None:
+    made = small("shared")
+    gm = lg.transform(made.model, made.inputs)
+    names = ["tower.0", "tower.1", "tower.0#2", "tower.1#2"]
+    assert lg.blocks(gm) == names
+    found = lg.attribute(gm, made.inputs, made.target)
+    assert found.layers == tuple(names)
+    assert float((found.completeness_error / found.expected).abs().max()) < 1e-9
+    h: list[torch.Tensor] = []
+    handles = [
+        gm.get_submodule(f"tower.{i}").register_forward_hook(lambda m, args, y: h.append(args[0]))
+        for i in range(2)
+    ]
+    logits = gm(*made.inputs)
+    for handle in handles:
+        handle.remove()
+    gs = torch.autograd.grad(logits[:, made.target].sum(), h)
+    sums = [(a * g).sum(2).detach() for a, g in zip(h, gs, strict=True)]
+    only = lg.attribute(gm, made.inputs, made.target, method="hirescam", layers=names)
+    torch.testing.assert_close(only.values, sums[0] + sums[1])
+    torch.testing.assert_close(only.others["b"], sums[2] + sums[3])
+    assert lg.attribute(gm, made.inputs, made.target, method="attcat", layers=names[2:]).values.shape == (2, 4)
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inside, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.head((x + self.inside(x.relu())).mean(1))
+
+
+def test_of_a_branch_no_sum_is_promised() -> None:
+    model, x = Branch().double().eval(), torch.randn(2, 5, 4, dtype=F64)
+    gm = lg.transform(model, x)
+    assert bool(lg.attribute(gm, x, 1, method="fullgrad", layers=["inside"]).expected.isnan().all())
+    assert float(lg.attribute(gm, x, 1, method="fullgrad", layers=["stem"]).completeness_error.max()) < 1e-12
