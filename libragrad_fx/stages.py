@@ -60,13 +60,14 @@ def decide(
     module_calls: bool = True,
     piece: bool = False,
     static: Container[str] = (),
+    computed: Container[str] = (),
     check: bool = True,
     free: Free = USUAL,
 ) -> Decision:
     """Every stage before the rewrite.
 
     piece: the model is a part of a larger one: its shapes are fixed, and every output carries.
-    static: paths of arguments that do not depend on the model's input.
+    static, computed: see ``analyze``.
     check: run the model before it is traced: see ``birth``.
     free: the sizes to leave free; fewer, if the model fixes some.
     """
@@ -85,7 +86,7 @@ def decide(
             if known is not None and known.unfit:
                 raise ExportError(f"{type(model).__name__} is no graph: {known.unfit}")
             trace, free = _traced(model, args, kwargs, book, module_calls, FIXED if piece else free)
-        analysis = analyze(trace, book, all_carry=piece, static=static)
+        analysis = analyze(trace, book, all_carry=piece, static=static, computed=computed)
         made = make_plan(trace, analysis, book, on_unknown)
         if not piece:  # a row may have its site in another piece
             require_matched([made])

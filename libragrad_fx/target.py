@@ -31,13 +31,17 @@ def select_each(output: Any, target: Target) -> torch.Tensor:
             field ``logits`` where there is one).
         target: as in Captum: an int, a tuple (for outputs of more dimensions), a 0-d or 1-d tensor
             or list with one entry a sample, a list of tuples; None for outputs of shape (B,) or
-            (B, 1); or a callable from the output to scalars.
+            (B, 1); a callable from the whole output to scalars; or a list of callables, one a sample,
+            each from its sample's output to a number (the targets of pytorch-grad-cam). A sample's output
+            is its part of the tensor above, or its mapping where the model returns a list of these.
 
     Raises:
         InputError: the target does not fit the output.
     """
     if callable(target):
         return _called(output, target)
+    if isinstance(target, list) and target and all(map(callable, target)):
+        return _called_each(output, target)
     y = first_tensor(output)
     if not y.is_floating_point():
         raise InputError(
@@ -72,6 +76,18 @@ def _called(output: Any, target: Any) -> torch.Tensor:
     if not chosen.requires_grad and any(t.requires_grad for t in leaves):
         raise InputError("what the target callable returned has no gradient to the model's output")
     return chosen.reshape(-1)
+
+
+def _called_each(output: Any, targets: list[Any]) -> torch.Tensor:
+    """The number that each callable gives for its sample."""
+    detected = isinstance(output, list) and all(isinstance(entry, Mapping) for entry in output)
+    samples = output if detected else torch.atleast_1d(first_tensor(output))
+    if len(samples) != len(targets):
+        raise InputError(f"{len(targets)} target callables for a batch of {len(samples)}")
+    found = [_called(sample, target) for sample, target in zip(samples, targets, strict=True)]
+    if more := next((len(each) for each in found if len(each) > 1), None):
+        raise InputError(f"of a list of target callables each gives one number for its sample; got {more}")
+    return torch.cat(found)
 
 
 def _rows(target: Any, shape: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -60,6 +60,9 @@ class Action(enum.StrEnum):
     SECANT = "secant"
     FREEZE_SCALE = "freeze_scale"
     TEMPER = "temper"
+    GAMMA = "gamma"
+    Z_PLUS = "z_plus"
+    BOX = "box"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,26 @@ class Secant(NamedTuple):
 
     slope: float
     at_zero: float | None
+
+
+Box = tuple[tuple[float, ...], tuple[float, ...]]
+"""The lowest and the highest value of an input: one number each, or one for each channel."""
+
+
+class Share(NamedTuple):
+    """How a sum of products shares what it sends back among its terms (``ops.share``).
+
+    value:   the operand that carries; weight: what it is multiplied with; offsets: what is added
+    gamma:   of LRP-γ; without it and a box, z⁺
+    axis:    the axis of the channels, from the end, where the box has several numbers
+    """
+
+    value: str
+    weight: str
+    offsets: tuple[str, ...]
+    gamma: float | None = None
+    box: Box | None = None
+    axis: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +157,10 @@ class PolicyRow:
     """One row of a policy file: (kind, site) -> action.
 
     number:   of ``{scale: 0.25}``
-    of:       the op or kind that makes the operand ("" for any)
+    box:      of ``{box: [-1, 1]}``
+    of:       the op or kind that makes the operand ("" for any), a pattern
     scope:    the modules in which it holds ("" for all), which the file calls ``where``
+    reads:    "input" if it holds for ops alone that read the model's input, "" for all
     optional: whether a model may have no site for it
     """
 
@@ -148,13 +173,21 @@ class PolicyRow:
     of: str = ""
     scope: str = ""
     optional: bool = False
+    box: Box | None = None
+    reads: str = ""
 
     @property
     def name(self) -> str:
         return f"{self.kind}/{self.site}"
 
+    @property
+    def shares(self) -> bool:
+        """Whether it is for sums of products with weights that are constant."""
+        return self.action in (Action.GAMMA, Action.Z_PLUS, Action.BOX)
+
     def __str__(self) -> str:
         made = f" of {self.of}" if self.of else ""
+        made += f" that reads the {self.reads}" if self.reads else ""
         return self.name + made + (f" in {self.scope!r}" if self.scope else "")
 
 
@@ -226,6 +259,7 @@ class Analysis:
     relabelled:  gate sources that turned out to carry the signal (role VALUE by demand)
     gate_outputs: outputs of the model that are gates beside one that carries: left alone
     zeros:        values that are zero whatever the input
+    raw:          values that are the model's input, moved, shifted or scaled at most
     gate_heads:   softmax or sigmoid heads that are all the model returns: balanced as values
     """
 
@@ -236,6 +270,7 @@ class Analysis:
     gate_outputs: tuple[str, ...]
     gate_heads: tuple[str, ...]
     zeros: frozenset[str]
+    raw: frozenset[str]
     unruled: tuple[Finding, ...]
 
 
@@ -255,6 +290,7 @@ class Edit:
     module: str
     source: str
     temperature: float | None = None
+    share: Share | None = None
 
 
 @dataclasses.dataclass(frozen=True)

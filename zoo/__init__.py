@@ -2,6 +2,7 @@
 
 ``libragrad_fx.coverage.suites`` imports a file of this folder when its suite is used. Each file has
 ``names()``, which maps every model's name to its family, and ``build(name)``, which returns a ``Subject``.
+``real.py`` is no such list: it loads real weights and data, for ``tools/`` and the tests.
 """
 
 from __future__ import annotations

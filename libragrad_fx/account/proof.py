@@ -25,7 +25,7 @@ from libragrad_fx.ops.graft import graft
 from libragrad_fx.ops.insert import LEAN, is_scale, probed
 from libragrad_fx.ops.places import idle, whole
 from libragrad_fx.ops.product import halved_mul
-from libragrad_fx.types import Finding, History, Kind, OpFacts, Proof, Role
+from libragrad_fx.types import Finding, History, Kind, OpFacts, Proof, Role, Share
 
 _BY_KIND = {
     Kind.LINEAR: "linear in what carries",
@@ -42,6 +42,7 @@ _BY_TWIN = {
     Kind.RECURRENT: "recurrent layer, its gates held by a twin",
 }
 _SCALED = ", scaled"  # in a reason that rests on it
+_NONZERO = ", if no element that it reads is 0"  # z-box: what such an element gets, no gradient carries
 _ONCE = ", if no two of its indices coincide"  # of two writes one survives, but autograd answers both
 
 
@@ -125,6 +126,9 @@ def _judge(
     twin = hasattr(node.target, "aten_op")
     if hasattr(node.target, "temper"):
         return "", "its softmax goes back at another temperature"
+    if made_of := getattr(node.target, "share", ()):
+        boxed = Share(*made_of[1:]).box is not None
+        return "sum of products, shared among its terms by a twin" + (_NONZERO if boxed else ""), ""
     gates = () if twin else fact.gate_outputs
     if gates and any(u.args[1] in gates for u in node.users if u in reached):
         return "", "an output of it that is a gate carries"

@@ -40,7 +40,7 @@ class Taps:
     streams:   of each layer's block, the residual stream behind attention, (B, T, C)
     ends:      of each layer's block, its output, (B, T, C)
     row:       the token that the output is read from, of methods that follow attention to it
-    seed:      of methods that draw numbers
+    noise:     a number from [0, 1) for each position of the first layer, 1 for batch and channels
     """
 
     layers: Sequence[Layer]
@@ -48,7 +48,7 @@ class Taps:
     streams: Sequence[torch.Tensor] = ()
     ends: Sequence[torch.Tensor] = ()
     row: int = 0
-    seed: int = 0
+    noise: torch.Tensor | None = None
 
 
 # --- gradients
@@ -65,13 +65,10 @@ def input_x_gradient(taps: Taps) -> list[Term]:
 
 
 def random(taps: Taps) -> list[Term]:
-    """A number from [0, 1) for each position, their sum 1, the same for each sample: what any method has to
-    beat."""
-    first = taps.layers[0]
-    kept = [n if i in first.places else 1 for i, n in enumerate(first.value.shape)]
-    draw = torch.Generator().manual_seed(taps.seed)
-    drawn = torch.rand(kept, generator=draw, dtype=torch.float64, device=draw.device).to(first.value.device)
-    return [(first.name, (drawn / drawn.sum()).expand(len(first.value), *kept[1:]))]
+    """Noise as shares, their sum 1, the same for each sample: what any method has to beat."""
+    assert taps.noise is not None
+    first, batch = taps.layers[0], len(taps.layers[0].value)
+    return [(first.name, (taps.noise / taps.noise.sum()).expand(batch, *taps.noise.shape[1:]))]
 
 
 # --- class activation maps, with their signs (no ReLU)
@@ -79,21 +76,42 @@ def random(taps: Taps) -> list[Term]:
 
 def gradcam(taps: Taps) -> list[Term]:
     """w_c = mean over positions of the gradient; Σ_c w_c h_c. Selvaraju et al. 2017."""
-    return [_weighted(x, x.gradient.double().mean(x.places, keepdim=True)) for x in taps.layers]
+    found = []
+    for x in taps.layers:
+        at = reached(x)
+        found.append(_weighted(x, _summed(x, x.gradient.double()) / _summed(x, at), at))
+    return found
 
 
 def xgradcam(taps: Taps) -> list[Term]:
     """w_c = Σ_t g |h| / (Σ_t |h| + 1e-7); Σ_c w_c h_c. Fu et al. 2020, in the authors' signed form."""
     found = []
     for x in taps.layers:
-        size = x.value.double().abs()
-        shares = (x.gradient.double() * size).sum(x.places, keepdim=True)
-        found.append(_weighted(x, shares / (size.sum(x.places, keepdim=True) + 1e-7)))
+        at = reached(x)
+        size = x.value.double().abs() * at
+        shares = _summed(x, x.gradient.double() * size)
+        found.append(_weighted(x, shares / (_summed(x, size) + 1e-7), at))
     return found
 
 
-def _weighted(layer: Layer, weights: torch.Tensor) -> Term:
-    return layer.name, layer.value.double() * weights
+def reached(layer: Layer) -> torch.Tensor:
+    """1 at the tokens that the output comes from, 0 at the others, which have no gradient: a shorter text's
+    padding, and what follows the token that is read. A mean over positions leaves them out, so that a text
+    in a batch is explained as it is alone. Of images all positions count; so do all if none has a gradient.
+    """
+    if layer.value.ndim != 3:
+        kept = [n if i in (0, *layer.places) else 1 for i, n in enumerate(layer.value.shape)]
+        return layer.value.new_ones(kept).double()
+    at = (layer.gradient != 0).any(2, keepdim=True)
+    return (at | ~at.any(1, keepdim=True)).double()
+
+
+def _summed(layer: Layer, values: torch.Tensor) -> torch.Tensor:
+    return values.sum(layer.places, keepdim=True) if layer.places else values
+
+
+def _weighted(layer: Layer, weights: torch.Tensor, at: torch.Tensor) -> Term:
+    return layer.name, layer.value.double() * weights * at
 
 
 # --- attention
@@ -116,8 +134,12 @@ def genatt(taps: Taps) -> list[Term]:
 
 def attcat(taps: Taps) -> list[Term]:
     """Σ_l a_l Σ_c h_{l+1} g_{l+1}, a_l the mean attention that a token gets. Qiang et al. 2022."""
-    after = zip(taps.attention, input_x_gradient(taps)[1:], strict=False)
-    return [(name, a.weights.mean((1, 2))[..., None] * share) for a, (name, share) in after]
+    found = []
+    for layer, a, after in zip(taps.layers, taps.attention, taps.layers[1:], strict=False):
+        at = reached(layer)
+        got = (a.weights.mean(1) * at).sum(1) / at.sum(1)
+        found.append((after.name, got[..., None] * product(after.value, after.gradient)))
+    return found
 
 
 def tokentm(taps: Taps) -> list[Term]:
@@ -127,14 +149,22 @@ def tokentm(taps: Taps) -> list[Term]:
     one = torch.eye(first.shape[1], dtype=seen.dtype, device=seen.device)
     for layer, a, stream, end in zip(taps.layers, taps.attention, taps.streams, taps.ends, strict=True):
         before, between, behind = (t.double() for t in (layer.value, stream, end))
-        mixed = a.weights.mean(1) * _turned(before, between)[:, None] * a.gradient.relu().mean(1)
-        seen = (one + torch.diag_embed(_turned(between, behind))) @ (one + mixed) @ seen
+        at = reached(layer)[..., 0] > 0
+        mixed = a.weights.mean(1) * _turned(before, between, at)[:, None] * a.gradient.relu().mean(1)
+        seen = (one + torch.diag_embed(_turned(between, behind, at))) @ (one + mixed) @ seen
     return _read(taps, seen)
 
 
-def _turned(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def legrad(taps: Taps) -> list[Term]:
+    """The mean over blocks, heads and queries of relu(dA). Each block's dA is that of the target on its own
+    output, as if the network ended there. Bousselham et al. 2024, without their final scaling to [0, 1]."""
+    shares = torch.stack([a.gradient.relu().mean((1, 2)) for a in taps.attention]).mean(0)
+    return [(taps.layers[0].name, shares[..., None])]
+
+
+def _turned(a: torch.Tensor, b: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """(B, T): the growth of each token, weighted by a softmax over tokens of how little it turned."""
-    likeness = torch.nn.functional.cosine_similarity(a, b, dim=-1)
+    likeness = torch.nn.functional.cosine_similarity(a, b, dim=-1).masked_fill(~at, -torch.inf)
     return b.norm(dim=-1) / (a.norm(dim=-1) + 1e-8) * likeness.softmax(-1)
 
 
@@ -163,7 +193,7 @@ class Method(NamedTuple):
     row:       whether it follows attention to the one token that the output is read from
     sums:      whether its map adds up to the output where the backward is balanced
     path:      whether the gradient is an average over inputs: of noise, or on the way from a baseline; or
-               whether the whole map is one
+               whether the whole map is one; or whether each block has a gradient of its own
     """
 
     terms: Callable[[Taps], list[Term]]
@@ -173,7 +203,7 @@ class Method(NamedTuple):
     attention: bool = False
     row: bool = False
     sums: bool = False
-    path: Literal["", "noise", "line", "whole"] = ""
+    path: Literal["", "noise", "line", "whole", "blocks"] = ""
 
 
 _LIBRA = "Mehri et al. 2025 (LibraGrad)"
@@ -196,6 +226,7 @@ METHODS: Mapping[str, Method] = {
     "genatt": Method(genatt, "all", "Chefer et al. 2021", attention=True, row=True),
     "attcat": Method(attcat, "all", "Qiang et al. 2022", attention=True),
     "tokentm": Method(tokentm, "all", "Wu et al. 2024", attention=True, row=True),
+    "legrad": Method(legrad, "all", "Bousselham et al. 2024", attention=True, path="blocks"),
 }  # fmt: skip
 
 

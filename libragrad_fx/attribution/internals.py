@@ -193,6 +193,15 @@ class Run:
                 found[site.node] = layout
         return found
 
+    def attended(self, index: int, value: torch.Tensor, gradient: torch.Tensor) -> heads.Attention:
+        """One attention, with its gradient if ``gradient`` is that of ``value``, behind it."""
+        site = self.attends[index]
+        at = self.values[site.node]
+        (g,) = torch.autograd.grad(value, at, gradient, retain_graph=True, allow_unused=True)
+        return heads.attention(
+            site, self.called[site.node], torch.zeros_like(at) if g is None else g, value.shape[0]
+        )
+
     def _rows(
         self,
         each: torch.Tensor,

@@ -163,9 +163,29 @@ def _whole_on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> l
     return [_mean(answers) for answers in zip(*found, strict=True)]
 
 
+def _block_by_block(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
+    """LeGrad: each block's attention by the target of its own output, as if it were the last block's."""
+    ends = {path: seen.values[n] for path, n in zip(asked.paths, seen.ends, strict=True)}
+    last = seen.ends[-1].name
+    tails = [run(asked.module, asked.inputs, biases=False, given={last: t.detach()}) for t in ends.values()]
+    answers = []
+    for target in targets:
+        one = seen.back(target, last=False)
+        attention = dict(enumerate(one.attention))
+        for (path, end), tail in zip(ends.items(), tails, strict=True):
+            inside, (_, g) = _inside(one, path), tail.back(target, last=False).inputs[last]
+            if inside is not None:
+                attention[inside] = seen.attended(inside, end, g)
+        answers.append(
+            _answer(asked, dataclasses.replace(one, attention=tuple(attention.values())), target)
+        )
+    return answers
+
+
 _ByPath = Callable[[Question, Run, Sequence[Target]], list[Attribution]]
 _BY_PATH: Mapping[str, _ByPath] = {
-    "": _at_once, "noise": _among_noise, "line": _on_a_line, "whole": _whole_on_a_line
+    "": _at_once, "noise": _among_noise, "line": _on_a_line, "whole": _whole_on_a_line,
+    "blocks": _block_by_block,
 }  # fmt: skip
 
 
@@ -277,7 +297,7 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
         for name, (h, g) in _tapped(asked, seen).items()
     ]
     if not how.attention:
-        return Taps(layers, seed=asked.seed)
+        return Taps(layers, noise=_uniform(layers[0], asked.seed))
     at = [_inside(asked.module, seen, layer.name) for layer in layers]
     missing = [x.name for x, i in zip(layers, at, strict=True) if i is None or not _over_tokens(seen, i, x)]
     if missing:
@@ -311,6 +331,13 @@ def _inside(module: CapturedModule, seen: Internals, name: str) -> int | None:
     count = sum(path_of(c) == path for c in called_modules(module))
     place = (int(call or 1) - 1) * len(inside) // max(count, 1)
     return inside[place] if inside else None
+
+
+def _uniform(layer: Layer, seed: int) -> torch.Tensor:
+    kept = [n if i in layer.places else 1 for i, n in enumerate(layer.value.shape)]
+    draw = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(kept, generator=draw, dtype=torch.float64, device=draw.device)
+    return drawn.to(layer.value.device)
 
 
 def _over_tokens(seen: Internals, index: int, layer: Layer) -> bool:

@@ -287,7 +287,7 @@ class _Normaliser:
         if _spelled(spec):
             return pytree.tree_unflatten(list(leaves), spec)
         if not hasattr(self.root, "output_structure"):
-            self.root.add_module("output_structure", Structure(spec))
+            self.root.add_module("output_structure", Structure(spec).train(self.model.training))
         return self.graph.create_node("call_module", "output_structure", tuple(leaves))
 
     def _call(self, index: int, call: Call) -> ModuleCall | None:

@@ -15,9 +15,12 @@ from libragrad_fx.cli.audit import audit
 from libragrad_fx.cli.graph import graph
 from libragrad_fx.cli.bench import bench
 from libragrad_fx.cli.coverage import coverage
+from libragrad_fx.cli.doctor import doctor
 from libragrad_fx.cli.options import app
 
-__all__ = ["app", "audit", "bench", "coverage", "demo", "explain", "graph", "main", "plan", "verify"]
+__all__ = [
+    "app", "audit", "bench", "coverage", "demo", "doctor", "explain", "graph", "main", "plan", "verify",
+]  # fmt: skip
 
 
 def main() -> None:

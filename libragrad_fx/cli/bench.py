@@ -8,6 +8,7 @@ import torch
 import typer
 
 import libragrad_fx as lg
+from libragrad_fx.attribution import METHODS
 from libragrad_fx.cli.common import guessed_inputs, load_model, working
 from libragrad_fx.cli.options import ModelName, Seed, app
 from libragrad_fx.errors import InputError
@@ -23,6 +24,9 @@ def bench(
     weights: Annotated[
         bool, typer.Option("--weights", help="Leave parameters requiring gradients.")
     ] = False,
+    methods: Annotated[
+        bool, typer.Option("--methods", help="Every attribution method instead, on the balanced backward.")
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Run forward and backward to the input, plain and balanced in turns, and print what they cost.
@@ -30,7 +34,7 @@ def bench(
     "operations" is the share of the plain side's matrix products that is left: the time ratio if
     everything else were free.
     """
-    from libragrad_fx.bench import HEAD, compare, gradient
+    from libragrad_fx.bench import HEAD, compare, gradient, race
 
     torch.set_num_threads(threads)
     module = load_model(model, False, None, seed).module
@@ -42,11 +46,22 @@ def bench(
             raise InputError(f"bench times the gradient of one image-like input; {model} takes others")
         x = torch.randn(batch, *x.shape[1:], dtype=x.dtype)
         gm = lg.transform(module, x)
-        say("timing")
         sides = {
             n: gradient(lambda z, m=m: select(m(z), middle))
             for n, m in (("plain", module), ("balanced", gm))
         }
-        found = compare(sides, x, rounds)
+        refused: dict[str, str] = {}
+        for name in METHODS if methods else ():
+            say(f"trying {name}")
+            side = lambda z, m=name: lg.attribute(gm, z, middle, method=m)  # noqa: E731
+            try:
+                side(x)
+                sides[name] = side
+            except InputError as e:
+                refused[name] = str(e)
+        say("timing")
+        found = race(sides, x, rounds) if methods else compare(sides, x, rounds)
     typer.echo(f"{model}, {tuple(x.shape)}, {x.dtype}, {threads} threads, torch {torch.__version__}")
     typer.echo("\n".join([HEAD, *(c.against(found[0]) for c in found)]))
+    for name, why in refused.items():
+        typer.echo(f"{name}: {why}")

@@ -29,6 +29,11 @@ def is_inexact(node: Node) -> bool:
     return any(map(inexact, values))
 
 
+def is_complex(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_complex()
+
+
 def hands_on(node: Node) -> bool:
     """Whether a node sends its gradient on as it is, or scaled: a guard, a probe, getitem, a scale."""
     return not hasattr(node.target, "aten_op") and (

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
-from libragrad_fx.decide.flow import results
+from libragrad_fx.decide.flow import is_complex, results
 from libragrad_fx.decide.roles import kind_of
-from libragrad_fx.decide.rulebook import RuleBook
+from libragrad_fx.decide.rulebook import Place, RuleBook
+from libragrad_fx.decide.stem import is_elementwise
 from libragrad_fx.graph.origin import module_path
-from libragrad_fx.graph.schema import operands
+from libragrad_fx.graph.schema import aten_op, bind, operands
 from libragrad_fx.types import Action, Analysis, Kind, OpFacts, PolicyRow, Role
 
 Found = list[tuple[str, Node]]
@@ -27,7 +28,7 @@ class Path:
     """
 
     def __init__(self, graph: Graph, analysis: Analysis, book: RuleBook) -> None:
-        self.roles, self.facts, self.book = analysis.roles, analysis.facts, book
+        self.roles, self.facts, self.book, self.raw = analysis.roles, analysis.facts, book, analysis.raw
         self.made = self._makers(graph)
         self.direct = {n for n in results(graph) if n.name in analysis.live}
         self.behind: set[Node] = set()
@@ -44,8 +45,29 @@ class Path:
 
     def row(self, node: Node, kind: Kind, site: str, operand: Node | None = None) -> PolicyRow | None:
         """The row that holds for one operand, or for the node itself."""
-        names = _names(self.facts[node.name]) if operand is None else self.made[operand]
-        return self.book.row(kind, site, module_path(node), names)
+        fact = self.facts[node.name]
+        names = _names(fact) if operand is None else self.made[operand]
+        carried = self.carrying(node, (*fact.stream, *fact.factors))
+        reads = bool(carried) and all(n.name in self.raw for _, n in carried)
+        weighted = site == "value" and bool(self.weights(node, fact))
+        return self.book.row(kind, site, Place(module_path(node), names, reads, weighted))
+
+    def weights(self, node: Node, fact: OpFacts) -> Found:
+        """The constant with which the one operand that carries is multiplied, if the op returns sums of
+        such products, of real numbers; else none."""
+        every, carried = operands(node, fact.factors), self.carrying(node, fact.factors)
+        rest = [x for x in every if x not in carried]
+        factor = bind(aten_op(node), node.args, node.kwargs).get("alpha", 1)  # of the sum
+        fits = (
+            fact.kind is Kind.PRODUCT
+            and len(carried) == len(rest) == 1
+            and self.roles[rest[0][1].name] is Role.STATIC
+            and not is_elementwise(node)
+            and not any(map(is_complex, node.all_input_nodes))
+            and isinstance(factor, (int, float))
+            and factor > 0
+        )
+        return rest if fits else []
 
     def values(self, node: Node) -> str:
         """The site of several operands that carry."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch.fx import Node
 
-from libragrad_fx.decide.flow import is_inexact
+from libragrad_fx.decide.flow import is_complex, is_inexact
 from libragrad_fx.decide.path import Found, Path
 from libragrad_fx.decide.roles import finding, kind_of
 from libragrad_fx.decide.rulebook import RuleBook
@@ -27,9 +27,15 @@ from libragrad_fx.types import (
     Plan,
     PolicyRow,
     Role,
+    Share,
     Trace,
 )
 
+_SHARED = {
+    Action.GAMMA: "terms of the sign of their sum count more",
+    Action.Z_PLUS: "only terms of the sign of their sum get a share",
+    Action.BOX: "terms are measured from the ends of the input's range",
+}
 _BALANCED_KINDS = {Kind.LINEAR, Kind.HOMOGENEOUS, Kind.SATURATING, Kind.EMBEDDING, Kind.ATTENTION}
 
 
@@ -178,9 +184,11 @@ class _Planner:
             self._let_through(node, row, names, f"the gradient of {', '.join(names)} is scaled")
         elif row.action is Action.TEMPER:
             self._temper(node, row, "it goes back at a temperature")
+        elif row.shares:
+            self._share(node, fact, row, factors[0][0])
         elif fact.degree is not None:
             self._power(node, fact, row)
-        elif any(map(_is_complex, node.all_input_nodes)) and not _takes_complex(fact):
+        elif any(map(is_complex, node.all_input_nodes)) and not _takes_complex(fact):
             problem = "it carries complex values, and its balanced vjp is for real ones"
             self.unknown.append(finding(node, problem, "compute on the real and imaginary parts"))
         elif fact.twin is None:
@@ -229,6 +237,17 @@ class _Planner:
             self.unknown.append(
                 finding(node, f"row {row.name} tempers it, which is for softmax", "narrow the row")
             )
+
+    def _share(self, node: Node, fact: OpFacts, row: PolicyRow, value: str) -> None:
+        ((name, weight),) = self.path.weights(node, fact)
+        axis = 1 - weight.meta["val"].ndim if row.box is not None and len(row.box[0]) > 1 else -1
+        share = Share(value, name, fact.stream, row.number, row.box, axis)
+        if row.box is not None and (problem := _no_box(node, share)):
+            self.unknown.append(
+                finding(node, f"{problem}, so row {row.name} has no box for it", "narrow it")
+            )
+        else:
+            self._edit(node, row, (value,), _SHARED[row.action], share=share)
 
     def _power(self, node: Node, fact: OpFacts, row: PolicyRow) -> None:
         if fact.degree != 1:
@@ -310,26 +329,29 @@ class _Planner:
     def _edit(
         self, node: Node, row: PolicyRow, names: tuple[str, ...], reason: str,
         *, factor: float | None = None, fact: OpFacts | None = None, action: Action | None = None,
-        temperature: float | None = None,
+        temperature: float | None = None, share: Share | None = None,
     ) -> None:  # fmt: skip
         self.edits.append(
             Edit(
                 node=node.name, op=op_name(node.target), action=action or row.action, operands=names,
                 factor=factor, twin=fact and fact.twin, secant=fact and fact.secant,
                 rule=row.name, reason=reason, module=module_path(node), source=source_line(node),
-                temperature=temperature,
+                temperature=temperature, share=share,
             )
         )  # fmt: skip
+
+
+def _no_box(node: Node, share: Share) -> str:
+    """Why the z-box rule has no bounds for a node; "" if it has."""
+    count, x = len((share.box or [()])[0]), dict(operands(node, (share.value,)))[share.value].meta["val"]
+    if count == 1 or (-x.ndim <= share.axis < 0 and str(x.shape[share.axis]) == str(count)):
+        return ""
+    return f"it has no axis of {count} channels"
 
 
 def _takes_complex(fact: OpFacts) -> bool:
     """Whether a row's twin has a backward for complex values; without a twin the plan says so."""
     return fact.vjp is None or hasattr(TWINS[fact.vjp], "takes_complex")
-
-
-def _is_complex(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_complex()
 
 
 def _gate_notes(trace: Trace, analysis: Analysis) -> Iterator[str]:

@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from libragrad_fx.decide.flow import is_inexact, reach, results
 from libragrad_fx.decide.rulebook import RuleBook
+from libragrad_fx.decide.stem import holds_input
 from libragrad_fx.graph.origin import module_path, source_line
 from libragrad_fx.graph.schema import aten_op, bind, members, op_name, operands, tensor_arguments
 from libragrad_fx.ops import insert
@@ -28,13 +29,17 @@ _RANK_ODD, _RANK_RECIPROCAL, _RANK_GATE_ONLY = 1, 4, 5
 _GROUPS = ("stream", "factors", "gate", "denominator")
 
 
-def analyze(trace: Trace, book: RuleBook, all_carry: bool = False, static: Container[str] = ()) -> Analysis:
+def analyze(
+    trace: Trace, book: RuleBook, all_carry: bool = False, static: Container[str] = (),
+    computed: Container[str] = (),
+) -> Analysis:  # fmt: skip
     """Roles, live nodes and unruled ops of a captured graph, which is not changed.
 
     all_carry: a later graph reads every output, so none may be left to autograd as a gate.
     static:    paths of arguments that do not depend on the model's input.
+    computed:  paths of arguments that do, and that another graph computed.
     """
-    return _Analyzer(trace, book, all_carry, static).run()
+    return _Analyzer(trace, book, all_carry, static, computed).run()
 
 
 def is_affine(node: Node, fact: OpFacts) -> bool:
@@ -58,6 +63,7 @@ class _Analyzer:
     book: RuleBook
     all_carry: bool
     static: Container[str]
+    computed: Container[str]
 
     def __post_init__(self) -> None:
         self.nodes = list(self.trace.graph.nodes)
@@ -89,6 +95,7 @@ class _Analyzer:
             gate_outputs=gates,
             gate_heads=tuple(n.name for n in self._heads() if n.name in self.relabelled),
             zeros=frozenset(self.zeros),
+            raw=self._raw(),
             unruled=tuple(self._unruled(n) for n in self.nodes if n in demanded and self._unknown(n)),
         )
 
@@ -170,6 +177,12 @@ class _Analyzer:
                 if nothing and fact.kind in (Kind.PRODUCT, Kind.LINEAR) and not fact.constant:
                     zeros.add(node.name)
         return zeros
+
+    def _raw(self) -> frozenset[str]:
+        linear = {
+            n.name for n in self.nodes if (f := self.facts.get(n.name)) and kind_of(n, f) is Kind.LINEAR
+        }
+        return holds_input(self.trace.graph, self.facts, linear, self.roles, self.computed)
 
     # --- backwards
 

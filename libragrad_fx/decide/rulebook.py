@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from libragrad_fx.errors import RuleError
 from libragrad_fx.graph.schema import op_name
 from libragrad_fx.ops import TWINS
 from libragrad_fx.ops.bias import BIASES
-from libragrad_fx.types import Action, Kind, Location, OpFacts, PolicyRow
+from libragrad_fx.types import Action, Box, Kind, Location, OpFacts, PolicyRow
 
 SITES = ("value", "values", "gate", "denominator", "behind", "weights")
 MOVES = ("view", "copy")
 _ROWWISE = re.compile(r"-\d+|all( but (-\d+|\w+|len\(\w+\)))?")
 _ARGUMENT = re.compile(r"all but (?:len\()?([a-zA-Z_]\w*)")
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MANY = 1000  # blocks in a range
 _LISTS = ("stream", "factors", "gate", "denominator", "like", "once", "gate_outputs")
 _NUMBER = (int, float)
 _ADDED = {"constant": True}  # of a linear op that no test has seen: it may add something of its own
@@ -41,6 +43,7 @@ _BY_TWIN = {
 }  # fmt: skip
 """What the twins of a kind do about a value that carries."""
 _UNREADABLE = (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+_BOX = f"{{{Action.BOX}: [low, high]}}"
 _FIELDS = {f.name for f in dataclasses.fields(OpFacts)} - {"where"}
 
 
@@ -48,6 +51,21 @@ def rules_folder() -> Path:
     """The shipped rules: inside the wheel, or at the top of the checkout."""
     here = Path(__file__).resolve().parents[1]
     return next(p for p in (here / "rules", here.parent / "rules") if p.is_dir())
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What a row may ask of the place where it is to hold.
+
+    made:     the names of what makes the operand
+    reads:    whether the op reads the model's input, moved, shifted or scaled at most
+    weighted: whether it sums products of what carries with constants
+    """
+
+    module: str
+    made: Iterable[str]
+    reads: bool = False
+    weighted: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +88,10 @@ class RuleBook:
         name = op_name(target)
         return self.facts.get(name) or self.facts.get(name.rsplit(".", 1)[0])
 
-    def row(self, kind: Kind, site: str, module: str, made_by: Container[str]) -> PolicyRow | None:
-        """The first row of a site that holds in ``module`` for an operand made by such an op."""
-        for row in self.rows:
-            fits = (row.kind, row.site) == (kind, site) and (not row.of or row.of in made_by)
-            if fits and (not row.scope or in_scope(row.scope, module)):
-                return row
-        return None
+    def row(self, kind: Kind, site: str, place: Place) -> PolicyRow | None:
+        """The first row of a site that holds at a place."""
+        rows = (r for r in self.rows if (r.kind, r.site) == (kind, site))
+        return next((r for r in rows if _holds(r, place)), None)
 
     def without(self, row: PolicyRow) -> RuleBook:
         """The same book with one policy row taken out (the control that a row is needed)."""
@@ -125,9 +140,9 @@ def load(policy: str | Path = "libra", rules: Any = None) -> RuleBook:
         )
     book = _shipped(file, folder, file.stat().st_mtime_ns, (folder / "ops.yaml").stat().st_mtime_ns)
     book = book if rules is None else book.extended(rules)
-    made = {*book.facts, *Kind, *(".".join(op.split(".")[:2]) for op in book.facts), ""}
+    made = {*book.facts, *Kind, *(".".join(op.split(".")[:2]) for op in book.facts)}
     for row in book.rows:
-        if row.of not in made:
+        if row.of and not _named(row.of, made):
             raise RuleError(
                 f"{row.where}: 'of' is a kind, or an op that has a row of facts; got {row.of!r}"
             )
@@ -135,9 +150,42 @@ def load(policy: str | Path = "libra", rules: Any = None) -> RuleBook:
 
 
 def in_scope(scope: str, module: str) -> bool:
-    """Whether a pattern of ``fnmatch`` holds of a module's path, or of one that holds that module."""
-    parts = module.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:i]), scope) for i in range(1, len(parts) + 1))
+    """Whether a pattern of ``fnmatch`` holds of a module's path, or of one that holds that module.
+
+    ``blocks.{0..3}`` holds of ``blocks.0`` to ``blocks.3``.
+    """
+    parts, patterns = module.split("."), _spelled_out(scope)
+    paths = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+    return any(fnmatch.fnmatchcase(path, pattern) for path in paths for pattern in patterns)
+
+
+@functools.cache
+def _spelled_out(scope: str) -> tuple[str, ...]:
+    """The patterns that a pattern with ranges stands for."""
+    if (found := _RANGE.search(scope)) is None:
+        return (scope,)
+    first, last = map(int, found.groups())
+    head, tail = scope[: found.start()], scope[found.end() :]
+    return tuple(p for n in range(first, last + 1) for p in _spelled_out(f"{head}{n}{tail}"))
+
+
+def _named(pattern: str, names: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def _holds(row: PolicyRow, place: Place) -> bool:
+    return (
+        (not row.of or _named(row.of, place.made))
+        and (not row.scope or in_scope(row.scope, place.module))
+        and (not row.reads or place.reads)
+        and (not row.shares or place.weighted)
+    )
+
+
+def _hides(first: PolicyRow, row: PolicyRow) -> bool:
+    """Whether ``first`` takes all sites of a row behind it."""
+    asks = [(r.of, r.scope, r.reads, "weights" if r.shares else "") for r in (first, row)]
+    return first.name == row.name and all(a in ("", b) for a, b in zip(*asks, strict=True))
 
 
 def _content(row: OpFacts | PolicyRow) -> str:
@@ -178,10 +226,7 @@ def _load_policy(file: Path) -> tuple[str, tuple[PolicyRow, ...]]:
     for child in body["rows"].value:
         values, at = _mapping(child, file)
         row = _policy_row({"optional": optional, **values}, at)
-        hides = (
-            r for r in rows if r.name == row.name and r.of in ("", row.of) and r.scope in ("", row.scope)
-        )
-        if first := next(hides, None):
+        if first := next((r for r in rows if _hides(r, row)), None):
             raise RuleError(f"{at}: unreachable row: {row.name} is already ruled at {first.where}")
         rows.append(row)
     return str(_construct(body["policy"], where)), tuple(rows)
@@ -319,18 +364,27 @@ def _check_schema(row: OpFacts) -> None:
 
 def _policy_row(values: dict[str, Any], where: Location) -> PolicyRow:
     needed = {"kind", "site", "action", "cite"}
-    _keys(values, needed | {"of", "where", "optional"}, needed, where)
-    site, of, scope, optional = (values.get(k, "") for k in ("site", "of", "where", "optional"))
+    _keys(values, needed | {"of", "where", "reads", "optional"}, needed, where)
+    site, of, scope, reads, optional = (
+        values.get(k, "") for k in ("site", "of", "where", "reads", "optional")
+    )
     if site not in SITES:
         raise RuleError(f"{where}: site {site!r} is none of {', '.join(SITES)}")
     if not (isinstance(of, str) and isinstance(scope, str) and isinstance(optional, bool)):
         raise RuleError(f"{where}: 'of' and 'where' are text, 'optional' is true or false")
-    kind, (action, number) = _enum(Kind, values["kind"], where), _action(values["action"], where)
+    if reads not in ("", "input"):
+        raise RuleError(
+            f"{where}: 'reads' is input: the row holds for ops that read that; got {reads!r:.40}"
+        )
+    for first, last in _RANGE.findall(scope):
+        if not 0 <= int(last) - int(first) < _MANY:
+            raise RuleError(f"{where}: {{{first}..{last}}} is no range from a number to a higher one")
+    kind, (action, number, box) = _enum(Kind, values["kind"], where), _action(values["action"], where)
     if kind is Kind.CUT:
         raise RuleError(f"{where}: unreachable row: no gradient passes a cut")
     if action is Action.CUT:
         raise RuleError(f"{where}: a cut is a fact about an op, not a policy: stop is what you want")
-    said = action if number is None else f"{{{action}: number}}"
+    said = _BOX if box else action if number is None else f"{{{action}: number}}"
     if said not in (able := _actions(kind, site)):
         raise RuleError(
             f"{where}: {said} cannot be done to {kind}/{site}: give {' or '.join(able) or 'another site'}"
@@ -339,21 +393,46 @@ def _policy_row(values: dict[str, Any], where: Location) -> PolicyRow:
         raise RuleError(f"{where}: q and k of fused attention have one row, whatever they are made of")
     if not of and (site, action) == ("values", Action.STOP):
         raise RuleError(f"{where}: of values that multiply, say with 'of' which to stop")
-    return PolicyRow(kind, site, action, str(values["cite"]), where, number, of, scope, optional)
+    if box and not reads:
+        raise RuleError(f"{where}: a box is the range of the model's input: add 'reads: input'")
+    return PolicyRow(
+        kind, site, action, str(values["cite"]), where, number, of, scope, optional, box, reads
+    )
 
 
-def _action(value: Any, where: Location) -> tuple[Action, float | None]:
-    """An action and its number: ``stop``, ``{scale: 0.25}``."""
+def _action(value: Any, where: Location) -> tuple[Action, float | None, Box | None]:
+    """An action, its number or its box: ``stop``, ``{scale: 0.25}``, ``{box: [-1, 1]}``."""
     if not isinstance(value, Mapping):
-        return _enum(Action, value, where), None
+        return _enum(Action, value, where), None, None
     if len(value) != 1:
         raise RuleError(f"{where}: an action has one number, '{{scale: 0.25}}'; got {value!r:.80}")
     ((name, number),) = value.items()
-    real = isinstance(number, _NUMBER) and not isinstance(number, bool) and 0 < abs(number) < _HUGE
-    if not real or (name == Action.TEMPER and number < 0):
-        least = "be above 0" if name == Action.TEMPER else "not be 0"
+    if name == Action.BOX:
+        return Action.BOX, None, _box(number, where)
+    above = name in (Action.TEMPER, Action.GAMMA)
+    if not _is_number(number) or number == 0 or (above and number < 0):
+        least = "be above 0" if above else "not be 0"
         raise RuleError(f"{where}: the number of {name!r} must be finite and {least}; got {number!r:.40}")
-    return _enum(Action, name, where), float(number)
+    return _enum(Action, name, where), float(number), None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, _NUMBER) and not isinstance(value, bool) and abs(value) < _HUGE
+
+
+def _box(value: Any, where: Location) -> Box:
+    """The lowest and the highest value of the input: ``[-1, 1]``, or a list of each, by channel."""
+    ends = [e if isinstance(e, list) else [e] for e in value] if isinstance(value, list) else []
+    fits = (
+        len(ends) == 2 and len(ends[0]) == len(ends[1]) > 0 and all(map(_is_number, [*ends[0], *ends[1]]))
+    )
+    if not fits or not all(low < high for low, high in zip(*ends, strict=True)):
+        raise RuleError(
+            f"{where}: a box is [low, high], two numbers, or two lists of as many numbers as channels, each"
+            f" low below its high; got {value!r:.80}"
+        )
+    low, high = (tuple(map(float, e)) for e in ends)
+    return low, high
 
 
 def _actions(kind: Kind, site: str) -> list[str]:
@@ -375,6 +454,7 @@ def _actions(kind: Kind, site: str) -> list[str]:
     if site == "values" or (product and site == "behind"):
         found += [Action.SCALE, scaled]
     found += [scaled] if (kind, site) == (Kind.ATTENTION, "value") else []
+    found += [Action.Z_PLUS, f"{{{Action.GAMMA}: number}}", _BOX] if product and site == "value" else []
     return found + ([tempered] if (kind, site) == (Kind.GATE_SOURCE, "behind") else [])
 
 

@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from libragrad_fx.explain.call import attribute, attribute_each
+from libragrad_fx.explain.generation import attribute_generation
+from libragrad_fx.explain.targets import Against, Likeness, Span
 
-__all__ = ["attribute", "attribute_each"]
+__all__ = ["Against", "Likeness", "Span", "attribute", "attribute_each", "attribute_generation"]

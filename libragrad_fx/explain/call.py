@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from libragrad_fx.attribution import Attribution, methods
+from libragrad_fx.attribution.formulas import method_of
 from libragrad_fx.attribution.methods import Resolution
 from libragrad_fx.errors import InputError
 from libragrad_fx.explain.inputs import Batch, batches
 from libragrad_fx.explain.kept import Policy, captured
-from libragrad_fx.explain.targets import contrast, named, own_answers
+from libragrad_fx.explain.targets import Against, named, of_samples, resolved, warn_if_curved
 from libragrad_fx.target import Target
 
 
@@ -39,9 +40,12 @@ def attribute(
         model: any ``nn.Module``, which is captured on the way (its transform is kept as long as the model
             lives, so that the next call is fast); or the result of ``transform`` or ``trace``.
         inputs: a tensor, a tuple, or a dict of keyword arguments, batch first; or what a person has: a
-            picture (PIL, or the path of a file), a text, or a list of these.
+            picture (PIL, or the path of a file), a text, or a list of these; or a dict of such for a
+            processor (``{"text": …, "text_pair": …}``, ``{"text": …, "images": …}``).
         target: as in Captum (int, tuple, tensor, list), or a callable from output to scalars. None is the
-            model's own answer: the class of the largest logit, or the next token of a text.
+            model's own answer: the class of the largest logit, the next token of a text, the best span of
+            an answer. A text is the class or the next token of that name; of a language model that gets
+            texts, a number is a next token.
         method: a name in ``attribution.METHODS``, which says what it needs and its source.
             ``"fullgrad_plus"`` (FullGrad+, LibraGrad's flagship): Σ_c h g over the inputs of all blocks,
             plus every additive bias of the graph times its gradient, once. ``path_averaged(NAME)`` is the
@@ -67,9 +71,11 @@ def attribute(
             the method needs.
         LibraGradError: the model cannot be captured: see ``transform``.
     """
-    targets = [target if against is None else contrast(target, against)]
+    if target is None and against is not None:
+        raise InputError("against needs a target to compare with: target=3, against=5")
+    asked = target if against is None else Against(target, against)
     return attribute_each(
-        model, inputs, targets, method=method, policy=policy, layers=layers, resolution=resolution,
+        model, inputs, [asked], method=method, policy=policy, layers=layers, resolution=resolution,
         baseline=baseline, steps=steps, seed=seed, processor=processor, batch_size=batch_size,
         progress=progress,
     )[0]  # fmt: skip
@@ -102,24 +108,22 @@ def attribute_each(
         raise InputError(f"top is at least 1, got {top}")
     if not isinstance(batch_size, (int, type(None))) or (batch_size is not None and batch_size < 1):
         raise InputError(f"batch_size is a number from 1 on, got {batch_size!r}")
+    complete = method_of(options.get("method", "fullgrad_plus")).sums
     parts: list[list[Attribution]] = []
     for batch in _shown(batches(model, inputs, processor, batch_size), progress):
         module = captured(model, batch.call, policy)
-        chosen = batch.targets_of(targets) if targets is not None else [None] * top
-        found = methods.explain(module, batch.call, _resolved(model, batch, chosen), **options)
-        parts.append([named(model, batch, a) for a in found])
+        chosen = [of_samples(t, batch) for t in targets or [None] * top]
+        meant: list[Target] = []
+
+        def resolve(output: Any, batch: Batch = batch, chosen: Any = chosen, meant: Any = meant) -> Any:
+            meant += resolved(model, batch, output, chosen)
+            for target in meant if complete else ():
+                warn_if_curved(output, target)
+            return meant
+
+        found = methods.explain(module, batch.call, resolve, **options)
+        parts.append([named(model, batch, a, t) for a, t in zip(found, meant, strict=True)])
     return [Attribution.joined(answers) for answers in zip(*parts, strict=True)]
-
-
-def _resolved(model: Any, batch: Batch, targets: Sequence[Target]) -> Callable[[Any], list[Target]]:
-    """From an output to targets: what is None becomes the model's own answers, in falling order."""
-    asked = sum(t is None for t in targets)
-
-    def resolve(output: Any) -> list[Target]:
-        own = iter(own_answers(model, batch, output, asked))
-        return [next(own) if t is None else t for t in targets]
-
-    return resolve
 
 
 def _shown(found: Sequence[Callable[[], Batch]], progress: bool) -> Any:

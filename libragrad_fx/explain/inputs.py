@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils import _pytree as pytree
@@ -16,7 +15,7 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.errors import InputError
 from libragrad_fx.extras import need
 from libragrad_fx.models import IMAGE_FORMATS, pixels_by, read_image, transform_of
-from libragrad_fx.target import Arguments, Target, as_call
+from libragrad_fx.target import Arguments, as_call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Batch:
     last:       where each text ends
     vocabulary: of the tokenizer, 0 if there is none
     piece:      the text of a token
+    ids:        the tokens of a text
     """
 
     call: Any
@@ -39,19 +39,7 @@ class Batch:
     last: tuple[int, ...] | None = None
     vocabulary: int = 0
     piece: Callable[[int], str] | None = None
-
-    def targets_of(self, targets: Sequence[Target]) -> list[Target]:
-        """Those of these samples: a list or tensor has an entry for each sample of all."""
-        return [self._own(t) for t in targets]
-
-    def _own(self, target: Any) -> Any:
-        arrays = isinstance(target, (torch.Tensor, np.ndarray)) and target.ndim
-        listed = isinstance(target, list) or arrays
-        if self.size == self.whole or not listed:
-            return target
-        if len(target) != self.whole:
-            raise InputError(f"{len(target)} targets for {self.whole} samples")
-        return target[self.first : self.first + self.size]
+    ids: Callable[[str], list[int]] | None = None
 
 
 def batches(model: Any, inputs: Any, processor: Any, size: int | None) -> list[Callable[[], Batch]]:
@@ -60,11 +48,13 @@ def batches(model: Any, inputs: Any, processor: Any, size: int | None) -> list[C
     Raises:
         InputError: nothing to explain, no such file, or no processor for pictures or texts.
     """
+    if isinstance(inputs, Mapping) and any(_is_raw(v) for v in inputs.values()):
+        return _by_processor(model, inputs, processor, size)
     items = _items(inputs)
     if items is None:
         return _of_tensors(inputs, size)
     if all(isinstance(item, str) for item in items):
-        return _of_texts(model, items, processor, size)
+        return _by_processor(model, {"text": items}, processor, size)
     return _of_pictures(model, items, processor, size)
 
 
@@ -81,6 +71,12 @@ def _items(inputs: Any) -> list[Any] | None:
             f"pictures and texts in one list: {', '.join(sorted({type(i).__name__ for i in found}))}"
         )
     return None
+
+
+def _is_raw(value: Any) -> bool:
+    """Whether a value is a text or a picture, or a list of them."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, (str, Path, Image.Image))
 
 
 def _is_picture_path(text: str) -> bool:
@@ -136,7 +132,8 @@ def _picture_steps(model: Any, processor: Any) -> Callable[[Image.Image], torch.
         raise InputError(
             f"processor is a callable from a picture to a tensor, got {type(processor).__name__}"
         )
-    return pixels_by(processor) if hasattr(processor, "model_input_names") else processor
+    steps: Any = pixels_by(processor) if hasattr(processor, "model_input_names") else processor
+    return steps
 
 
 def _pictures(items: Sequence[Any], steps: Any, at: tuple[torch.device, torch.dtype]) -> torch.Tensor:
@@ -148,41 +145,67 @@ def _pictures(items: Sequence[Any], steps: Any, at: tuple[torch.device, torch.dt
     return torch.stack(made).to(*at)
 
 
-# --- texts
+# --- texts, and texts with pictures
 
 
-def _of_texts(
-    model: Any, texts: Sequence[str], processor: Any, size: int | None
+def _by_processor(
+    model: Any, named: Mapping[str, Any], processor: Any, size: int | None
 ) -> list[Callable[[], Batch]]:
-    tokenizer = processor if processor is not None else _tokenizer_of(model)
-    if len(texts) > 1 and getattr(tokenizer, "pad_token", "") is None:
-        tokenizer = copy.deepcopy(tokenizer)  # the user's is not changed
+    """What a processor makes of ``text``, ``text_pair`` or ``images``, each a list."""
+    processor = processor if processor is not None else _published(model, named)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    lists = {k: [_upright(i) for i in (v if isinstance(v, list) else [v])] for k, v in named.items()}
+    counts = {len(v) for v in lists.values()}
+    if len(counts) != 1 or counts == {0}:
+        given = ", ".join(f"{len(v)} of {k}" for k, v in lists.items())
+        raise InputError(f"each sample needs one of everything; got {given}")
+    (count,) = counts
+    if count > 1 and getattr(tokenizer, "pad_token", "") is None:
+        processor = copy.deepcopy(processor)  # the user's is not changed
+        tokenizer = getattr(processor, "tokenizer", processor)
         tokenizer.pad_token = tokenizer.eos_token
-    made = tokenizer(list(texts), return_tensors="pt", padding=len(texts) > 1)
+    made = processor(**lists, return_tensors="pt", **({"padding": True} if count > 1 else {}))
     device = next((t.device for t in _floating(model)), torch.device("cpu"))
     call = {k: v.to(device) for k, v in made.items()}
-    ids = call["input_ids"]
-    mask = call.get("attention_mask", torch.ones_like(ids))
-    pieces = [
-        tuple(p if kept else "" for p, kept in zip(tokenizer.convert_ids_to_tokens(row), m, strict=True))
-        for row, m in zip(ids.tolist(), mask.tolist(), strict=True)
-    ]
-    last = (mask.shape[1] - 1 - mask.flip(1).argmax(1)).tolist()
+    said: dict[str, Any] = _texts_of(call, tokenizer) if "input_ids" in call else {}
 
     def part(a: int, b: int) -> Batch:
-        mine, piece = {k: v[a:b] for k, v in call.items()}, lambda i: tokenizer.decode([i])
-        ends = tuple(last[a:b])
-        return Batch(mine, a, b - a, len(texts), tuple(pieces[a:b]), ends, len(tokenizer), piece)
+        mine: Any = {k: v[a:b] if isinstance(v, tuple) else v for k, v in said.items()}
+        return Batch({k: v[a:b] for k, v in call.items()}, a, b - a, count, **mine)
 
-    return [lambda a=a, b=b: part(a, b) for a, b in _places(len(texts), size)]
+    return [lambda a=a, b=b: part(a, b) for a, b in _places(count, size)]
 
 
-def _tokenizer_of(model: Any) -> Any:
-    """The tokenizer that was published with a model of Hugging Face."""
+def _upright(item: Any) -> Any:
+    return read_image(item) if isinstance(item, Path) else item
+
+
+def _texts_of(call: Mapping[str, torch.Tensor], tokenizer: Any) -> dict[str, Any]:
+    """The fields of ``Batch`` that are about texts."""
+    ids = call["input_ids"]
+    mask = call.get("attention_mask", torch.ones_like(ids))
+    pieces = tuple(
+        tuple(p if kept else "" for p, kept in zip(tokenizer.convert_ids_to_tokens(row), m, strict=True))
+        for row, m in zip(ids.tolist(), mask.tolist(), strict=True)
+    )
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    return {
+        "tokens": pieces,
+        "last": tuple(last.tolist()),
+        "vocabulary": len(tokenizer),
+        "piece": lambda i: tokenizer.decode([i]),
+        "ids": lambda text: tokenizer.encode(text, add_special_tokens=False),
+    }
+
+
+def _published(model: Any, named: Mapping[str, Any]) -> Any:
+    """The tokenizer, or with pictures the processor, that was published with a model of Hugging Face."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not name:
-        raise InputError("texts need a tokenizer: give processor=AutoTokenizer.from_pretrained(…)")
+        raise InputError(f"{' and '.join(named)} need a tokenizer or processor: give processor=…")
+    made = need("transformers", "models")
     try:
-        return need("transformers", "models").AutoTokenizer.from_pretrained(name)
+        kind = made.AutoProcessor if "images" in named else made.AutoTokenizer
+        return kind.from_pretrained(name)
     except (OSError, ValueError) as e:
-        raise InputError(f"no tokenizer is found for {name}: give one as processor=…") from e
+        raise InputError(f"no tokenizer or processor is found for {name}: give one as processor=…") from e

@@ -1,74 +1,240 @@
-"""Targets as people mean them: the model's own answer, one answer against another; and their names."""
+"""Targets as people mean them: the model's own answer, a word, one answer against another, a likeness."""
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 from libragrad_fx.attribution import Attribution
-from libragrad_fx.errors import InputError
+from libragrad_fx.attribution.similarity import unit
+from libragrad_fx.errors import InputError, TargetWarning
 from libragrad_fx.explain.inputs import Batch
-from libragrad_fx.models import label_of
-from libragrad_fx.target import Target, first_tensor, select_each
+from libragrad_fx.models import index_of, label_of
+from libragrad_fx.target import (
+    Target,
+    differentiable,
+    dot,
+    first_tensor,
+    inexact,
+    moving,
+    select_each,
+)  # fmt: skip
+
+_CURVED = 1e-2  # half precision rounds a sum of outputs by less
 
 
 @dataclasses.dataclass(frozen=True)
-class Contrast:
+class Against:
     """The number of one target less that of another, sample by sample."""
 
     target: Target
-    against: Target
+    other: Target
 
     def __call__(self, output: Any) -> torch.Tensor:
-        return select_each(output, self.target) - select_each(output, self.against)
-
-    @property
-    def __name__(self) -> str:
-        return f"{self.target} against {self.against}"
+        return select_each(output, self.target) - select_each(output, self.other)
 
 
-def contrast(target: Target, against: Target) -> Contrast:
-    """Raises ``InputError`` without a target: the model's own answer is not known before it answers."""
-    if target is None:
-        raise InputError("against needs a target to compare with: target=3, against=5")
-    return Contrast(target, against)
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """The logit of where an answer starts, and of where it ends, in the outputs ``start_logits`` and
+    ``end_logits`` (B, T): for each sample the two tokens."""
+
+    tokens: Sequence[tuple[int, int]]
+
+    def __call__(self, output: Any) -> torch.Tensor:
+        first, last = ([t[i] for t in self.tokens] for i in (0, 1))
+        return select_each(output.start_logits, first) + select_each(output.end_logits, last)
 
 
-def own_answers(model: Any, batch: Batch, output: Any, count: int) -> list[Target]:
+@dataclasses.dataclass(frozen=True)
+class Likeness:
+    """``scale`` times the cosine between two vectors of the output, of which only the first is explained.
+
+    Both are (B, D), and fields of the output. What the second is made of counts as constant: a product of
+    two values would count the cosine twice. LibraGrad explains CLIP's pictures so, with a scale of 100.
+
+    Args:
+        of: the field that is explained (``"image_embeds"``).
+        to: the field that it is compared with (``"text_embeds"``).
+    """
+
+    of: str
+    to: str
+    scale: float = 100.0
+
+    def __call__(self, output: Any) -> torch.Tensor:
+        missing = [name for name in (self.of, self.to) if not hasattr(output, name)]
+        if missing:
+            raise InputError(f"the output has no {' and no '.join(missing)}")
+        a, b = (getattr(output, name) for name in (self.of, self.to))
+        return self.scale * (unit(a) * unit(b).detach()).sum(-1)
+
+
+# --- from what is asked to what ``select_each`` takes
+
+
+def of_samples(target: Target, batch: Batch) -> Any:
+    """The target of a batch's samples: a list or tensor has an entry for each sample of all."""
+    if isinstance(target, Against):
+        return Against(of_samples(target.target, batch), of_samples(target.other, batch))
+    arrays = isinstance(target, (torch.Tensor, np.ndarray)) and target.ndim
+    if batch.size == batch.whole or not (isinstance(target, list) or arrays):
+        return target
+    mine: Any = target
+    if len(mine) != batch.whole:
+        raise InputError(f"{len(mine)} targets for {batch.whole} samples")
+    return mine[batch.first : batch.first + batch.size]
+
+
+def resolved(model: Any, batch: Batch, output: Any, targets: Sequence[Target]) -> list[Target]:
+    """None becomes the model's own answers, in falling order; words and names become indices."""
+    own = iter(_own_answers(batch, output, sum(t is None for t in targets)))
+    return [next(own) if t is None else _meant(model, batch, output, t) for t in targets]
+
+
+def _own_answers(batch: Batch, output: Any, count: int) -> list[Target]:
     """The ``count`` largest answers of each sample: of a classifier (B, K) its classes, of a language model
-    (B, T, vocabulary) on texts the next tokens. [None] for one number a sample.
+    (B, T, vocabulary) on texts the next tokens, the best span; [None] for one number a sample.
 
     Raises:
         InputError: the output has more dimensions, or fewer entries.
     """
     if count == 0:
         return []
+    if hasattr(output, "start_logits"):
+        return [_best_span(batch, output)] if count == 1 else _refuse("a span has one best answer")
     y = first_tensor(output)
     if y.ndim == 0 or y.numel() == y.shape[0]:
         return [None] * count
-    rows: list[tuple[int, ...]] = [()] * y.shape[0]
-    if y.ndim == 3 and batch.last is not None and y.shape[2] == batch.vocabulary:
-        rows = [(i,) for i in batch.last]
-        y = torch.stack([y[(b, *row)] for b, row in enumerate(rows)])
+    ends = _ends(batch, y)
+    if ends is not None:
+        y = torch.stack([y[b, i] for b, i in enumerate(ends)])
     if y.ndim != 2:
-        raise InputError(f"the output has shape {tuple(y.shape)}: say which target to explain")
+        _refuse(f"the output has shape {tuple(y.shape)}: say which target to explain")
     if count > y.shape[1]:
-        raise InputError(f"the output has {y.shape[1]} entries: there are no {count} largest")
+        _refuse(f"the output has {y.shape[1]} entries: there are no {count} largest")
     if bool(y.isnan().any()):
-        raise InputError("the model answers nan: there is nothing to explain")
+        _refuse("the model answers nan: there is nothing to explain")
     best = y.topk(count, 1).indices.T.tolist()
-    return [[(*row, k) for row, k in zip(rows, ks, strict=True)] for ks in best]
+    places = [()] * y.shape[0] if ends is None else [(i,) for i in ends]
+    return [[(*place, k) for place, k in zip(places, ks, strict=True)] for ks in best]
 
 
-def named(model: Any, batch: Batch, found: Attribution) -> Attribution:
-    """With what is known about the batch: the pieces of its texts, and the names of its targets."""
-    labels = tuple(_label(model, batch, t) for t in found.target)
-    return dataclasses.replace(found, tokens=batch.tokens, labels=labels)
+def _best_span(batch: Batch, output: Any) -> Span:
+    """For each sample the start and the end, not before it, with the largest sum of logits."""
+    scores = output.start_logits.detach()[:, :, None] + output.end_logits.detach()[:, None, :]
+    whole = scores.masked_fill(torch.ones_like(scores[0], dtype=torch.bool).tril(-1), -torch.inf)
+    if batch.last is not None:
+        for i, last in enumerate(batch.last):
+            whole[i, :, last + 1 :] = -torch.inf
+    width = whole.shape[2]
+    return Span([divmod(int(i), width) for i in whole.flatten(1).argmax(1)])
 
 
-def _label(model: Any, batch: Batch, target: Any) -> str:
+def _refuse(text: str) -> Any:
+    raise InputError(text)
+
+
+def _ends(batch: Batch, y: torch.Tensor) -> tuple[int, ...] | None:
+    """The last token of each text, if ``y`` holds next tokens (B, T, vocabulary)."""
+    nexts = y.ndim == 3 and batch.last is not None and y.shape[2] >= batch.vocabulary > 0
+    return batch.last if nexts else None
+
+
+def _meant(model: Any, batch: Batch, output: Any, target: Target) -> Target:
+    """A target with words and names as indices; of a language model a number is a next token."""
+    if isinstance(target, Against):
+        return Against(*(_meant(model, batch, output, t) for t in (target.target, target.other)))
+    listed = isinstance(target, list)
+    each = target if listed else [target]
+    if callable(target) or not all(isinstance(t, (str, int)) and not isinstance(t, bool) for t in each):
+        return target
+    ends = _ends(batch, first_tensor(output))
+    if ends is None and not any(isinstance(t, str) for t in each):
+        return target
+    indices = [_index(model, batch, t, ends is not None) if isinstance(t, str) else t for t in each]
+    if ends is None:
+        return indices if listed else indices[0]
+    indices = indices if listed else indices * len(ends)
+    if len(indices) != len(ends):
+        raise InputError(f"{len(indices)} targets for {len(ends)} texts")
+    return [*zip(ends, indices, strict=True)]
+
+
+def _index(model: Any, batch: Batch, name: str, token: bool) -> int:
+    if not token:
+        return index_of(model, name)
+    ids = batch.ids(name) if batch.ids is not None else []
+    if len(ids) != 1:
+        raise InputError(
+            f"the target {name!r} is {len(ids)} tokens of this model; give one (its first, or an index)"
+        )
+    return ids[0]
+
+
+def warn_if_curved(output: Any, target: Target) -> None:
+    """Warn if f is not ⟨y, ∂f/∂y⟩ over the outputs y: no map of a probability, or of a cosine between two
+    outputs, adds up to it, however balanced the model."""
+    if not callable(target):
+        return
+    with differentiable():
+        own = pytree.tree_map(moving, output)
+        f = select_each(own, target).sum()
+        leaves = [t for t in pytree.tree_leaves(own) if inexact(t)]
+        grads = torch.autograd.grad(f, leaves, allow_unused=True)
+    owed = sum(dot(t.detach(), g) for t, g in zip(leaves, grads, strict=True) if g is not None)
+    if abs(owed - float(f)) > _CURVED * max(abs(owed), abs(float(f))):
+        warnings.warn(
+            f"the target {_called(target)} is {float(f):.4g}, and what it takes from the outputs adds up to"
+            f" {owed:.4g}: so does a complete map. Explain logits, or let the model compute the rest",
+            TargetWarning,
+            stacklevel=4,
+        )
+
+
+# --- names
+
+
+def named(model: Any, batch: Batch, found: Attribution, asked: Target) -> Attribution:
+    """With what is known about the batch: the pieces of its texts, and what its targets are called."""
+    against = isinstance(asked, Against)
+    parts = [_each(t, batch.size) for t in ((asked.target, asked.other) if against else (asked,))]
+    texts = [
+        " against ".join(_said(model, batch, t) for t in sample) for sample in zip(*parts, strict=True)
+    ]
+    whose = tuple(zip(*parts, strict=True)) if against else tuple(parts[0])
+    return dataclasses.replace(found, tokens=batch.tokens, target=whose, labels=tuple(texts))
+
+
+def _each(target: Target, size: int) -> list[Any]:
+    """A target sample by sample, as plain data."""
+    if isinstance(target, Span):
+        return list(target.tokens)
+    if callable(target):
+        return [_called(target)] * size
+    if hasattr(target, "tolist"):
+        target = target.tolist()
+    return [
+        _called(t) if callable(t) else t for t in (target if isinstance(target, list) else [target] * size)
+    ]
+
+
+def _called(target: Any) -> str:
+    if isinstance(target, Likeness):
+        return f"{target.scale:g} cos({target.of}, {target.to})"
+    return str(getattr(target, "__name__", type(target).__name__))
+
+
+def _said(model: Any, batch: Batch, target: Any) -> str:
+    """What one sample's target is called; empty where nothing is known."""
+    if isinstance(target, str):
+        return target
     index = target[-1] if isinstance(target, tuple) and target else target
     if isinstance(index, bool) or not isinstance(index, int):
         return ""

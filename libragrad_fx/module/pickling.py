@@ -15,14 +15,15 @@ from libragrad_fx.graph import notes
 from libragrad_fx.graph.origin import origin
 from libragrad_fx.ops import TWINS, insert
 from libragrad_fx.ops.activation import secant
+from libragrad_fx.ops.share import shared
 from libragrad_fx.ops.temper import tempered
 
 _INSERTS = {
     insert.guard: "guard", insert.constant: "constant", insert.scale: "scale",
     insert.probe: "probe", insert.structure: "structure", insert.sizes: "sizes",
 }  # fmt: skip
-_MADE: dict[str, Any] = {"secant": secant, "temper": tempered}
-"""Twins that are made from an op and numbers, which they keep under this name."""
+_MADE: dict[str, Any] = {"secant": secant, "temper": tempered, "share": shared}
+"""Twins that are made from an op and plain values, which they keep under this name."""
 
 
 @dataclasses.dataclass(frozen=True)

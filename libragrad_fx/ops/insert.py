@@ -95,11 +95,16 @@ It does nothing."""
 has_side_effect(observe)
 
 
-def probe(*args: Any, _output: Any, _args: tuple[Any, ...], **kwargs: Any) -> Any:
+def probe(*args: Any, _args: tuple[Any, ...] | None = None, _output: Any = None, **kwargs: Any) -> Any:
     """The forward of a shell module, called at the end of a module call so that hooks see it.
 
     A pre-hook that swaps an argument would be ignored by a captured graph, so it is refused.
     """
+    if _args is None:
+        raise ModeError(
+            "a submodule of a transformed model computes nothing when it is called alone: its ops are"
+            " inlined in the graph. Call the original's submodule, or transform that."
+        )
     given, captured = pytree.tree_leaves(args), pytree.tree_leaves(_args)
     if len(given) != len(captured) or any(
         a is not b for a, b in zip(given, captured, strict=True) if isinstance(b, torch.Tensor)
@@ -107,7 +112,10 @@ def probe(*args: Any, _output: Any, _args: tuple[Any, ...], **kwargs: Any) -> An
         raise ModeError(
             "a forward pre-hook changed the arguments of a submodule of a transformed model. The "
             "submodule's ops are inlined in the graph, so the change cannot take effect; register "
-            "a forward hook on the module that produces the tensor instead."
+            "a forward hook on the module that produces the tensor instead. In Captum, it is a layer "
+            "method with attribute_to_layer_input=True (explain the output of the layer before), or a "
+            "method that rewrites the backward by module type (guided backpropagation, deconvolution, "
+            "DeepLift), which the original model is for."
         )
     return _output
 

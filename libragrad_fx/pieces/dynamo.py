@@ -39,7 +39,7 @@ from libragrad_fx.types import Finding, Plan, Role
 
 _STATIC = "_libragrad_static"  # set on tensors that a graph returns and that no input reaches
 _LIMIT = {"recompile_limit": 256, "fail_on_recompile_limit_hit": True}
-MOVES, STILL, HELD = "moves", "still", "held"
+INPUT, MOVES, STILL, HELD = "input", "moves", "still", "held"
 
 
 class _Piece(nn.Module):
@@ -261,23 +261,28 @@ class CutModule(InGraphs):
     def _kind(self, run: Run, x: Any) -> str:
         if not isinstance(x, torch.Tensor) or id(x) in run.own:
             return HELD
+        if any(x is i for i in run.inputs):
+            return INPUT
         return MOVES if run.depends(x) else STILL
 
     def _piece(
         self, body: torch.fx.GraphModule, args: tuple[Any, ...], kinds: tuple[str, ...]
     ) -> tuple[str, CapturedModule | None, list[bool]]:
         """(name, balanced graph, which outputs depend on the input); ("", None, []) if none does."""
-        if MOVES not in kinds:
+        if not {INPUT, MOVES} & {*kinds}:
             return "", None, []
         # error messages name the class, so they speak of a part of the user's model
         part = type(f"a part of {type(self._model).__name__}", (_Piece,), {})
         piece = part(body, args, kinds)
         given = [(a.detach(), k) for a, k in zip(args, kinds, strict=True) if k != HELD]
-        static = {f"given[{i}]" for i, (_, kind) in enumerate(given) if kind == STILL}
+        static, computed = (
+            {f"given[{i}]" for i, (_, kind) in enumerate(given) if kind == which}
+            for which in (STILL, MOVES)
+        )
         try:
             decision = decide(
                 piece, tuple(a for a, _ in given), on_unknown=self.on_unknown, module_calls=False,
-                piece=True, static=static, **self.options,
+                piece=True, static=static, computed=computed, **self.options,
             )  # fmt: skip
         except NoPathError:
             return "", None, []

@@ -20,6 +20,7 @@ from libragrad_fx.graph.schema import operands, tensor_arguments
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops import TWINS, insert
 from libragrad_fx.ops.activation import secant
+from libragrad_fx.ops.share import shared
 from libragrad_fx.ops.temper import tempered
 from libragrad_fx.optimise.passes import optimise
 from libragrad_fx.rewrite.erase import erase
@@ -80,6 +81,9 @@ def _apply(graph: Graph, node: Node, edit: Edit) -> None:
     op: Any = node.target
     if edit.temperature is not None:
         node.target = tempered(op, edit.temperature)
+        return
+    if edit.share is not None:
+        node.target = shared(op, *edit.share)
         return
     if edit.twin is not None:
         node.target = TWINS[edit.twin] if edit.secant is None else secant(op, *edit.secant)

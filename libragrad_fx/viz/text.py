@@ -35,6 +35,9 @@ def _verb(edit: Edit) -> str:
         return f"scale {what} by {edit.factor:g}"
     if edit.temperature is not None:
         return f"temper at {edit.temperature:g}"
+    if edit.share is not None:
+        number = edit.share.gamma if edit.share.box is None else edit.share.box
+        return f"{edit.action} {what}" + ("" if number is None else f" by {number}")
     return f"{edit.action} ({edit.twin})"
 
 

@@ -123,6 +123,55 @@ def token_tm(seen: Seen) -> Tensor:
     return torch.stack(rows)
 
 
+def le_grad(model: nn.Module, runs: nn.Module, tail: nn.Module, x: Tensor) -> Tensor:
+    """Block by block: the logits of what stands behind it, as if it were the last."""
+    ends, v, o = [], [], []
+    handles = []
+    for block in runs.blocks:
+        handles.append(block.register_forward_hook(lambda m, i, y: ends.append(y)))
+        handles.append(block.attn.qkv.register_forward_hook(lambda m, i, y: v.append(y)))
+        handles.append(block.attn.proj.register_forward_hook(lambda m, i, y: o.append(i[0])))
+    runs(x)
+    for handle in handles:
+        handle.remove()
+    total = torch.zeros(len(x), TOKENS, dtype=F64)
+    for end, qkv, at in zip(ends, v, o, strict=True):
+        leaf = end.detach().requires_grad_()
+        (g,) = torch.autograd.grad(tail(leaf)[:, TARGET].sum(), leaf)
+        (g,) = torch.autograd.grad(end, at, g, retain_graph=True)
+        value = qkv.detach().unflatten(-1, (3, HEADS, -1))[:, :, 2].transpose(1, 2)
+        da = g.unflatten(-1, (HEADS, -1)).transpose(1, 2) @ value.mT
+        for b in range(len(x)):
+            for h in range(HEADS):
+                for query in range(TOKENS):
+                    total[b] += da[b, h, query].clamp(min=0) / (HEADS * TOKENS * DEPTH)
+    return total
+
+
+class Tail(nn.Module):
+    """What a vision transformer does behind its blocks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.head = model.norm, model.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x)[:, 0])
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_legrad_against_a_dense_reference(balanced: bool) -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(3, 3, 32, 32, dtype=F64), vit(fused=False)
+    make = lg.transform if balanced else lambda m, x: m
+    want = le_grad(model, make(model, x), make(Tail(model), torch.randn(3, TOKENS, 24, dtype=F64)), x)
+    for fused in (False, True):
+        module = (lg.transform if balanced else lg.trace)(vit(fused=fused), x)
+        got = lg.attribute(module, x, TARGET, method="legrad")
+        tokens = torch.cat([got.prefix, got.values.flatten(1)], 1)
+        torch.testing.assert_close(tokens, want, rtol=1e-10, atol=1e-14)
+
+
 REFERENCE: dict[str, Callable[[Seen], Tensor]] = {
     "hirescam": lambda s: (s.h[-1] * s.g[-1]).sum(-1),
     "gradcam": lambda s: cam(s, [DEPTH - 1], grad_cam),
@@ -160,7 +209,7 @@ def test_against_a_dense_reference(name: str, case: Any) -> None:
 
 def test_what_has_another_reference_or_none() -> None:
     """Sums over channels: FullGrad and its like are tested by their definition, paths against Captum."""
-    elsewhere = {"fullgrad", "fullgrad_plus", "skip_plus", "random", "smoothgrad"}
+    elsewhere = {"fullgrad", "fullgrad_plus", "skip_plus", "random", "smoothgrad", "legrad"}
     assert set(METHODS) == {*REFERENCE, *CAPTUM, *elsewhere}
 
 

@@ -68,7 +68,7 @@ class Net(nn.Module):
 @dataclasses.dataclass(frozen=True)
 class Formula:
     """method.md: what is held of norms and activations, the factors of the gradients of q, k, v and of
-    a GLU's product, and the temperature at which softmax goes back."""
+    a GLU's product, the temperature at which softmax goes back, and the γ of linear layers."""
 
     norm: bool = True
     activation: bool = True
@@ -77,6 +77,7 @@ class Formula:
     glu: float = 0.5
     gate_branch: bool = True
     temperature: float = 1.0
+    gamma: float = 0.0
     open: frozenset[str] = frozenset()
     """The ops that keep a residual on the four networks."""
 
@@ -98,6 +99,8 @@ FORMULAS = {
     "libra_no_norm": Formula(norm=False, open=frozenset({"layer_norm", "rms_norm"})),
     "libra_no_activation": Formula(activation=False, open=ACTIVATION),
     "libra_no_gate": Formula(glu=1, open=GLU),
+    "libra_pixels": Formula(),  # every linear layer reads a norm's output
+    "lrp_gamma": Formula(gamma=0.05),
 }  # fmt: skip
 
 
@@ -121,26 +124,40 @@ def _softmax(x: Tensor, temperature: float) -> Tensor:
     return x.softmax(-1).detach() + other - other.detach()
 
 
+def _linear(m: nn.Module, x: Tensor, gamma: float) -> Tensor:
+    """W x + b; of W x, a term with the sign of its sum counts 1 + γ times."""
+    if not (gamma and isinstance(m, nn.Linear)):
+        return m(x)
+    terms = x.unsqueeze(-2) * m.weight
+    more = 1 + gamma * (terms.sign() == terms.sum(-1, keepdim=True).sign()).double()
+    ratio = terms.sum(-1) / (terms * more).sum(-1)
+    shared = (x.unsqueeze(-2) * (m.weight * more * ratio.unsqueeze(-1)).detach()).sum(-1)
+    return m(x.detach()) + shared - shared.detach()
+
+
 def by_formula(net: Net, x: Tensor, rule: Formula) -> Tensor:
     def held(gate: Tensor) -> Tensor:
         return gate.detach() if rule.activation else gate
 
+    def by(m: nn.Module, x: Tensor) -> Tensor:
+        return _linear(m, x, rule.gamma)
+
     for b in net.blocks:
-        q, k, v = b.qkv(_norm(b.norm1, x, rule.norm)).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        q, k, v = by(b.qkv, _norm(b.norm1, x, rule.norm)).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
         q, k, v = scaled(q, 1), scaled(k, 1), scaled(v, rule.v)
         q, k = (scaled(_norm(m, z, rule.norm), rule.qk) for m, z in ((b.q_norm, q), (b.k_norm, k)))
         y = _softmax(q @ k.mT * 0.5, rule.temperature) @ v
-        x = x + b.proj(y.transpose(1, 2).flatten(2))
+        x = x + by(b.proj, y.transpose(1, 2).flatten(2))
         h = _norm(b.norm2, x, rule.norm)
-        up = b.up(h)
+        up = by(b.up, h)
         if b.gated:
-            gate = b.gate(h)
+            gate = by(b.gate, h)
             gate = gate * held(torch.sigmoid(gate))
             h = scaled((gate if rule.gate_branch else gate.detach()) * up, rule.glu)
         else:
             h = up * held((1 + torch.erf(up / 2**0.5)) / 2)
-        x = x + b.down(h)
-    return net.head(x[:, 0])
+        x = x + by(b.down, h)
+    return by(net.head, x[:, 0])
 
 
 def gradients(net: nn.Module, run: Callable[[Tensor], Tensor]) -> list[Tensor]:

@@ -73,6 +73,7 @@ def _row(kind: str, site: str, action: str, more: str = "optional: true") -> str
     return f"- {{kind: {kind}, site: {site}, action: {action}, cite: c, {more}}}"
 
 
+DOWN, ENDLESS = "where: 'b.{3..1}'", "where: 'b.{0..99999999}'"
 ROW = "{kind: linear, site: value, action: keep, cite: c}"
 BAD_POLICIES = {
     "unknown key": (f"policy: p\nrows:\n- {ROW}\n- {{kind: gated, site: gate, action: stop, cite: c, x: 1}}", 4, "x"),
@@ -104,6 +105,30 @@ BAD_POLICIES = {
     "a temperature of nothing": (f"policy: p\nrows:\n{_row('attention', 'weights', '{temper: -2}')}", 3, "above 0"),
     "a temperature without a number": (f"policy: p\nrows:\n{_row('attention', 'weights', 'temper')}", 3, "give keep or {temper: number}"),
     "a temperature for a value": (f"policy: p\nrows:\n{_row('gated', 'value', '{temper: 2}')}", 3, "give keep or secant"),
+    "gamma of a sum": (f"policy: p\nrows:\n{_row('linear', 'value', '{gamma: 1}')}", 3, "{gamma: number} cannot be done to linear/value: give keep"),
+    "gamma of several values": (f"policy: p\nrows:\n{_row('product', 'values', '{gamma: 1}')}", 3, "give keep"),
+    "a negative gamma": (f"policy: p\nrows:\n- {ROW}\n{_row('product', 'value', '{gamma: -0.5}')}", 4, "finite and be above 0"),
+    "an infinite gamma": (f"policy: p\nrows:\n{_row('product', 'value', '{gamma: .inf}')}", 3, "finite and be above 0"),
+    "a gamma without a number": (f"policy: p\nrows:\n{_row('product', 'value', 'gamma')}", 3, "z_plus or {gamma: number}"),
+    "a box of what is not the input": (f"policy: p\nrows:\n{_row('product', 'value', '{box: [0, 1]}')}", 3, "add 'reads: input'"),
+    "a box upside down": (f"policy: p\nrows:\n{_row('product', 'value', '{box: [1, 0]}', 'reads: input')}", 3, "each low below its high"),
+    "a box with one channel upside down": (
+        f"policy: p\nrows:\n{_row('product', 'value', '{box: [[0, 0], [1, 0]]}', 'reads: input')}", 3, "each low below its high",
+    ),
+    "a box of one number": (f"policy: p\nrows:\n{_row('product', 'value', '{box: 1}', 'reads: input')}", 3, "[low, high]"),
+    "a box without numbers": (f"policy: p\nrows:\n{_row('product', 'value', '{box: [[], []]}', 'reads: input')}", 3, "[low, high]"),
+    "a box that is not finite": (f"policy: p\nrows:\n{_row('product', 'value', '{box: [0, .inf]}', 'reads: input')}", 3, "[low, high]"),
+    "a box of other lengths": (f"policy: p\nrows:\n{_row('product', 'value', '{box: [[0, 0], [1, 1, 1]]}', 'reads: input')}", 3, "[low, high]"),
+    "a box elsewhere": (f"policy: p\nrows:\n{_row('gated', 'value', '{box: [0, 1]}', 'reads: input')}", 3, "{box: [low, high]} cannot be done"),
+    "what is not the input": (f"policy: p\nrows:\n{_row('linear', 'value', 'keep', 'reads: output')}", 3, "'reads' is input"),
+    "reads that is no text": (f"policy: p\nrows:\n{_row('linear', 'value', 'keep', 'reads: [input]')}", 3, "'reads' is input"),
+    "a range that goes down": (f"policy: p\nrows:\n{_row('linear', 'value', 'keep', DOWN)}", 3, "{3..1} is no range"),
+    "a range without end": (f"policy: p\nrows:\n{_row('linear', 'value', 'keep', ENDLESS)}", 3, "is no range"),
+    "made by no op of a pattern": (f"policy: p\nrows:\n{_row('product', 'gate', 'keep', 'of: aten.softmix*')}", 3, "aten.softmix*"),
+    "a second box": (
+        f"policy: p\nrows:\n{_row('product', 'value', 'z_plus', 'reads: input')}\n{_row('product', 'value', '{box: [0, 1]}', 'reads: input')}",
+        4, "unreachable",
+    ),
     "q and k by 1/n": (f"policy: p\nrows:\n{_row('attention', 'gate', 'scale')}", 3, "{scale: number}"),
     "weights of what has none": (f"policy: p\nrows:\n{_row('linear', 'weights', 'keep')}", 3, "give another site"),
     "a scope that is no text": (f"policy: p\nrows:\n{_row('linear', 'value', 'keep', 'where: 3')}", 3, "'where'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 
 import libragrad_fx as lg
 from libragrad_fx.attribution import METHODS
-from libragrad_fx.errors import InputError
+from libragrad_fx.errors import InputError, TargetWarning
 from libragrad_fx.explain import kept
 from tests.attribution.test_attribution import vit
 
@@ -184,6 +185,31 @@ def test_bad_targets_say_what_there_is(images: Tensor) -> None:
         lg.attribute(nn.Conv2d(3, 4, 3), images.float())
 
 
+@pytest.mark.parametrize(
+    ("target", "curved"),
+    [
+        (lambda y: y[:, 1], False),
+        (lambda y: y[:, 1] - 0.5 * y[:, 2], False),
+        (lambda y: y.max(1).values, False),
+        (lambda y: y.softmax(1)[:, 1], True),
+        (lambda y: y[:, 1] * y[:, 2], True),
+        (lambda y: y[:, 1] + 3, True),
+        (lambda y: torch.nn.functional.cosine_similarity(y, torch.ones(5, dtype=F64)), True),
+        (lambda y: lg.unit(y)[:, 1], False),
+        (1, False),
+    ],
+)
+def test_a_target_that_no_map_adds_up_to_is_told(target: Any, curved: bool, images: Tensor) -> None:
+    model = Own().double().eval()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = lg.attribute(model, images, target, method="fullgrad")
+        lg.attribute(model, images, target, method="gradcam")
+    told = [w for w in said if w.category is TargetWarning]
+    assert len(told) == curved  # a method that promises no sum says nothing
+    assert (float(found.completeness_error.max()) > 1e-3) is curved
+
+
 # --- batches
 
 
@@ -266,7 +292,7 @@ def test_pictures_that_are_none(tmp_path: Path, images: Tensor) -> None:
     sizes = iter((3, 4))
     with pytest.raises(InputError, match="of one shape"):
         lg.attribute(model, [picture(0), picture(1)], processor=lambda p: torch.rand(next(sizes)))
-    with pytest.raises(InputError, match="texts need a tokenizer"):
+    with pytest.raises(InputError, match="text need a tokenizer"):
         lg.attribute(model, "a cat")
 
 
@@ -287,7 +313,7 @@ def llama() -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
                          num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
-                         use_cache=False)  # fmt: skip
+                         use_cache=False, eos_token_id=None)  # fmt: skip
     return LlamaForCausalLM(config).double().eval()
 
 

@@ -111,6 +111,14 @@ def test_the_tree_has_the_old_names_and_classes(name: str) -> None:
     assert all(p is q for p, q in zip(gm.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_may_be_set_again_to_what_it_is(training: bool) -> None:
+    """Libraries do so before they explain. A model that returns a dataclass has a module of ours."""
+    model, inputs = build("bert")
+    gm = lg.transform(model.train(training), inputs)
+    gm.train(training)(**inputs)
+
+
 def test_a_hook_may_change_the_output() -> None:
     model, inputs = build("vit")
     gm, model = lg.transform(model, inputs), copy.deepcopy(model)
@@ -131,6 +139,13 @@ def test_a_pre_hook_that_changes_arguments_is_refused() -> None:
         gm(**inputs)
     handle.remove()
     gm(**inputs)
+
+
+def test_a_submodule_called_alone_is_refused() -> None:
+    model, inputs = build("vit")
+    gm = lg.transform(model, inputs)
+    with pytest.raises(ModeError, match="computes nothing when it is called alone"):
+        gm.patch_embed(**inputs)
 
 
 def patches(t: torch.Tensor) -> torch.Tensor:

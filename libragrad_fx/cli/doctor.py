@@ -1,0 +1,146 @@
+"""``libragrad doctor``: say what is installed, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import json as json_format
+import platform
+import shutil
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import typer
+
+import libragrad_fx as lg
+from libragrad_fx.cli.common import working
+from libragrad_fx.cli.options import Json, app, one_line
+from libragrad_fx.viz.text import table
+
+_REQUIRED = ("numpy", "pillow", "pyyaml", "rich", "safetensors", "typer")
+_GRAPHVIZ = "dot"
+
+
+class Extra(NamedTuple):
+    """A package that is not required. extra: of ``pip install 'libragrad-fx[extra]'``, which brings it."""
+
+    module: str
+    package: str
+    extra: str
+    use: str
+
+
+_EXTRAS = (
+    Extra("timm", "timm", "models", "models by name"),
+    Extra("torchvision", "torchvision", "models", "torchvision:NAME"),
+    Extra("transformers", "transformers", "models", "language models"),
+    Extra("matplotlib", "matplotlib", "demo", "libragrad explain, demo, graph"),
+    Extra("jinja2", "jinja2", "demo", "libragrad demo, graph"),
+    Extra("sklearn", "scikit-learn", "demo", "pictures of the demo"),
+    Extra("tqdm", "tqdm", "demo", "the demo's training"),
+    Extra("graphviz", "graphviz", "graph", "static pictures of a graph"),
+    Extra("open_clip", "open_clip_torch", "coverage", "libragrad coverage --suite openclip"),
+    Extra("psutil", "psutil", "coverage", "libragrad coverage"),
+    Extra("captum", "captum", "dev", "Captum's methods on a balanced graph"),
+    Extra("pytorch_grad_cam", "grad-cam", "dev", "pytorch-grad-cam on a balanced graph"),
+    Extra("model_explorer", "ai-edge-model-explorer", "dev", "tests of its format"),
+    Extra("gguf", "gguf", "real", "weights of SmolLM2"),
+    Extra("accelerate", "accelerate", "real", "weights of SmolLM2"),
+    Extra("onnx", "onnx", "real", "weights of DINOv2"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing. found: its version, name or place, or ""; hint: what it is for, or how to get it."""
+
+    group: str
+    name: str
+    found: str
+    hint: str = ""
+
+
+@app.command(short_help="Say what is installed, what is missing, and how to get it.")
+def doctor(json: Json = False) -> None:
+    """Say which versions are installed, whether optional packages can be imported, which devices there are,
+    and whether the real weights and data are here that tools and tests use.
+
+    Nothing is fetched. A missing thing is no failure: what needs it says so.
+    """
+    with working("importing what is optional"):
+        found = tuple(examine())
+    if json:
+        typer.echo(json_format.dumps([dataclasses.asdict(f) for f in found], indent=1))
+    else:
+        typer.echo(report(found))
+
+
+def examine() -> Iterator[Finding]:
+    """Everything that was looked at, group by group."""
+    yield Finding("required", "libragrad", lg.__version__)
+    yield Finding("required", "python", f"{platform.python_version()} on {platform.platform(terse=True)}")
+    yield Finding("required", "torch", torch.__version__)
+    for name in _REQUIRED:
+        yield Finding("required", name, _version(name))
+    for extra in _EXTRAS:
+        yield _imported(extra)
+    dot = shutil.which(_GRAPHVIZ) or ""
+    hint = "static pictures of a graph" if dot else "the program Graphviz: apt-get install graphviz"
+    yield Finding("optional", _GRAPHVIZ, dot, hint)
+    yield Finding("devices", "cpu", platform.machine(), f"{torch.get_num_threads()} threads")
+    for i in range(torch.cuda.device_count()):
+        memory = torch.cuda.get_device_properties(i).total_memory / 2**30
+        yield Finding("devices", f"cuda:{i}", torch.cuda.get_device_name(i), f"{memory:.0f} GiB")
+    if torch.backends.mps.is_available():
+        yield Finding("devices", "mps", "Metal")
+    yield from _data()
+
+
+def report(found: tuple[Finding, ...]) -> str:
+    """As a text, one table a group."""
+    lines = []
+    for group in dict.fromkeys(f.group for f in found):
+        rows = [(f.name, f.found or "missing", f.hint) for f in found if f.group == group]
+        lines += ["", *table((group, "", ""), rows)]
+    return "\n".join(lines[1:])
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _imported(extra: Extra) -> Finding:
+    """Whether a package can be imported: one that is installed may be broken."""
+    get = f"pip install 'libragrad-fx[{extra.extra}]'"
+    try:
+        importlib.import_module(extra.module)
+    except Exception as e:  # a broken package raises what it likes
+        absent = isinstance(e, ModuleNotFoundError) and e.name == extra.module
+        why = "" if absent else f"; it raises {type(e).__name__}: {one_line(e)[:100]}"
+        return Finding("optional", extra.package, "", f"{extra.use}: {get}{why}")
+    return Finding("optional", extra.package, _version(extra.package) or "yes", extra.use)
+
+
+def _data() -> Iterator[Finding]:
+    """What ``tools/fetch.py`` gets, which is in a checkout only, as ``zoo/`` is."""
+    real = _real()
+    if real is None:
+        yield Finding("data", "all", "", "for tools and tests, in a checkout: python tools/fetch.py")
+        return
+    for name, source in real.SOURCES.items():
+        place = str(real.folder() / name) if real.fetched(name) else ""
+        yield Finding("data", name, place, real.missing(name) or source.about)
+
+
+def _real() -> ModuleType | None:
+    """``zoo/real.py``, where there is one."""
+    try:
+        return importlib.import_module("zoo.real")
+    except ModuleNotFoundError:
+        return None
