@@ -243,9 +243,9 @@ class Run:
     @functools.cached_property
     def layout(self) -> Mapping[str, Any]:
         """The fields of ``Internals`` that do not depend on the target."""
-        upstream = {p: _ancestors(n) for p, n in self.layers.items()}
-        first = next(iter(upstream.values()), set[Node]())
-        where, sends = positions(self.module, self.facts, self.sizes, self.sources), senders(self.module)
+        sends, where = senders(self.module), positions(self.module, self.facts, self.sizes, self.sources)
+        upstream = {p: reach([n], sends) for p, n in self.layers.items()}
+        first = reach([*self.layers.values()][:1], lambda n: n.all_input_nodes)
         tokens = {source_name(n): names for n, names in where.items()}
         return {
             "shapes": tuple(shape for n, shape in self.sizes.items() if n in first),
@@ -287,7 +287,7 @@ def run(
     """
     taps, called_by = {path: layer_input(module, path) for path in layers}, calls(module)
     first = next(iter(taps.values()), None)
-    upstream = _ancestors(first) if first is not None else set[Node]()
+    upstream = reach([] if first is None else [first], senders(module))
     starts = starts or not taps
     sites = {s.node: s for s in module.record.sites if s.bias and not (starts and s.starts)}
     facts = _facts_of(module)
@@ -473,10 +473,6 @@ def layer_input(module: CapturedModule, name: str) -> Node:
 def _returned(call: Node) -> Node | None:
     """The first tensor that a module returned."""
     return next((n for n in pytree.tree_leaves(probed(call)) if isinstance(n, Node)), None)
-
-
-def _ancestors(node: Node) -> set[Node]:
-    return reach([node], lambda n: n.all_input_nodes)
 
 
 def _shape(y: Any) -> tuple[int, ...] | None:

@@ -173,7 +173,7 @@ def _block_by_block(asked: Question, seen: Run, targets: Sequence[Target]) -> li
         one = seen.back(target, last=False)
         attention = dict(enumerate(one.attention))
         for (path, end), tail in zip(ends.items(), tails, strict=True):
-            inside, (_, g) = _inside(one, path), tail.back(target, last=False).inputs[last]
+            inside, (_, g) = _inside(asked.module, one, path), tail.back(target, last=False).inputs[last]
             if inside is not None:
                 attention[inside] = seen.attended(inside, end, g)
         answers.append(

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.decide.flow import hands_on, reach, results
 from libragrad_fx.graph.schema import operands, tensor_arguments
 from libragrad_fx.module.captured import CapturedModule, one_graph
-from libragrad_fx.ops.insert import probed
+from libragrad_fx.ops.insert import guard, probed
 
 
 def calls(module: CapturedModule) -> dict[str, Node]:
@@ -48,7 +48,7 @@ def senders(module: CapturedModule) -> Callable[[Node], Sequence[Node]]:
     def sends(node: Node) -> list[Node]:
         if node.name in live:
             return [n for k, n in operands(node, tensor_arguments(node)) if k in live[node.name]]
-        if not hands_on(node) or node.op in ("placeholder", "get_attr"):
+        if not hands_on(node) or node.target is guard or node.op in ("placeholder", "get_attr"):
             return []
         given = [n for n in pytree.tree_leaves(probed(node)) if isinstance(n, Node)]
         return given or list(node.all_input_nodes)
