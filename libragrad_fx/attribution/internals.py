@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from libragrad_fx.decide.flow import reach
 from libragrad_fx.errors import InputError
 from libragrad_fx.graph.schema import aten_op
 from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.module.walk import argument, bypassed, calls, senders
+from libragrad_fx.module.walk import argument, bypassed, calls, example, senders
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.insert import probed
 from libragrad_fx.ops.places import taken
@@ -58,7 +59,8 @@ class Internals:
     windows: likewise of constants whose rows are parts of samples; their axes count samples first
     attention: every attention, in the order of the graph, where it was asked for
     streams: for each of these the residual stream behind it; None where there is none
-    ends:    what the module at each layer returned, likewise
+    ends:    what the module at each layer returned, where attention or this was asked for
+    returned: that, with its gradient
     read:    which token of the last layer's module is read alone, by what comes behind it; None if none is
     """
 
@@ -78,6 +80,7 @@ class Internals:
     attention: tuple[heads.Attention, ...] = ()
     streams: tuple[torch.Tensor | None, ...] = ()
     ends: tuple[torch.Tensor, ...] = ()
+    returned: tuple[Pair, ...] = ()
     read: int | None = None
 
 
@@ -147,7 +150,8 @@ class Run:
         """
         with differentiable():
             each = select_each(self.output, target)
-            inner = [self.values[n] for n in [*self.layers.values(), *(s.node for s in self.attends)]]
+            nodes = [*self.layers.values(), *(s.node for s in self.attends), *self.ends]
+            inner = [self.values[n] for n in nodes]
             values = [*self.sources.values(), *(c.output for c in self.constants), *inner]
             rows = [c.rows(each.shape[0]) for c in self.constants]
             doubtful = any(r is None for r in rows)
@@ -165,7 +169,7 @@ class Run:
         tapped = {path: next(found) for path in self.layers}
         attended = tuple(
             heads.attention(site, self.called[site.node], g, each.shape[0])
-            for site, (_, g) in zip(self.attends, found, strict=True)
+            for site, (_, g) in zip(self.attends, itertools.islice(found, len(self.attends)), strict=True)
         )
         return Internals(
             output=each.detach(),
@@ -175,6 +179,7 @@ class Run:
             upstream=tuple(term for c, term in terms if not c.counts),
             places=tuple(term for c, term in terms if c.places),
             attention=attended,
+            returned=tuple(found),
             windows=self._windows(terms, each.shape[0]),
             **self.layout,
         )
@@ -269,6 +274,7 @@ def run(
     given: Mapping[str, torch.Tensor] | None = None,
     starts: bool = False,
     located: Located | None = None,
+    returned: bool = False,
 ) -> Run:
     """Run ``module`` forward once.
 
@@ -281,6 +287,7 @@ def run(
         starts: whether embeddings at which the signal starts, and that do not pass a layer, are inputs and
             no constants.
         located: where things lie, if an earlier run has found it.
+        returned: whether what the modules at the layers return is wanted.
 
     Raises:
         InputError: no such layer.
@@ -293,7 +300,9 @@ def run(
     facts = _facts_of(module)
     attends = [*heads.sites(module.graph, facts)] if attention else []
     streams = [heads.stream_after(site, facts) for site in attends]
-    ends = [n for p in layers if (n := _returned(called_by[p])) is not None] if attention else []
+    ends = (
+        [n for p in layers if (n := _returned(called_by[p])) is not None] if attention or returned else []
+    )
     at = {site.node for site in attends}
     wanted = {*taps.values(), *at, *streams, *ends}
     called, values = dict[Node, Any](), dict[Node, torch.Tensor]()
@@ -342,8 +351,8 @@ def _ends(layers: Sequence[Node], counted: Sequence[Node]) -> tuple[list[Node], 
     first: dict[str, Node] = {}
     windows = []
     for node in sorted({*layers, *counted}):
-        value = node.meta.get("val")
-        shape = [str(n) for n in value.shape] if isinstance(value, torch.Tensor) else []
+        value = example(node)
+        shape = [str(n) for n in value.shape] if value is not None else []
         if len(shape) > 2 and "*" in shape[0]:
             windows.append(node)
         elif len(shape) == 3 and shape[1] != "1":

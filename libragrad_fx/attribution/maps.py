@@ -108,7 +108,7 @@ def place(term: torch.Tensor, layouts: Sequence[Layout], source: str, image: Ext
     """Sum a term (B, ...) over channels onto positions.
 
     Args:
-        layouts: how tokens lie, the likeliest first; a term has the first layout whose tokens it has.
+        layouts: how tokens lie, the likeliest first; a term has the first whose number of tokens it has.
         source: the input in which a term lies that is a picture itself, at a resolution of its own.
         image: the extents of that input.
     """
@@ -119,10 +119,11 @@ def place(term: torch.Tensor, layouts: Sequence[Layout], source: str, image: Ext
         term = term.sum(1)
     if image is not None and (axes := _axes(term.shape, image)):
         return Placed({source: kept(term, axes)}, None, nowhere)
-    for layout in layouts if term.ndim == 3 else ():
-        for axis in (*layout.axes, 3 - layout.axes[0])[:2]:
-            if term.shape[axis] == layout.tokens:
-                return on_tokens(kept(term, (axis,)), layout)
+    if term.ndim == 3:  # hidden units may be as many as the tokens of another stage: their axis comes last
+        tried = [(x, x.axes[0]) for x in layouts] + [(x, 3 - x.axes[0]) for x in layouts]
+        found = next(((x, axis) for x, axis in tried if term.shape[axis] == x.tokens), None)
+        if found is not None:
+            return on_tokens(kept(term, (found[1],)), found[0])
     return Placed({}, None, summed(term))
 
 

@@ -13,9 +13,10 @@ import torch
 
 from libragrad_fx.attribution import formulas, maps
 from libragrad_fx.attribution.assemble import assemble, expected, images, layouts_of, shares_of
-from libragrad_fx.attribution.formulas import Layer, Method, Taps
+from libragrad_fx.attribution.formulas import Layer, Method, Taps, Term
 from libragrad_fx.attribution.internals import Internals, Run, run
-from libragrad_fx.attribution.result import Attribution
+from libragrad_fx.attribution.result import MAPPINGS, Attribution
+from libragrad_fx.attribution.shares import BY, By, parts, stages
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.variants import fitting
@@ -24,6 +25,7 @@ from libragrad_fx.target import Target, select_each
 from libragrad_fx.version import __version__
 
 Resolution = Literal["tokens", "pixels"]
+Layers = Sequence[str] | Literal["stages"] | None
 Starts = Mapping[str, torch.Tensor]
 VERSIONS = {
     "python": platform.python_version(),
@@ -37,6 +39,8 @@ class Question:
     """What is asked of a captured module: see ``explain``.
 
     rest: whether inputs that do not pass the one layer (another tower's) count where they enter
+    stages: whether each layer has a map of its own
+    by:   whose parts are asked for
     """
 
     module: CapturedModule
@@ -48,13 +52,16 @@ class Question:
     baseline: float
     steps: int
     seed: int
+    stages: bool = False
+    by: By | None = None
 
     def run(self, given: Starts | None = None, like: Run | None = None) -> Run:
         """A forward; on the values of ``given``, where things lie as in the run ``like``."""
         how, located = self.how, None if like is None else like.located
         return run(
-            self.module, self.inputs, self.paths, how.biases, how.attention, given, self.rest, located
-        )
+            self.module, self.inputs, self.paths, how.biases, how.attention or self.by == "head", given,
+            self.rest, located, self.by == "block",
+        )  # fmt: skip
 
 
 def explain(
@@ -63,8 +70,9 @@ def explain(
     targets: Callable[[Any], Sequence[Target]],
     *,
     method: str = "fullgrad_plus",
-    layers: Sequence[str] | None = None,
+    layers: Layers = None,
     resolution: Resolution = "tokens",
+    by: By | None = None,
     baseline: float = 0.0,
     steps: int = 50,
     seed: int = 0,
@@ -74,14 +82,17 @@ def explain(
     Args and errors as of ``libragrad_fx.attribute``, but that ``targets`` gets the output and says them.
     """
     how = formulas.method_of(method)
-    if isinstance(layers, str) or not isinstance(layers, (Sequence, type(None))):
-        raise InputError(f"layers is a list of module paths, got {layers!r}")
+    each = isinstance(layers, str) and layers == "stages"
+    if not each and (isinstance(layers, str) or not isinstance(layers, (Sequence, type(None)))):
+        raise InputError(f"layers is a list of module paths, or 'stages'; got {layers!r}")
+    if by not in (None, *BY):
+        raise InputError(f"by is one of {', '.join(BY)}, got {by!r}")
     if resolution not in ("tokens", "pixels"):
         raise InputError(f"resolution is 'tokens' or 'pixels', got {resolution!r}")
     module = fitting(module, inputs)
-    paths = tuple(_layers(module, how, resolution) if layers is None else layers)
+    chosen = stages(module) if each else _layers(module, how, resolution) if layers is None else layers
     rest = layers is None and how.layers in ("input", "first")
-    asked = Question(module, inputs, method, how, paths, rest, baseline, steps, seed)
+    asked = Question(module, inputs, method, how, tuple(chosen), rest, baseline, steps, seed, each, by)
     _require(asked)
     seen = asked.run()
     return _BY_PATH[how.path](asked, seen, targets(seen.output))
@@ -102,7 +113,8 @@ def _layers(module: CapturedModule, how: Method, resolution: Resolution) -> list
 
 def _require(asked: Question) -> None:
     """Raise ``InputError`` if the graph has not what a method needs."""
-    if asked.how.layers == "input" and len(asked.paths) > 1:
+    one = asked.how.layers == "input" and (asked.how.path or not asked.stages)
+    if one and len(asked.paths) > 1:
         raise InputError(f"{asked.method} takes one layer; got {', '.join(asked.paths)}")
     if asked.how.attention and not asked.paths:
         raise InputError(
@@ -247,9 +259,10 @@ def _mean(answers: Sequence[Attribution]) -> Attribution:
     """The mean of all that is a tensor; of a mean of maps no sum is promised."""
     first, n = answers[0], len(answers)
     fields = {f.name: [getattr(a, f.name) for a in answers] for f in dataclasses.fields(first)}
-    means = {k: sum(v) / n for k, v in fields.items() if isinstance(v[0], torch.Tensor)}
-    others = {k: sum(a.others[k] for a in answers) / n for k in first.others}
-    return dataclasses.replace(first, **means, others=others)
+    means: dict[str, Any] = {k: sum(v) / n for k, v in fields.items() if isinstance(v[0], torch.Tensor)}
+    for name in MAPPINGS:
+        means[name] = {k: sum(getattr(a, name)[k] for a in answers) / n for k in getattr(first, name)}
+    return dataclasses.replace(first, **means)
 
 
 # --- from what was seen to an answer
@@ -271,11 +284,23 @@ def _answer(
         whole = torch.full_like(seen.output, math.nan, dtype=torch.float64)
     plan = asked.module.plan
     made = {"policy": str(plan.policy), "digest": plan.digest} if plan is not None else {}
-    named = _each_target(target, batch)
-    return assemble(
-        seen, terms, biases, whole, method=asked.method, layers=asked.paths, target=named,
-        labels=("",) * batch, versions=VERSIONS, **made,
+    said = {"method": asked.method, "layers": asked.paths, "target": _each_target(target, batch), **made}
+    found = assemble(
+        seen, terms, biases, whole, labels=("",) * batch, versions=VERSIONS,
+        parts={} if asked.by is None else parts(asked.by, seen, terms, biases), **said,
     )  # fmt: skip
+    return dataclasses.replace(found, stages=_stages(seen, terms, biases)) if asked.stages else found
+
+
+def _stages(seen: Internals, terms: Sequence[Term], biases: Sequence[Term]) -> dict[str, torch.Tensor]:
+    """The map of each layer by itself: its own share, and the biases that are not before it."""
+    found = {}
+    for path in seen.layers:
+        own = [t for t in terms if t[0] == path]
+        behind = [(n, t) for n, t in biases if n not in seen.before[path]]
+        if own:  # attcat has none of its first
+            found[path] = assemble(seen, own, behind, seen.output, method="", layers=(path,)).values
+    return found
 
 
 def _each_target(target: Target, batch: int) -> tuple[Any, ...]:

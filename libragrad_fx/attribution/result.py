@@ -45,6 +45,17 @@ class Attribution:
     labels:       of each sample, what the target is called; "" where nothing is known
     tokens:       of each sample, the pieces of its text, padding as ""; None for anything else
     versions:     of Python, torch and this library
+    stages:       with ``layers="stages"``, layer -> its own map, at its own resolution: what the method
+                  gives for that layer alone. A layer is the input of the first block at a resolution
+    parts:        with ``by=``, who has what part in the output, in float64:
+                  ``"head"``: attention -> (B, heads), what comes by each head's values. Over heads they
+                  add up to ⟨y, ∂f/∂y⟩ of what that attention returns, before its projection; over
+                  attentions to nothing, as one reads what another wrote.
+                  ``"block"``: layer -> (B,), what it adds to what it gets, times the gradient behind it:
+                  over blocks they add up to nothing, as a later block reads what an earlier one adds. Of a
+                  block that changes the shape, all that it returns.
+                  ``"module"``: module -> (B,) its own biases; ``input of LAYER``, and inputs, their share.
+                  They add up to ``total`` of methods that count biases or are the share of the input
     """
 
     values: torch.Tensor
@@ -64,6 +75,8 @@ class Attribution:
     labels: tuple[str, ...] = ()
     tokens: tuple[tuple[str, ...], ...] | None = None
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stages: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    parts: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def grid(self) -> tuple[int, ...] | None:
@@ -131,8 +144,11 @@ class Attribution:
                 fields[name] = torch.cat(values)
             elif name in _BY_SAMPLE and value is not None:
                 fields[name] = sum(values, ())
-        others = {k: torch.cat([p.others[k] for p in parts]) for k in first.others}
-        return dataclasses.replace(first, **fields, others=others)
+        for name in MAPPINGS:
+            fields[name] = {
+                k: torch.cat([getattr(p, name)[k] for p in parts]) for k in getattr(first, name)
+            }
+        return dataclasses.replace(first, **fields)
 
     def save(self, path: str | Path) -> Path:
         """Write all of it, values to the bit, as .npz, .safetensors or .json; ``load`` reads it back.
@@ -153,3 +169,5 @@ class Attribution:
 
 
 _BY_SAMPLE = ("target", "labels", "tokens")
+MAPPINGS = ("others", "stages", "parts")
+"""Fields that hold tensors by name."""

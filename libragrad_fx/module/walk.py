@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
+import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -41,6 +42,19 @@ def argument(call: Node) -> Node | None:
     return next((n for n in pytree.tree_leaves(call.kwargs["_args"]) if isinstance(n, Node)), None)
 
 
+def origin(node: Node) -> Node:
+    """The node that computed the tensor that a node hands on: a probe returns its call's result itself."""
+    while isinstance(result := probed(node), Node):
+        node = result
+    return node
+
+
+def example(node: Node) -> torch.Tensor | None:
+    """A tensor of the shape that a node had at capture, in symbols."""
+    value = origin(node).meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
 def senders(module: CapturedModule) -> Callable[[Node], Sequence[Node]]:
     """Where a node of a captured graph sends a gradient that leads to the model's input."""
     live = {site.node: site.live for site in module.record.sites}
@@ -59,6 +73,7 @@ def senders(module: CapturedModule) -> Callable[[Node], Sequence[Node]]:
 
 def bypassed(module: CapturedModule, node: Node, sends: Callable[[Node], Sequence[Node]]) -> bool:
     """Whether a path from what ``node`` is computed from to the output leads past it."""
+    node = origin(node)
     past = reach(results(module.graph), lambda n: () if n is node else sends(n))
     return bool(past & (reach([node], sends) - {node}))
 
