@@ -59,13 +59,13 @@ def reshape_transform(
                 f"{shape} is not tokens or feature maps of this module for images of {image[0]}x{image[1]}:"
                 " name the images that it is called with, reshape_transform(gm, inputs=…)"
             )
-        where = maps.layout(shape, upstream, image)
-        if where.grid is None:
-            raise InputError(f"{shape[1]} tokens are no grid of an image of {image[0]}x{image[1]}")
         if len(shape) == 4:
             (channels,) = {1, 2, 3} - set(maps.positions(shape, image))
             return output.movedim(channels, 1)
-        return output[:, where.prefix :].unflatten(1, where.grid).movedim(-1, 1)
+        (patches,) = maps.guessed("", shape, upstream, image).parts
+        if len(patches.grid) != 2:
+            raise InputError(f"{shape[1]} tokens are no grid of an image of {image[0]}x{image[1]}")
+        return output[:, list(patches.order)].unflatten(1, patches.grid).movedim(-1, 1)
 
     return reshaped
 

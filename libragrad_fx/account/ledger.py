@@ -25,7 +25,7 @@ from libragrad_fx.decide.flow import reach
 from libragrad_fx.graph.notes import note
 from libragrad_fx.graph.schema import aten_op, bind, operands, spread, tensor_arguments
 from libragrad_fx.module.captured import CapturedModule, Forward, InGraphs
-from libragrad_fx.module.walk import blocks
+from libragrad_fx.module.walk import blocks, calls
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.function import same
 from libragrad_fx.ops.insert import is_end, is_scale, probed
@@ -292,7 +292,7 @@ def _boundaries(recorder: Recorder, total: float) -> Iterator[Boundary]:
     """
     module: CapturedModule = recorder.module  # type: ignore[assignment]
     place = {n.name: i for i, n in enumerate(module.graph.nodes)}
-    ends = {n.target: i for i, n in enumerate(module.graph.nodes) if "_output" in n.kwargs}
+    ends = {name: place[n.name] for name, n in calls(module).items()}
     for path in blocks(module):
         end = ends[path]
         after = [r for k, r in recorder.rows.items() if place.get(k, len(place)) > end]

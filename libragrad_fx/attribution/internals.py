@@ -9,23 +9,27 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from libragrad_fx.account.observe import Observer, flat_arguments, site_bias, source_name
 from libragrad_fx.attribution import attention as heads
 from libragrad_fx.attribution import maps
+from libragrad_fx.attribution.places import Located, Locator, laid_out
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.flow import reach
 from libragrad_fx.errors import InputError
 from libragrad_fx.graph.schema import aten_op
 from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.module.walk import called_modules
+from libragrad_fx.module.walk import argument, bypassed, calls, example, senders
 from libragrad_fx.ops import insert
+from libragrad_fx.ops.insert import probed
 from libragrad_fx.ops.places import taken
 from libragrad_fx.target import Target, as_call, differentiable, select_each, undisturbed
 from libragrad_fx.types import Kind, OpFacts, Site
@@ -48,10 +52,15 @@ class Internals:
     places:  likewise for the additive tables of positions, upstream or not
     shapes:  shapes of the values upstream of the first layer, in graph order (``()`` for a tuple)
     before:  module path -> the nodes and inputs that the layer's input is computed from
+    passed:  module paths of layers that a path from what they read leads past
     tokens:  node, input or module path -> the inputs whose positions it has (see ``positions``)
+    axes:    input -> its axes that are positions
+    layouts: nodes whose tokens are known to lie somewhere -> how they lie
+    windows: likewise of constants whose rows are parts of samples; their axes count samples first
     attention: every attention, in the order of the graph, where it was asked for
     streams: for each of these the residual stream behind it; None where there is none
-    ends:    what the module at each layer returned, likewise
+    ends:    what the module at each layer returned, where attention or this was asked for
+    returned: that, with its gradient
     read:    which token of the last layer's module is read alone, by what comes behind it; None if none is
     reached: the inputs and layers that a gradient came back to, were it zero
     """
@@ -64,10 +73,15 @@ class Internals:
     places: tuple[Term, ...]
     shapes: tuple[tuple[int, ...], ...]
     before: Mapping[str, frozenset[str]]
+    passed: frozenset[str]
     tokens: Mapping[str, frozenset[str]]
+    axes: Mapping[str, tuple[int, ...]]
+    layouts: Mapping[str, maps.Layout]
+    windows: Mapping[str, maps.Layout]
     attention: tuple[heads.Attention, ...] = ()
     streams: tuple[torch.Tensor | None, ...] = ()
     ends: tuple[torch.Tensor, ...] = ()
+    returned: tuple[Pair, ...] = ()
     read: int | None = None
     reached: frozenset[str] = frozenset()
 
@@ -113,6 +127,7 @@ class Run:
     attends, called: every attention asked for, and what it was called with
     streams, ends: nodes as in ``Internals``
     sizes:    the shape of each node's value, ``()`` for a tuple
+    located:  where inputs, tokens and windows lie
     """
 
     module: CapturedModule
@@ -127,6 +142,7 @@ class Run:
     streams: Sequence[Node | None]
     ends: Sequence[Node]
     sizes: Mapping[Node, tuple[int, ...]]
+    located: Located
 
     def back(self, target: Target, last: bool = True) -> Internals:
         """The gradients of ``target``; ``last`` frees what a further backward would need.
@@ -136,7 +152,8 @@ class Run:
         """
         with differentiable():
             each = select_each(self.output, target)
-            inner = [self.values[n] for n in [*self.layers.values(), *(s.node for s in self.attends)]]
+            nodes = [*self.layers.values(), *(s.node for s in self.attends), *self.ends]
+            inner = [self.values[n] for n in nodes]
             values = [*self.sources.values(), *(c.output for c in self.constants), *inner]
             rows = [c.rows(each.shape[0]) for c in self.constants]
             doubtful = any(r is None for r in rows)
@@ -144,14 +161,18 @@ class Run:
             pairs = _filled(values, grads)
             gradients = [g for _, g in pairs[len(self.sources) :]]
             if doubtful:
-                rows = self._rows(each, rows, gradients, last)
+                rows = self._rows(each, rows, gradients)
+            split = self._split(each, rows, gradients)
             found = iter(pairs)
         sources = {name: next(found) for name in self.sources}
-        terms = [(c, c.term(next(found)[1], r)) for c, r in zip(self.constants, rows, strict=True)]
+        terms = [
+            (c, c.term(split.get(i, next(found)[1]), maps.Rows(0, 1) if i in split else r))
+            for i, (c, r) in enumerate(zip(self.constants, rows, strict=True))
+        ]
         tapped = {path: next(found) for path in self.layers}
         attended = tuple(
             heads.attention(site, self.called[site.node], g, each.shape[0])
-            for site, (_, g) in zip(self.attends, found, strict=True)
+            for site, (_, g) in zip(self.attends, itertools.islice(found, len(self.attends)), strict=True)
         )
         names = [*self.sources, *(None for _ in self.constants), *self.layers]
         reached = {n for n, g in zip(names, grads, strict=False) if g is not None and n is not None}
@@ -164,8 +185,24 @@ class Run:
             upstream=tuple(term for c, term in terms if not c.counts),
             places=tuple(term for c, term in terms if c.places),
             attention=attended,
+            returned=tuple(found),
+            windows=self._windows(terms, each.shape[0]),
             **self.layout,
         )
+
+    def _windows(self, terms: Sequence[tuple[Constant, Term]], batch: int) -> dict[str, maps.Layout]:
+        """How the rows of constants lie that are parts of samples."""
+        found = {}
+        for constant, (site, rows, _, g) in terms:
+            held = self.located.spots.get(site.node)
+            if held is None or not constant.counts:
+                continue
+            whole = g.ndim > constant.output.ndim  # the rows of all samples, for each of them
+            spots = {name: held_by.each(_samples_first(None if whole else rows, batch))
+                     for name, held_by in held.items()}  # fmt: skip
+            if (layout := laid_out(spots, self.located.axes, batch if whole else 1)) is not None:
+                found[site.node] = layout
+        return found
 
     def attended(self, index: int, value: torch.Tensor, gradient: torch.Tensor) -> heads.Attention:
         """One attention, with its gradient if ``gradient`` is that of ``value``, behind it."""
@@ -181,7 +218,6 @@ class Run:
         each: torch.Tensor,
         rows: Sequence[maps.Rows | None],
         gradients: Sequence[torch.Tensor],
-        last: bool,
     ) -> list[maps.Rows | None]:
         """Where the samples of each constant are. Where its shape leaves that open (tokens in front of
         samples, windows), gradients tell: if the target of a sample changes its sign, so do the gradients
@@ -193,7 +229,7 @@ class Run:
         bits, number = (batch - 1).bit_length(), torch.arange(batch, device=each.device)
         for bit in range(bits):
             signs = 1 - 2 * (number >> bit & 1)
-            back = _filled(outputs, _gradients(each * signs, outputs, last and bit == bits - 1))
+            back = _filled(outputs, _gradients(each * signs, outputs, False))
             for samples, i, (_, g) in zip(whose, open_, back, strict=True):
                 samples += (g.signbit() != gradients[i].signbit()).long() << bit
         found = [*rows]
@@ -203,17 +239,32 @@ class Run:
             found[i] = maps.rows_of(samples.masked_fill(gradients[i] == 0, -1), batch, [*axes])
         return found
 
+    def _split(
+        self, each: torch.Tensor, rows: Sequence[maps.Rows | None], gradients: Sequence[torch.Tensor]
+    ) -> dict[int, torch.Tensor]:
+        """By constant whose rows are of several samples, or of all alike: its gradient from each sample, in
+        front of its axes. That takes a backward for each sample."""
+        mixed = [i for i, r in enumerate(rows) if r is None and bool(gradients[i].any())]
+        if not mixed:
+            return {}
+        outputs = [self.constants[i].output for i in mixed]
+        found = [[g for _, g in _filled(outputs, _gradients(one, outputs, False))] for one in each]
+        return {i: torch.stack(gs) for i, gs in zip(mixed, zip(*found, strict=True), strict=True)}
+
     @functools.cached_property
     def layout(self) -> Mapping[str, Any]:
         """The fields of ``Internals`` that do not depend on the target."""
-        upstream = {p: _ancestors(n) for p, n in self.layers.items()}
-        first = next(iter(upstream.values()), set[Node]())
-        where = positions(self.module, self.facts, self.sizes, self.sources)
+        sends, where = senders(self.module), positions(self.module, self.facts, self.sizes, self.sources)
+        upstream = {p: reach([n], sends) for p, n in self.layers.items()}
+        first = reach([*self.layers.values()][:1], lambda n: n.all_input_nodes)
         tokens = {source_name(n): names for n, names in where.items()}
         return {
             "shapes": tuple(shape for n, shape in self.sizes.items() if n in first),
+            "passed": frozenset(p for p, n in self.layers.items() if bypassed(self.module, n, sends)),
             "before": {p: frozenset(map(source_name, nodes)) for p, nodes in upstream.items()},
             "tokens": tokens | {p: where[n] for p, n in self.layers.items()},
+            "axes": self.located.axes,
+            "layouts": self.located.layouts,
             "streams": tuple(None if n is None else self.values[n].detach() for n in self.streams),
             "ends": tuple(self.values[n].detach() for n in self.ends),
             "read": _read_token(self.ends[-1:], self.sizes),
@@ -228,37 +279,48 @@ def run(
     attention: bool = False,
     given: Mapping[str, torch.Tensor] | None = None,
     starts: bool = False,
+    located: Located | None = None,
+    returned: bool = False,
 ) -> Run:
     """Run ``module`` forward once.
 
     Args:
         inputs: as ``module`` takes them: a tensor, a tuple, or a dict of keyword arguments.
-        layers: module paths; of a module called several times the first call counts.
+        layers: names of calls: module paths, and ``path#2`` for the second call of one.
         biases: whether bias terms are wanted.
         attention: whether attention probabilities are wanted.
         given: what to start from instead of what is computed, by the names of ``Run.sources`` or of nodes.
         starts: whether embeddings at which the signal starts, and that do not pass a layer, are inputs and
             no constants.
+        located: where things lie, if an earlier run has found it.
+        returned: whether what the modules at the layers return is wanted.
 
     Raises:
         InputError: no such layer.
     """
-    taps = {path: layer_input(module, path) for path in layers}
+    taps, called_by = {path: layer_input(module, path) for path in layers}, calls(module)
     first = next(iter(taps.values()), None)
-    upstream = _ancestors(first) if first is not None else set[Node]()
+    upstream = reach([] if first is None else [first], senders(module))
     starts = starts or not taps
     sites = {s.node: s for s in module.record.sites if s.bias and not (starts and s.starts)}
     facts = _facts_of(module)
     attends = [*heads.sites(module.graph, facts)] if attention else []
     streams = [heads.stream_after(site, facts) for site in attends]
-    ends = [n for p in layers if (n := _at_call(module, p, "_output")) is not None] if attention else []
+    ends = (
+        [n for p in layers if (n := _returned(called_by[p])) is not None] if attention or returned else []
+    )
     at = {site.node for site in attends}
     wanted = {*taps.values(), *at, *streams, *ends}
     called, values = dict[Node, Any](), dict[Node, torch.Tensor]()
     sizes: dict[Node, tuple[int, ...]] = {}
     constants: list[Constant] = []
+    named = {n.name: n for n in module.graph.nodes}
+    counted = [named[name] for name in sites if biases and named[name] not in upstream]
+    locator = None if located else Locator(facts, *_ends([*taps.values()], counted))
 
     def tap(n: Node, y: Any) -> None:
+        if locator is not None:
+            follow(n, y, locator)
         if (shape := _shape(y)) is not None:
             sizes[n] = shape
         if n in wanted:
@@ -271,12 +333,37 @@ def run(
             found = _constants(site, n, y, bias, biases and n not in upstream)
             constants.extend(c for c in found if biases or c.places)
 
+    def follow(n: Node, y: Any, locator: Locator) -> None:
+        name = source_name(n)
+        if name in runs.sources and isinstance(y, torch.Tensor):
+            locator.start(n, name, y, n.target is not insert.guard)
+        locator.see(n, lambda: runs.fetch_args_kwargs_from_env(n), y)
+        locator.forget(runs.user_to_last_uses.get(n, ()))
+
     runs = Observer(module, tap, given=given)
     with differentiable(), undisturbed(module):
         output = runs.run(*flat_arguments(module, *as_call(inputs)))
+    located = located or (locator.located() if locator is not None else None)
+    assert located is not None
     return Run(
-        module, facts, output, runs.sources, taps, values, constants, attends, called, streams, ends, sizes
-    )
+        module, facts, output, runs.sources, taps, values, constants, attends, called, streams, ends, sizes,
+        located,
+    )  # fmt: skip
+
+
+def _ends(layers: Sequence[Node], counted: Sequence[Node]) -> tuple[list[Node], list[Node]]:
+    """The nodes whose tokens to locate: the first of each number of tokens; and all that lie in windows,
+    whose rows are parts of samples."""
+    first: dict[str, Node] = {}
+    windows = []
+    for node in sorted({*layers, *counted}):
+        value = example(node)
+        shape = [str(n) for n in value.shape] if value is not None else []
+        if len(shape) > 2 and "*" in shape[0]:
+            windows.append(node)
+        elif len(shape) == 3 and shape[1] != "1":
+            first.setdefault(shape[1], node)
+    return [*first.values()], windows
 
 
 def _read_token(ends: Sequence[Node | None], sizes: Mapping[Node, tuple[int, ...]]) -> int | None:
@@ -383,34 +470,28 @@ def _is_pointwise(node: Node) -> bool:
     return torch.Tag.pointwise in getattr(aten_op(node), "tags", ())
 
 
+def _samples_first(rows: maps.Rows | None, batch: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda t: t[None] if rows is None else maps.by_sample(t, rows, batch)
+
+
 def _finite(bias: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """A constant that gets no gradient counts nothing, were it infinite (a pool's padding)."""
     return bias if bool(bias.isfinite().all()) else bias.masked_fill(g == 0, 0.0)
 
 
-def layer_input(module: CapturedModule, path: str) -> Node:
-    """The graph node that is the first tensor argument of the module at ``path``."""
-    if (found := _at_call(module, path, "_args")) is not None:
+def layer_input(module: CapturedModule, name: str) -> Node:
+    """The node that is the first tensor argument of a call (``blocks.3``; the second, ``blocks.3#2``)."""
+    called = calls(module)
+    if name in called and (found := argument(called[name])) is not None:
         return found
-    called = called_modules(module)
-    near = difflib.get_close_matches(str(path), called, 3) or called[:6]
+    near = difflib.get_close_matches(str(name), called, 3) or [*called][:6]
     hint = f"; called are, for example, {', '.join(near)}"
-    raise InputError(f"no module {path!r} is called with a tensor in this graph{hint}")
+    raise InputError(f"no module {name!r} is called with a tensor in this graph{hint}")
 
 
-def _at_call(module: CapturedModule, path: str, side: str) -> Node | None:
-    """The first tensor that the module at ``path`` is called with (``_args``) or returns (``_output``)."""
-    for node in module.graph.nodes:
-        if node.op == "call_module" and node.target == path and "_output" in node.kwargs:
-            found: list[Node] = []
-            map_arg(node.kwargs[side], found.append)
-            if found:
-                return found[0]
-    return None
-
-
-def _ancestors(node: Node) -> set[Node]:
-    return reach([node], lambda n: n.all_input_nodes)
+def _returned(call: Node) -> Node | None:
+    """The first tensor that a module returned."""
+    return next((n for n in pytree.tree_leaves(probed(call)) if isinstance(n, Node)), None)
 
 
 def _shape(y: Any) -> tuple[int, ...] | None:

@@ -1,4 +1,4 @@
-"""From terms ``a * df/da`` of any shape to maps over positions: image patches, pixels or tokens.
+"""From terms ``a * df/da`` of any shape to maps over positions: tokens, patches, pixels, frames, voxels.
 
 A term is summed over its channels, whichever axis they are on; what has no position (a pooled
 vector, the hidden units of a token-mixing MLP) is kept apart as one number a sample.
@@ -8,99 +8,137 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 _MOST_PREFIX = 16  # class, distillation and register tokens in front of the patches
+Extents = tuple[int, ...]
+"""Of an input, the sizes of its axes that are positions: (H, W), (frames, H, W), (T,)."""
+
+
+class Part(NamedTuple):
+    """The tokens that come from one input: ``order`` names them, cell by cell of their ``grid``, as many
+    for one as for another."""
+
+    source: str
+    grid: Extents
+    order: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How positions are laid out: ``grid`` (H, W) of an image, or a sequence of ``tokens``."""
+    """How the tokens of a value lie.
+
+    tokens: how many there are
+    parts:  by input, those that lie somewhere in it
+    apart:  those that lie nowhere: class and register tokens
+    axes:   of the value, its axes that count tokens; several are read in their order
+    """
 
     tokens: int
-    grid: tuple[int, int] | None
-    prefix: int
+    parts: tuple[Part, ...]
+    apart: tuple[int, ...]
+    axes: tuple[int, ...] = (1,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """A term summed over channels. ``map``: (B, H, W), or (B, N) for a sequence; None if nowhere."""
+    """A term summed over channels. ``maps``: by input, (B, *grid); ``prefix``: tokens that lie nowhere."""
 
-    map: torch.Tensor | None
+    maps: Mapping[str, torch.Tensor]
     prefix: torch.Tensor | None
     rest: torch.Tensor
 
 
-def layout(
-    shape: Sequence[int], upstream: Sequence[Sequence[int]], image: tuple[int, int] | None
+def guessed(
+    source: str, shape: Sequence[int], upstream: Sequence[Sequence[int]], image: Extents | None
 ) -> Layout:
-    """Layout of a layer whose input has ``shape``, from the image-like values before it.
+    """Layout of a value (B, N, C), from sizes alone: row by row, behind the tokens that lie nowhere.
 
     Args:
-        shape: (B, N, C) for tokens, (B, C, H, W) or (B, H, W, C) for feature maps.
+        source: the input that it lies in.
         upstream: shapes of all values before it, in graph order.
-        image: (H, W) of the model's input, if that is an image.
+        image: (H, W) of that input, if it is an image.
     """
-    if len(shape) == 4:
-        grid = _image_axes(shape, image)
-        h, w = (shape[grid[0]], shape[grid[1]]) if grid else (shape[2], shape[3])
-        return Layout(h * w, (h, w), 0)
     tokens = shape[1] if len(shape) == 3 else 1
-    if image is None:
-        return Layout(tokens, None, 0)
-    pictures = [(s[a[0]], s[a[1]]) for s in upstream if len(s) == 4 and (a := _image_axes(s, image))]
+    grid, prefix = _fitting(tokens, upstream, image) if image is not None and len(image) == 2 else (None, 0)
+    order = tuple(range(prefix, tokens))
+    return Layout(tokens, (Part(source, grid or (tokens,), order),), tuple(range(prefix)))
+
+
+def _fitting(tokens: int, upstream: Sequence[Sequence[int]], image: Extents) -> tuple[Extents | None, int]:
+    """The grid of that many tokens over an image, and how many are in front of it."""
+    pictures = [tuple(s[i] for i in a) for s in upstream if len(s) == 4 and (a := _axes(s, image))]
     fitting = [(h, w) for h, w in pictures if 0 <= tokens - h * w <= _MOST_PREFIX]
     if fitting:  # heads by features may have the image's aspect as well: the largest is the grid
-        h, w = max(fitting, key=lambda grid: grid[0] * grid[1])
-        return Layout(tokens, (h, w), tokens - h * w)
+        grid = max(fitting, key=math.prod)
+        return grid, tokens - math.prod(grid)
     for prefix in range(min(_MOST_PREFIX, tokens - 1) + 1):  # no feature map: the image's aspect
         w = math.isqrt((tokens - prefix) * image[1] // image[0])
         h = (tokens - prefix) // max(w, 1)
         if h * w == tokens - prefix and h * image[1] == w * image[0]:
-            return Layout(tokens, (h, w), prefix)
-    return Layout(tokens, None, 0)
+            return (h, w), prefix
+    return None, 0
 
 
-def positions(shape: Sequence[int], image: tuple[int, int] | None) -> tuple[int, ...]:
+def positions(shape: Sequence[int], image: Extents | None) -> tuple[int, ...]:
     """The axes of a value that are positions; the others, but the batch, are channels."""
-    if len(shape) == 4:
-        return _image_axes(shape, image) or (2, 3)
-    return (1,) if len(shape) == 3 else tuple(range(2, len(shape)))
+    found = None if image is None else _axes(shape, image)
+    return found or ((1,) if len(shape) == 3 else tuple(range(2, len(shape))))
 
 
-def _image_axes(shape: Sequence[int], image: tuple[int, int] | None) -> tuple[int, int] | None:
-    """Which two axes of a 4-d value are the image's: they have its aspect and are not larger."""
-    if image is None:
-        return (2, 3)
-    for a, b in ((2, 3), (1, 2)):
-        if shape[a] * image[1] == shape[b] * image[0] and shape[a] <= image[0]:
-            return a, b
+def _axes(shape: Sequence[int], image: Extents) -> tuple[int, ...] | None:
+    """Which axes of a value are the image's: they are not larger, and the last two have its aspect. Frames
+    may lie before the channels."""
+    n = len(image)
+    if len(shape) != n + 2 or n < 2:
+        return None
+    behind, before = tuple(range(2, n + 2)), tuple(range(1, n + 1))
+    for axes in (behind, before) if n == 2 else (behind, (1, *behind[1:]), before):
+        sizes = [shape[a] for a in axes]
+        aspect = sizes[-2] * image[-1] == sizes[-1] * image[-2]
+        if aspect and all(s <= size for s, size in zip(sizes, image, strict=True)):
+            return axes
     return None
 
 
-def place(term: torch.Tensor, where: Layout, image: tuple[int, int] | None) -> Placed:
+def place(term: torch.Tensor, layouts: Sequence[Layout], source: str, image: Extents | None) -> Placed:
     """Sum a term (B, ...) over channels onto positions.
 
-    A 4-d term of another resolution than the layout's is placed on its own grid.
+    Args:
+        layouts: how tokens lie, the likeliest first; a term has the first whose number of tokens it has.
+        source: the input in which a term lies that is a picture itself, at a resolution of its own.
+        image: the extents of that input.
     """
     term = term.double()
     nowhere = term.new_zeros(term.shape[0])
-    if term.ndim == 4 and term.shape[-1] == term.shape[-2] == where.tokens:  # queries and keys: no picture
+    square = term.shape[-1] if term.ndim == 4 and term.shape[-1] == term.shape[-2] else 0
+    if any(layout.tokens == square for layout in layouts):  # queries and keys: no picture
         term = term.sum(1)
-    if term.ndim == 4 and (axes := _image_axes(term.shape, image)) and image is not None:
-        channel = 1 if axes == (2, 3) else 3
-        return Placed(term.sum(channel), None, nowhere)
-    axis = next((i for i in (1, 2) if term.ndim == 3 and term.shape[i] == where.tokens), None)
-    if axis is None:
-        return Placed(None, None, summed(term))
-    tokens = term.sum(3 - axis)
-    if where.grid is None:
-        return Placed(tokens, None, nowhere)
-    patches = tokens[:, where.prefix :].unflatten(1, where.grid)
-    return Placed(patches, tokens[:, : where.prefix] if where.prefix else None, nowhere)
+    if image is not None and (axes := _axes(term.shape, image)):
+        return Placed({source: kept(term, axes)}, None, nowhere)
+    if term.ndim == 3:  # hidden units may be as many as the tokens of another stage: their axis comes last
+        tried = [(x, x.axes[0]) for x in layouts] + [(x, 3 - x.axes[0]) for x in layouts]
+        found = next(((x, axis) for x, axis in tried if term.shape[axis] == x.tokens), None)
+        if found is not None:
+            return on_tokens(kept(term, (found[1],)), found[0])
+    return Placed({}, None, summed(term))
+
+
+def kept(term: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+    """A term summed over all but the batch and ``axes``, in float64."""
+    others = [i for i in range(1, term.ndim) if i not in axes]
+    return term.double().sum(others) if others else term.double()
+
+
+def on_tokens(tokens: torch.Tensor, layout: Layout) -> Placed:
+    """Numbers of tokens (B, N), each where it lies."""
+    found = {p.source: tokens[:, list(p.order)].unflatten(1, (*p.grid, -1)).sum(-1) for p in layout.parts}
+    return Placed(
+        found, tokens[:, list(layout.apart)] if layout.apart else None, tokens.new_zeros(len(tokens))
+    )
 
 
 def summed(term: torch.Tensor) -> torch.Tensor:
@@ -149,14 +187,15 @@ def rows_of(samples: torch.Tensor, batch: int, axes: Sequence[int]) -> Rows | No
 
 def add(maps: Sequence[torch.Tensor]) -> torch.Tensor:
     """Sum of maps on the finest grid among them; each keeps its total when it is spread."""
-    if maps[0].ndim == 2:
-        return torch.stack(list(maps)).sum(0)
-    h, w = max(m.shape[1] for m in maps), max(m.shape[2] for m in maps)
-    total = torch.zeros(maps[0].shape[0], h, w, dtype=maps[0].dtype, device=maps[0].device)
-    for m in maps:
-        spread = torch.nn.functional.interpolate(m[:, None], size=(h, w), mode="nearest-exact")[:, 0]
-        kept = spread.sum((1, 2), keepdim=True)
-        uniform = m.shape[1] * m.shape[2] / (h * w)
-        exact = h % m.shape[1] == 0 and w % m.shape[2] == 0
-        total += spread * uniform if exact else spread * (m.sum((1, 2), keepdim=True) / kept)
-    return total
+    size = tuple(max(m.shape[i] for m in maps) for i in range(1, maps[0].ndim))
+    return torch.stack([spread(m, size) for m in maps]).sum(0)
+
+
+def spread(m: torch.Tensor, size: Extents) -> torch.Tensor:
+    """A map (B, ...) on a finer grid: each cell is shared out equally among those nearest to it."""
+    for axis, (old, new) in enumerate(zip(m.shape[1:], size, strict=True), 1):
+        if old != new:
+            nearest = ((torch.arange(new, device=m.device) + 0.5) * old / new).long()
+            count = torch.bincount(nearest, minlength=old).clamp(min=1)
+            m = (m / count.view(-1, *[1] * (m.ndim - 1 - axis))).index_select(axis, nearest)
+    return m

@@ -12,18 +12,21 @@ import numpy as np
 import torch
 
 from libragrad_fx.attribution import formulas, maps
-from libragrad_fx.attribution.assemble import assemble, expected, images, shares_of
-from libragrad_fx.attribution.formulas import Layer, Method, Taps
+from libragrad_fx.attribution.assemble import assemble, expected, images, layouts_of, shares_of
+from libragrad_fx.attribution.formulas import Layer, Method, Taps, Term
 from libragrad_fx.attribution.internals import Internals, Run, run
-from libragrad_fx.attribution.result import Attribution
+from libragrad_fx.attribution.result import MAPPINGS, Attribution
+from libragrad_fx.attribution.shares import BY, By, parts, stages
 from libragrad_fx.attribution.towers import towers
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.variants import fitting
+from libragrad_fx.module.walk import called_modules, path_of
 from libragrad_fx.target import Target, select_each
 from libragrad_fx.version import __version__
 
 Resolution = Literal["tokens", "pixels"]
+Layers = Sequence[str] | Literal["stages"] | None
 Starts = Mapping[str, torch.Tensor]
 VERSIONS = {
     "python": platform.python_version(),
@@ -37,6 +40,8 @@ class Question:
     """What is asked of a captured module: see ``explain``.
 
     rest: whether inputs that do not pass the one layer (another tower's) count where they enter
+    stages: whether each layer has a map of its own
+    by:   whose parts are asked for
     """
 
     module: CapturedModule
@@ -48,10 +53,16 @@ class Question:
     baseline: float
     steps: int
     seed: int
+    stages: bool = False
+    by: By | None = None
 
-    def run(self, given: Starts | None = None) -> Run:
-        how = self.how
-        return run(self.module, self.inputs, self.paths, how.biases, how.attention, given, self.rest)
+    def run(self, given: Starts | None = None, like: Run | None = None) -> Run:
+        """A forward; on the values of ``given``, where things lie as in the run ``like``."""
+        how, located = self.how, None if like is None else like.located
+        return run(
+            self.module, self.inputs, self.paths, how.biases, how.attention or self.by == "head", given,
+            self.rest, located, self.by == "block",
+        )  # fmt: skip
 
 
 def explain(
@@ -60,8 +71,9 @@ def explain(
     targets: Callable[[Any], Sequence[Target]],
     *,
     method: str = "fullgrad_plus",
-    layers: Sequence[str] | None = None,
+    layers: Layers = None,
     resolution: Resolution = "tokens",
+    by: By | None = None,
     baseline: float = 0.0,
     steps: int = 50,
     seed: int = 0,
@@ -71,31 +83,34 @@ def explain(
     Args and errors as of ``libragrad_fx.attribute``, but that ``targets`` gets the output and says them.
     """
     how = formulas.method_of(method)
-    if isinstance(layers, str) or not isinstance(layers, (Sequence, type(None))):
-        raise InputError(f"layers is a list of module paths, got {layers!r}")
+    each = isinstance(layers, str) and layers == "stages"
+    if not each and (isinstance(layers, str) or not isinstance(layers, (Sequence, type(None)))):
+        raise InputError(f"layers is a list of module paths, or 'stages'; got {layers!r}")
+    if by not in (None, *BY):
+        raise InputError(f"by is one of {', '.join(BY)}, got {by!r}")
     if resolution not in ("tokens", "pixels"):
         raise InputError(f"resolution is 'tokens' or 'pixels', got {resolution!r}")
     module = fitting(module, inputs)
 
     def answers(paths: Sequence[str], meant: Callable[[Any], Sequence[Target]]) -> list[Attribution]:
         rest = layers is None and how.layers in ("input", "first")
-        asked = Question(module, inputs, method, how, tuple(paths), rest, baseline, steps, seed)
+        asked = Question(module, inputs, method, how, tuple(paths), rest, baseline, steps, seed, each, by)
         _require(asked)
         seen = asked.run()
         return _BY_PATH[how.path](asked, seen, meant(seen.output))
 
     if layers is not None:
-        return answers(layers, targets)
+        return answers(stages(module) if each else layers, targets)
     found = towers(module)
     if len(found) < 2:
         return answers(_layers(found, how, resolution), targets)
     meant, read = _read_towers(module, inputs, found, targets)
-    each: dict[int, Attribution] = {}
+    by_target: dict[int, Attribution] = {}
     for mine in dict.fromkeys(read):
         at = [i for i, which in enumerate(read) if which == mine]
         paths = _layers([found[k] for k in mine], how, resolution)
-        each |= zip(at, answers(paths, lambda _, at=at: [meant[i] for i in at]), strict=True)
-    return [each[i] for i in range(len(meant))]
+        by_target |= zip(at, answers(paths, lambda _, at=at: [meant[i] for i in at]), strict=True)
+    return [by_target[i] for i in range(len(meant))]
 
 
 def _read_towers(
@@ -128,7 +143,8 @@ def _layers(found: Sequence[Sequence[str]], how: Method, resolution: Resolution)
 
 def _require(asked: Question) -> None:
     """Raise ``InputError`` if the graph has not what a method needs."""
-    if asked.how.layers == "input" and len(asked.paths) > 1:
+    one = asked.how.layers == "input" and (asked.how.path or not asked.stages)
+    if one and len(asked.paths) > 1:
         raise InputError(f"{asked.method} takes one layer; got {', '.join(asked.paths)}")
     if asked.how.attention and not asked.paths:
         raise InputError(
@@ -151,7 +167,7 @@ def _among_noise(asked: Question, seen: Run, targets: Sequence[Target]) -> list[
     near = [
         ({k: x + _noise(x, draw) for k, x in starts.items()}, 1 / asked.steps) for _ in range(asked.steps)
     ]
-    means = _mean_gradients(asked, targets, near)
+    means = _mean_gradients(asked, seen, targets, near)
     whole = [seen.back(t, last=i == len(targets) - 1) for i, t in enumerate(targets)]
     return [
         _answer(asked, _with_gradients(one, mean, lambda x: x), t)
@@ -166,8 +182,8 @@ def _on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> list[At
     nodes, weights = np.polynomial.legendre.leggauss(asked.steps)
     line = [({k: base + (1 + a) / 2 * (x - base) for k, x in starts.items()}, w / 2)
             for a, w in zip(nodes.tolist(), weights.tolist(), strict=True)]  # fmt: skip
-    means = _mean_gradients(asked, targets, line)
-    origin = asked.run({k: torch.full_like(x, base) for k, x in starts.items()})
+    means = _mean_gradients(asked, seen, targets, line)
+    origin = asked.run({k: torch.full_like(x, base) for k, x in starts.items()}, seen)
     answers = []
     for i, (mean, t) in enumerate(zip(means, targets, strict=True)):
         last = i == len(targets) - 1
@@ -186,7 +202,7 @@ def _whole_on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> l
     base, found = asked.baseline, list[list[Attribution]]()
     for k in range(1, asked.steps + 1):
         given = {name: base + k / asked.steps * (x - base) for name, x in starts.items()}
-        found.append(_at_once(asked, asked.run(given), targets))
+        found.append(_at_once(asked, asked.run(given, seen), targets))
     return [_mean(answers) for answers in zip(*found, strict=True)]
 
 
@@ -200,7 +216,7 @@ def _block_by_block(asked: Question, seen: Run, targets: Sequence[Target]) -> li
         one = seen.back(target, last=False)
         attention = dict(enumerate(one.attention))
         for (path, end), tail in zip(ends.items(), tails, strict=True):
-            inside, (_, g) = _inside(one, path), tail.back(target, last=False).inputs[last]
+            inside, (_, g) = _inside(asked.module, one, path), tail.back(target, last=False).inputs[last]
             if inside is not None:
                 attention[inside] = seen.attended(inside, end, g)
         answers.append(
@@ -246,12 +262,12 @@ def _noise(x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
 
 
 def _mean_gradients(
-    asked: Question, targets: Sequence[Target], places: Sequence[tuple[Starts, float]]
+    asked: Question, first: Run, targets: Sequence[Target], places: Sequence[tuple[Starts, float]]
 ) -> list[dict[str, torch.Tensor]]:
     """For each target the gradients at ``places``, with their weights, by the names in ``Internals``."""
     means: list[dict[str, torch.Tensor]] = [{} for _ in targets]
     for given, weight in places:
-        seen = asked.run(given)
+        seen = asked.run(given, first)
         for i, (mean, target) in enumerate(zip(means, targets, strict=True)):
             one = seen.back(target, last=i == len(targets) - 1)
             for name, (_, g) in _tapped(asked, one).items():
@@ -274,9 +290,10 @@ def _mean(answers: Sequence[Attribution]) -> Attribution:
     """The mean of all that is a tensor; of a mean of maps no sum is promised."""
     first, n = answers[0], len(answers)
     fields = {f.name: [getattr(a, f.name) for a in answers] for f in dataclasses.fields(first)}
-    means = {k: sum(v) / n for k, v in fields.items() if isinstance(v[0], torch.Tensor)}
-    others = {k: sum(a.others[k] for a in answers) / n for k in first.others}
-    return dataclasses.replace(first, **means, others=others)
+    means: dict[str, Any] = {k: sum(v) / n for k, v in fields.items() if isinstance(v[0], torch.Tensor)}
+    for name in MAPPINGS:
+        means[name] = {k: sum(getattr(a, name)[k] for a in answers) / n for k in getattr(first, name)}
+    return dataclasses.replace(first, **means)
 
 
 # --- from what was seen to an answer
@@ -298,11 +315,23 @@ def _answer(
         whole = torch.full_like(seen.output, math.nan, dtype=torch.float64)
     plan = asked.module.plan
     made = {"policy": str(plan.policy), "digest": plan.digest} if plan is not None else {}
-    named = _each_target(target, batch)
-    return assemble(
-        seen, terms, biases, whole, method=asked.method, layers=asked.paths, target=named,
-        labels=("",) * batch, versions=VERSIONS, **made,
+    said = {"method": asked.method, "layers": asked.paths, "target": _each_target(target, batch), **made}
+    found = assemble(
+        seen, terms, biases, whole, labels=("",) * batch, versions=VERSIONS,
+        parts={} if asked.by is None else parts(asked.by, seen, terms, biases), **said,
     )  # fmt: skip
+    return dataclasses.replace(found, stages=_stages(seen, terms, biases)) if asked.stages else found
+
+
+def _stages(seen: Internals, terms: Sequence[Term], biases: Sequence[Term]) -> dict[str, torch.Tensor]:
+    """The map of each layer by itself: its own share, and the biases that are not before it."""
+    found = {}
+    for path in seen.layers:
+        own = [t for t in terms if t[0] == path]
+        behind = [(n, t) for n, t in biases if n not in seen.before[path]]
+        if own:  # attcat has none of its first
+            found[path] = assemble(seen, own, behind, seen.output, method="", layers=(path,)).values
+    return found
 
 
 def _each_target(target: Target, batch: int) -> tuple[Any, ...]:
@@ -319,12 +348,12 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
     """What one backward showed, block by block."""
     method, how = asked.method, asked.how
     layers = [
-        Layer(name, h, g, maps.positions(h.shape, _image(seen, name)))
+        Layer(name, h, g, _places(seen, name, h.shape, _image(seen, name)))
         for name, (h, g) in _tapped(asked, seen).items()
     ]
     if not how.attention:
         return Taps(layers, noise=_uniform(layers[0], asked.seed))
-    at = [_inside(seen, layer.name) for layer in layers]
+    at = [_inside(asked.module, seen, layer.name) for layer in layers]
     missing = [x.name for x, i in zip(layers, at, strict=True) if i is None or not _over_tokens(seen, i, x)]
     if missing:
         raise InputError(
@@ -344,10 +373,27 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
     return dataclasses.replace(taps, row=_row(method, taps, seen, _image(seen, layers[0].name), target))
 
 
-def _image(seen: Internals, name: str) -> tuple[int, int] | None:
+def _image(seen: Internals, name: str) -> maps.Extents | None:
     """The size of the picture that a value may be laid out as; None of the positions of a text."""
     found, where = images(seen), seen.tokens.get(name, frozenset())
     return next((size for n, size in found.items() if n in where or not where), None)
+
+
+def _places(seen: Internals, name: str, shape: Sequence[int], image: Any) -> tuple[int, ...]:
+    """The axes of a layer that are positions."""
+    if name in seen.inputs and name in seen.axes:
+        return seen.axes[name]
+    axes = [x.axes for x in layouts_of(seen, seen.tokens[name]) if shape[x.axes[0]] == x.tokens]
+    return axes[0] if axes and len(shape) == 3 else maps.positions(shape, image)
+
+
+def _inside(module: CapturedModule, seen: Internals, name: str) -> int | None:
+    """Which attention is the first in a call of a block."""
+    path, _, call = name.partition("#")
+    inside = [i for i, a in enumerate(seen.attention) if f"{a.module}.".startswith(f"{path}.")]
+    count = sum(path_of(c) == path for c in called_modules(module))
+    place = (int(call or 1) - 1) * len(inside) // max(count, 1)
+    return inside[place] if inside else None
 
 
 def _uniform(layer: Layer, seed: int) -> torch.Tensor:
@@ -355,11 +401,6 @@ def _uniform(layer: Layer, seed: int) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
     drawn = torch.rand(kept, generator=draw, dtype=torch.float64, device=draw.device)
     return drawn.to(layer.value.device)
-
-
-def _inside(seen: Internals, path: str) -> int | None:
-    """Which attention is the first of a block."""
-    return next((i for i, a in enumerate(seen.attention) if f"{a.module}.".startswith(f"{path}.")), None)
 
 
 def _over_tokens(seen: Internals, index: int, layer: Layer) -> bool:
@@ -372,8 +413,12 @@ def _row(method: str, taps: Taps, seen: Internals, image: Any, target: Target) -
     token; else the one that the target names."""
     if seen.read is not None:
         return seen.read
-    if image is not None and maps.layout(taps.layers[0].value.shape, seen.shapes, image).prefix:
-        return 0
+    first = taps.layers[0]
+    if image is not None:
+        known = layouts_of(seen, seen.tokens[first.name])
+        apart = [x for x in (*known, maps.guessed("", first.value.shape, seen.shapes, image)) if x.apart]
+        if apart:
+            return apart[0].apart[0]
     if isinstance(target, tuple) and len(target) > 1:
         return int(target[0])
     raise InputError(

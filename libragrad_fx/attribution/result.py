@@ -17,10 +17,13 @@ from libragrad_fx.errors import InputError
 class Attribution:
     """A signed, un-normalised attribution.
 
-    values:       (B, H, W) over pixels or patches, or (B, N) over tokens; float64
+    values:       over the positions of the main input, float64: (B, H, W) pixels or patches; (B, N) tokens
+                  or columns of a table; (B, frames, H, W); (B, D, H, W) voxels; (B, C, T) of a series
+                  (B, C, T) at its input, where channels are variables, and (B, T) behind it
     prefix:       (B, P) class and register tokens, or None
     unplaced:     (B,) what belongs to no position
-    others:       where a model has several inputs with positions: the maps of the others, by input
+    others:       where a model has several inputs with positions: the maps of the others, by input. Inputs
+                  whose values are added position by position (words, segments) have one
     output:       (B,) what was explained
     total:        (B,) what ``values``, ``prefix``, ``unplaced`` and ``others`` add up to
     expected:     (B,) what they add up to where the backward is balanced: the output, for Input x
@@ -34,7 +37,8 @@ class Attribution:
                   and no further term. Rotary positions are factors of q and k: theirs is zero wherever q
                   and k are held, as by ``libra``
     method:       as it was asked for
-    layers:       module paths whose inputs were used (empty: the model's own input)
+    layers:       module paths whose inputs were used (empty: the model's own input); of a module that is
+                  called several times, the second call is ``path#2``
     policy:       what the backward was balanced by; "" for autograd's own
     digest:       of that policy and of the facts, as in a certificate
     target:       of each sample, the index that was explained, or what was asked for
@@ -42,6 +46,17 @@ class Attribution:
     tokens:       of each sample, the pieces of its text, padding as ""; None for anything else
     versions:     of Python, torch and this library
     pictures:     (B, H, W, 3) uint8, what the model saw, where it was asked about pictures; else None
+    stages:       with ``layers="stages"``, layer -> its own map, at its own resolution: what the method
+                  gives for that layer alone. A layer is the input of the first block at a resolution
+    parts:        with ``by=``, who has what part in the output, in float64:
+                  ``"head"``: attention -> (B, heads), what comes by each head's values. Over heads they
+                  add up to ⟨y, ∂f/∂y⟩ of what that attention returns, before its projection; over
+                  attentions to nothing, as one reads what another wrote.
+                  ``"block"``: layer -> (B,), what it adds to what it gets, times the gradient behind it:
+                  over blocks they add up to nothing, as a later block reads what an earlier one adds. Of a
+                  block that changes the shape, all that it returns.
+                  ``"module"``: module -> (B,) its own biases; ``input of LAYER``, and inputs, their share.
+                  They add up to ``total`` of methods that count biases or are the share of the input
     """
 
     values: torch.Tensor
@@ -62,11 +77,13 @@ class Attribution:
     tokens: tuple[tuple[str, ...], ...] | None = None
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     pictures: torch.Tensor | None = None
+    stages: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    parts: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     @property
-    def grid(self) -> tuple[int, int] | None:
-        """(H, W) of a map over a picture; None for tokens in a row."""
-        return (self.values.shape[1], self.values.shape[2]) if self.values.ndim == 3 else None
+    def grid(self) -> tuple[int, ...] | None:
+        """(H, W) of a map over a picture, (frames, H, W) or (D, H, W) of one; None for tokens in a row."""
+        return tuple(self.values.shape[1:]) if self.values.ndim > 2 else None
 
     def normalized(self, quantile: float = 0.99) -> Attribution:
         """Each sample's map divided by that quantile of its |values|, and cut to [-1, 1]; signs stay.
@@ -79,8 +96,9 @@ class Attribution:
         top = torch.where(top > 0, top, 1.0).view(-1, *[1] * (self.values.ndim - 1))
         return dataclasses.replace(self, values=(self.values / top).clamp(-1, 1))
 
-    def upsample(self, size: tuple[int, int]) -> Attribution:
-        """The map of a picture at ``size`` (H, W), bicubic, as the field draws and scores it.
+    def upsample(self, size: Sequence[int]) -> Attribution:
+        """The map of a picture at ``size`` (H, W), bicubic, as the field draws and scores it; of a video or
+        volume at (frames, H, W), trilinear.
 
         Raises:
             InputError: tokens in a row have no picture.
@@ -89,7 +107,10 @@ class Attribution:
             raise InputError(
                 f"a map of shape {tuple(self.values.shape)} is over no picture: there is no size"
             )
-        larger = torch.nn.functional.interpolate(self.values[:, None], tuple(size), mode="bicubic")[:, 0]
+        if len(size) != len(self.grid):
+            raise InputError(f"a map over {self.grid} is enlarged to as many numbers, got {tuple(size)}")
+        mode = "bicubic" if len(size) == 2 else "trilinear"
+        larger = torch.nn.functional.interpolate(self.values[:, None], tuple(size), mode=mode)[:, 0]
         return dataclasses.replace(self, values=larger)
 
     def topk(self, k: int) -> list[list[tuple[tuple[int, ...], float]]]:
@@ -125,8 +146,11 @@ class Attribution:
                 fields[name] = torch.cat(values)
             elif name in _BY_SAMPLE and value is not None:
                 fields[name] = sum(values, ())
-        others = {k: torch.cat([p.others[k] for p in parts]) for k in first.others}
-        return dataclasses.replace(first, **fields, others=others)
+        for name in MAPPINGS:
+            fields[name] = {
+                k: torch.cat([getattr(p, name)[k] for p in parts]) for k in getattr(first, name)
+            }
+        return dataclasses.replace(first, **fields)
 
     def show(self, title: str = "", **look: Any) -> Any:
         """A matplotlib figure: maps over their pictures or alone, texts on colours, other numbers as bars.
@@ -168,3 +192,5 @@ class Attribution:
 
 _SHOWN = 16  # samples in a notebook
 _BY_SAMPLE = ("target", "labels", "tokens")
+MAPPINGS = ("others", "stages", "parts")
+"""Fields that hold tensors by name."""

@@ -15,14 +15,14 @@ import torch
 
 from libragrad_fx.errors import InputError
 
-_OTHER = "others."  # the maps of other inputs, by name
+_MAPPINGS = ("others", "stages", "parts")  # tensors by name: saved as others.NAME
 
 
 def save(found: Any, path: Path) -> Path:
     """Write every field of an ``Attribution``."""
     write, _ = _format(path)
     fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-    others = {_OTHER + k: v for k, v in fields.pop("others").items()}
+    others = {f"{name}.{k}": v for name in _MAPPINGS for k, v in fields.pop(name).items()}
     tensors = {k: v.detach().cpu() for k, v in {**fields, **others}.items() if isinstance(v, torch.Tensor)}
     said = {k: v for k, v in fields.items() if not isinstance(v, torch.Tensor)}
     try:
@@ -42,11 +42,16 @@ def load(path: Path) -> Any:
         raise InputError(f"there is no file {str(path)!r}")
     try:
         tensors, said = read(path)
-        others = {k.removeprefix(_OTHER): tensors.pop(k) for k in [*tensors] if k.startswith(_OTHER)}
+        named: dict[str, Any] = {
+            name: {
+                k.removeprefix(f"{name}."): tensors.pop(k) for k in [*tensors] if k.startswith(f"{name}.")
+            }
+            for name in _MAPPINGS
+        }
         texts = {
             k: _tuples(v) if k in ("target", "labels", "tokens", "layers") else v for k, v in said.items()
         }
-        return Attribution(**tensors, **texts, others=others)
+        return Attribution(**tensors, **texts, **named)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
         raise InputError(f"{str(path)!r} holds no attribution that save wrote: {e}") from e
     except Exception as e:  # safetensors raises a type of its own

@@ -9,7 +9,8 @@ import torch
 
 from libragrad_fx.attribution import Attribution, methods
 from libragrad_fx.attribution.formulas import method_of
-from libragrad_fx.attribution.methods import Resolution
+from libragrad_fx.attribution.methods import Layers, Resolution
+from libragrad_fx.attribution.shares import By
 from libragrad_fx.errors import InputError
 from libragrad_fx.explain.inputs import Batch, batches
 from libragrad_fx.explain.kept import Policy, captured
@@ -25,7 +26,8 @@ def attribute(
     method: str = "fullgrad_plus",
     policy: Policy = None,
     against: Target = None,
-    layers: Sequence[str] | None = None,
+    layers: Layers = None,
+    by: By | None = None,
     resolution: Resolution = "tokens",
     baseline: float = 0.0,
     steps: int = 50,
@@ -54,7 +56,10 @@ def attribute(
             ``"libra"``, or of a captured module what that was captured by.
         against: another target, whose number is subtracted: why this, and not that?
         layers: module paths whose inputs to use in place of the method's own choice among the repeated
-            blocks of the network (``blocks``).
+            blocks of the network (``blocks``); of a module that is called twice, ``path#2`` is the second
+            call. ``"stages"``: the first block at each resolution, each with a map of its own
+            (``Attribution.stages``), by one forward and one backward.
+        by: ``"head"``, ``"block"`` or ``"module"``: also say what part each has (``Attribution.parts``).
         resolution: of methods that look at one place: ``"tokens"``, at the input of the first block, if
             there are blocks; ``"pixels"``, at the input of the model.
         baseline: of paths: where the line to the input starts, a number for each entry of it.
@@ -75,7 +80,7 @@ def attribute(
         raise InputError("against needs a target to compare with: target=3, against=5")
     asked = target if against is None else Against(target, against)
     return attribute_each(
-        model, inputs, [asked], method=method, policy=policy, layers=layers, resolution=resolution,
+        model, inputs, [asked], method=method, policy=policy, layers=layers, by=by, resolution=resolution,
         baseline=baseline, steps=steps, seed=seed, processor=processor, batch_size=batch_size,
         progress=progress,
     )[0]  # fmt: skip

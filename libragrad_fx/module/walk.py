@@ -3,34 +3,108 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 
+import torch
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from libragrad_fx.decide.flow import hands_on, reach, results
+from libragrad_fx.graph.schema import operands, tensor_arguments
 from libragrad_fx.module.captured import CapturedModule, one_graph
+from libragrad_fx.ops.insert import guard, probed
+
+
+def calls(module: CapturedModule) -> dict[str, Node]:
+    """The calls of submodules that are in the graph, in the order in which they end: name -> probe. The
+    second call of a module is called ``path#2``."""
+    seen, found = Counter[str](), dict[str, Node]()
+    for node in one_graph(module).graph.nodes:
+        if node.op == "call_module" and "_output" in node.kwargs:
+            seen[path := str(node.target)] += 1
+            found[path if seen[path] == 1 else f"{path}#{seen[path]}"] = node
+    return found
+
+
+def path_of(call: str) -> str:
+    """The module path of a call."""
+    return call.partition("#")[0]
 
 
 def called_modules(module: CapturedModule) -> list[str]:
-    """Paths of the submodules whose calls are in the graph, in the order in which calls end."""
-    nodes = one_graph(module).graph.nodes
-    return [str(n.target) for n in nodes if n.op == "call_module" and "_output" in n.kwargs]
+    """Names of the calls of submodules that are in the graph, in the order in which they end: module paths,
+    and ``path#2`` for the second call of one."""
+    return [*calls(module)]
+
+
+def argument(call: Node) -> Node | None:
+    """The first tensor that a module was called with."""
+    return next((n for n in pytree.tree_leaves(call.kwargs["_args"]) if isinstance(n, Node)), None)
+
+
+def origin(node: Node) -> Node:
+    """The node that computed the tensor that a node hands on: a probe returns its call's result itself."""
+    while isinstance(result := probed(node), Node):
+        node = result
+    return node
+
+
+def example(node: Node) -> torch.Tensor | None:
+    """A tensor of the shape that a node had at capture, in symbols."""
+    value = origin(node).meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def senders(module: CapturedModule) -> Callable[[Node], Sequence[Node]]:
+    """Where a node of a captured graph sends a gradient that leads to the model's input."""
+    live = {site.node: site.live for site in module.record.sites}
+
+    def sends(node: Node) -> list[Node]:
+        if node.name in live:
+            return [n for k, n in operands(node, tensor_arguments(node)) if k in live[node.name]]
+        if not hands_on(node) or node.target is guard or node.op in ("placeholder", "get_attr"):
+            return []
+        given = [n for n in pytree.tree_leaves(probed(node)) if isinstance(n, Node)]
+        return given or list(node.all_input_nodes)
+
+    found: dict[Node, list[Node]] = {}
+    return lambda n: found[n] if n in found else found.setdefault(n, sends(n))
+
+
+def bypassed(module: CapturedModule, node: Node, sends: Callable[[Node], Sequence[Node]]) -> bool:
+    """Whether a path from what ``node`` is computed from to the output leads past it."""
+    node = origin(node)
+    past = reach(results(module.graph), lambda n: () if n is node else sends(n))
+    return bool(past & (reach([node], sends) - {node}))
 
 
 def blocks(module: CapturedModule, among: Collection[str] | None = None) -> list[str]:
     """The repeated blocks of a network (transformer, mixer, residual blocks), in the order in which they
-    run; empty if it has none. FullGrad+ sums over them. ``among``: only of these modules.
+    run, each call of them; empty if it has none. FullGrad+ sums over them. ``among``: only these modules.
 
-    They are the instances of the most frequent class whose names end in a digit (``layers.3``,
-    ``encoder_layer_3``); where there are no two such, of a class that has siblings. The two MLPs of a
-    mixer's block have a sibling each, but are no blocks.
+    They are the instances of one class whose names end in a digit (``layers.3``, ``encoder_layer_3``): of
+    that of which most have the whole stream go through them, with no path past them; where that leaves
+    several, of the most frequent. Where there are no two such, of a class that has siblings.
     """
-    called = dict.fromkeys(p for p in called_modules(module) if among is None or p in among)
-    composed = {p: type(m) for p in called if list((m := module.get_submodule(p)).children())}
-    beside = Counter((p.rpartition(".")[0], kind) for p, kind in composed.items())
-    numbered, others = defaultdict[type, list[str]](list), defaultdict[type, list[str]](list)
-    for path, kind in composed.items():
+    called = {c: n for c, n in calls(module).items() if among is None or path_of(c) in among}
+    groups = (defaultdict[type, list[str]](list), defaultdict[type, list[str]](list))
+    composed = {c: type(m) for c in called if [*(m := module.get_submodule(path_of(c))).children()]}
+    beside = Counter((p.rpartition(".")[0], composed[p]) for p in {path_of(c) for c in composed})
+    for call, kind in composed.items():
+        path = path_of(call)
         if path[-1:].isdigit():
-            numbered[kind].append(path)
+            groups[0][kind].append(call)
         elif beside[path.rpartition(".")[0], kind] > 1:
-            others[kind].append(path)
-    sizes = lambda paths: (len(paths), -paths[0].count("."))  # noqa: E731
-    most = [max(groups.values(), key=sizes, default=[]) for groups in (numbered, others)]
-    return next((paths for paths in most if len(paths) > 1), [])
+            groups[1][kind].append(call)
+    sends = senders(module)
+
+    def size(names: Sequence[str]) -> tuple[int, ...]:
+        given = (argument(called[name]) for name in names)
+        whole = sum(n is not None and not bypassed(module, n, sends) for n in given)
+        return whole, len(names), -names[0].count(".")
+
+    for group in groups:
+        several = [names for names in group.values() if len(names) > 1]
+        if several:
+            return max(several, key=size)
+    return []

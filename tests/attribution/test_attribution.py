@@ -147,13 +147,14 @@ def test_targets_of_more_dimensions() -> None:
 def test_token_layouts_are_found(prefix: int, grid: tuple[int, int], width: int) -> None:
     h, w = grid
     image, tokens = (h * 8, w * 8), prefix + h * w
-    where = maps.layout((2, tokens, width), [(2, 3, *image), (2, width, h, w)], image)
-    assert where == maps.Layout(tokens, (h, w), prefix)
+    where = maps.guessed("x", (2, tokens, width), [(2, 3, *image), (2, width, h, w)], image)
+    part = maps.Part("x", (h, w), tuple(range(prefix, tokens)))
+    assert where == maps.Layout(tokens, (part,), tuple(range(prefix)))
     term = torch.randn(2, tokens, width, dtype=F64)
-    placed = maps.place(term, where, image)
-    total = placed.map.sum() + (placed.prefix.sum() if placed.prefix is not None else 0)
+    placed = maps.place(term, [where], "x", image)
+    total = placed.maps["x"].sum() + (placed.prefix.sum() if placed.prefix is not None else 0)
     torch.testing.assert_close(total, term.sum())
-    assert torch.equal(placed.map.flatten(1), term[:, prefix:].sum(2))
+    torch.testing.assert_close(placed.maps["x"].flatten(1), term[:, prefix:].sum(2))
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))

@@ -468,4 +468,5 @@ def test_two_sequences_of_tokens_are_not_followed_as_one() -> None:
 
 def test_heads_by_features_are_no_grid() -> None:
     """Behind a block with 2 heads of 2 x 2, the 17 tokens are still a class token and 4 x 4 patches."""
-    assert maps.layout((2, 17, 24), [(2, 24, 4, 4), (2, 2, 2, 12), (2, 12, 2, 2)], (32, 32)).grid == (4, 4)
+    found = maps.guessed("x", (2, 17, 24), [(2, 24, 4, 4), (2, 2, 2, 12), (2, 12, 2, 2)], (32, 32))
+    assert found.parts[0].grid == (4, 4)
