@@ -212,6 +212,7 @@ SMALL: Mapping[str, Callable[[], Small]] = {
                     depths=(1, 1, 1, 1), stem_width=(8, 8)),
     "mobilevitv2": _timm("mobilevitv2_050", 64),
     "efficientvit": _timm("efficientvit_b0", 64),
+    "efficientvit_m": _timm("efficientvit_m0", 128),
     "hiera": _timm("hiera_tiny_224", 64, img_size=64, embed_dim=8, num_heads=1, stages=(1, 1, 2, 1)),
     "resnet": _timm("resnet10t", 64),
     "bert": _hugging("BertForSequenceClassification", "BertConfig", _ids, vocab_size=30, num_labels=3,

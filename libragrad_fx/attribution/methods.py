@@ -209,6 +209,8 @@ def _whole_on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> l
 def _block_by_block(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
     """LeGrad: each block's attention by the target of its own output, as if it were the last block's."""
     ends = {path: seen.values[n] for path, n in zip(asked.paths, seen.ends, strict=True)}
+    if len({t.shape for t in ends.values()}) > 1:
+        raise InputError(_several(asked.method, asked.paths))
     last = seen.ends[-1].name
     tails = [run(asked.module, asked.inputs, biases=False, given={last: t.detach()}) for t in ends.values()]
     answers = []
@@ -361,10 +363,7 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
             " attention, or one within windows): use fullgrad_plus or xgradcam_plus"
         )
     if len({layer.value.shape[1] for layer in layers}) > 1:
-        raise InputError(
-            f"{method} follows one sequence of tokens from block to block, and these blocks have several:"
-            f" name those of one with layers=[…] ({layers[0].name}, …, {layers[-1].name})"
-        )
+        raise InputError(_several(method, [layer.name for layer in layers]))
     found = [i for i in at if i is not None]
     streams = [s for i in found if (s := seen.streams[i]) is not None]
     taps = Taps(layers, [seen.attention[i] for i in found], streams, seen.ends)
@@ -377,6 +376,13 @@ def _image(seen: Internals, name: str) -> maps.Extents | None:
     """The size of the picture that a value may be laid out as; None of the positions of a text."""
     found, where = images(seen), seen.tokens.get(name, frozenset())
     return next((size for n, size in found.items() if n in where or not where), None)
+
+
+def _several(method: str, names: Sequence[str]) -> str:
+    return (
+        f"{method} follows one sequence of tokens from block to block, and these blocks have several: name"
+        f" those of one with layers=[…] ({names[0]}, …, {names[-1]})"
+    )
 
 
 def _places(seen: Internals, name: str, shape: Sequence[int], image: Any) -> tuple[int, ...]:
