@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -13,6 +14,12 @@ from tests.samples import randn
 
 Tensor = torch.Tensor
 X = randn(4, 6)
+
+
+def fast_first(values: Iterable[Any], fast: int) -> list[Any]:
+    """Parameters of a test: the first few in the fast suite, the others in the slow one."""
+    each = [v if isinstance(v, tuple) else (v,) for v in values]
+    return [pytest.param(*v, marks=() if i < fast else pytest.mark.slow) for i, v in enumerate(each)]
 
 
 class Between(nn.Module):

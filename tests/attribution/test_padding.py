@@ -11,6 +11,7 @@ from torch import nn
 
 import libragrad_fx as lg
 from libragrad_fx.attribution import METHODS
+from tests.between import fast_first
 
 Tensor = torch.Tensor
 WIDE, HEADS, VOCABULARY = 12, 2, 20
@@ -88,7 +89,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("policy", "causal", "side", "target"), CASES)
+@pytest.mark.parametrize(("policy", "causal", "side", "target"), fast_first(CASES, 4))
 def test_a_batch_of_texts_is_each_text(
     policy: str, causal: bool, side: str, target: Callable[[Tensor], Any]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ from libragrad_fx.errors import InputError
 from tests.attribution.test_attribution import vit
 
 F64 = torch.float64
+
+
+@functools.cache
+def answer(method: str) -> lg.Attribution:
+    torch.manual_seed(0)
+    return lg.attribute(vit(), torch.randn(2, 3, 32, 32, dtype=F64), [1, 0], method=method)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +44,7 @@ def same(a: lg.Attribution, b: lg.Attribution) -> None:
 @pytest.mark.parametrize("ending", [".npz", ".safetensors", ".json"])
 @pytest.mark.parametrize("method", ["fullgrad_plus", "xgradcam"])  # the second promises no sum: nan
 def test_saved_and_loaded_to_the_bit(ending: str, method: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    one = lg.attribute(vit(), torch.randn(2, 3, 32, 32, dtype=F64), [1, 0], method=method)
+    one = answer(method)
     one = dataclasses.replace(
         one, others={"x['b']": torch.rand(2, 5).float()}, tokens=(("a", "[SEP]"), ("ä", "")),
         target=((1, 2), 3),

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import libragrad_fx as lg
 from libragrad_fx.errors import GuardError, InputError
+from tests.between import fast_first
 
 Tensor = torch.Tensor
 
@@ -203,7 +204,7 @@ class Remembered(Tokens):
         return self.head(F.gelu(self.embed(ids) + self.table[:n])).mean(1)
 
 
-@pytest.mark.parametrize("make", [Loop, Windows, Recurrent, Remembered])
+@pytest.mark.parametrize("make", fast_first([Loop, Windows, Recurrent, Remembered], 2))
 def test_where_python_looks_at_the_length(make: Any) -> None:
     model = make()
     module = lg.transform(model, ids(2, 8))

@@ -71,6 +71,7 @@ def test_compile(case: Case, backend: str) -> None:
     assert close(gradient(compiled, case.x), case.gradient)
 
 
+@pytest.mark.slow
 def test_compile_in_a_fresh_process() -> None:
     """Where nothing has imported Dynamo before capture did."""
     code = (

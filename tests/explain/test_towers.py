@@ -12,6 +12,7 @@ from torch import nn
 import libragrad_fx as lg
 from libragrad_fx.attribution.towers import towers
 from libragrad_fx.errors import InputError
+from tests.between import fast_first
 from zoo import image_text
 
 F64 = torch.float64
@@ -70,7 +71,7 @@ def prepared(model: nn.Module) -> nn.Module:
     return model.double().eval()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", fast_first(MODELS, 2))
 def test_both_towers_are_explained(name: str) -> None:
     made = MODELS[name]
     model = prepared(made.make())
@@ -105,7 +106,7 @@ def small() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model, pictures, ids
 
 
-@pytest.mark.parametrize("method", ["fullgrad", "fullgrad_plus", "input_x_gradient"])
+@pytest.mark.parametrize("method", fast_first(["fullgrad", "fullgrad_plus", "input_x_gradient"], 1))
 def test_two_prompts_on_one_picture_are_two_maps(method: str) -> None:
     model, pictures, ids = small()
     target = lg.Likeness("image_embeds", "text_embeds")

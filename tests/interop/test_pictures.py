@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import libragrad_fx as lg
+from tests.between import fast_first
 from tests.interop.matrix import small_vit
 
 
@@ -24,7 +25,10 @@ def test_show_cam_on_image() -> None:
     assert int(shown[reddest][0]) - int(shown[reddest][2]) > 60
 
 
-@pytest.mark.parametrize("method", ["heat_map", "blended_heat_map", "masked_image", "alpha_scaling"])
+METHODS = ["blended_heat_map", "heat_map", "masked_image", "alpha_scaling"]
+
+
+@pytest.mark.parametrize("method", fast_first(METHODS, 1))
 def test_visualize_image_attr(method: str) -> None:
     shows = pytest.importorskip("captum.attr", reason="needs captum (extra: dev)")
     mpl.use("Agg")

@@ -22,6 +22,7 @@ from libragrad_fx.optimise import narrow
 from libragrad_fx.optimise.work import Work
 from libragrad_fx.rewrite.erase import erase, spell
 from libragrad_fx.types import OpFacts
+from tests.between import fast_first
 from tests.optimise.test_lean import assert_same, backward
 from tests.samples import Call, call_of, calls
 
@@ -195,7 +196,7 @@ READS = {
 }
 
 
-@pytest.mark.parametrize(("post", "trained"), [(False, True), (True, False)], ids=["pre", "post"])
+@pytest.mark.parametrize(("post", "trained"), fast_first([(False, True), (True, False)], 1))
 @pytest.mark.parametrize("written", [False, True], ids=["fused", "written"])
 @pytest.mark.parametrize("read", READS)
 def test_one_token_is_read(read: str, written: bool, post: bool, trained: bool) -> None:
@@ -203,7 +204,7 @@ def test_one_token_is_read(read: str, written: bool, post: bool, trained: bool) 
     assert has_rows(transformed(model, tokens()))
 
 
-@pytest.mark.parametrize("written", [False, True], ids=["fused", "written"])
+@pytest.mark.parametrize("written", fast_first([False, True], 1))
 @pytest.mark.parametrize("read", READS)
 def test_causal(read: str, written: bool) -> None:
     model = Reader(READS[read], written, False, True, first=nn.Linear(C, C))

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import libragrad_fx as lg
-from tests.between import Between, X, certified, weighed
+from tests.between import Between, X, certified, fast_first, weighed
 
 Tensor = torch.Tensor
 
@@ -67,7 +67,7 @@ RECORDED = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n == "while_loop" else ()) for n in RECORDED]
+    "name", fast_first([n for n in RECORDED if n != "while_loop"] + ["while_loop"], 6)
 )
 @pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
 def test_what_depends_on_values(name: str) -> None:
@@ -102,7 +102,7 @@ def written(write: Callable[[Tensor, Tensor], Any]) -> Any:
 
 @pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
 @pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CustomBackwardWarning")
-@pytest.mark.parametrize("by_value", [False, True])
+@pytest.mark.parametrize("by_value", fast_first([True, False], 1))
 @pytest.mark.parametrize("write", [
     lambda t, v: t[..., 1:].copy_(v[..., 1:]),
     lambda t, v: t.__setitem__((..., 0), v[..., 0]),
@@ -144,9 +144,9 @@ class Packed(nn.Module):
         return self.head(padded)
 
 
-@pytest.mark.parametrize(("layer", "how"), [
-    (nn.LSTM, "state"), (nn.GRU, "data"), (nn.RNN, "both ways"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layer", "how"), fast_first([(nn.LSTM, "state"), (nn.GRU, "data"), (nn.RNN, "both ways")], 1)
+)
 @pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
 def test_packed_sequences(layer: Any, how: str) -> None:
     model, x = Packed(layer, how).eval(), torch.randn(3, 4, 6)

@@ -310,7 +310,7 @@ def test_found(recipe: Recipe) -> None:
 
 
 @given(recipes(least=5, most=12))
-@settings(_graphs, derandomize=True, max_examples=50)
+@settings(_graphs, derandomize=True, max_examples=25)
 def test_random_graphs(recipe: Recipe) -> None:
     check(recipe)
 
