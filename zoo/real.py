@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from libragrad_fx.extras import need
+
 VARIABLE = "LIBRAGRAD_DATA"
 
 
@@ -227,9 +229,7 @@ def dinov2_weights(file: Path) -> dict[str, Any]:
     Matrices have lost their names there: they are found by the nodes that multiply with them. The positions
     of the class token and of the patches are two constants, of one row and of many.
     """
-    import onnx
-    from onnx import numpy_helper
-
+    onnx, numpy_helper = (need(name, "real") for name in ("onnx", "onnx.numpy_helper"))
     graph = onnx.load(os.fspath(file)).graph
     held = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
     found = {n: t for n, t in held.items() if not n.startswith("onnx::")}

@@ -39,7 +39,7 @@ class Taps:
     attention: of each layer's block, for methods that need it
     streams:   of each layer's block, the residual stream behind attention, (B, T, C)
     ends:      of each layer's block, its output, (B, T, C)
-    row:       the token that the output is read from, of methods that follow attention to it
+    rows:      of each sample the token that the output is read from, of methods that follow attention to it
     noise:     a number from [0, 1) for each position of the first layer, 1 for batch and channels
     """
 
@@ -47,7 +47,7 @@ class Taps:
     attention: Sequence[Attention] = ()
     streams: Sequence[torch.Tensor] = ()
     ends: Sequence[torch.Tensor] = ()
-    row: int = 0
+    rows: Sequence[int] = ()
     noise: torch.Tensor | None = None
 
 
@@ -181,8 +181,10 @@ def _rolled(steps: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _read(taps: Taps, shares: torch.Tensor) -> list[Term]:
-    """One row of (B, T, T), as a share of each token."""
-    return [(taps.layers[0].name, shares[:, taps.row, :, None])]
+    """One row of each (T, T) of (B, T, T), as a share of each token."""
+    samples = torch.arange(len(shares), device=shares.device)
+    rows = torch.as_tensor(taps.rows, device=shares.device)
+    return [(taps.layers[0].name, shares[samples, rows][..., None])]
 
 
 # --- the table

@@ -369,7 +369,7 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
     taps = Taps(layers, [seen.attention[i] for i in found], streams, seen.ends)
     if not how.row:
         return taps
-    return dataclasses.replace(taps, row=_row(method, taps, seen, _image(seen, layers[0].name), target))
+    return dataclasses.replace(taps, rows=_rows(method, taps, seen, _image(seen, layers[0].name), target))
 
 
 def _image(seen: Internals, name: str) -> maps.Extents | None:
@@ -414,19 +414,21 @@ def _over_tokens(seen: Internals, index: int, layer: Layer) -> bool:
     return layer.value.ndim == 3 and tokens == [layer.value.shape[1]] * 2 and batch == len(layer.value)
 
 
-def _row(method: str, taps: Taps, seen: Internals, image: Any, target: Target) -> int:
-    """The token that attention is followed to: the one that the model reads alone; else an image's class
-    token; else the one that the target names."""
+def _rows(method: str, taps: Taps, seen: Internals, image: Any, target: Target) -> list[int]:
+    """The token that attention is followed to, of each sample: the one that the model reads alone; else an
+    image's class token; else the one that the target names."""
+    batch = len(seen.output)
     if seen.read is not None:
-        return seen.read
+        return [seen.read] * batch
     first = taps.layers[0]
     if image is not None:
         known = layouts_of(seen, seen.tokens[first.name])
         apart = [x for x in (*known, maps.guessed("", first.value.shape, seen.shapes, image)) if x.apart]
         if apart:
-            return apart[0].apart[0]
-    if isinstance(target, tuple) and len(target) > 1:
-        return int(target[0])
+            return [apart[0].apart[0]] * batch
+    each = target if isinstance(target, list) else [target] * batch
+    if all(isinstance(t, tuple) and len(t) > 1 for t in each):
+        return [int(t[0]) for t in each]
     raise InputError(
         f"{method} follows attention to the token that the output is read from, and no token is read alone:"
         " use attcat, or give a target (token, class)"

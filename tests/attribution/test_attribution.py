@@ -49,6 +49,7 @@ def test_fullgrad_plus_is_complete_when_balanced(pair: tuple) -> None:
     assert float(lg.attribute(plain, x, targets).completeness_error.max()) > 1e-2
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_samples(pair: tuple) -> None:
     balanced, _, x = pair
     for method in lg.attribution.METHODS.keys() - {"random"}:  # which draws for each sample

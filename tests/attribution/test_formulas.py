@@ -27,7 +27,7 @@ def taps(layers: int = 3) -> Taps:
     ]
     found = [Layer(f"b.{i}", draw(2, 5, 4), draw(2, 5, 4), (1,)) for i in range(layers)]
     streams, ends = ([draw(2, 5, 4) for _ in found] for _ in range(2))
-    return Taps(found, attends, streams, ends, row=1, noise=torch.rand(1, 5, 1, dtype=F64))
+    return Taps(found, attends, streams, ends, rows=[1, 1], noise=torch.rand(1, 5, 1, dtype=F64))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -117,7 +117,7 @@ class Dual(nn.Module):
         return self.head(self.both(torch.cat([a, b], 1)).mean(1))
 
 
-@pytest.mark.parametrize("how", ["product", "cross", "joined"])
+@pytest.mark.parametrize("how", fast_first(["cross", "product", "joined"], 1))
 def test_text_is_not_painted_on_the_picture(how: str) -> None:
     model = Dual(how).double().eval()
     for p in model.parameters():

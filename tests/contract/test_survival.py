@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import libragrad_fx as lg
 from libragrad_fx.errors import ModeError
 from libragrad_fx.module.captured import CapturedModule
+from tests.between import fast_first
 
 SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 5}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -102,7 +103,7 @@ def test_forward_mode_is_refused(case: Case) -> None:
         case.gm(forward_ad.make_dual(case.x, case.x))
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", fast_first([False, True], 1))
 def test_exported_again_it_stays_balanced(case: Case, strict: bool) -> None:
     program = torch.export.export(case.gm, (case.x,), strict=strict)
     assert close(gradient(program.module(), case.x), case.gradient)
@@ -121,6 +122,7 @@ def test_deepcopy(case: Case) -> None:
     assert lg.verify(case.model, twin, case.x, target=3).ok
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_in_a_fresh_process(case: Case, tmp_path: Path) -> None:
     file = tmp_path / "saved.pt"
     torch.save((case.gm, case.model, case.x, case.gm(case.x), case.gradient), file)

@@ -24,7 +24,7 @@ from libragrad_fx.errors import InputError
 from zoo import SAMPLE
 
 SLOW = {  # the slowest
-    "mamba", "rwkv", "deberta-v2", "test_nfnet", "shufflenet_v2_x0_5", "gpt-oss", "swin",
+    "mamba", "rwkv", "deberta-v2", "test_nfnet", "shufflenet_v2_x0_5", "gpt-oss", "swin", "t5", "wav2vec2",
 }  # fmt: skip
 
 

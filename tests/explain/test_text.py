@@ -47,6 +47,16 @@ def test_a_word_is_a_target() -> None:
     torch.testing.assert_close(each.output, torch.stack([logits[0, 5, 8], logits[1, 1, 3]]).detach())
 
 
+@pytest.mark.parametrize("method", ["raw_attention", "rollout", "genatt", "tokentm"])
+def test_attention_is_followed_to_the_end_of_each_text(method: str) -> None:
+    model, words = llama(), tokenizer()
+    found = lg.attribute(model, TEXTS, processor=words, method=method)
+    for i, text in enumerate(TEXTS):
+        alone = lg.attribute(model, text, processor=words, method=method)
+        n = alone.values.shape[1]
+        torch.testing.assert_close(found.values[i, :n], alone.values[0], rtol=1e-6, atol=1e-9)
+
+
 def test_this_word_and_not_that() -> None:
     model, words = llama(), tokenizer()
     found = lg.attribute(model, TEXTS, "dog", against=["cat", "mat"], processor=words, method="fullgrad")

@@ -12,6 +12,7 @@ import torch
 import libragrad_fx as lg
 from libragrad_fx.errors import ModeError
 from libragrad_fx.module.captured import CapturedModule
+from tests.between import fast_first
 from tests.models import reference as ref
 
 TARGET = 3
@@ -46,7 +47,7 @@ def ref_size(model: Any) -> tuple[int, int]:
     return tuple(embed.img_size)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", fast_first([torch.bfloat16, torch.float64, torch.float32], 1), ids=str)
 def test_forward_is_equal_to_the_bit(case: Case, dtype: torch.dtype) -> None:
     model = copy.deepcopy(case.model).to(dtype)
     x = case.x.to(dtype).requires_grad_()

@@ -76,6 +76,7 @@ def test_forward_bits(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(gm(x), model(x))
 
 
+@pytest.mark.slow
 def test_training_mode_batch_norm() -> None:
     model, x = build("every_fused_op")
     model.train()

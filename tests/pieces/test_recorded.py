@@ -158,6 +158,7 @@ def test_packed_sequences(layer: Any, how: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
+@pytest.mark.slow
 def test_sequences_packed_out_of_a_list() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -202,7 +203,7 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize("problem", LABELS)
+@pytest.mark.parametrize("problem", fast_first(LABELS, 1))
 def test_a_batch_with_labels(problem: str) -> None:
     """The loss comes first; what is explained are the logits, and the loss where it is asked for."""
     model = tiny("BertForSequenceClassification", num_labels=3, problem_type=problem)
