@@ -42,10 +42,21 @@ class Spots:
     def each(self, change: Callable[[Tensor], Tensor]) -> Spots:
         return Spots(change(self.mass), tuple(map(change, self.at)))
 
+    def even(self) -> Spots:
+        """The same places, each of mass 1 or 0. A layer adds up the masses that it reads, and those would
+        overflow behind some thirty layers of a language model."""
+        held, safe = self._held()
+        return Spots(held.double(), tuple(torch.where(held, a / safe, 0.0) for a in self.at))
+
     def coordinates(self) -> list[Tensor]:
         """An axis each; nan where nothing is read."""
+        held, safe = self._held()
+        return [torch.where(held, a / safe, torch.nan) for a in self.at]
+
+    def _held(self) -> tuple[Tensor, Tensor]:
+        """Which elements read something, and masses to divide by."""
         held = self.mass.abs() > 1e-9
-        return [torch.where(held, a / torch.where(held, self.mass, 1.0), torch.nan) for a in self.at]
+        return held, torch.where(held, self.mass, 1.0)
 
     def first(self) -> Spots:
         """Of the first sample, or row."""
@@ -248,9 +259,9 @@ def _run(
     except (RuntimeError, TypeError, ValueError, IndexError):  # an op that these numbers do not fit
         return None
     if isinstance(mass, Tensor):
-        return Spots(mass, tuple(at))
+        return Spots(mass, tuple(at)).even()
     if all(isinstance(m, Tensor) for m in mass):
-        return [Spots(m, tuple(a[i] for a in at)) for i, m in enumerate(mass)]
+        return [Spots(m, tuple(a[i] for a in at)).even() for i, m in enumerate(mass)]
     return None
 
 

@@ -46,6 +46,31 @@ def test_the_map_is_over_the_axes_of_the_input(name: str, method: str, shape: An
         alike(found, i, lg.attribute(gm, alone, made.target, method=method))
 
 
+class Deep(nn.Module):
+    """A residual stream with as many numbers to a layer, and as many layers, as a language model has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(11, 8), nn.Linear(8, 3)
+        wide = (nn.Sequential(nn.Linear(8, 2048), nn.Linear(2048, 8)) for _ in range(90))
+        self.blocks = nn.ModuleList(wide)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x).mean(1)
+
+
+@pytest.mark.parametrize("method", ["skip_plus", "hirescam", "gradcam_plus"])
+def test_tokens_keep_their_places_however_deep(method: str) -> None:
+    ids = torch.randint(11, (2, 7))
+    found = lg.attribute(Deep().double().eval(), ids, 1, method=method)
+    assert found.values.shape == (2, 7)
+    assert found.prefix is None
+
+
 @pytest.mark.parametrize(
     "name", fast_first(["table", "series", "voxels", "shared", "tabular", "lstm", "gru"], 4)
 )
