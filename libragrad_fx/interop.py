@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from libragrad_fx.account.observe import Observer, flat_arguments
 from libragrad_fx.attribution import maps
+from libragrad_fx.attribution.internals import run
 from libragrad_fx.decide.flow import reach
 from libragrad_fx.errors import InputError
 from libragrad_fx.explain import attribute
 from libragrad_fx.module.captured import CapturedModule, anchor, one_graph
 from libragrad_fx.module.variants import fitting
-from libragrad_fx.module.walk import called_modules
+from libragrad_fx.module.walk import calls
 from libragrad_fx.ops import insert
-from libragrad_fx.target import Target, as_call, undisturbed
+from libragrad_fx.target import Target
 
 
 def reshape_transform(
@@ -43,8 +43,8 @@ def reshape_transform(
     """
     inputs = _zeros(one_graph(module)) if inputs is None else inputs
     module = one_graph(fitting(module, inputs))
-    sizes, run = _run(module, inputs)
-    images = [x.shape for x in run.sources.values() if x.ndim == 4]
+    seen = run(module, inputs, biases=False)
+    sizes, images = seen.sizes, [x.shape for x in seen.sources.values() if x.ndim == 4]
     if not images:
         raise InputError("the module takes no image (B, C, H, W), so its tokens lie on no grid")
     batch, image = images[0][0], (images[0][2], images[0][3])
@@ -71,26 +71,12 @@ def reshape_transform(
 
 
 def _call(module: CapturedModule, path: str) -> Node:
-    """The node that stands for the first call of the module at ``path``."""
-    found = next((n for n in module.graph.nodes if n.op == "call_module" and n.target == path), None)
-    if found is None:
-        some = ", ".join(called_modules(module)[:6])
+    """The node that stands for the call of the module at ``path``."""
+    called = calls(module)
+    if path not in called:
+        some = ", ".join([*called][:6])
         raise InputError(f"no module {path!r} is called in this graph; called are, for example, {some}")
-    return found
-
-
-def _run(module: CapturedModule, inputs: Any) -> tuple[dict[Node, tuple[int, ...]], Observer]:
-    """The shapes of all tensors of one forward, in the order of the graph; and the run, with its inputs."""
-    sizes: dict[Node, tuple[int, ...]] = {}
-
-    def tap(n: Node, y: Any) -> None:
-        if isinstance(y, torch.Tensor):
-            sizes[n] = tuple(y.shape)
-
-    run = Observer(module, tap)
-    with torch.no_grad(), undisturbed(module):
-        run.run(*flat_arguments(module, *as_call(inputs)))
-    return sizes, run
+    return called[path]
 
 
 def _zeros(module: CapturedModule) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import logging
@@ -38,14 +39,6 @@ class Loaded:
     source: str
     module: torch.nn.Module
     weights: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """Turns a picture into a model's input (C, H, W). note: how, in words."""
-
-    to_tensor: Callable[[Image.Image], torch.Tensor]
-    note: str
 
 
 # --- models
@@ -255,6 +248,7 @@ IMAGE_FORMATS = (
 )  # fmt: skip
 """The only formats that are read. For some others Pillow runs programs (Ghostscript for PostScript), which
 a stranger's file could exploit."""
+IMAGE_ENDINGS = frozenset(f".{name.lower()}" for name in (*IMAGE_FORMATS, "jpg", "tif", "jp2"))
 
 
 def read_image(file: str | Path) -> Image.Image:
@@ -292,8 +286,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def preprocessing(model: Loaded) -> Preprocessing:
-    """How the model wants its images.
+def preprocessing(model: Loaded) -> Callable[[Image.Image], torch.Tensor]:
+    """From a picture to the tensor (C, H, W) that the model wants.
 
     Raises:
         InputError: it takes no images.
@@ -302,8 +296,6 @@ def preprocessing(model: Loaded) -> Preprocessing:
         return _torchvision_steps(model.name.partition(":")[2])
     if hasattr(model.module, "pretrained_cfg"):
         return _timm_steps(model.module)
-    if model.source == "hf":
-        return Preprocessing(transform_of(model.module), "its published image processor")
     args, kwargs = infer_inputs(model.module)
     shapes = [tuple(t.shape[1:]) for t in (*args, *kwargs.values())]
     if len(shapes) != 1 or len(shapes[0]) != 3 or shapes[0][0] not in (1, 3):
@@ -315,8 +307,7 @@ def preprocessing(model: Loaded) -> Preprocessing:
         values = torch.from_numpy(np.array(fitted, dtype=np.float32)) / 255
         return values.reshape(height, width, channels).permute(2, 0, 1)
 
-    note = f"cropped and resized to {height}x{width}, values in [0, 1], no other normalisation"
-    return Preprocessing(scale, note)
+    return scale
 
 
 def transform_of(model: torch.nn.Module) -> Callable[[Image.Image], torch.Tensor]:
@@ -326,18 +317,27 @@ def transform_of(model: torch.nn.Module) -> Callable[[Image.Image], torch.Tensor
         InputError: it does not say.
     """
     if hasattr(model, "pretrained_cfg"):
-        return _timm_steps(model).to_tensor
+        return _timm_steps(model)
+    unsaid = (
+        "this model does not say how it wants its pictures: give processor=…, a callable from a PIL"
+        " picture to a tensor (C, H, W), or tensors"
+    )
+    return pixels_by(published(model, "AutoImageProcessor", unsaid))
+
+
+def published(model: torch.nn.Module, kind: str, unsaid: str) -> Any:
+    """What was published with a model of Hugging Face, by a class of transformers (``AutoTokenizer``).
+
+    Raises:
+        InputError: the model does not say its name (``unsaid``), or nothing is found under it.
+    """
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not name:
-        raise InputError(
-            "this model does not say how it wants its pictures: give processor=…, a callable from a PIL"
-            " picture to a tensor (C, H, W), or tensors"
-        )
+        raise InputError(unsaid)
     try:
-        made = need("transformers", "models").AutoImageProcessor.from_pretrained(name)
+        return getattr(need("transformers", "models"), kind).from_pretrained(name)
     except (OSError, ValueError) as e:
-        raise InputError(f"no image processor is found for {name}: give one as processor=…") from e
-    return pixels_by(made)
+        raise InputError(f"no {kind} is found for {name}: give one as processor=…") from e
 
 
 def pixels_by(processor: Any) -> Callable[[Image.Image], torch.Tensor]:
@@ -350,25 +350,19 @@ def pixels_by(processor: Any) -> Callable[[Image.Image], torch.Tensor]:
     return to_tensor
 
 
-def _timm_steps(module: torch.nn.Module) -> Preprocessing:
+def _timm_steps(module: torch.nn.Module) -> Callable[[Image.Image], torch.Tensor]:
     data = need("timm.data", "models")
     config = data.resolve_model_data_config(module)
     steps = data.create_transform(**config, is_training=False)
-    grey = config["input_size"][0] == 1
-    size = "x".join(map(str, config["input_size"][1:]))
-    note = f"timm's evaluation transform for this model ({size})"
-    to_tensor = (lambda image: steps(image.convert("L"))) if grey else steps
-    return Preprocessing(to_tensor, note)
+    return (lambda image: steps(image.convert("L"))) if config["input_size"][0] == 1 else steps
 
 
-def _torchvision_steps(name: str) -> Preprocessing:
+def _torchvision_steps(name: str) -> Callable[[Image.Image], torch.Tensor]:
     published = need("torchvision.models", "models").get_model_weights(name)
     steps = next(iter(published)).transforms() if len(published) else None
     if steps is not None and hasattr(steps, "mean") and hasattr(steps, "crop_size"):
-        note = f"the transform of torchvision's weights ({steps.crop_size[0]}x{steps.crop_size[0]})"
-        return Preprocessing(steps, note)
-    preset = need("torchvision.transforms._presets", "models").ImageClassification(crop_size=224)
-    return Preprocessing(preset, "torchvision's ImageNet defaults (224x224)")
+        return steps
+    return need("torchvision.transforms._presets", "models").ImageClassification(crop_size=224)
 
 
 def categories(model: Loaded) -> Sequence[str]:
@@ -386,10 +380,15 @@ def label_of(model: torch.nn.Module, index: int) -> str:
         found = str(names.get(index, ""))
         return "" if found == f"LABEL_{index}" else found
     if hasattr(model, "pretrained_cfg") and getattr(model, "num_classes", 0) in _IMAGENET_SIZES:
-        data = need("timm.data", "models")
-        subset = data.infer_imagenet_subset(model)
-        return str(data.ImageNetInfo(subset).index_to_description(index)) if subset else ""
+        subset = need("timm.data", "models").infer_imagenet_subset(model)
+        return str(_imagenet(subset).index_to_description(index)) if subset else ""
     return ""
+
+
+@functools.cache
+def _imagenet(subset: str) -> Any:
+    """timm's names of classes, which it reads from files each time."""
+    return need("timm.data", "models").ImageNetInfo(subset)
 
 
 def index_of(model: torch.nn.Module, name: str) -> int:

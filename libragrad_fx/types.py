@@ -140,6 +140,11 @@ class OpFacts:
         return (*self.stream, *self.factors, *self.gate, *self.denominator)
 
     @property
+    def names(self) -> set[str]:
+        """What it may be called in a policy's row: itself, its packet, its kind."""
+        return {self.op, ".".join(self.op.split(".")[:2]), self.kind.value}
+
+    @property
     def secant(self) -> Secant | None:
         """Of a function of one value: what its twin is made of."""
         if self.slope is None:

@@ -86,7 +86,7 @@ def attention(site: Site, call: tuple[Any, Any], gradient: torch.Tensor, batch: 
     weights = given[site.before] if site.before else _probabilities(given)
     value, g = given[site.after].detach().double(), gradient.double()
     heads = weights.shape[1] if weights.ndim == 4 else weights.shape[0] // batch
-    if value.ndim == 4 and value.shape[1] != heads:  # grouped queries
+    if value.ndim == 4:  # grouped queries
         value = repeated(value, heads // value.shape[1])
     found = [t.detach().double() for t in (weights, g @ value.mT)]
     return Attention(site.module, *(t if t.ndim == 4 else t.unflatten(0, (batch, heads)) for t in found))

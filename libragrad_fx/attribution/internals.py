@@ -25,7 +25,7 @@ from libragrad_fx.attribution.places import Located, Locator, laid_out
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.flow import reach
 from libragrad_fx.errors import InputError
-from libragrad_fx.graph.schema import aten_op
+from libragrad_fx.graph.schema import aten_op, is_elementwise
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.walk import argument, bypassed, calls, example, senders
 from libragrad_fx.ops import insert
@@ -59,8 +59,7 @@ class Internals:
     windows: likewise of constants whose rows are parts of samples; their axes count samples first
     attention: every attention, in the order of the graph, where it was asked for
     streams: for each of these the residual stream behind it; None where there is none
-    ends:    what the module at each layer returned, where attention or this was asked for
-    returned: that, with its gradient
+    returned: what the module at each layer returned, with its gradient, where attention or it was asked for
     read:    which token of the last layer's module is read alone, by what comes behind it; None if none is
     reached: the inputs and layers that a gradient came back to, were it zero
     """
@@ -80,7 +79,6 @@ class Internals:
     windows: Mapping[str, maps.Layout]
     attention: tuple[heads.Attention, ...] = ()
     streams: tuple[torch.Tensor | None, ...] = ()
-    ends: tuple[torch.Tensor, ...] = ()
     returned: tuple[Pair, ...] = ()
     read: int | None = None
     reached: frozenset[str] = frozenset()
@@ -190,6 +188,11 @@ class Run:
             **self.layout,
         )
 
+    def backs(self, targets: Sequence[Target]) -> Iterator[Internals]:
+        """``back`` from each target; the last frees what a further backward would need."""
+        for i, target in enumerate(targets):
+            yield self.back(target, last=i == len(targets) - 1)
+
     def _windows(self, terms: Sequence[tuple[Constant, Term]], batch: int) -> dict[str, maps.Layout]:
         """How the rows of constants lie that are parts of samples."""
         found = {}
@@ -208,10 +211,9 @@ class Run:
         """One attention, with its gradient if ``gradient`` is that of ``value``, behind it."""
         site = self.attends[index]
         at = self.values[site.node]
-        (g,) = torch.autograd.grad(value, at, gradient, retain_graph=True, allow_unused=True)
-        return heads.attention(
-            site, self.called[site.node], torch.zeros_like(at) if g is None else g, value.shape[0]
-        )
+        grads = torch.autograd.grad(value, at, gradient, retain_graph=True, allow_unused=True)
+        ((_, g),) = _filled([at], grads)
+        return heads.attention(site, self.called[site.node], g, value.shape[0])
 
     def _rows(
         self,
@@ -266,7 +268,6 @@ class Run:
             "axes": self.located.axes,
             "layouts": self.located.layouts,
             "streams": tuple(None if n is None else self.values[n].detach() for n in self.streams),
-            "ends": tuple(self.values[n].detach() for n in self.ends),
             "read": _read_token(self.ends[-1:], self.sizes),
         }
 
@@ -298,7 +299,8 @@ def run(
     Raises:
         InputError: no such layer.
     """
-    taps, called_by = {path: layer_input(module, path) for path in layers}, calls(module)
+    called_by = calls(module)
+    taps = {path: layer_input(called_by, path) for path in layers}
     first = next(iter(taps.values()), None)
     upstream = reach([] if first is None else [first], senders(module))
     starts = starts or not taps
@@ -328,7 +330,7 @@ def run(
         if n in at:
             called[n] = runs.fetch_args_kwargs_from_env(n)
         site = sites.get(n.name)
-        if site is not None and (biases or _is_pointwise(n)):
+        if site is not None and (biases or is_elementwise(n)):
             bias = site_bias(site, n, *runs.fetch_args_kwargs_from_env(n))
             found = _constants(site, n, y, bias, biases and n not in upstream)
             constants.extend(c for c in found if biases or c.places)
@@ -398,7 +400,7 @@ def _constants(site: Site, node: Node, y: Any, bias: Any, counts: bool) -> Itera
     ys, bs = (v if isinstance(v, (tuple, list)) else (v,) for v in (y, bias))
     for axis, t, b in zip(site.batch, ys, bs, strict=True):
         if b is not None and t.requires_grad:
-            yield Constant(site, axis, b, t, counts, _is_pointwise(node) and _differs_by_place(b, t))
+            yield Constant(site, axis, b, t, counts, is_elementwise(node) and _differs_by_place(b, t))
 
 
 def _differs_by_place(bias: torch.Tensor, y: torch.Tensor) -> bool:
@@ -454,7 +456,7 @@ def positions(
 
 def _by_position(node: Node, read: Sequence[Node], sizes: Mapping[Node, tuple[int, ...]]) -> bool:
     """Whether the operands meet element by element, over more than one position."""
-    if not _is_pointwise(node):
+    if not is_elementwise(node):
         return False
     shape = sizes.get(node, ())
     return len(shape) > 2 and shape[1] > 1 and all(sizes.get(n) == shape for n in read)
@@ -463,11 +465,7 @@ def _by_position(node: Node, read: Sequence[Node], sizes: Mapping[Node, tuple[in
 def _has_rows(node: Node, fact: OpFacts | None) -> bool:
     """Whether the rows of a node are those of its first operand: queries, what is multiplied or normed."""
     kinds = (Kind.ATTENTION, Kind.PRODUCT, Kind.NORMALISER)
-    return fact is not None and fact.kind in kinds and not _is_pointwise(node)
-
-
-def _is_pointwise(node: Node) -> bool:
-    return torch.Tag.pointwise in getattr(aten_op(node), "tags", ())
+    return fact is not None and fact.kind in kinds and not is_elementwise(node)
 
 
 def _samples_first(rows: maps.Rows | None, batch: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -479,9 +477,8 @@ def _finite(bias: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     return bias if bool(bias.isfinite().all()) else bias.masked_fill(g == 0, 0.0)
 
 
-def layer_input(module: CapturedModule, name: str) -> Node:
+def layer_input(called: Mapping[str, Node], name: str) -> Node:
     """The node that is the first tensor argument of a call (``blocks.3``; the second, ``blocks.3#2``)."""
-    called = calls(module)
     if name in called and (found := argument(called[name])) is not None:
         return found
     near = difflib.get_close_matches(str(name), called, 3) or [*called][:6]

@@ -15,8 +15,9 @@ from libragrad_fx.attribution import formulas, maps
 from libragrad_fx.attribution.assemble import assemble, expected, images, layouts_of, shares_of
 from libragrad_fx.attribution.formulas import Layer, Method, Taps, Term
 from libragrad_fx.attribution.internals import Internals, Run, run
-from libragrad_fx.attribution.result import MAPPINGS, Attribution
+from libragrad_fx.attribution.result import Attribution
 from libragrad_fx.attribution.shares import BY, By, parts, stages
+from libragrad_fx.attribution.storage import MAPPINGS
 from libragrad_fx.attribution.towers import towers
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
@@ -122,7 +123,7 @@ def _read_towers(
     firsts = {k: paths[0] for k, paths in enumerate(found) if paths}
     seen = run(module, inputs, [*firsts.values()], biases=False)
     meant = targets(seen.output)
-    reached = [seen.back(t, last=i == len(meant) - 1).reached for i, t in enumerate(meant)]
+    reached = [one.reached for one in seen.backs(meant)]
     return meant, [tuple(k for k, path in firsts.items() if path in names) for names in reached]
 
 
@@ -157,7 +158,7 @@ def _require(asked: Question) -> None:
 
 
 def _at_once(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
-    return [_answer(asked, seen.back(t, last=i == len(targets) - 1), t) for i, t in enumerate(targets)]
+    return [_answer(asked, one, t) for one, t in zip(seen.backs(targets), targets, strict=True)]
 
 
 def _among_noise(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
@@ -168,10 +169,9 @@ def _among_noise(asked: Question, seen: Run, targets: Sequence[Target]) -> list[
         ({k: x + _noise(x, draw) for k, x in starts.items()}, 1 / asked.steps) for _ in range(asked.steps)
     ]
     means = _mean_gradients(asked, seen, targets, near)
-    whole = [seen.back(t, last=i == len(targets) - 1) for i, t in enumerate(targets)]
     return [
         _answer(asked, _with_gradients(one, mean, lambda x: x), t)
-        for one, mean, t in zip(whole, means, targets, strict=True)
+        for one, mean, t in zip(seen.backs(targets), means, targets, strict=True)
     ]
 
 
@@ -185,19 +185,17 @@ def _on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> list[At
     means = _mean_gradients(asked, seen, targets, line)
     origin = asked.run({k: torch.full_like(x, base) for k, x in starts.items()}, seen)
     answers = []
-    for i, (mean, t) in enumerate(zip(means, targets, strict=True)):
-        last = i == len(targets) - 1
-        one, other = seen.back(t, last), select_each(origin.output, t).detach()
-        difference = one.output.double() - other.double()
+    for one, mean, t in zip(seen.backs(targets), means, targets, strict=True):
+        difference = one.output.double() - select_each(origin.output, t).detach().double()
         answers.append(_answer(asked, _with_gradients(one, mean, lambda x: x - base), t, difference))
     return answers
 
 
 def _whole_on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
     """``path_averaged``: the whole method at k/n of the way to the first block's input, k = 1..n."""
-    found = towers(asked.module)
-    place = next((t for t in found if set(t) & set(asked.paths)), max(found, key=len))[:1]
-    first = run(asked.module, asked.inputs, place, False)
+    apart = towers(asked.module)
+    place = next((t for t in apart if set(t) & set(asked.paths)), max(apart, key=len))[:1]
+    first = run(asked.module, asked.inputs, place, False, located=seen.located)
     starts = _starts(dataclasses.replace(asked, rest=True), first)
     base, found = asked.baseline, list[list[Attribution]]()
     for k in range(1, asked.steps + 1):
@@ -212,7 +210,10 @@ def _block_by_block(asked: Question, seen: Run, targets: Sequence[Target]) -> li
     if len({t.shape for t in ends.values()}) > 1:
         raise InputError(_several(asked.method, asked.paths))
     last = seen.ends[-1].name
-    tails = [run(asked.module, asked.inputs, biases=False, given={last: t.detach()}) for t in ends.values()]
+    tails = [
+        run(asked.module, asked.inputs, biases=False, given={last: t.detach()}, located=seen.located)
+        for t in ends.values()
+    ]
     answers = []
     for target in targets:
         one = seen.back(target, last=False)
@@ -270,8 +271,7 @@ def _mean_gradients(
     means: list[dict[str, torch.Tensor]] = [{} for _ in targets]
     for given, weight in places:
         seen = asked.run(given, first)
-        for i, (mean, target) in enumerate(zip(means, targets, strict=True)):
-            one = seen.back(target, last=i == len(targets) - 1)
+        for mean, one in zip(means, seen.backs(targets), strict=True):
             for name, (_, g) in _tapped(asked, one).items():
                 mean[name] = mean.get(name, 0) + weight * g
     return means
@@ -317,10 +317,9 @@ def _answer(
         whole = torch.full_like(seen.output, math.nan, dtype=torch.float64)
     plan = asked.module.plan
     made = {"policy": str(plan.policy), "digest": plan.digest} if plan is not None else {}
-    said = {"method": asked.method, "layers": asked.paths, "target": _each_target(target, batch), **made}
     found = assemble(
-        seen, terms, biases, whole, labels=("",) * batch, versions=VERSIONS,
-        parts={} if asked.by is None else parts(asked.by, seen, terms, biases), **said,
+        seen, terms, biases, whole, method=asked.method, layers=asked.paths, versions=VERSIONS,
+        parts={} if asked.by is None else parts(asked.by, seen, terms, biases), **made,
     )  # fmt: skip
     return dataclasses.replace(found, stages=_stages(seen, terms, biases)) if asked.stages else found
 
@@ -334,16 +333,6 @@ def _stages(seen: Internals, terms: Sequence[Term], biases: Sequence[Term]) -> d
         if own:  # attcat has none of its first
             found[path] = assemble(seen, own, behind, seen.output, method="", layers=(path,)).values
     return found
-
-
-def _each_target(target: Target, batch: int) -> tuple[Any, ...]:
-    """What was explained, sample by sample, as plain data."""
-    if isinstance(target, (torch.Tensor, np.ndarray)):
-        target = target.tolist()
-    if callable(target):
-        target = getattr(target, "__name__", type(target).__name__)
-    each = target if isinstance(target, list) else [target] * batch
-    return tuple(getattr(t, "__name__", type(t).__name__) if callable(t) else t for t in each)
 
 
 def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
@@ -366,7 +355,7 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
         raise InputError(_several(method, [layer.name for layer in layers]))
     found = [i for i in at if i is not None]
     streams = [s for i in found if (s := seen.streams[i]) is not None]
-    taps = Taps(layers, [seen.attention[i] for i in found], streams, seen.ends)
+    taps = Taps(layers, [seen.attention[i] for i in found], streams, [y for y, _ in seen.returned])
     if not how.row:
         return taps
     return dataclasses.replace(taps, rows=_rows(method, taps, seen, _image(seen, layers[0].name), target))

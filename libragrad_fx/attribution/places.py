@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from libragrad_fx.attribution.maps import Layout, Part
 from libragrad_fx.decide.flow import hands_on, reach
-from libragrad_fx.graph.schema import aten_op, bind, spread
+from libragrad_fx.graph.schema import aten_op, bind, is_elementwise, spread
 from libragrad_fx.ops.insert import leaf, probed, stop
 from libragrad_fx.types import Kind, OpFacts
 
@@ -139,7 +139,12 @@ class Locator:
     def _contracted(self, node: Node, found: Any) -> None:
         """Notes which axis of an input the first product sums over: its elements all lie at one place."""
         fact = self.facts(node)
-        if not isinstance(found, dict) or fact is None or fact.kind is not Kind.PRODUCT or _pointwise(node):
+        if (
+            not isinstance(found, dict)
+            or fact is None
+            or fact.kind is not Kind.PRODUCT
+            or is_elementwise(node)
+        ):
             return
         for name, spots in found.items():
             if name not in self.channels:
@@ -167,10 +172,6 @@ def _narrowed(spots: Spots) -> Spots:
     """One of the elements along the last axis, if all lie at one place: the others need no memory."""
     alike = all(bool((t == t[..., :1]).all()) for t in (spots.mass, *spots.at))
     return spots.each(lambda t: t[..., :1].clone()) if alike else spots
-
-
-def _pointwise(node: Node) -> bool:
-    return torch.Tag.pointwise in getattr(aten_op(node), "tags", ())
 
 
 def _varies(c: Tensor) -> bool:
@@ -212,7 +213,7 @@ def _through(node: Node, fact: OpFacts, call: tuple[Any, Any], y: Any, spots: Ma
     """The spots behind an op, in one input; None where nobody knows."""
     op = aten_op(node)
     nodes, given = bind(op, node.args, node.kwargs), bind(op, *call)
-    if _pointwise(node) and isinstance(y, Tensor):
+    if is_elementwise(node) and isinstance(y, Tensor):
         mine = [spots[m] for m in node.all_input_nodes if m in spots]
         return _sum([s.each(lambda t: t.expand(y.shape)) for s in mine])
     leading = next((n for k in (*fact.stream, *fact.gate) if (n := _node(nodes.get(k))) in spots), None)

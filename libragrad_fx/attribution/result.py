@@ -146,7 +146,7 @@ class Attribution:
                 fields[name] = torch.cat(values)
             elif name in _BY_SAMPLE and value is not None:
                 fields[name] = sum(values, ())
-        for name in MAPPINGS:
+        for name in storage.MAPPINGS:
             fields[name] = {
                 k: torch.cat([getattr(p, name)[k] for p in parts]) for k in getattr(first, name)
             }
@@ -192,5 +192,3 @@ class Attribution:
 
 _SHOWN = 16  # samples in a notebook
 _BY_SAMPLE = ("target", "labels", "tokens")
-MAPPINGS = ("others", "stages", "parts")
-"""Fields that hold tensors by name."""

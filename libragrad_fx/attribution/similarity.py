@@ -12,7 +12,7 @@ from libragrad_fx.attribution.internals import run
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.variants import fitting
-from libragrad_fx.target import differentiable, first_tensor
+from libragrad_fx.target import differentiable, first_tensor, product
 
 Embed = Callable[[Any], torch.Tensor]
 
@@ -122,9 +122,6 @@ def _maps(vectors: torch.Tensor, values: list[torch.Tensor], entries: torch.Tens
         vectors, values, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True
     )
     channels = values[0].ndim - 1 if values[0].ndim == 3 else 1
-    total = sum(
-        (h.double() * g.double()).sum(channels + 1)
-        for h, g in zip(values, grads, strict=True)
-        if g is not None
-    )
+    pairs = ((h, g) for h, g in zip(values, grads, strict=True) if g is not None)
+    total = sum(product(h, g).sum(channels + 1) for h, g in pairs)
     return torch.as_tensor(total).flatten(2).movedim(0, 1)

@@ -13,23 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from libragrad_fx.errors import InputError
+from libragrad_fx.errors import InputError, writing
 
-_MAPPINGS = ("others", "stages", "parts")  # tensors by name: saved as others.NAME
+MAPPINGS = ("others", "stages", "parts")
+"""Fields of an ``Attribution`` that hold tensors by name: saved as others.NAME."""
 
 
 def save(found: Any, path: Path) -> Path:
     """Write every field of an ``Attribution``."""
     write, _ = _format(path)
     fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-    others = {f"{name}.{k}": v for name in _MAPPINGS for k, v in fields.pop(name).items()}
+    others = {f"{name}.{k}": v for name in MAPPINGS for k, v in fields.pop(name).items()}
     tensors = {k: v.detach().cpu() for k, v in {**fields, **others}.items() if isinstance(v, torch.Tensor)}
     said = {k: v for k, v in fields.items() if not isinstance(v, torch.Tensor)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
         write(path, tensors, said)
-    except OSError as e:
-        raise InputError(f"cannot write {str(path)!r}: {e.strerror or e}") from e
     return path
 
 
@@ -46,11 +44,9 @@ def load(path: Path) -> Any:
             name: {
                 k.removeprefix(f"{name}."): tensors.pop(k) for k in [*tensors] if k.startswith(f"{name}.")
             }
-            for name in _MAPPINGS
+            for name in MAPPINGS
         }
-        texts = {
-            k: _tuples(v) if k in ("target", "labels", "tokens", "layers") else v for k, v in said.items()
-        }
+        texts = {k: _tuples(v) for k, v in said.items()}
         return Attribution(**tensors, **texts, **named)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
         raise InputError(f"{str(path)!r} holds no attribution that save wrote: {e}") from e

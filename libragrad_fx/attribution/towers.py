@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from libragrad_fx.module.captured import CapturedModule, one_graph
-from libragrad_fx.module.walk import blocks
+from libragrad_fx.module.walk import argument, blocks, calls, path_of
 from libragrad_fx.ops import insert
 
 
@@ -35,11 +34,10 @@ def _read_inputs(module: CapturedModule) -> dict[str, frozenset[str]]:
             reads[node] = frozenset()  # the size of the batch is everybody's
         else:
             reads[node] = frozenset().union(*(reads[n] for n in node.all_input_nodes))
-        if node.op == "call_module" and "_output" in node.kwargs:
-            path, given = str(node.target), list[Node]()
-            map_arg(node.kwargs["_args"], given.append)
-            if given and [*module.get_submodule(path).children()]:
-                found.setdefault(path, reads[given[0]])
+    for call, node in calls(module).items():
+        path, given = path_of(call), argument(node)
+        if given is not None and [*module.get_submodule(path).children()]:
+            found.setdefault(path, reads[given])
     return found
 
 

@@ -1,4 +1,4 @@
-"""Shared by the commands: load a model, make inputs, write a file, show progress."""
+"""Shared by the commands: load a model, make inputs, show progress."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from rich.console import Console
 
 from libragrad_fx import models
 from libragrad_fx.capture.examples import infer_inputs
-from libragrad_fx.errors import InputError
 from libragrad_fx.target import as_call, largest
 
 
@@ -36,11 +35,6 @@ def working(what: str) -> Iterator[Any]:
         yield status.update
 
 
-def dtype_of(module: torch.nn.Module) -> torch.dtype:
-    found = (p.dtype for p in module.parameters() if p.is_floating_point())
-    return next(found, torch.float32)
-
-
 def guessed_inputs(module: torch.nn.Module, seed: int) -> Any:
     torch.manual_seed(seed)
     args, kwargs = infer_inputs(module)
@@ -55,15 +49,3 @@ def run_once(module: torch.nn.Module, inputs: Any) -> Any:
 
 def target_of(module: torch.nn.Module, inputs: Any, index: int | None) -> Any:
     return index if index is not None else largest(run_once(module, inputs))
-
-
-def write_file(file: Path, content: Any) -> None:
-    """Make the folder and write bytes, or call a function that writes; an OSError becomes one line."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if callable(content):
-            content(file)
-        else:
-            file.write_bytes(content)
-    except OSError as e:
-        raise InputError(f"cannot write {str(file)!r}: {e.strerror or e}") from e

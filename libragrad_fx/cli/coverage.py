@@ -13,9 +13,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from libragrad_fx.cli.common import write_file
 from libragrad_fx.cli.options import app, one_line
-from libragrad_fx.errors import InputError
+from libragrad_fx.errors import InputError, writing
 
 
 @app.command(short_help="Check whole model libraries, model by model.")
@@ -68,7 +67,8 @@ def coverage(
         files = sorted(results.glob("*.jsonl"))
         if not files:
             raise InputError(f"there are no results in {str(results)!r}")
-        write_file(report, cover.render(r for f in files for r in cover.read(f)).encode())
+        with writing(report):
+            report.write_bytes(cover.render(r for f in files for r in cover.read(f)).encode())
         typer.echo(f"wrote {report}")
 
 

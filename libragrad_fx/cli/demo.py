@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from libragrad_fx.cli.common import working, write_file
+from libragrad_fx.cli.common import working
 from libragrad_fx.cli.options import app
+from libragrad_fx.errors import writing
 
 
 @app.command(short_help="Write a page that shows the difference; offline.")
@@ -27,7 +28,8 @@ def demo(
 
     with working("two models") as say:
         text = builder.page(images, say)
-    write_file(output, text.encode())
+    with writing(output):
+        output.write_bytes(text.encode())
     typer.echo(f"wrote {output}")
     if show:
         webbrowser.open(output.resolve().as_uri())

@@ -93,14 +93,14 @@ def explain(
     for name in methods:
         method_of(name)
     loaded = load_model(model, pretrained, checkpoint, seed)
-    texts = getattr(loaded.module, "main_input_name", "") == "input_ids"
-    given = items(inputs, texts)
+    of_texts = getattr(loaded.module, "main_input_name", "") == "input_ids"
+    given = items(inputs, of_texts)
     files = places(output, [item.name for item in given])
     if any(file.suffix in (".png", ".svg", ".pdf") for file in files):
         need("matplotlib", "demo")  # fail before minutes of work, not after
-    processor = None if texts or loaded.source == "hf" else models.preprocessing(loaded).to_tensor
+    processor = None if of_texts or loaded.source == "hf" else models.preprocessing(loaded)
     options = {"top": top, "processor": processor, "resolution": resolution, "seed": seed}
-    targets = _targets(loaded, texts, target, against)
+    targets = _targets(loaded, of_texts, target, against)
 
     def grid_of(item: Item, step: Callable[[], None]) -> Grid:
         rows: Grid = []
@@ -114,7 +114,7 @@ def explain(
         return rows
 
     asked = _Asked(loaded, files, {"scale": scale, "sign": sign}, len(methods), len(policies))
-    failed = _each(given, grid_of, asked, len(methods) * len(policies))
+    failed = _each(given, grid_of, asked)
     if failed:
         typer.echo("\n".join(f"failed: {text}" for text in failed), err=True)
         raise typer.Exit(1)
@@ -160,20 +160,26 @@ def _checked(loaded: models.Loaded, found: lg.Attribution) -> lg.Attribution:
     if bool(found.output.isnan().any()):
         raise InputError("the model answers nan: there is nothing to draw")
     names = models.categories(loaded)
-    index = found.target[0][-1] if isinstance(found.target[0], tuple) else found.target[0]
+    index = _index(found)
     if names and not found.labels[0] and isinstance(index, int) and 0 <= index < len(names):
         return dataclasses.replace(found, labels=(names[index],))
     return found
 
 
+def _index(found: lg.Attribution) -> Any:
+    """What is explained of the first sample: of a tuple, its last entry."""
+    first = found.target[0]
+    return first[-1] if isinstance(first, tuple) else first
+
+
 # --- one by one
 
 
-def _each(given: Sequence[Item], grid_of: Any, asked: _Asked, steps: int) -> list[str]:
+def _each(given: Sequence[Item], grid_of: Any, asked: _Asked) -> list[str]:
     """Explain and write each input; what failed, and why. A single one raises its error."""
     failed, pages = list[str](), list[Any]()
     book = len(given) > 1 and len(set(asked.files)) == 1
-    with _counting(steps * len(given)) as (console, begin, step):
+    with _counting(asked.methods * asked.policies * len(given)) as (console, begin, step):
         for item, file in zip(given, asked.files, strict=True):
             begin(item.name)
             try:
@@ -217,7 +223,7 @@ def _save_raw(item: Item, grid: Grid, file: Path, asked: _Asked) -> list[Path]:
     written = []
     for row in grid:
         for found in row:
-            index = found.target[0][-1] if isinstance(found.target[0], tuple) else found.target[0]
+            index = _index(found)
             parts = [
                 *([item.name] if shared else []),
                 *([found.method] if asked.methods > 1 else []),
@@ -230,7 +236,7 @@ def _save_raw(item: Item, grid: Grid, file: Path, asked: _Asked) -> list[Path]:
 
 def _lines(item: Item, page: Any, console: Console) -> list[str]:
     """What is printed of one input; texts in colour where the terminal has some."""
-    found = [", ".join(filter(None, c.caption)) for row in page.rows for c in row.cells]
+    found = [", ".join(c.caption) for row in page.rows for c in row.cells]
     shown = texts(page)
     if not shown:
         return [f"{item.value}", *(f"  {text}" for text in found)]

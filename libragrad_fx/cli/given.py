@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from libragrad_fx.errors import InputError
-from libragrad_fx.models import IMAGE_FORMATS
+from libragrad_fx.models import IMAGE_ENDINGS
 from libragrad_fx.viz import paper
 
 RAW = (".npz", ".safetensors", ".json")
@@ -47,8 +47,7 @@ def items(given: Sequence[str], texts: bool) -> list[Item]:
 def _files(given: str) -> list[Path]:
     path = Path(given)
     if path.is_dir():
-        endings = {f".{name.lower()}" for name in (*IMAGE_FORMATS, "jpg", "tif", "jp2")}
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in endings)
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
     elif any(c in given for c in "*?[") and not path.exists():
         found = sorted(p for g in glob.glob(given, recursive=True) if (p := Path(g)).is_file())
     else:

@@ -11,9 +11,8 @@ from torch.fx import Graph, Node
 from libragrad_fx.decide.flow import is_complex, results
 from libragrad_fx.decide.roles import kind_of
 from libragrad_fx.decide.rulebook import Place, RuleBook
-from libragrad_fx.decide.stem import is_elementwise
 from libragrad_fx.graph.origin import module_path
-from libragrad_fx.graph.schema import aten_op, bind, operands
+from libragrad_fx.graph.schema import aten_op, bind, is_elementwise, operands
 from libragrad_fx.types import Action, Analysis, Kind, OpFacts, PolicyRow, Role
 
 Found = list[tuple[str, Node]]
@@ -46,7 +45,7 @@ class Path:
     def row(self, node: Node, kind: Kind, site: str, operand: Node | None = None) -> PolicyRow | None:
         """The row that holds for one operand, or for the node itself."""
         fact = self.facts[node.name]
-        names = _names(fact) if operand is None else self.made[operand]
+        names = fact.names if operand is None else self.made[operand]
         carried = self.carrying(node, (*fact.stream, *fact.factors))
         reads = bool(carried) and all(n.name in self.raw for _, n in carried)
         weighted = site == "value" and bool(self.weights(node, fact))
@@ -126,10 +125,5 @@ class Path:
             if fact is None or (fact.kind in hands_on and before):
                 made[node] = {m for n in before for m in made[n]}
             else:
-                made[node] = _names(fact)
+                made[node] = fact.names
         return made
-
-
-def _names(fact: OpFacts) -> set[str]:
-    """What an op may be called in a row: itself, its packet, its kind."""
-    return {fact.op, ".".join(fact.op.split(".")[:2]), fact.kind.value}

@@ -92,7 +92,7 @@ class _Planner:
 
     def __init__(self, trace: Trace, analysis: Analysis, book: RuleBook) -> None:
         self.roles, self.facts = analysis.roles, analysis.facts
-        self.relabelled, self.book = analysis.relabelled, book
+        self.book = book
         self.path = Path(trace.graph, analysis, book)
         self.edits: list[Edit] = []
         self.unknown: list[Finding] = []
@@ -196,21 +196,21 @@ class _Planner:
                 finding(node, "its row names no balanced vjp", "add 'slope:' or 'vjp:' to it")
             )
         else:
-            self._edit(node, row, (), self._reason(node, kind), fact=fact)
+            self._edit(node, row, (), _reason(kind), fact=fact)
         return None
 
     def _product(self, node: Node, fact: OpFacts, factors: Found, counted: Found) -> None:
         """A product of several operands that carry, gates among them that count as factors."""
         site, every = self.path.values(node), [*factors, *counted]
-        stops = self.path.stopped(node, Kind.PRODUCT, site, factors) if len(factors) > 1 else []
         ruled = self._by_row(node, Kind.PRODUCT, site, factors) if len(factors) > 1 else []
-        if not stops and (stop := next((r for r, _ in ruled if r.action is Action.STOP), None)):
-            self.unknown.append(finding(node, f"row {stop} would stop every factor", "narrow it"))
+        stopping = [(r, s) for r, s in ruled if r.action is Action.STOP]
+        stops = [x for _, same in stopping for x in same]
+        if stops and len(stops) == len(factors):
+            self.unknown.append(finding(node, f"row {stopping[0][0]} would stop every factor", "narrow it"))
             return
-        for row, same in ruled:
-            if row.action is Action.STOP:
-                reason = f"{', '.join(n.name for _, n in same)} is stopped by the policy"
-                self._edit(node, row, tuple(k for k, _ in same), reason)
+        for row, same in stopping:
+            reason = f"{', '.join(n.name for _, n in same)} is stopped by the policy"
+            self._edit(node, row, tuple(k for k, _ in same), reason)
         rest = [(r, s) for r, s in ruled if r.action is not Action.STOP]
         rest += self._by_row(node, Kind.PRODUCT, "gate", counted)
         count = len(every) - len(stops)
@@ -240,12 +240,12 @@ class _Planner:
 
     def _share(self, node: Node, fact: OpFacts, row: PolicyRow, value: str) -> None:
         ((name, weight),) = self.path.weights(node, fact)
-        axis = 1 - weight.meta["val"].ndim if row.box is not None and len(row.box[0]) > 1 else -1
+        count, x = len(row.box[0]) if row.box else 1, dict(operands(node, (value,)))[value].meta["val"]
+        axis = 1 - weight.meta["val"].ndim if count > 1 else -1
         share = Share(value, name, fact.stream, row.number, row.box, axis)
-        if row.box is not None and (problem := _no_box(node, share)):
-            self.unknown.append(
-                finding(node, f"{problem}, so row {row.name} has no box for it", "narrow it")
-            )
+        if count > 1 and not (-x.ndim <= axis < 0 and str(x.shape[axis]) == str(count)):
+            problem = f"it has no axis of {count} channels, so row {row.name} has no box for it"
+            self.unknown.append(finding(node, problem, "narrow it"))
         else:
             self._edit(node, row, (value,), _SHARED[row.action], share=share)
 
@@ -319,13 +319,6 @@ class _Planner:
         remedy = f"row {row} of policy {self.book.policy} {does} ({row.cite})"
         self.unbalanced.append(finding(node, problem, remedy))
 
-    def _reason(self, node: Node, kind: Kind) -> str:
-        if kind is Kind.GATE_SOURCE:
-            return "carries the signal here, though it could gate: secant about f(0)"
-        if kind is Kind.NORMALISER:
-            return "1/sigma is held, centring is linear"
-        return "gates and slopes are held" if kind is Kind.RECURRENT else "x * gate(x) with the gate held"
-
     def _edit(
         self, node: Node, row: PolicyRow, names: tuple[str, ...], reason: str,
         *, factor: float | None = None, fact: OpFacts | None = None, action: Action | None = None,
@@ -341,12 +334,12 @@ class _Planner:
         )  # fmt: skip
 
 
-def _no_box(node: Node, share: Share) -> str:
-    """Why the z-box rule has no bounds for a node; "" if it has."""
-    count, x = len((share.box or [()])[0]), dict(operands(node, (share.value,)))[share.value].meta["val"]
-    if count == 1 or (-x.ndim <= share.axis < 0 and str(x.shape[share.axis]) == str(count)):
-        return ""
-    return f"it has no axis of {count} channels"
+def _reason(kind: Kind) -> str:
+    if kind is Kind.GATE_SOURCE:
+        return "carries the signal here, though it could gate: secant about f(0)"
+    if kind is Kind.NORMALISER:
+        return "1/sigma is held, centring is linear"
+    return "gates and slopes are held" if kind is Kind.RECURRENT else "x * gate(x) with the gate held"
 
 
 def _takes_complex(fact: OpFacts) -> bool:

@@ -132,21 +132,25 @@ def load(policy: str | Path = "libra", rules: Any = None) -> RuleBook:
     except (OSError, ValueError):  # a name that no file can have
         known = False
     if not known:
-        names = sorted(p.stem for p in folder.glob("*.yaml") if p.stem != "ops")
         looked = f" (looked in {Path.cwd()})" if file.suffix and not file.is_absolute() else ""
         raise RuleError(
-            f"no policy {str(policy)!r:.80}{looked}: give one of {', '.join(names)}, or a .yaml file"
+            f"no policy {str(policy)!r:.80}{looked}: give one of {', '.join(policies())}, or a .yaml file"
             " that there is"
         )
     book = _shipped(file, folder, file.stat().st_mtime_ns, (folder / "ops.yaml").stat().st_mtime_ns)
     book = book if rules is None else book.extended(rules)
-    made = {*book.facts, *Kind, *(".".join(op.split(".")[:2]) for op in book.facts)}
+    made = {*Kind}.union(*(fact.names for fact in book.facts.values()))
     for row in book.rows:
         if row.of and not _named(row.of, made):
             raise RuleError(
                 f"{row.where}: 'of' is a kind, or an op that has a row of facts; got {row.of!r}"
             )
     return book
+
+
+def policies() -> list[str]:
+    """The names of the shipped policies."""
+    return sorted(p.stem for p in rules_folder().glob("*.yaml") if p.stem != "ops")
 
 
 def in_scope(scope: str, module: str) -> bool:

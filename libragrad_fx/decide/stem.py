@@ -5,11 +5,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Container, Mapping
 
-import torch
 from torch.fx import Graph, Node
 
 from libragrad_fx.decide.flow import Facts
-from libragrad_fx.graph.schema import aten_op, operands
+from libragrad_fx.graph.schema import is_elementwise, operands
 from libragrad_fx.ops import insert
 from libragrad_fx.types import Kind, Role
 
@@ -48,7 +47,3 @@ def _keeps(
         return False
     scales = fact.kind is Kind.PRODUCT and is_elementwise(node) and len(live) == 1
     return scales or node.name in affine
-
-
-def is_elementwise(node: Node) -> bool:
-    return torch.Tag.pointwise in getattr(aten_op(node), "tags", ())

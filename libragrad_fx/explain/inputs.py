@@ -13,8 +13,8 @@ from PIL import Image
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import InputError
-from libragrad_fx.extras import need
-from libragrad_fx.models import IMAGE_FORMATS, pixels_by, read_image, transform_of
+from libragrad_fx.models import IMAGE_ENDINGS, pixels_by, published, read_image, transform_of
+from libragrad_fx.module.captured import anchor
 from libragrad_fx.target import Arguments, as_call
 
 
@@ -83,17 +83,12 @@ def _is_raw(value: Any) -> bool:
 
 def _is_picture_path(text: str) -> bool:
     """Whether a text is the name of a picture: it ends like one, and has no line break."""
-    endings = {f".{name.lower()}" for name in (*IMAGE_FORMATS, "jpg", "tif", "jp2")}
-    return "\n" not in text and Path(text).suffix.lower() in endings
+    return "\n" not in text and Path(text).suffix.lower() in IMAGE_ENDINGS
 
 
 def _places(count: int, size: int | None) -> list[tuple[int, int]]:
     size = size or count
     return [(a, min(a + size, count)) for a in range(0, count, size)]
-
-
-def _floating(model: torch.nn.Module) -> list[torch.Tensor]:
-    return [p for p in model.parameters() if p.is_floating_point()]
 
 
 # --- tensors
@@ -121,12 +116,11 @@ def _of_pictures(
     model: Any, items: Sequence[Any], processor: Any, size: int | None
 ) -> list[Callable[[], Batch]]:
     steps = _picture_steps(model, processor)
-    at = next((t.device, t.dtype) for t in [*_floating(model), torch.zeros(())])
     places, whole = _places(len(items), size), len(items)
 
     def part(a: int, b: int) -> Batch:
         opened = [_opened(item) for item in items[a:b]]
-        x = _pictures(opened, steps, at)
+        x = _pictures(opened, steps).to(anchor(model))
         return Batch(x, a, b - a, whole, pictures=_seen(x, steps, opened[0].size))
 
     return [lambda a=a, b=b: part(a, b) for a, b in places]
@@ -148,13 +142,11 @@ def _opened(item: Any) -> Image.Image:
     return item.convert("RGB") if isinstance(item, Image.Image) else read_image(item)
 
 
-def _pictures(
-    items: Sequence[Image.Image], steps: Any, at: tuple[torch.device, torch.dtype]
-) -> torch.Tensor:
+def _pictures(items: Sequence[Image.Image], steps: Any) -> torch.Tensor:
     made = [steps(item) for item in items]
     if not all(isinstance(t, torch.Tensor) and t.shape == made[0].shape for t in made):
         raise InputError("the processor must give tensors (C, H, W) of one shape")
-    return torch.stack(made).to(*at)
+    return torch.stack(made)
 
 
 def _seen(x: torch.Tensor, steps: Any, size: tuple[int, int]) -> torch.Tensor | None:
@@ -182,7 +174,9 @@ def _by_processor(
     model: Any, named: Mapping[str, Any], processor: Any, size: int | None
 ) -> list[Callable[[], Batch]]:
     """What a processor makes of ``text``, ``text_pair`` or ``images``, each a list."""
-    processor = processor if processor is not None else _published(model, named)
+    if processor is None:
+        unsaid = f"{' and '.join(named)} need a tokenizer or processor: give processor=…"
+        processor = published(model, "AutoProcessor" if "images" in named else "AutoTokenizer", unsaid)
     tokenizer = getattr(processor, "tokenizer", processor)
     lists = {k: [_upright(i) for i in (v if isinstance(v, list) else [v])] for k, v in named.items()}
     counts = {len(v) for v in lists.values()}
@@ -195,8 +189,7 @@ def _by_processor(
         tokenizer = getattr(processor, "tokenizer", processor)
         tokenizer.pad_token = tokenizer.eos_token
     made = processor(**lists, return_tensors="pt", **({"padding": True} if count > 1 else {}))
-    device = next((t.device for t in _floating(model)), torch.device("cpu"))
-    call = {k: v.to(device) for k, v in made.items()}
+    call = {k: v.to(anchor(model).device) for k, v in made.items()}
     said: dict[str, Any] = _texts_of(call, tokenizer) if "input_ids" in call else {}
 
     def part(a: int, b: int) -> Batch:
@@ -226,16 +219,3 @@ def _texts_of(call: Mapping[str, torch.Tensor], tokenizer: Any) -> dict[str, Any
         "piece": lambda i: tokenizer.decode([i]),
         "ids": lambda text: tokenizer.encode(text, add_special_tokens=False),
     }
-
-
-def _published(model: Any, named: Mapping[str, Any]) -> Any:
-    """The tokenizer, or with pictures the processor, that was published with a model of Hugging Face."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not name:
-        raise InputError(f"{' and '.join(named)} need a tokenizer or processor: give processor=…")
-    made = need("transformers", "models")
-    try:
-        kind = made.AutoProcessor if "images" in named else made.AutoTokenizer
-        return kind.from_pretrained(name)
-    except (OSError, ValueError) as e:
-        raise InputError(f"no tokenizer or processor is found for {name}: give one as processor=…") from e

@@ -129,7 +129,9 @@ def _own_answers(batch: Batch, output: Any, count: int) -> list[Target]:
     if count == 0:
         return []
     if hasattr(output, "start_logits"):
-        return [_best_span(batch, output)] if count == 1 else _refuse("a span has one best answer")
+        if count > 1:
+            raise InputError("a span has one best answer")
+        return [_best_span(batch, output)]
     y = first_tensor(output)
     if y.ndim == 0 or y.numel() == y.shape[0]:
         return [None] * count
@@ -137,11 +139,11 @@ def _own_answers(batch: Batch, output: Any, count: int) -> list[Target]:
     if ends is not None:
         y = torch.stack([y[b, i] for b, i in enumerate(ends)])
     if y.ndim != 2:
-        _refuse(f"the output has shape {tuple(y.shape)}: say which target to explain")
+        raise InputError(f"the output has shape {tuple(y.shape)}: say which target to explain")
     if count > y.shape[1]:
-        _refuse(f"the output has {y.shape[1]} entries: there are no {count} largest")
+        raise InputError(f"the output has {y.shape[1]} entries: there are no {count} largest")
     if bool(y.isnan().any()):
-        _refuse("the model answers nan: there is nothing to explain")
+        raise InputError("the model answers nan: there is nothing to explain")
     best = y.topk(count, 1).indices.T.tolist()
     places = [()] * y.shape[0] if ends is None else [(i,) for i in ends]
     return [[(*place, k) for place, k in zip(places, ks, strict=True)] for ks in best]
@@ -156,10 +158,6 @@ def _best_span(batch: Batch, output: Any) -> Span:
             whole[i, :, last + 1 :] = -torch.inf
     width = whole.shape[2]
     return Span([divmod(int(i), width) for i in whole.flatten(1).argmax(1)])
-
-
-def _refuse(text: str) -> Any:
-    raise InputError(text)
 
 
 def _ends(batch: Batch, y: torch.Tensor) -> tuple[int, ...] | None:

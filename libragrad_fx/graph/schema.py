@@ -52,6 +52,17 @@ def aten_op(node: Node) -> torch._ops.OpOverload:
     return getattr(node.target, "aten_op", node.target)  # type: ignore[return-value]
 
 
+def place_of(operand: str) -> tuple[str, int | None]:
+    """``("tensors", 1)`` of ``tensors[1]``, ``("self", None)`` of ``self``: see ``members``."""
+    name, _, index = operand.partition("[")
+    return name, int(index[:-1]) if index else None
+
+
+def is_elementwise(node: Node) -> bool:
+    """Whether each element of the result is made of the operands' elements at its place."""
+    return torch.Tag.pointwise in getattr(aten_op(node), "tags", ())
+
+
 def members(node: Node, names: tuple[str, ...]) -> list[tuple[str, Any]]:
     """(name, value) of the named schema arguments that are not None; list members as ``name[i]``."""
     values = bind(aten_op(node), node.args, node.kwargs)

@@ -106,5 +106,5 @@ def blocks(module: CapturedModule, among: Collection[str] | None = None) -> list
     for group in groups:
         several = [names for names in group.values() if len(names) > 1]
         if several:
-            return max(several, key=size)
+            return several[0] if len(several) == 1 else max(several, key=size)
     return []

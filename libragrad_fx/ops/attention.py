@@ -30,7 +30,7 @@ COUNTED_AS = {
         aten._scaled_dot_product_flash_attention_backward,
 }  # fmt: skip
 """CPU kernels, and the GPU kernels by which to count their operations: some versions of PyTorch do not."""
-_CHUNK = 64  # query rows at a time, of all heads (``_attention``)
+CHUNK = 64  # query rows at a time, of all heads (``_attention``)
 _ROWS = 256  # the fewest query rows at a time (``_by_lse``)
 _CACHED = 2**18  # elements of a block of P, a thread: 1 MiB of float32
 _FEW = 256  # up to so many keys, the probabilities are saved
@@ -63,6 +63,11 @@ def repeated(x: torch.Tensor, times: int) -> torch.Tensor:
     return x.repeat_interleave(times, -3) if times > 1 else x
 
 
+def summed(x: torch.Tensor, times: int) -> torch.Tensor:
+    """The transpose of ``repeated``."""
+    return x.unflatten(-3, (-1, times)).sum(-3) if times > 1 else x
+
+
 def _rows(mask: torch.Tensor, rows: slice) -> torch.Tensor:
     """The mask's part for these query rows; a mask that all rows share is returned whole."""
     return mask if mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
@@ -75,16 +80,14 @@ def _attention(
 ) -> Grads:  # fmt: skip
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     heads = query.shape[-3] // key.shape[-3] if enable_gqa else 1
-    wide = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
+    wide = torch.promote_types(query.dtype, torch.float32)
     k = repeated(key, heads).to(wide)
     dv = k.new_zeros((*k.shape[:-1], g.shape[-1]))
-    for first in range(0, query.shape[-2], _CHUNK):
-        rows = slice(first, first + _CHUNK)
+    for first in range(0, query.shape[-2], CHUNK):
+        rows = slice(first, first + CHUNK)
         p = probabilities(query[..., rows, :].to(wide), k, attn_mask, first, is_causal, scale)
         dv = dv + p.transpose(-2, -1) @ g[..., rows, :].to(wide)
-    if heads > 1:
-        dv = dv.unflatten(-3, (-1, heads)).sum(-3)
-    return {"value": dv}
+    return {"value": summed(dv, heads)}
 
 
 def _flash(

@@ -14,32 +14,28 @@ gradient. Half precision is computed in float32.
 
 from __future__ import annotations
 
-import functools
 import re
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from libragrad_fx.graph.schema import signature
-from libragrad_fx.ops.twin import Grads, twin
+from libragrad_fx.graph.schema import place_of, signature
+from libragrad_fx.ops.twin import Grads, made_once, twin
 from libragrad_fx.types import Share
 
 Run = Callable[[Mapping[str, Any]], torch.Tensor]
 """The op of its arguments by name."""
 Terms = Callable[..., torch.Tensor]
 """``terms(x, change)`` is the op of x and of its weight, changed by ``change``, without its constant."""
-_one_at_a_time = threading.Lock()
 
 
 def shared(op: torch._ops.OpOverload, *share: Any) -> Callable[..., Any]:
     """The twin of a sum of products that shares as the fields of a ``types.Share`` say; one for each."""
-    with _one_at_a_time:
-        return _shared(op, Share(*share))
+    return _shared(op, Share(*share))
 
 
-@functools.cache
+@made_once
 def _shared(op: torch._ops.OpOverload, share: Share) -> Callable[..., Any]:
     names, keyword, _ = signature(op)
     tensors = [a.name for a in op._schema.arguments if "Tensor" in str(a.type)]
@@ -79,12 +75,12 @@ def _vjp(run: Run, share: Share, needs: frozenset[str], g: torch.Tensor, saved: 
         return run(_each(values, part))
 
     grads = _of_others(run, values, needs - {share.value}, g)
-    name, _, index = share.value.partition("[")
+    name, index = place_of(share.value)
     if name in needs:
         x = _member(values, share.value)
         dx = _in_box(terms, x, g, share) if share.box else _conforming(terms, x, g, share.gamma)
-        if index:
-            grads[name][int(index[:-1])] = dx
+        if index is not None:
+            grads[name][index] = dx
         else:
             grads[name] = dx
     return _each(grads, lambda name, t: t.to(_member(saved, name).dtype))
@@ -103,8 +99,8 @@ def _each(values: Mapping[str, Any], change: Callable[[str, torch.Tensor], Any])
 
 
 def _member(values: Mapping[str, Any], name: str) -> Any:
-    name, _, index = name.partition("[")
-    return values[name][int(index[:-1])] if index else values[name]
+    name, index = place_of(name)
+    return values[name] if index is None else values[name][index]
 
 
 def _of_others(

@@ -6,7 +6,6 @@ gradient by the weights of the forward; q, k and the mask get theirs from scores
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,11 +13,10 @@ from typing import Any
 import torch
 
 from libragrad_fx.errors import ModeError
-from libragrad_fx.ops.attention import probabilities, repeated, scaled_dot_product_attention
-from libragrad_fx.ops.twin import LIBRARY, NAMESPACE, Grads, twin
+from libragrad_fx.ops.attention import CHUNK, probabilities, repeated, scaled_dot_product_attention, summed
+from libragrad_fx.ops.twin import LIBRARY, NAMESPACE, Grads, made_once, twin
 
 aten = torch.ops.aten
-_CHUNK = 64  # query rows at a time, of all heads
 LIBRARY.define(
     "with_weights(Tensor result, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal,"
     " float scale, bool enable_gqa) -> Tensor"
@@ -32,7 +30,7 @@ def _copy(result: torch.Tensor, *_: Any) -> torch.Tensor:
 torch.library.impl(f"{NAMESPACE}::with_weights", "CompositeExplicitAutograd", lib=LIBRARY)(_copy)
 
 
-@functools.cache
+@made_once
 def tempered(op: torch._ops.OpOverload, temperature: float) -> Callable[..., Any]:
     """The twin of an op of ``TEMPERED`` for a temperature."""
     made = TEMPERED[op](temperature, f"at_{temperature!r}".replace(".", "_").replace("-", "_"))
@@ -86,20 +84,19 @@ def _scores(
 ) -> Grads:  # fmt: skip
     """The gradients of q, k and the mask, some query rows at a time."""
     heads = query.shape[-3] // key.shape[-3] if enable_gqa else 1
-    wide = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
+    wide = torch.promote_types(query.dtype, torch.float32)
     k, v = (repeated(x, heads).to(wide) for x in (key, value))
     soft = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask / temperature
 
     def rows() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for first in range(0, query.shape[-2], _CHUNK):
-            q, do = (x[..., first : first + _CHUNK, :].to(wide) for x in (query, g))
+        for first in range(0, query.shape[-2], CHUNK):
+            q, do = (x[..., first : first + CHUNK, :].to(wide) for x in (query, g))
             s = probabilities(q, k, soft, first, is_causal, scale / temperature)
             dx = _jacobian(s, do @ v.transpose(-2, -1), -1)
             yield dx, dx.transpose(-2, -1) @ q
 
     parts, dks = zip(*rows(), strict=True)
-    dx, dk = torch.cat(parts, -2), torch.stack(dks).sum(0) * scale
-    dk = dk.unflatten(-3, (-1, heads)).sum(-3) if heads > 1 else dk
+    dx, dk = torch.cat(parts, -2), summed(torch.stack(dks).sum(0) * scale, heads)
     grads = {"query": ((dx @ k) * scale).sum_to_size(query.shape), "key": dk.sum_to_size(key.shape)}
     if attn_mask is not None and "attn_mask" in needs:
         grads["attn_mask"] = dx.sum_to_size(attn_mask.shape)

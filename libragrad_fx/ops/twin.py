@@ -10,7 +10,9 @@ raise an error.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +31,18 @@ Vjp = Callable[..., Grads]
 Run = Callable[[Sequence[Any]], tuple[Any, Sequence[Any]]]
 Save = Callable[[Any, Sequence[Any], bool], None]
 Pull = Callable[[Any, Sequence[Any], frozenset[str]], Grads]
+
+
+def made_once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """``make``, which makes a twin, with results kept. One call at a time: a name is registered once."""
+    kept, lock = functools.cache(make), threading.Lock()
+
+    @functools.wraps(make)
+    def call(*given: Any) -> Any:
+        with lock:
+            return kept(*given)
+
+    return call
 
 
 def twin(

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from libragrad_fx.decide.flow import Facts, live, takes_gradient
 from libragrad_fx.graph.notes import Undo, annotate, note
-from libragrad_fx.graph.schema import aten_op, bind, signature, spread
+from libragrad_fx.graph.schema import aten_op, bind, is_elementwise, signature, spread
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.binding import PRODUCTS
 from libragrad_fx.ops.graft import carried
@@ -151,7 +151,7 @@ def _made_of(node: Node, row: Row, facts: Facts) -> dict[Any, Row] | str:
     if only_moves(node, facts):
         before = _axis_before(node, axis, facts)
         return "it moves the axis" if before is None else {source: (before, place)}
-    if torch.Tag.pointwise in op.tags:
+    if is_elementwise(node):
         return _broadcast(node, row)
     given, back = bind(op, node.args, node.kwargs), axis - len(sizes(node))
     if attends:

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from libragrad_fx.decide.sites import sites
 from libragrad_fx.graph.notes import Undo, annotate
 from libragrad_fx.graph.origin import origin
-from libragrad_fx.graph.schema import operands, tensor_arguments
+from libragrad_fx.graph.schema import operands, place_of, tensor_arguments
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops import TWINS, insert
 from libragrad_fx.ops.activation import secant
@@ -116,14 +116,14 @@ def _add(graph: Graph, host: Node, edit: Edit, x: Node, target: Any, *rest: Any)
 
 def _set_operand(node: Node, operand: str, change: Callable[[Node], Node]) -> None:
     """Replace one operand, given by schema name (``tensors[1]`` for a member of a list)."""
-    name, _, index = operand.partition("[")
+    name, index = place_of(operand)
     place = tensor_arguments(node).index(name)
     args, kwargs = list(node.args), dict(node.kwargs)
     holder: Any = kwargs if name in kwargs else args
     key: Any = name if name in kwargs else place
-    if index:
+    if index is not None:
         members = list(holder[key])
-        members[int(index[:-1])] = change(members[int(index[:-1])])
+        members[index] = change(members[index])
         holder[key] = members
     else:
         holder[key] = change(holder[key])

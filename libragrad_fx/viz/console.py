@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from rich.text import Text
 
-from libragrad_fx.viz.palette import code, colours, ink
+from libragrad_fx.viz.palette import code, ink
 from libragrad_fx.viz.sheet import Sheet
 
 
@@ -19,8 +18,7 @@ def texts(page: Sheet) -> list[tuple[str, Any]]:
             if row.pieces is None or cell.values.ndim != 1:
                 continue
             line = Text()
-            for piece, value in zip(row.pieces, np.asarray(cell.values), strict=False):
-                ground = colours(value, cell.scale.end, cell.scale.signed)
+            for piece, ground in zip(row.pieces, cell.scale.colours(cell.values), strict=False):
                 line.append(piece, f"{ink(ground)} on {code(ground)}")
-            found.append((", ".join(filter(None, cell.caption)), line))
+            found.append((", ".join(cell.caption), line))
     return found

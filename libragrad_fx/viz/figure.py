@@ -10,8 +10,8 @@ import numpy as np
 
 from libragrad_fx.extras import need
 from libragrad_fx.viz import bars
-from libragrad_fx.viz.heatmap import as_picture, drawn
-from libragrad_fx.viz.palette import code, colours, ink
+from libragrad_fx.viz.heatmap import as_picture
+from libragrad_fx.viz.palette import code, ink
 from libragrad_fx.viz.sheet import Cell, Row, Scale, Sheet
 
 # inches
@@ -94,17 +94,13 @@ def _wanted(row: Row, cell: Cell) -> float:
         return _SIDE
     if cell.values.ndim > 2 or row.pieces is None:
         return _WIDEST
-    said = max(map(len, _said(cell)), default=0) * _CAPTION_LETTER
+    said = max(map(len, cell.caption), default=0) * _CAPTION_LETTER
     return min(_WIDEST, max(sum(map(len, row.pieces)) * _LETTER, said, _SIDE))
 
 
 def _caption_height(row: Row) -> float:
-    most = max(len(_said(c)) for c in row.cells)
+    most = max(len(c.caption) for c in row.cells)
     return _NAME * bool(row.name) + _LINE * most + 0.08
-
-
-def _said(cell: Cell) -> list[str]:
-    return [line for line in cell.caption if line]
 
 
 def _height(row: Row, side: float) -> float:
@@ -148,9 +144,8 @@ def _draw_row(place: _Placer, page: Sheet, row: Row, top: float, side: float) ->
             place.text(left, below + 0.06, "input", 8, _INK)
         left += min(side, _SIDE) + _GAP
     for cell in row.cells:
-        said = _said(cell)
-        for k, line in enumerate(said):
-            y = below + 0.06 + _LINE * (len(said) - 1 - k)
+        for k, line in enumerate(cell.caption):
+            y = below + 0.06 + _LINE * (len(cell.caption) - 1 - k)
             place.text(left, y, _fitting(line, side), 8 if k == 0 else 7, _INK if k == 0 else _GREY)
         size = _cell_height(row, cell, side)
         _draw_cell(place, page, row, cell, (left, below - size, side, size))
@@ -165,9 +160,7 @@ def _fitting(line: str, side: float) -> str:
 def _draw_cell(place: _Placer, page: Sheet, row: Row, cell: Cell, box: tuple[float, ...]) -> None:
     left, bottom, side, size = box
     if cell.values.ndim != 1:
-        look, scale = page.look, cell.scale
-        shown = drawn(cell.values, row.picture, scale.end, scale.signed, look.method, look.alpha_overlay)
-        _picture(place.axes(left, bottom, side, size), shown)
+        _picture(place.axes(left, bottom, side, size), page.drawn(row, cell))
     elif row.pieces is not None:
         _text(place.axes(left, bottom, side, size), row, cell, side)
     else:
@@ -184,13 +177,13 @@ def _picture(axis: Any, picture: np.ndarray) -> None:
 
 def _text(axis: Any, row: Row, cell: Cell, side: float) -> None:
     """Monospaced, each piece on its colour."""
-    found = _lines(row, side)
+    found, grounds = _lines(row, side), cell.scale.colours(cell.values)
     axis.set(xlim=(0, side / _LETTER), ylim=(len(found), 0))
     axis.set_axis_off()
     for y, line in enumerate(found):
         x = 0
         for i, text in line:
-            ground = colours(cell.values[i], cell.scale.end, cell.scale.signed)
+            ground = grounds[i]
             box = need("matplotlib.patches", "demo").Rectangle
             axis.add_patch(box((x, y + 0.06), len(text), 0.88, color=code(ground), linewidth=0))
             axis.text(x, y + 0.5, text, fontsize=10, family="monospace", color=ink(ground), va="center",
@@ -202,7 +195,7 @@ def _numbers(axis: Any, cell: Cell, reach: tuple[float, float]) -> None:
     """A bar for each entry, the first on top."""
     places = bars.strongest(cell.values)
     shown = np.nan_to_num(cell.values[places])
-    grounds = [code(c) for c in colours(shown, cell.scale.end, cell.scale.signed)]
+    grounds = [code(c) for c in cell.scale.colours(shown)]
     axis.barh(range(len(places)), shown, 0.8, color=grounds, edgecolor="#999999", linewidth=0.4)
     axis.set_yticks(range(len(places)), [str(p) for p in places], fontsize=6)
     axis.set_ylim(len(places) - 0.4, -0.6)
@@ -219,7 +212,7 @@ def _bar(place: _Placer, scale: Scale, left: float, bottom: float, height: float
     size = max(min(height, _SIDE), 0.45)
     axis = place.axes(left, bottom + height - size, _BAR, size)
     low = -scale.end if scale.signed else 0.0
-    ramp = colours(np.linspace(low, scale.end, 256), scale.end, scale.signed)[:, None]
+    ramp = scale.colours(np.linspace(low, scale.end, 256))[:, None]
     axis.imshow(ramp, extent=(0, 1, low, scale.end), aspect="auto", origin="lower")
     axis.set_xticks([])
     ticks = [low, 0.0, scale.end] if scale.signed else [low, scale.end]

@@ -112,14 +112,13 @@ def overlay(
     image: np.ndarray,
     values: np.ndarray,
     scale: float,
-    how: Literal["smooth", "nearest"] = "smooth",
     signed: bool = True,
     cover: float = COVER,
 ) -> np.ndarray:
     """A map (h, w) over an image (H, W, 3) in [0, 1]; same range and shape as the image."""
     grey = image @ np.array([0.299, 0.587, 0.114])
     grey = 1 - (1 - cover) * (grey.max() - grey) / (np.ptp(grey) or 1)
-    return colours(upsample(values, image.shape[:2], how), scale, signed) * grey[..., None]
+    return colours(upsample(values, image.shape[:2]), scale, signed) * grey[..., None]
 
 
 def to_image(image: np.ndarray) -> Image.Image:
@@ -145,7 +144,6 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def legend(width: int = 256, height: int = 1, signed: bool = True) -> Image.Image:
+def legend(width: int = 256, signed: bool = True) -> Image.Image:
     """The colour scale, from the most negative (or zero) on the left to the most positive."""
-    row = colours(np.linspace(-1 if signed else 0, 1, width), 1.0, signed)[None]
-    return to_image(np.repeat(row, height, 0))
+    return to_image(colours(np.linspace(-1 if signed else 0, 1, width), 1.0, signed)[None])

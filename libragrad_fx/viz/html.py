@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from libragrad_fx.viz import bars
-from libragrad_fx.viz.heatmap import data_uri, drawn, larger, legend, to_image
-from libragrad_fx.viz.palette import code, colours, ink
+from libragrad_fx.viz.heatmap import data_uri, larger, legend, to_image
+from libragrad_fx.viz.palette import code, ink
 from libragrad_fx.viz.sheet import Cell, Row, Scale, Sheet
 
 _SIDE = 224  # screen pixels of a map
@@ -55,7 +55,7 @@ def _row(page: Sheet, row: Row) -> str:
 def _figure(body: str, caption: Sequence[str], width: str) -> str:
     said = "<br>".join(
         html.escape(line) if k == 0 else f'<span style="{_SMALL}">{html.escape(line)}</span>'
-        for k, line in enumerate(filter(None, caption))
+        for k, line in enumerate(caption)
     )
     return (
         f'<figure style="margin:0;flex:none;{width}">'
@@ -73,11 +73,10 @@ def _width(row: Row, cell: Cell) -> str:
 def _cell(page: Sheet, row: Row, cell: Cell) -> str:
     if cell.values.ndim == 1:
         return _text(row, cell) if row.pieces is not None else _bars(cell, page.reach(cell.scale))
-    look, scale = page.look, cell.scale
-    shown = drawn(cell.values, row.picture, scale.end, scale.signed, look.method, look.alpha_overlay)
+    shown = page.drawn(row, cell)
     alone = row.picture is None or cell.values.ndim > 2
     shape = "x".join(map(str, cell.values.shape))
-    return _image(shown, f"map of {shape} values: {', '.join(filter(None, cell.caption))}", alone)
+    return _image(shown, f"map of {shape} values: {', '.join(cell.caption)}", alone)
 
 
 def _image(picture: np.ndarray, said: str, pixels: bool) -> str:
@@ -91,15 +90,10 @@ def _text(row: Row, cell: Cell) -> str:
     """Each piece on its colour; its value is told on hovering."""
     spans = "".join(
         f'<span title="{v:+.4g}" style="background:{code(g)};color:{ink(g)}">{html.escape(piece)}</span>'
-        for piece, v, g in _painted(row, cell)
+        for piece, v, g in zip(row.pieces or (), cell.values, cell.scale.colours(cell.values), strict=False)
+        if piece
     )
     return f'<div style="white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7">{spans}</div>'
-
-
-def _painted(row: Row, cell: Cell) -> Iterator[tuple[str, float, np.ndarray]]:
-    for piece, value in zip(row.pieces or (), cell.values, strict=False):
-        if piece:
-            yield piece, float(value), colours(value, cell.scale.end, cell.scale.signed)
 
 
 def _bars(cell: Cell, reach: tuple[float, float]) -> str:
@@ -112,7 +106,7 @@ def _bars(cell: Cell, reach: tuple[float, float]) -> str:
         f"margin-left:{100 * (min(v, 0.0) - low) / whole:.2f}%;width:{100 * abs(v) / whole:.2f}%;"
         f'background:{code(g)};outline:1px solid #bbb"></div></td>'
         f'<td style="{_SMALL};padding:0 6px">{v:+.3g}</td></tr>'
-        for p, v, g in zip(places, shown, colours(shown, cell.scale.end, cell.scale.signed), strict=True)
+        for p, v, g in zip(places, shown, cell.scale.colours(shown), strict=True)
     )
     return f'<table style="border-collapse:collapse;width:100%">{lines}</table>'
 

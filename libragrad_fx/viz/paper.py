@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from libragrad_fx.errors import InputError
+from libragrad_fx.errors import InputError, writing
 from libragrad_fx.viz import figure, html
 from libragrad_fx.viz.sheet import Sheet
 
@@ -25,9 +25,6 @@ def save(pages: Sequence[Sheet], path: Path) -> Path:
         raise InputError(f"a picture is saved as {', '.join(ENDINGS)}; got {path.name!r}")
     if len(pages) != 1 and path.suffix not in BOOKS:
         raise InputError(f"{path.name} holds one page, and there are {len(pages)}: save {', '.join(BOOKS)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
         _WRITERS[path.suffix](pages, path)
-    except OSError as e:
-        raise InputError(f"cannot write {str(path)!r}: {e.strerror or e}") from e
     return path

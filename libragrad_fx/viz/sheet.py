@@ -11,7 +11,8 @@ import numpy as np
 
 from libragrad_fx.errors import InputError
 from libragrad_fx.viz import words
-from libragrad_fx.viz.heatmap import COVER, WAYS, Sign, Way, shared_scale, signed_part
+from libragrad_fx.viz.heatmap import COVER, WAYS, Sign, Way, drawn, shared_scale, signed_part
+from libragrad_fx.viz.palette import colours
 from libragrad_fx.viz.pieces import readable
 
 Scope = Literal["method", "all", "each"]
@@ -57,6 +58,10 @@ class Scale:
     end: float
     signed: bool
 
+    def colours(self, values: np.ndarray) -> np.ndarray:
+        """(..., 3) in [0, 1]."""
+        return colours(values, self.end, self.signed)
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -91,6 +96,11 @@ class Sheet:
     rows: tuple[Row, ...]
     look: Look
     note: str
+
+    def drawn(self, row: Row, cell: Cell) -> np.ndarray:
+        """A map with more than one axis as a picture (H, W, 3) in [0, 1]."""
+        scale, look = cell.scale, self.look
+        return drawn(cell.values, row.picture, scale.end, scale.signed, look.method, look.alpha_overlay)
 
     @property
     def columns(self) -> int:
@@ -132,21 +142,21 @@ def sheet(
         InputError: nothing to draw, attributions of different samples, or a look that there is not.
     """
     rows = _rows(grid)
-    drawn = _look(look)
+    how = _look(look)
     count = len(rows[0][0].values)
     cells = {(r, c): a for r, row in enumerate(rows) for c, a in enumerate(row)}
     called = names or ([f"sample {i}" for i in range(count)] if count > 1 else [""])
-    scales = _scales(cells, drawn)
+    scales = _scales(cells, how)
     shown = count if most is None else min(most, count)
     made = tuple(
         _row(called[i] if r == 0 else "", row, i, r == 0, [scales[r, c, i] for c in range(len(row))])
         for i in range(shown)
         for r, row in enumerate(rows)
     )
-    sign = "" if drawn.sign in (None, "all") else f"Drawn are the {_PARTS[drawn.sign]}. "
-    note = f"{sign}The scale ends at the {100 - drawn.outlier_perc:g}% quantile of |values|."
+    sign = "" if how.sign in (None, "all") else f"Drawn are the {_PARTS[how.sign]}. "
+    note = f"{sign}The scale ends at the {100 - how.outlier_perc:g}% quantile of |values|."
     note += f" {count - shown} more samples are not drawn." if shown < count else ""
-    return Sheet(title, tuple(_signed(row, drawn) for row in made), drawn, note)
+    return Sheet(title, tuple(_signed(row, how) for row in made), how, note)
 
 
 def _rows(grid: Any) -> list[list[Any]]:
@@ -189,7 +199,7 @@ def _scales(cells: Mapping[tuple[int, int], Any], look: Look) -> dict[tuple[int,
 
 def _row(name: str, row: Sequence[Any], i: int, shown: bool, scales: Sequence[Scale]) -> Row:
     first = row[0]
-    pictures, tokens = getattr(first, "pictures", None), first.tokens
+    pictures, tokens = first.pictures, first.tokens
     return Row(
         name=name,
         picture=None if pictures is None else pictures[i].numpy(force=True) / 255,
