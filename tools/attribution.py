@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import table
 from tqdm.auto import tqdm
 
 import libragrad_fx as lg
@@ -99,15 +100,14 @@ def page(rows: dict[str, dict[str, str]]) -> str:
         *dict.fromkeys(c[1:] for cells in rows.values() for c in cells.values() if c.startswith("!"))
     ]
     letters = {r: chr(ord("a") + i) for i, r in enumerate(reasons)}
-    head = ["model", *METHODS, "stages", "error"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for name, cells in rows.items():
         shown = [f"*{letters[c[1:]]}*" if c.startswith("!") else c for c in cells.values()]
         lines.append([name, *shown])
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in LIBRARIES)
     said = "\n".join(f"- *{letter}*: {r}" for r, letter in letters.items())
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return PAGE.format(versions=versions, table=table, reasons=said)
+    shown_all = table(["model", *METHODS, "stages", "error"], lines)
+    return PAGE.format(versions=versions, table=shown_all, reasons=said)
 
 
 if __name__ == "__main__":

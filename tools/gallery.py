@@ -101,11 +101,10 @@ def batch() -> tuple[Any, dict[str, Any]]:
 
 def photographs() -> tuple[Any, dict[str, Any]]:
     """DINOv2 has no classes: what of a photograph is like one of its parts rather than like another?"""
-    import timm.data
     from skimage import data as pictures
 
     whole = Image.fromarray(pictures.chelsea()).crop((60, 0, 360, 300))
-    transform: Any = timm.data.create_transform((3, 224, 224), interpolation="bicubic", crop_pct=1.0)
+    transform = real.dinov2_steps()
     model = real.dinov2()
     with torch.no_grad():
         eyes, fur = (lg.unit(model(transform(whole.crop(box))[None])) for box in (_EYES, _FUR))

@@ -15,7 +15,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ import matplotlib
 import numpy as np
 import timm
 import torch
+from pages import fill, table
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -234,10 +235,6 @@ def percent(share: float) -> str:
     return f"{share:.1%}"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(r)} |" for r in (head, ["---"] * len(head), *rows))
-
-
 # --- the picture
 
 
@@ -327,10 +324,7 @@ def main() -> None:
         "versions": f"torch {torch.__version__}, timm {timm.__version__}, one CPU thread",
         **measured(found, data.boxes),
     }
-    text = (Path(__file__).parent / "image_text.md").read_text("utf-8")
-    for name, value in parts.items():
-        text = text.replace(f"{{{name}}}", value)
-    options.output.write_text(text, "utf-8")
+    fill("image_text.md", parts, options.output)
     where = options.output.parent / "pictures" / "two-prompts.png"
     where.parent.mkdir(exist_ok=True)
     picture(data, found, options.shown).save(where, optimize=True)

@@ -16,6 +16,7 @@ import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import pages
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -69,7 +70,7 @@ def table(uses: Mapping[str, Use], make: Callable[[], tuple[nn.Module, torch.Ten
     def form(name: str) -> nn.Module:
         return FORMS[name](*make())
 
-    rows = [("", *FORMS), ("---",) * (len(FORMS) + 1)]
+    rows = []
     for name, use in tqdm(uses.items(), desc=label):
         absent = missing(use)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -77,7 +78,7 @@ def table(uses: Mapping[str, Use], make: Callable[[], tuple[nn.Module, torch.Ten
                 outcomes(use, FORMS, form, make()[1]) if not absent else (f"needs {absent}",) * len(FORMS)
             )
         rows.append((name, *cells))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return pages.table(("", *FORMS), rows)
 
 
 def version(name: str) -> str:

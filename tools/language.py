@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from pages import fill, table
 from tqdm.auto import tqdm
 
 import libragrad_fx as lg
 from libragrad_fx.attribution import METHODS
+from libragrad_fx.decide import rulebook
 from libragrad_fx.errors import InputError
 from zoo import real
 
-RULES = Path("rules")
 PLAIN = "plain"
 SIDES = ("libra", PLAIN)
 SHOWN = (PLAIN, "libra", "relp", "attn_lrp", "gim")
@@ -54,8 +55,7 @@ class Sum(NamedTuple):
 
 def policies() -> list[str]:
     """The names of all policies, libra first."""
-    names = sorted(p.stem for p in RULES.glob("*.yaml") if p.stem != "ops")
-    return sorted(names, key=lambda name: name != "libra")
+    return sorted(rulebook.policies(), key=lambda name: name != "libra")
 
 
 def captured(model: Any, inputs: Any, policy: str) -> Any:
@@ -69,10 +69,6 @@ def sums(module: Any, inputs: Any, target: Any, method: str) -> list[Sum]:
     """One of each sample."""
     a = lg.attribute(module, inputs, target, method=method)
     return [Sum(*map(float, each)) for each in zip(a.output, a.total, a.expected, strict=True)]
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(r)} |" for r in (head, ["---"] * len(head), *rows))
 
 
 def numbered(texts: Iterable[str]) -> str:
@@ -280,12 +276,9 @@ def main() -> None:
     torch.set_num_threads(1)
     causal, encoder = real.smollm2(), real.minilm()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, one CPU thread."
-    text = (Path(__file__).parent / "language.md").read_text("utf-8")
     parts = ({"versions": versions}, language(causal), calls(causal), sentences(encoder), photographs())
-    for part in (*parts, batches(causal, encoder)):
-        for name, found in part.items():
-            text = text.replace(f"{{{name}}}", found)
-    options.output.write_text(text, "utf-8")
+    whole = {k: v for part in (*parts, batches(causal, encoder)) for k, v in part.items()}
+    fill("language.md", whole, options.output)
 
 
 if __name__ == "__main__":
