@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import libragrad_fx as lg
 from libragrad_fx.errors import GuardError, InputError, ModeError
 from libragrad_fx.pieces.dynamo import CutModule
+from tests.between import fast_first
 
 pytestmark = pytest.mark.usefixtures("dynamo_afresh")
 
@@ -77,7 +78,7 @@ BATCH: dict[str, Callable[..., torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("name", BATCH)
-@pytest.mark.parametrize("example", [1, 4])
+@pytest.mark.parametrize("example", fast_first([1, 2, 4], 1))
 def test_every_batch_gives_what_the_model_gives(name: str, example: int) -> None:
     model = Of(BATCH[name]).eval()
     gm = lg.transform(model, rows(example))
@@ -257,7 +258,10 @@ def test_a_list_that_is_only_appended_to_is_no_state() -> None:
     assert model.seen == []
 
 
-@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: random.choice([1, 2])])
+DRAWS = [random.random, np.random.rand, lambda: random.choice([1, 2])]
+
+
+@pytest.mark.parametrize("draw", fast_first(DRAWS, 1))
 def test_random_numbers_of_python_are_drawn_at_each_call(draw: Callable[[], float]) -> None:
     model = Of(lambda f, x: f(x) * float(draw())).eval()
     gm = lg.transform(model, rows())

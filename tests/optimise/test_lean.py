@@ -23,6 +23,7 @@ from libragrad_fx.ops.places import whole
 from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.optimise.execute import bound
 from libragrad_fx.rewrite.erase import erase, spell
+from tests.between import fast_first
 from tests.models.zoo import ZOO, build
 from tests.rows.one_op import ALL_TWINS
 
@@ -107,7 +108,7 @@ class Fused(nn.Module):
         return self.proj(z.transpose(1, 2).flatten(2)).mean(1)
 
 
-@pytest.mark.parametrize("written", [False, True], ids=["fused", "written"])
+@pytest.mark.parametrize("written", fast_first([False, True], 1))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_of_a_fused_projection_is_seen(layout: str, written: bool) -> None:
     model = Fused(layout, written).to(F64)
