@@ -19,15 +19,16 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.account.observe import Observer, flat_arguments, site_bias, source_name
+from libragrad_fx.attribution import again, maps
 from libragrad_fx.attribution import attention as heads
-from libragrad_fx.attribution import maps
 from libragrad_fx.attribution.places import Located, Locator, laid_out
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.flow import reach
 from libragrad_fx.errors import InputError
+from libragrad_fx.graph.origin import form
 from libragrad_fx.graph.schema import aten_op, is_elementwise
 from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.module.walk import argument, bypassed, calls, example, senders
+from libragrad_fx.module.walk import argument, bypassed, calls, origin, senders
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.insert import probed
 from libragrad_fx.ops.places import taken
@@ -197,7 +198,7 @@ class Run:
         """How the rows of constants lie that are parts of samples."""
         found = {}
         for constant, (site, rows, _, g) in terms:
-            held = self.located.spots.get(site.node)
+            held = self.located.windows.get(site.node)
             if held is None or not constant.counts:
                 continue
             whole = g.ndim > constant.output.ndim  # the rows of all samples, for each of them
@@ -318,7 +319,10 @@ def run(
     constants: list[Constant] = []
     named = {n.name: n for n in module.graph.nodes}
     counted = [named[name] for name in sites if biases and named[name] not in upstream]
-    locator = None if located else Locator(facts, *_ends([*taps.values()], counted))
+    flat, to_locate = flat_arguments(module, *as_call(inputs)), _ends([*taps.values()], counted)
+    asked = again.key([flat, dict(given or {})], *to_locate)
+    located = located or again.recall(module, asked)
+    locator = None if located else Locator(facts, *to_locate)
 
     def tap(n: Node, y: Any) -> None:
         if locator is not None:
@@ -344,8 +348,8 @@ def run(
 
     runs = Observer(module, tap, given=given)
     with differentiable(), undisturbed(module):
-        output = runs.run(*flat_arguments(module, *as_call(inputs)))
-    located = located or (locator.located() if locator is not None else None)
+        output = runs.run(*flat)
+    located = again.keep(module, asked, locator) if locator is not None else located
     assert located is not None
     return Run(
         module, facts, output, runs.sources, taps, values, constants, attends, called, streams, ends, sizes,
@@ -359,8 +363,7 @@ def _ends(layers: Sequence[Node], counted: Sequence[Node]) -> tuple[list[Node], 
     first: dict[str, Node] = {}
     windows = []
     for node in sorted({*layers, *counted}):
-        value = example(node)
-        shape = [str(n) for n in value.shape] if value is not None else []
+        _, shape = form(origin(node)) or ((), ())
         if len(shape) > 2 and "*" in shape[0]:
             windows.append(node)
         elif len(shape) == 3 and shape[1] != "1":

@@ -11,8 +11,9 @@ from libragrad_fx.attribution import maps
 from libragrad_fx.attribution.formulas import Term
 from libragrad_fx.attribution.internals import Internals
 from libragrad_fx.errors import InputError
+from libragrad_fx.graph.origin import form
 from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.module.walk import argument, blocks, bypassed, called_modules, calls, example, senders
+from libragrad_fx.module.walk import argument, blocks, bypassed, called_modules, calls, origin, senders
 from libragrad_fx.ops import insert
 from libragrad_fx.target import product
 
@@ -29,16 +30,16 @@ def stages(module: CapturedModule) -> list[str]:
         InputError: no module has an input with positions.
     """
     called, sends = calls(module), senders(module)
-    given = (example(n) for n in module.graph.nodes if n.target is insert.guard)
-    inputs = [tuple(v.shape) for v in given if v is not None and v.ndim > 3]
+    given = (form(n) for n in module.graph.nodes if n.target is insert.guard)
+    inputs = [sizes for sizes, _ in filter(None, given) if len(sizes) > 3]
     image = inputs[0][2:] if inputs else None
     found: dict[str, str] = {}
     for name in blocks(module) or called_modules(module):
         node = argument(called[name])
-        value = None if node is None else example(node)
-        if node is None or value is None or value.ndim < 3:
+        shape = None if node is None else form(origin(node))
+        if node is None or shape is None or len(shape[0]) < 3:
             continue
-        size = str([value.shape[i] for i in maps.positions(tuple(value.shape), image)])
+        size = str([shape[1][i] for i in maps.positions(shape[0], image)])
         if size not in found and not bypassed(module, node, sends):
             found[size] = name
     if not found:

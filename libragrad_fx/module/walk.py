@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 
-import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -47,12 +46,6 @@ def origin(node: Node) -> Node:
     while isinstance(result := probed(node), Node):
         node = result
     return node
-
-
-def example(node: Node) -> torch.Tensor | None:
-    """A tensor of the shape that a node had at capture, in symbols."""
-    value = origin(node).meta.get("val")
-    return value if isinstance(value, torch.Tensor) else None
 
 
 def senders(module: CapturedModule) -> Callable[[Node], Sequence[Node]]:
