@@ -126,6 +126,7 @@ def _export(
         with warnings.catch_warnings(), _hushed():
             warnings.simplefilter("ignore")
             made = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            _restore_users(made)
             _detach_no_grad_regions(made)
             found = _conditions(made)
             program = _functional(made, book)
@@ -210,6 +211,15 @@ def _writes(node: torch.fx.Node) -> bool:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else '(no message)'}"
+
+
+def _restore_users(program: ExportedProgram) -> None:
+    """Note at every node all nodes that read it. Where a region in another mode begins, PyTorch (2.14) cuts
+    the graph, joins it again, and forgets who has read the last value before the cut."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            for operand in node.all_input_nodes:
+                operand.users.setdefault(node)
 
 
 def _detach_no_grad_regions(program: ExportedProgram) -> None:

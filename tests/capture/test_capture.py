@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -124,6 +125,37 @@ def test_no_grad_region_is_a_cut_and_a_bias() -> None:
     model, x = Region().to(F64), torch.randn(2, 4, dtype=F64)
     certificate = lg.verify(model, lg.transform(model, x), x, target=1)
     assert certificate.ok, str(certificate)
+
+
+class Differences(nn.Module):
+    """One composite op without a fact, which capture decomposes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.diff(x, prepend=x[:, :1])
+
+
+class BeforeRegion(nn.Module):
+    """A submodule returns the one value that a region in another mode, and all behind it, read."""
+
+    def __init__(self, last: nn.Module, region: Callable[[], Any]) -> None:
+        super().__init__()
+        self.a, self.last, self.region = nn.Linear(4, 4), last, region
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.last(self.a(x))
+        with self.region():
+            k = h.sin()
+        return (h + k).relu_()  # no operand of this write is known to be fresh
+
+
+@pytest.mark.parametrize("last", [nn.Dropout(0.5), Differences()], ids=["idle dropout", "composite op"])
+@pytest.mark.parametrize(
+    "region", [torch.no_grad, lambda: torch.autocast("cpu", enabled=False)], ids=["no_grad", "autocast"]
+)
+def test_a_value_before_a_region_keeps_its_readers(last: nn.Module, region: Callable[[], Any]) -> None:
+    """Export forgets that the submodule's mark reads its value, whose node capture then erases."""
+    torch.manual_seed(0)
+    same_as_eager(BeforeRegion(last, region).to(F64).eval(), torch.randn(2, 4, dtype=F64))
 
 
 @pytest.mark.parametrize("make", [Slices, Detached])
