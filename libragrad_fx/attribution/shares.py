@@ -12,7 +12,16 @@ from libragrad_fx.attribution.formulas import Term
 from libragrad_fx.attribution.internals import Internals
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.module.walk import argument, blocks, bypassed, called_modules, calls, example, senders
+from libragrad_fx.module.walk import (
+    argument,
+    blocks,
+    bypassed,
+    called_modules,
+    calls,
+    example,
+    samples_axis,
+    senders,
+)
 from libragrad_fx.ops import insert
 from libragrad_fx.target import product
 
@@ -28,7 +37,7 @@ def stages(module: CapturedModule) -> list[str]:
     Raises:
         InputError: no module has an input with positions.
     """
-    called, sends = calls(module), senders(module)
+    called, sends, samples = calls(module), senders(module), samples_axis(module)
     given = (example(n) for n in module.graph.nodes if n.target is insert.guard)
     inputs = [tuple(v.shape) for v in given if v is not None and v.ndim > 3]
     image = inputs[0][2:] if inputs else None
@@ -38,7 +47,8 @@ def stages(module: CapturedModule) -> list[str]:
         value = None if node is None else example(node)
         if node is None or value is None or value.ndim < 3:
             continue
-        size = str([value.shape[i] for i in maps.positions(tuple(value.shape), image)])
+        shape = tuple(value.movedim(samples(node), 0).shape)
+        size = str([shape[i] for i in maps.positions(shape, image)])
         if size not in found and not bypassed(module, node, sends):
             found[size] = name
     if not found:
