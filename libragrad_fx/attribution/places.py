@@ -121,14 +121,16 @@ class Located:
 class Locator:
     """Follows the inputs through one run, as far as ``ends`` need it.
 
+    samples: which axis of a node's value counts samples
     windows: of the ends, those whose rows are parts of samples
     read:    nodes whose values, and not only their sizes, had a say in where things lie
     """
 
     def __init__(
-        self, facts: Callable[[Node], OpFacts | None], ends: Collection[Node], windows: Collection[Node]
-    ) -> None:
-        self.facts, self.ends, self.windows = facts, {*ends}, {*windows}
+        self, facts: Callable[[Node], OpFacts | None], samples: Callable[[Node], int],
+        ends: Collection[Node], windows: Collection[Node],
+    ) -> None:  # fmt: skip
+        self.facts, self.samples, self.ends, self.windows = facts, samples, {*ends}, {*windows}
         self.nodes = reach([*ends, *windows], lambda n: n.all_input_nodes)
         self.held: dict[Node, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -138,11 +140,13 @@ class Locator:
 
     def start(self, node: Node, name: str, x: Tensor, embedded: bool) -> None:
         """An input, or the embedding of one."""
+        samples = self.samples(node)
+        x = x.movedim(samples, 0) if x.ndim else x
         self.shapes[name] = tuple(x.shape)
         if embedded or x.ndim < 3:
             self.channels[name] = x.ndim - 1 if x.ndim > 2 else None
         if x.ndim > 1:
-            self.held[node] = {name: started(x)}
+            self.held[node] = {name: started(x).each(lambda t: t.movedim(0, samples))}
 
     def see(self, node: Node, call: Callable[[], tuple[Any, Any]], y: Any) -> None:
         """One node, and what it was called with."""
@@ -156,7 +160,10 @@ class Locator:
                 self.held[node] = found
                 self._contracted(node, found)
         if (node in self.ends or node in self.windows) and isinstance(held := self.held.get(node), dict):
-            self.found[node.name] = {name: _narrowed(spots) for name, spots in held.items()}
+            found = {name: _narrowed(spots) for name, spots in held.items()}
+            if node in self.ends and (samples := self.samples(node)):
+                found = {name: s.each(lambda t: t.movedim(samples, 0)) for name, s in found.items()}
+            self.found[node.name] = found
 
     def forget(self, nodes: Sequence[Node]) -> None:
         """Nodes that nobody reads any more."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -13,7 +13,16 @@ from libragrad_fx.attribution.internals import Internals
 from libragrad_fx.errors import InputError
 from libragrad_fx.graph.origin import form
 from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.module.walk import argument, blocks, bypassed, called_modules, calls, origin, senders
+from libragrad_fx.module.walk import (
+    argument,
+    blocks,
+    bypassed,
+    called_modules,
+    calls,
+    origin,
+    samples_axis,
+    senders,
+)
 from libragrad_fx.ops import insert
 from libragrad_fx.target import product
 
@@ -29,7 +38,7 @@ def stages(module: CapturedModule) -> list[str]:
     Raises:
         InputError: no module has an input with positions.
     """
-    called, sends = calls(module), senders(module)
+    called, sends, samples = calls(module), senders(module), samples_axis(module)
     given = (form(n) for n in module.graph.nodes if n.target is insert.guard)
     inputs = [sizes for sizes, _ in filter(None, given) if len(sizes) > 3]
     image = inputs[0][2:] if inputs else None
@@ -39,7 +48,8 @@ def stages(module: CapturedModule) -> list[str]:
         shape = None if node is None else form(origin(node))
         if node is None or shape is None or len(shape[0]) < 3:
             continue
-        size = str([shape[1][i] for i in maps.positions(shape[0], image)])
+        sizes, names = (_samples_first(part, samples(node)) for part in shape)
+        size = str([names[i] for i in maps.positions(sizes, image)])
         if size not in found and not bypassed(module, node, sends):
             found[size] = name
     if not found:
@@ -48,6 +58,10 @@ def stages(module: CapturedModule) -> list[str]:
             " with positions: name paths with layers=[…]"
         )
     return [*found.values()]
+
+
+def _samples_first(sizes: Sequence[Any], axis: int) -> tuple[Any, ...]:
+    return (sizes[axis], *sizes[:axis], *sizes[axis + 1 :])
 
 
 def parts(
