@@ -16,13 +16,14 @@ from libragrad_fx.explain import (
     methods,
 )
 from libragrad_fx.interop import quantus_explain, reshape_transform
+from libragrad_fx.programs import Program, program
 from libragrad_fx.segments import checkpointed
 from libragrad_fx.types import Certificate, Ledger, Plan
 from libragrad_fx.version import __version__
 
 __all__ = [
-    "Attribution", "Certificate", "Ledger", "Likeness", "Plan", "Span", "__version__", "attribute",
+    "Attribution", "Certificate", "Ledger", "Likeness", "Plan", "Program", "Span", "__version__", "attribute",
     "attribute_each", "attribute_generation", "audit", "blocks", "checkpointed", "draw", "errors",
-    "gradient_graph", "methods", "plan", "quantus_explain", "reshape_transform", "similarity", "trace",
+    "gradient_graph", "methods", "plan", "program", "quantus_explain", "reshape_transform", "similarity", "trace",
     "transform", "unit", "verify", "visualize",
 ]  # fmt: skip

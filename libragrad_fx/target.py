@@ -57,11 +57,19 @@ def select_each(output: Any, target: Target) -> torch.Tensor:
         return y.reshape(batch)
     if y.ndim == 0:
         raise InputError("the output is one number: its target is None")
+    return torch.stack([y[(i, *row)] for i, row in enumerate(rows_of(target, tuple(y.shape)))])
+
+
+def rows_of(target: Any, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The indices of each sample's target in an output of ``shape``, behind the batch axis.
+
+    Raises:
+        InputError: the target does not fit.
+    """
     try:
-        rows = _rows(target, tuple(y.shape))
+        return _rows(target, shape)
     except (IndexError, TypeError, OverflowError) as e:
-        raise InputError(f"target {target!r:.200} does not fit output {tuple(y.shape)}: {e}") from e
-    return torch.stack([y[(i, *row)] for i, row in enumerate(rows)])
+        raise InputError(f"target {target!r:.200} does not fit output {shape}: {e}") from e
 
 
 def _called(output: Any, target: Any) -> torch.Tensor:

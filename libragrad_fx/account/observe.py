@@ -14,7 +14,7 @@ from libragrad_fx.graph.schema import aten_op
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops import bias as biases
 from libragrad_fx.ops import insert
-from libragrad_fx.optimise.execute import entry
+from libragrad_fx.optimise.execute import attribute
 from libragrad_fx.target import inexact
 from libragrad_fx.types import Site
 
@@ -33,15 +33,18 @@ class Observer(torch.fx.Interpreter):
         graph: the graph to run, ``module.graph`` by default; may be the lean one.
         given: values that leaves start from instead of what is computed, by the names in ``sources``. A
             node that is named here starts a leaf as well.
+        attributes: tensors to take in place of the module's own, by path.
     """
 
     def __init__(
         self, module: CapturedModule, tap: Tap | None = None, graph: Graph | None = None,
         given: Mapping[str, torch.Tensor] | None = None,
+        attributes: Mapping[str, torch.Tensor] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(module, garbage_collect_values=True, graph=graph)
         self.extra_traceback = False  # an op's own error is enough
         self.tap, self.embeddings, self.given = tap, module.record.starts, given or {}
+        self.attributes = attributes or {}
         self.sources: dict[str, torch.Tensor] = {}
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -50,8 +53,7 @@ class Observer(torch.fx.Interpreter):
 
     def fetch_attr(self, target: str) -> Any:
         """As fx, but by ``entry``."""
-        parent, _, name = target.rpartition(".")
-        return entry(self.module.get_submodule(parent), name)
+        return self.attributes[target] if target in self.attributes else attribute(self.module, target)
 
     def run_node(self, n: Node) -> Any:
         y = self.computed(n)

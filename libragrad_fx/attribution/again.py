@@ -20,7 +20,7 @@ from libragrad_fx.graph.schema import aten_op
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops.insert import probed
 from libragrad_fx.ops.places import SIZE
-from libragrad_fx.optimise.execute import entry
+from libragrad_fx.optimise.execute import attribute
 
 _MOST = 16  # sizes of inputs that a module keeps places for; the least recently used is dropped
 Key = tuple[Any, ...]
@@ -45,7 +45,7 @@ def recall(module: CapturedModule, asked: Key) -> Located | None:
     """What an earlier call found; None if there was none, or the module's tensors differ now."""
     kept: dict[Key, _Kept] = module.__dict__.setdefault("_located", {})
     found = kept.pop(asked, None)
-    if found is None or not all(_same(t, _attribute(module, n)) for n, t in found.read.items()):
+    if found is None or not all(_same(t, attribute(module, n)) for n, t in found.read.items()):
         return None
     kept[asked] = found  # the latest used is the last
     return found.located
@@ -56,7 +56,7 @@ def keep(module: CapturedModule, asked: Key, locator: Locator) -> Located:
     found = locator.located()
     names = _attributes_read(module.graph, locator)
     if names is not None:
-        tensors = ((n, _attribute(module, n)) for n in names)
+        tensors = ((n, attribute(module, n)) for n in names)
         read = {n: t.detach().clone() for n, t in tensors if isinstance(t, torch.Tensor)}
         kept = module.__dict__.setdefault("_located", {})
         kept[asked] = _Kept(found, read)
@@ -85,11 +85,6 @@ def _computed_from(node: Node) -> list[Node]:
 
 def _tags(node: Node) -> Sequence[torch.Tag]:
     return getattr(aten_op(node), "tags", ())
-
-
-def _attribute(module: CapturedModule, path: str) -> Any:
-    parent, _, name = path.rpartition(".")
-    return entry(module.get_submodule(parent), name)
 
 
 def _same(then: torch.Tensor, now: Any) -> bool:

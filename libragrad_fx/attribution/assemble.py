@@ -30,7 +30,7 @@ def expected(seen: Internals, names: Sequence[str], biases: Sequence[Term], plus
         return output
     sums = [(name, maps.summed(b)) for name, b in biases]
     counted = {name for name, _ in biases}  # embedded tokens that pass no layer are a constant there
-    unseen = [(name, maps.summed(b)) for name, b in shares_of(seen.upstream, len(output))]
+    unseen = [(name, maps.summed(b)) for name, b in shares_of(seen.upstream, output.shape[0])]
     sources = [(n, maps.summed(product(x, g))) for n, (x, g) in seen.inputs.items() if n not in counted]
     whole = torch.zeros_like(output) + sum(s for _, s in sums) + sum(s for n, s in sources if n in names)
     for before in (seen.before[n] for n in names if n in seen.before):
@@ -91,7 +91,7 @@ def assemble(
 def _positional(seen: Internals) -> torch.Tensor:
     """(B,): what the output owes to tables of positions."""
     nothing = torch.zeros_like(seen.output, dtype=torch.float64)
-    return nothing + sum(maps.summed(t) for _, t in shares_of(seen.places, len(nothing)))
+    return nothing + sum(maps.summed(t) for _, t in shares_of(seen.places, nothing.shape[0]))
 
 
 def shares_of(constants: Sequence[Any], batch: int) -> list[Term]:
@@ -136,7 +136,7 @@ def _term(
 ) -> maps.Placed:
     if node in seen.inputs and term.ndim > 1 and node in seen.axes:
         shares = maps.kept(term, seen.axes[node])
-        return maps.Placed({_together(seen.tokens[node]): shares}, None, shares.new_zeros(len(term)))
+        return maps.Placed({_together(seen.tokens[node]): shares}, None, shares.new_zeros(term.shape[0]))
     if (own := seen.windows.get(node)) is not None:
         shown = maps.on_tokens(maps.kept(term, own.axes).flatten(1), _renamed(seen, own))
         copies = 0 if shown.prefix is None else shown.prefix.sum(1)  # of class tokens, in each window

@@ -67,7 +67,7 @@ def input_x_gradient(taps: Taps) -> list[Term]:
 def random(taps: Taps) -> list[Term]:
     """Noise as shares, their sum 1, the same for each sample: what any method has to beat."""
     assert taps.noise is not None
-    first, batch = taps.layers[0], len(taps.layers[0].value)
+    first, batch = taps.layers[0], taps.layers[0].value.shape[0]
     return [(first.name, (taps.noise / taps.noise.sum()).expand(batch, *taps.noise.shape[1:]))]
 
 
@@ -182,7 +182,7 @@ def _rolled(steps: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _read(taps: Taps, shares: torch.Tensor) -> list[Term]:
     """One row of each (T, T) of (B, T, T), as a share of each token."""
-    samples = torch.arange(len(shares), device=shares.device)
+    samples = torch.arange(shares.shape[0], device=shares.device)
     rows = torch.as_tensor(taps.rows, device=shares.device)
     return [(taps.layers[0].name, shares[samples, rows][..., None])]
 

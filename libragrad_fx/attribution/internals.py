@@ -6,6 +6,7 @@ bias terms are the graph's own additive constants; their gradients come from the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -63,6 +64,7 @@ class Internals:
     returned: what the module at each layer returned, with its gradient, where attention or it was asked for
     read:    which token of the last layer's module is read alone, by what comes behind it; None if none is
     reached: the inputs and layers that a gradient came back to, were it zero
+    rows:    of each constant of the run, where samples are
     """
 
     output: torch.Tensor
@@ -78,11 +80,33 @@ class Internals:
     axes: Mapping[str, tuple[int, ...]]
     layouts: Mapping[str, maps.Layout]
     windows: Mapping[str, maps.Layout]
+    rows: tuple[maps.Rows | None, ...] = ()
     attention: tuple[heads.Attention, ...] = ()
     streams: tuple[torch.Tensor | None, ...] = ()
     returned: tuple[Pair, ...] = ()
     read: int | None = None
     reached: frozenset[str] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What one run showed that holds for all runs of a graph on inputs of such sizes. A traced run takes
+    it: its tensors have no values to ask.
+
+    located:    where inputs, tokens and windows lie
+    rows:       of each constant, where its samples are
+    tables:     of each constant, whether it is a table of positions
+    finite:     of each constant, whether all of it is
+    windows:    see ``Internals``
+    attributes: the module's tensors by path, to run with in place of its own
+    """
+
+    located: Located
+    rows: tuple[maps.Rows | None, ...]
+    tables: tuple[bool, ...]
+    finite: tuple[bool, ...]
+    windows: Mapping[str, maps.Layout]
+    attributes: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +117,7 @@ class Constant:
     value:      the constant; ``output`` is what it is part of
     counts:     whether it is a bias term, which is not upstream of the first layer
     places:     whether it is a table of positions: added element by element, and not everywhere the same
+    finite:     whether no element is infinite
     """
 
     site: Site
@@ -101,9 +126,12 @@ class Constant:
     output: torch.Tensor
     counts: bool
     places: bool
+    finite: bool
 
     def term(self, gradient: torch.Tensor, rows: maps.Rows | None) -> Term:
-        return self.site, rows, _finite(self.value.expand_as(self.output), gradient), gradient
+        """One that gets no gradient counts nothing, were it infinite (a pool's padding)."""
+        value = self.value.expand_as(self.output)
+        return self.site, rows, value if self.finite else value.masked_fill(gradient == 0, 0.0), gradient
 
     def rows(self, batch: int) -> maps.Rows | None:
         """Where its samples are, if its shape leaves no doubt."""
@@ -128,6 +156,7 @@ class Run:
     sizes:    the shape of each node's value, ``()`` for a tuple
     located:  where inputs, tokens and windows lie
     samples:  which axis of a node's value counts samples; of sources by their names, where not the first
+    known:    of a traced run, what an earlier one showed
     """
 
     module: CapturedModule
@@ -144,6 +173,7 @@ class Run:
     sizes: Mapping[Node, tuple[int, ...]]
     located: Located
     samples: Mapping[Node | str, int]
+    known: Known | None = None
 
     def back(self, target: Target, last: bool = True) -> Internals:
         """The gradients of ``target``; ``last`` frees what a further backward would need.
@@ -156,12 +186,13 @@ class Run:
             nodes = [*self.layers.values(), *(s.node for s in self.attends), *self.ends]
             inner = [self.values[n] for n in nodes]
             values = [*self.sources.values(), *(c.output for c in self.constants), *inner]
-            rows = [c.rows(each.shape[0]) for c in self.constants]
+            known = self.known
+            rows = [*known.rows] if known else [c.rows(each.shape[0]) for c in self.constants]
             doubtful = any(r is None for r in rows)
             grads = _gradients(each, values, last and not doubtful)
             pairs = _filled(values, grads)
             gradients = [g for _, g in pairs[len(self.sources) :]]
-            if doubtful:
+            if doubtful and not known:
                 rows = self._rows(each, rows, gradients)
             split = self._split(each, rows, gradients)
             found = iter(pairs)
@@ -187,7 +218,8 @@ class Run:
             places=tuple(term for c, term in terms if c.places),
             attention=attended,
             returned=tuple(self._samples_first(n, pair) for n, pair in zip(self.ends, found, strict=True)),
-            windows=self._windows(terms, each.shape[0]),
+            rows=tuple(rows),
+            windows=known.windows if known else self._windows(terms, each.shape[0]),
             **self.layout,
         )
 
@@ -254,7 +286,7 @@ class Run:
     ) -> dict[int, torch.Tensor]:
         """By constant whose rows are of several samples, or of all alike: its gradient from each sample, in
         front of its axes. That takes a backward for each sample."""
-        mixed = [i for i, r in enumerate(rows) if r is None and bool(gradients[i].any())]
+        mixed = [i for i, r in enumerate(rows) if r is None and (self.known or bool(gradients[i].any()))]
         if not mixed:
             return {}
         outputs = [self.constants[i].output for i in mixed]
@@ -291,6 +323,7 @@ def run(
     starts: bool = False,
     located: Located | None = None,
     returned: bool = False,
+    known: Known | None = None,
 ) -> Run:
     """Run ``module`` forward once.
 
@@ -304,6 +337,7 @@ def run(
             no constants.
         located: where things lie, if an earlier run has found it.
         returned: whether what the modules at the layers return is wanted.
+        known: of a traced run, what an earlier one showed.
 
     Raises:
         InputError: no such layer.
@@ -331,7 +365,7 @@ def run(
     counted = [named[name] for name in sites if biases and named[name] not in upstream]
     flat, to_locate = flat_arguments(module, *as_call(inputs)), _ends([*taps.values()], counted, axis)
     asked = again.key([flat, dict(given or {})], *to_locate)
-    located = located or again.recall(module, asked)
+    located = known.located if known else located or again.recall(module, asked)
     locator = None if located else Locator(facts, axis, *to_locate)
 
     def tap(n: Node, y: Any) -> None:
@@ -346,8 +380,11 @@ def run(
         site = sites.get(n.name)
         if site is not None and (biases or is_elementwise(n)):
             bias = site_bias(site, n, *runs.fetch_args_kwargs_from_env(n))
-            found = _constants(site, n, y, bias, biases and n not in upstream)
-            constants.extend(c for c in found if biases or c.places)
+            counts = biases and n not in upstream
+            for where, value, whole in _of_site(site, y, bias):
+                table, finite = _kind(n, value, whole, where, known, len(constants))
+                if biases or table:
+                    constants.append(Constant(site, where, value, whole, counts, table, finite))
 
     def follow(n: Node, y: Any, locator: Locator) -> None:
         name = source_name(n)
@@ -356,15 +393,15 @@ def run(
         locator.see(n, lambda: runs.fetch_args_kwargs_from_env(n), y)
         locator.forget(runs.user_to_last_uses.get(n, ()))
 
-    runs = Observer(module, tap, given=given)
-    with differentiable(), undisturbed(module):
+    runs = Observer(module, tap, given=given, attributes=known.attributes if known else {})
+    with differentiable(), contextlib.nullcontext() if known else undisturbed(module):
         output = runs.run(*flat)
     located = again.keep(module, asked, locator) if locator is not None else located
     assert located is not None
     samples |= {name: axis(named[name]) for name in runs.sources if name in named}
     return Run(
         module, facts, output, runs.sources, taps, values, constants, attends, called, streams, ends, sizes,
-        located, samples,
+        located, samples, known,
     )  # fmt: skip
 
 
@@ -416,15 +453,25 @@ def _filled(values: Sequence[torch.Tensor], gradients: Sequence[Any]) -> list[Pa
     return [(t.detach(), torch.zeros_like(t) if g is None else g) for t, g in pairs]
 
 
-def _constants(site: Site, node: Node, y: Any, bias: Any, counts: bool) -> Iterator[Constant]:
-    """The constants of one site, and the outputs that they are part of; none where they are all zero."""
+def _of_site(site: Site, y: Any, bias: Any) -> Iterator[tuple[int | None, torch.Tensor, torch.Tensor]]:
+    """The constants of one site, none where they are all zero: the axis of samples, the constant, and the
+    output that it is part of."""
     if bias is None:
         return
     ys, bs = (v if isinstance(v, (tuple, list)) else (v,) for v in (y, bias))
     for axis, t, b in zip(site.batch, ys, bs, strict=True):
         if b is not None and t.requires_grad:
-            places = is_elementwise(node) and _differs_by_place(b, t, axis or 0)
-            yield Constant(site, axis, b, t, counts, places)
+            yield axis, b, t
+
+
+def _kind(
+    node: Node, value: torch.Tensor, whole: torch.Tensor, axis: int | None, known: Known | None, index: int
+) -> tuple[bool, bool]:
+    """Whether a constant is a table of positions, and whether it is finite."""
+    if known is not None:
+        return known.tables[index], known.finite[index]
+    table = is_elementwise(node) and _differs_by_place(value, whole, axis or 0)
+    return table, bool(value.isfinite().all())
 
 
 def _differs_by_place(bias: torch.Tensor, y: torch.Tensor, samples: int) -> bool:
@@ -499,11 +546,6 @@ def _has_rows(node: Node, fact: OpFacts | None) -> bool:
 
 def _samples_first(rows: maps.Rows | None, batch: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda t: t[None] if rows is None else maps.by_sample(t, rows, batch)
-
-
-def _finite(bias: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """A constant that gets no gradient counts nothing, were it infinite (a pool's padding)."""
-    return bias if bool(bias.isfinite().all()) else bias.masked_fill(g == 0, 0.0)
 
 
 def layer_input(called: Mapping[str, Node], name: str) -> Node:

@@ -137,7 +137,7 @@ def on_tokens(tokens: torch.Tensor, layout: Layout) -> Placed:
     """Numbers of tokens (B, N), each where it lies."""
     found = {p.source: tokens[:, list(p.order)].unflatten(1, (*p.grid, -1)).sum(-1) for p in layout.parts}
     return Placed(
-        found, tokens[:, list(layout.apart)] if layout.apart else None, tokens.new_zeros(len(tokens))
+        found, tokens[:, list(layout.apart)] if layout.apart else None, tokens.new_zeros(tokens.shape[0])
     )
 
 
@@ -195,7 +195,7 @@ def spread(m: torch.Tensor, size: Extents) -> torch.Tensor:
     """A map (B, ...) on a finer grid: each cell is shared out equally among those nearest to it."""
     for axis, (old, new) in enumerate(zip(m.shape[1:], size, strict=True), 1):
         if old != new:
-            nearest = ((torch.arange(new, device=m.device) + 0.5) * old / new).long()
-            count = torch.bincount(nearest, minlength=old).clamp(min=1)
-            m = (m / count.view(-1, *[1] * (m.ndim - 1 - axis))).index_select(axis, nearest)
+            nearest = [int((i + 0.5) * old / new) for i in range(new)]
+            count = m.new_tensor([max(nearest.count(i), 1) for i in range(old)])
+            m = (m / count.view(-1, *[1] * (m.ndim - 1 - axis)))[(slice(None),) * axis + (nearest,)]
     return m

@@ -14,7 +14,7 @@ import torch
 from libragrad_fx.attribution import formulas, maps
 from libragrad_fx.attribution.assemble import assemble, expected, images, layouts_of, shares_of
 from libragrad_fx.attribution.formulas import Layer, Method, Taps, Term
-from libragrad_fx.attribution.internals import Internals, Run, run
+from libragrad_fx.attribution.internals import Internals, Known, Run, run
 from libragrad_fx.attribution.result import Attribution
 from libragrad_fx.attribution.shares import BY, By, parts, stages
 from libragrad_fx.attribution.storage import MAPPINGS
@@ -29,6 +29,8 @@ from libragrad_fx.version import __version__
 Resolution = Literal["tokens", "pixels"]
 Layers = Sequence[str] | Literal["stages"] | None
 Starts = Mapping[str, torch.Tensor]
+Meant = Callable[[Any], Sequence[Target]]
+"""Says targets when it gets the output."""
 VERSIONS = {
     "python": platform.python_version(),
     "torch": torch.__version__.partition("+")[0],
@@ -43,6 +45,7 @@ class Question:
     rest: whether inputs that do not pass the one layer (another tower's) count where they enter
     stages: whether each layer has a map of its own
     by:   whose parts are asked for
+    known: of a traced run, what an earlier one showed
     """
 
     module: CapturedModule
@@ -56,20 +59,21 @@ class Question:
     seed: int
     stages: bool = False
     by: By | None = None
+    known: Known | None = None
 
     def run(self, given: Starts | None = None, like: Run | None = None) -> Run:
         """A forward; on the values of ``given``, where things lie as in the run ``like``."""
         how, located = self.how, None if like is None else like.located
         return run(
             self.module, self.inputs, self.paths, how.biases, how.attention or self.by == "head", given,
-            self.rest, located, self.by == "block",
+            self.rest, located, self.by == "block", self.known,
         )  # fmt: skip
 
 
 def explain(
     module: CapturedModule,
     inputs: Any,
-    targets: Callable[[Any], Sequence[Target]],
+    targets: Meant,
     *,
     method: str = "fullgrad_plus",
     layers: Layers = None,
@@ -83,6 +87,30 @@ def explain(
 
     Args and errors as of ``libragrad_fx.attribute``, but that ``targets`` gets the output and says them.
     """
+    asked = questions(
+        module, inputs, targets, method=method, layers=layers, resolution=resolution, by=by,
+        baseline=baseline, steps=steps, seed=seed,
+    )  # fmt: skip
+    by_target: dict[int, Attribution] = {}
+    for question, meant, at in asked:
+        found = answers(question, meant)
+        by_target |= zip(range(len(found)) if at is None else at, found, strict=True)
+    return [by_target[i] for i in range(len(by_target))]
+
+
+def answers(asked: Question, meant: Meant) -> list[Attribution]:
+    """The answer for each target: ``meant`` says them when it gets the output."""
+    seen = asked.run()
+    return _BY_PATH[asked.how.path](asked, seen, meant(seen.output))
+
+
+def questions(
+    module: CapturedModule, inputs: Any, targets: Meant, *, method: str, layers: Layers = None,
+    resolution: Resolution = "tokens", by: By | None = None, baseline: float = 0.0, steps: int = 50,
+    seed: int = 0,
+) -> list[tuple[Question, Meant, Sequence[int] | None]]:  # fmt: skip
+    """What ``explain`` asks: a question, its targets, and which of all they are; None for all of them. There
+    are several where targets depend on several towers with blocks."""
     how = formulas.method_of(method)
     each = isinstance(layers, str) and layers == "stages"
     if not each and (isinstance(layers, str) or not isinstance(layers, (Sequence, type(None)))):
@@ -93,30 +121,29 @@ def explain(
         raise InputError(f"resolution is 'tokens' or 'pixels', got {resolution!r}")
     module = fitting(module, inputs)
 
-    def answers(paths: Sequence[str], meant: Callable[[Any], Sequence[Target]]) -> list[Attribution]:
+    def at(paths: Sequence[str]) -> Question:
         rest = layers is None and how.layers in ("input", "first")
         asked = Question(module, inputs, method, how, tuple(paths), rest, baseline, steps, seed, each, by)
         _require(asked)
-        seen = asked.run()
-        return _BY_PATH[how.path](asked, seen, meant(seen.output))
+        return asked
 
     if layers is not None:
-        return answers(stages(module) if each else layers, targets)
+        return [(at(stages(module) if each else layers), targets, None)]
     found = towers(module)
     if len(found) < 2:
-        return answers(_layers(found, how, resolution), targets)
+        return [(at(_layers(found, how, resolution)), targets, None)]
     meant, read = _read_towers(module, inputs, found, targets)
-    by_target: dict[int, Attribution] = {}
+    asked = []
     for mine in dict.fromkeys(read):
-        at = [i for i, which in enumerate(read) if which == mine]
-        paths = _layers([found[k] for k in mine], how, resolution)
-        by_target |= zip(at, answers(paths, lambda _, at=at: [meant[i] for i in at]), strict=True)
-    return [by_target[i] for i in range(len(meant))]
+        mean = [i for i, which in enumerate(read) if which == mine]
+        question = at(_layers([found[k] for k in mine], how, resolution))
+        asked.append((question, lambda _, mean=mean: [meant[i] for i in mean], mean))
+    return asked
 
 
 def _read_towers(
     module: CapturedModule, inputs: Any, found: Sequence[Sequence[str]],
-    targets: Callable[[Any], Sequence[Target]],
+    targets: Meant,
 ) -> tuple[Sequence[Target], list[tuple[int, ...]]]:  # fmt: skip
     """The targets, and of each the towers with blocks that it depends on: of CLIP's picture against a
     constant text, the picture's alone."""
@@ -158,7 +185,7 @@ def _require(asked: Question) -> None:
 
 
 def _at_once(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
-    return [_answer(asked, one, t) for one, t in zip(seen.backs(targets), targets, strict=True)]
+    return [answer(asked, one, t) for one, t in zip(seen.backs(targets), targets, strict=True)]
 
 
 def _among_noise(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
@@ -172,7 +199,7 @@ def _among_noise(asked: Question, seen: Run, targets: Sequence[Target]) -> list[
     ]
     means = _mean_gradients(asked, seen, targets, near)
     return [
-        _answer(asked, _with_gradients(one, mean, lambda x: x), t)
+        answer(asked, _with_gradients(one, mean, lambda x: x), t)
         for one, mean, t in zip(seen.backs(targets), means, targets, strict=True)
     ]
 
@@ -189,7 +216,7 @@ def _on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> list[At
     answers = []
     for one, mean, t in zip(seen.backs(targets), means, targets, strict=True):
         difference = one.output.double() - select_each(origin.output, t).detach().double()
-        answers.append(_answer(asked, _with_gradients(one, mean, lambda x: x - base), t, difference))
+        answers.append(answer(asked, _with_gradients(one, mean, lambda x: x - base), t, difference))
     return answers
 
 
@@ -225,7 +252,7 @@ def _block_by_block(asked: Question, seen: Run, targets: Sequence[Target]) -> li
             if inside is not None:
                 attention[inside] = seen.attended(inside, end, g.movedim(0, samples))
         answers.append(
-            _answer(asked, dataclasses.replace(one, attention=tuple(attention.values())), target)
+            answer(asked, dataclasses.replace(one, attention=tuple(attention.values())), target)
         )
     return answers
 
@@ -305,7 +332,7 @@ def _mean(answers: Sequence[Attribution]) -> Attribution:
 # --- from what was seen to an answer
 
 
-def _answer(
+def answer(
     asked: Question, seen: Internals, target: Target, whole: torch.Tensor | None = None
 ) -> Attribution:
     """The method on what one backward showed. ``whole``: what it adds up to, of a method on a line."""
@@ -432,13 +459,13 @@ def _uniform(layer: Layer, seed: int) -> torch.Tensor:
 
 def _over_tokens(seen: Internals, index: int, layer: Layer) -> bool:
     batch, _, *tokens = seen.attention[index].weights.shape
-    return layer.value.ndim == 3 and tokens == [layer.value.shape[1]] * 2 and batch == len(layer.value)
+    return layer.value.ndim == 3 and tokens == [layer.value.shape[1]] * 2 and batch == layer.value.shape[0]
 
 
 def _rows(method: str, taps: Taps, seen: Internals, image: Any, target: Target) -> list[int]:
     """The token that attention is followed to, of each sample: the one that the model reads alone; else an
     image's class token; else the one that the target names."""
-    batch = len(seen.output)
+    batch = seen.output.shape[0]
     if seen.read is not None:
         return [seen.read] * batch
     first = taps.layers[0]

@@ -93,7 +93,7 @@ def _by_module(seen: Internals, terms: Sequence[Term], biases: Sequence[Term]) -
 
 
 def _by_head(seen: Internals) -> dict[str, torch.Tensor]:
-    batch, found = len(seen.output), dict[str, torch.Tensor]()
+    batch, found = seen.output.shape[0], dict[str, torch.Tensor]()
     for attention in seen.attention:
         each = (attention.weights * attention.gradient).sum((2, 3))  # ⟨A, dO Vᵀ⟩ = ⟨A V, dO⟩
         whole = each.unflatten(0, (batch, -1)).sum(1)  # windows of a sample lie together

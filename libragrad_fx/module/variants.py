@@ -63,7 +63,8 @@ def refusal_of(module: CapturedModule, args: Sequence[Any], kwargs: Mapping[str,
     """The error that a graph's guards raise for a call; None if they accept it."""
     check = vars(module).get("_checks")
     if check is None:
-        check = module.__dict__["_checks"] = type(_checks(module.graph)).forward
+        checks = GraphModule({"training": False}, guards_of(module.graph))
+        check = module.__dict__["_checks"] = type(checks).forward
     try:
         check(module, *args, **kwargs)
     except (GuardError, TypeError) as e:  # TypeError: another signature
@@ -93,8 +94,8 @@ def fitting(module: InGraphs, inputs: Any) -> Any:
     return module.origin.other(module, refusal, args, kwargs)
 
 
-def _checks(graph: Graph) -> GraphModule:
-    """The guards of ``graph`` alone, as a module."""
+def guards_of(graph: Graph) -> Graph:
+    """The guards of ``graph`` alone."""
     needed: set[Node] = set()
     stack = [n for n in graph.nodes if n.target in _CHECKS]
     while stack:
@@ -107,7 +108,7 @@ def _checks(graph: Graph) -> GraphModule:
         if node in needed or node.op == "placeholder":
             env[node] = part.node_copy(node, env.__getitem__)
     part.output(None)
-    return GraphModule({"training": False}, part)
+    return part
 
 
 def _adopted(variant: CapturedModule, module: CapturedModule) -> CapturedModule:

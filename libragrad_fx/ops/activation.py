@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from libragrad_fx.ops.binding import binding
+from libragrad_fx.ops.function import watched
 from libragrad_fx.ops.twin import Grads, spent, times_, twin
 
 aten = torch.ops.aten
@@ -31,7 +32,9 @@ def secant_slope(
     """
     from_zero = not isinstance(at_zero, torch.Tensor) and at_zero == 0
     if isinstance(slope, float) and from_zero and not x.is_complex():
-        return torch.div(y, x, out=out).nan_to_num_(slope, math.inf, -math.inf)
+        ratio = torch.div(y, x, out=out)
+        held = torch.nan_to_num if watched() else torch.nan_to_num_  # a tracer wants no side effects
+        return held(ratio, slope, math.inf, -math.inf)
     # below sqrt(eps) the difference y - f(0) is rounding; the limit is right to eps there
     tiny = x.abs() < math.sqrt(torch.finfo(x.dtype).eps)
     return torch.where(tiny, slope, (y - at_zero) / torch.where(tiny, 1.0, x))

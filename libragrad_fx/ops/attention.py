@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn.attention import SDPBackend
 
 from libragrad_fx.graph.schema import aten_op
 from libragrad_fx.ops import insert
-from libragrad_fx.ops.function import watched
-from libragrad_fx.ops.twin import Grads, times_, twin
+from libragrad_fx.ops.binding import Log
+from libragrad_fx.ops.function import traced, watched
+from libragrad_fx.ops.twin import LIBRARY, NAMESPACE, Grads, times_, twin
 
 aten = torch.ops.aten
 COUNTED_AS = {
@@ -30,6 +33,7 @@ COUNTED_AS = {
         aten._scaled_dot_product_flash_attention_backward,
 }  # fmt: skip
 """CPU kernels, and the GPU kernels by which to count their operations: some versions of PyTorch do not."""
+_FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 CHUNK = 64  # query rows at a time, of all heads (``_attention``)
 _ROWS = 256  # the fewest query rows at a time (``_by_lse``)
 _CACHED = 2**18  # elements of a block of P, a thread: 1 MiB of float32
@@ -96,7 +100,7 @@ def _flash(
     enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
     """The flash kernel for a CPU. Returns the output and the log-sum-exp of every row (B, H, N)."""
-    return aten._scaled_dot_product_flash_attention_for_cpu.default(
+    return _FLASH(
         query, key, value, dropout_p, is_causal, attn_mask=_additive(attn_mask, query), scale=scale
     )
 
@@ -112,6 +116,15 @@ def _by_lse(
     attn_mask: torch.Tensor | None, lse: torch.Tensor, is_causal: bool, scale: float | None,
     **_: Any,
 ) -> Grads:  # fmt: skip
+    if watched():
+        return {"value": attention_value(g, query, key, attn_mask, lse, is_causal, scale)}
+    return {"value": _value_gradient(g, query, key, attn_mask, lse, is_causal, scale)}
+
+
+def _value_gradient(
+    g: torch.Tensor, query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor | None,
+    lse: torch.Tensor, is_causal: bool, scale: float | None,
+) -> torch.Tensor:  # fmt: skip
     """dV, from P = exp(scale q kᵀ + mask - lse); in place, because P is the largest tensor."""
     heads = query.shape[1] // key.shape[1]
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -131,7 +144,42 @@ def _by_lse(
         if is_causal:
             p[:, :, rows.start :].masked_fill_(_later(p[0, :, rows.start :]), -math.inf)
         dv[part].view(-1, *dv.shape[2:])[:, seen].baddbmm_(p.exp_().transpose(1, 2), do)
-    return {"value": dv.unflatten(1, (-1, heads)).sum(2) if heads > 1 else dv}
+    return summed(dv, heads)
+
+
+def value_gradient(
+    g: torch.Tensor, query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor | None,
+    lse: torch.Tensor, is_causal: bool, scale: float | None,
+) -> torch.Tensor:  # fmt: skip
+    """dV, written out in plain ops on all query rows at once, for those who have only PyTorch's."""
+    heads, wide = query.shape[1] // key.shape[1], lse.dtype
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = query.to(wide) @ repeated(key, heads).to(wide).transpose(-2, -1) * scale
+    if attn_mask is not None:
+        scores = scores + _additive(attn_mask, lse)
+    if is_causal:
+        rows = torch.arange(query.shape[2], device=g.device)[:, None]
+        scores = scores.masked_fill(rows < torch.arange(key.shape[2], device=g.device), -math.inf)
+    p = torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf)[..., None])
+    return summed(p.transpose(-2, -1) @ g.to(wide), heads)
+
+
+LIBRARY.define(
+    "attention_value(Tensor g, Tensor query, Tensor key, Tensor? attn_mask, Tensor lse, bool is_causal,"
+    " float? scale) -> Tensor"
+)
+attention_value = torch.ops.libragrad_fx.attention_value.default
+"""dV as one op, for tracers: (B, key heads, keys, features of v), of the dtype of ``lse``."""
+torch.library.impl(
+    f"{NAMESPACE}::attention_value", "CompositeExplicitAutograd", _value_gradient, lib=LIBRARY
+)
+
+
+def _value_like(g: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return g.new_empty((*key.shape[:3], g.shape[-1]), dtype=rest[1].dtype)
+
+
+torch.library.register_fake(f"{NAMESPACE}::attention_value", _value_like, lib=LIBRARY)
 
 
 def _blocks(shape: torch.Size, keys: int) -> Iterator[tuple[tuple[slice, slice], slice]]:
@@ -223,8 +271,9 @@ def scaled_dot_product_attention(
 
 
 def _is_cheap(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether PyTorch's own backward is cheaper, though it also computes the gradients of q and k."""
-    if torch.compiler.is_exporting():
+    """Whether PyTorch's own backward is cheaper, though it also computes the gradients of q and k; never in a
+    graph, which serves other sizes too."""
+    if torch.compiler.is_exporting() or traced():
         return False
     if torch.compiler.is_compiling():
         return True
@@ -232,8 +281,15 @@ def _is_cheap(query: torch.Tensor, key: torch.Tensor) -> bool:
 
 
 def _chosen(query: torch.Tensor, *args: Any, **kwargs: Any) -> SDPBackend | None:
-    """The kernel that PyTorch would pick; None unless in plain eager mode, with 4 axes."""
-    if watched() or type(query) is not torch.Tensor or query.ndim != 4:
+    """The kernel that PyTorch would pick; None unless in plain eager mode or traced, with 4 axes."""
+    if query.ndim != 4 or type(query) not in (torch.Tensor, FakeTensor):
+        return None
+    if traced():  # fake tensors have no choice: see which kernel the op ends in
+        with torch.no_grad(), disable_proxy_modes_tracing(), Log() as log:
+            _sdpa(query, *args, **kwargs)
+        flash = any(op is _FLASH for op, _ in log.calls)
+        return SDPBackend.FLASH_ATTENTION if flash else SDPBackend.MATH
+    if watched():
         return None
     return SDPBackend(torch._fused_sdp_choice(query, *args, **kwargs))
 

@@ -77,7 +77,7 @@ def binding(op: Any) -> Callable[..., Any] | None:
     return next((f for f in found if isinstance(f, _NATIVE)), None)
 
 
-class _Log(TorchDispatchMode):
+class Log(TorchDispatchMode):
     """Logs the ops that a call ends in; a tensor is logged as (shape, strides, dtype)."""
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ def same_calls(op: Any, function: Callable[..., Any], args: Any, kwargs: Any) ->
     calls = []
     for f in (op, function):
         try:
-            with torch.no_grad(), _Log() as log:
+            with torch.no_grad(), Log() as log:
                 f(*args, **kwargs)
         except Exception:  # the binding refuses these arguments, or the result depends on data
             return False

@@ -20,6 +20,11 @@ def watched() -> bool:
     return _is_compiling() or _transforms_active() or _mode(_TRACED) is not None
 
 
+def traced() -> bool:
+    """Whether ``make_fx`` traces plain autograd: no compiler is active, and no ``torch.func``."""
+    return _mode(_TRACED) is not None and not _is_compiling() and not _transforms_active()
+
+
 def quick(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply``, but cheaper in plain eager mode.
 

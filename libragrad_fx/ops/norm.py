@@ -37,8 +37,8 @@ def _weighted(g: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
 def _pull(u: torch.Tensor, rstd: torch.Tensor, axes: Axes) -> torch.Tensor:
     """rstd * (u - mean(u)), in place in u. The mean is a sum, which costs a third of ``mean`` for small u;
     the subtraction's ``alpha`` divides it."""
-    total = u.sum(axes, keepdim=True)
-    return times_(minus_(u, total, total.numel() / max(u.numel(), 1)), rstd)
+    count = math.prod(u.shape[a] for a in axes)
+    return times_(minus_(u, u.sum(axes, keepdim=True), 1 / max(count, 1)), rstd)
 
 
 def _affine(

@@ -157,8 +157,8 @@ def _saver(form: _Form) -> Save:
 
 
 def _alone(x: torch.Tensor) -> torch.Tensor:
-    """``x``, or a copy of it if it is only a part of its storage."""
-    if x.untyped_storage().nbytes() == x.nbytes:
+    """``x``, or a copy of it if it is only a part of its storage; a tracer has no storage to save."""
+    if watched() or x.untyped_storage().nbytes() == x.nbytes:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -185,22 +185,21 @@ def _puller(form: _Form) -> Pull:
 
 def times_(x: torch.Tensor, y: Any) -> torch.Tensor:
     """``x * y``, in place in ``x``, which has no other reader: allocating a tensor costs more than the
-    product. Under ``vmap`` it allocates, because ``y`` may have more elements there."""
-    return x * y if batched(y) else x.mul_(y)
+    product. Where that may not be, it allocates."""
+    return x * y if allocates(y) else x.mul_(y)
 
 
-def batched(y: Any) -> bool:
-    """Whether a tensor may be a batch of tensors: ``torch.func``, or autograd's ``is_grads_batched``."""
-    if torch._C._are_functorch_transforms_active():
+def allocates(y: Any) -> bool:
+    """Whether an op with an operand ``y`` may not write over another one. A tracer wants ops without side
+    effects. Under ``torch.func``, and autograd's ``is_grads_batched``, ``y`` may be a batch of tensors."""
+    if watched():
         return True
-    if torch.compiler.is_compiling() or not isinstance(y, torch.Tensor):
-        return False
-    return torch._C._functorch.is_legacy_batchedtensor(y)  # type: ignore[attr-defined,no-any-return]
+    return isinstance(y, torch.Tensor) and torch._C._functorch.is_legacy_batchedtensor(y)  # type: ignore[attr-defined]
 
 
 def minus_(x: torch.Tensor, y: Any, alpha: float = 1.0) -> torch.Tensor:
     """``x - alpha * y``, in place in ``x``, as ``times_``."""
-    if batched(y):
+    if allocates(y):
         return torch.sub(x, y, alpha=alpha)
     return x.sub_(y, alpha=alpha)
 

@@ -128,6 +128,12 @@ def flattened(graph: Graph) -> tuple[Callable[[torch.nn.Module], Any], dict[str,
     return attributes, dict.fromkeys(names.values())
 
 
+def attribute(module: torch.nn.Module, path: str) -> Any:
+    """What a graph's ``get_attr`` reads."""
+    parent, _, name = path.rpartition(".")
+    return entry(module.get_submodule(parent), name)
+
+
 def entry(holder: torch.nn.Module, name: str) -> Any:
     """What a module has by a name: a submodule, parameter or buffer comes before an attribute of ours."""
     for place in (holder._modules, holder._parameters, holder._buffers):

@@ -1,0 +1,216 @@
+"""``program``: an explanation as one flat graph, traced once and run without autograd."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from libragrad_fx.attribution import Attribution
+from libragrad_fx.attribution.methods import Layers, Resolution
+from libragrad_fx.attribution.shares import By
+from libragrad_fx.errors import VerificationError, InputError
+from libragrad_fx.explain.inputs import Batch, batches
+from libragrad_fx.explain.kept import Policy, captured
+from libragrad_fx.explain.targets import named, resolved
+from libragrad_fx.module.captured import CapturedModule, anchor
+from libragrad_fx.module.variants import fitting
+from libragrad_fx.programs import leave
+from libragrad_fx.programs.flat import Flat, batch_axes, flat
+from libragrad_fx.target import Target, as_call
+
+_MOST = 16  # the most graphs that are kept; the least recently used one is dropped
+_CLOSE = 1e-3  # of the largest value of a map; products of fewer rows round otherwise
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    module: CapturedModule
+    flat: Flat
+    difference: float
+
+
+class Program:
+    """An explanation as flat graphs of ATen ops: forward, balanced backward and method. ``program`` makes it.
+
+    A graph serves any batch of more than one sample. A batch of one, and other sizes, are traced when they
+    come, and kept. Parameters stay the model's: what is trained or loaded later counts.
+    """
+
+    def __init__(self, model: torch.nn.Module, policy: Policy, target: Target, processor: Any,
+                 compiled: bool, **options: Any) -> None:  # fmt: skip
+        self.model, self.policy, self.target, self.processor = model, policy, target, processor
+        self.compiled, self.options = compiled, options
+        self._kept: dict[Any, _Kept] = {}
+        self._lock = threading.RLock()
+
+    def __call__(self, inputs: Any, target: Target = None) -> Attribution:
+        """The answer of ``attribute``.
+
+        Args:
+            inputs: as for ``attribute``.
+            target: a class of the output, or one for each sample; of an output of more axes, tuples. None is
+                the model's own answer (the largest entry), or the callable that the program was made with.
+
+        Raises:
+            InputError: inputs or a target that do not fit.
+        """
+        batch = self._batch(inputs)
+        kept = self.fitting(batch.call)
+        meant = self._meant(batch, kept.flat, target)
+        index = kept.flat.index(meant, batch.call) if kept.flat.indexed else None
+        answer, chosen, _ = kept.flat(kept.module, _tensors(batch.call), index)
+        if chosen is not None:
+            meant = kept.flat.places(chosen)
+        return named(self.model, batch, answer, self.target if meant is None else meant)
+
+    def difference(self, inputs: Any) -> float:
+        """How far the graph's values were from those of ``attribute`` when it was traced, relative to the
+        largest: 0.0 where they are equal to the bit. Otherwise products of fewer rows rounded otherwise."""
+        return self.fitting(self._batch(inputs).call).difference
+
+    def graph(self, inputs: Any) -> torch.fx.GraphModule:
+        """The graph that runs for these inputs: of the module's tensors, those of the call, and the target."""
+        return self.fitting(self._batch(inputs).call).flat.graph
+
+    def save(self, path: str | Path, inputs: Any) -> Path:
+        """Write the graph for inputs of these sizes with its parameters as a ``.pt2`` file. PyTorch loads
+        it where this package is not installed: ``torch.export.load(path).module()(*inputs, target)``.
+
+        It takes the tensors of a call in their order, and ``target``, int64 (B,), behind them: the flat index
+        into a sample's output, -1 for the model's own answer. It returns the values (B, ...) first, then what
+        ``Program.outputs`` names.
+
+        Raises:
+            InputError: another ending, or a path that cannot be written.
+        """
+        call = self._batch(inputs).call
+        kept = self.fitting(call)
+        return leave.save(Path(path), kept.flat, kept.module, _tensors(call), batch_axes(kept.module, call))
+
+    def outputs(self, inputs: Any) -> list[str]:
+        """What a saved program returns, in its order: fields of ``Attribution``, then ``chosen``, the flat
+        index that was explained, and ``model``, the model's output."""
+        fields = self.fitting(self._batch(inputs).call).flat.fields
+        return [f"{field}.{key}" if key else field for field, key in fields]
+
+    def fitting(self, call: Any) -> _Kept:
+        """The graph for a call, traced if there is none yet."""
+        module = fitting(captured(self.model, call, self.policy), call)
+        keys = [_key(module, call, free) for free in (batch_axes(module, call), {})]
+        with self._lock:
+            key = next((k for k in keys if k in self._kept and self._kept[k].module is module), None)
+            found = self._traced(module, call) if key is None else self._kept.pop(key)
+            self._kept[keys[found.flat.batch > 0]] = found  # the latest used is the last
+            for old in [*self._kept][:-_MOST]:
+                del self._kept[old]
+            return found
+
+    def _traced(self, module: CapturedModule, call: Any) -> _Kept:
+        for free in (batch_axes(module, call), {}):  # with a free batch PyTorch may choose other kernels
+            made, known = flat(module, call, self.target, free, compiled=self.compiled, **self.options)
+            index = made.index(None, call).clamp(min=0) if made.indexed else None
+            answer, _, output = made(module, _tensors(call), index)
+            if self.compiled or torch.equal(output, known):
+                break
+        else:
+            raise VerificationError("the traced forward differs from the model's: " + _far(output, known))
+        far = _relative(answer.values, made.like.values)
+        if not far <= _CLOSE:
+            raise VerificationError(
+                f"the program's map differs from that of attribute by {far:.1g} of its largest value"
+            )
+        return _Kept(module, made, far)
+
+    def _batch(self, inputs: Any) -> Batch:
+        (make,) = batches(self.model, inputs, self.processor, None)
+        return make()
+
+    def _meant(self, batch: Batch, made: Flat, target: Target) -> Target:
+        """The target as indices; None for the model's own."""
+        if target is not None and not made.indexed:
+            why = "a part of this program" if self.target is not None else "the one number that the model gives"
+            raise InputError(f"the target is {why}: call it without one")
+        if callable(target):
+            raise InputError("a callable is part of the graph: program(…, target=callable)")
+        if target is None:
+            if made.indexed and len(made.sizes) > 1:
+                raise InputError(
+                    f"the output has shape (B, {', '.join(map(str, made.sizes))}): say which target to explain,"
+                    " for each sample a tuple of indices"
+                )
+            return None
+        like = torch.empty((batch.size, *made.sizes), device="meta")
+        return resolved(self.model, batch, like, [target])[0]
+
+
+def program(
+    model: torch.nn.Module,
+    inputs: Any,
+    *,
+    method: str = "input_x_gradient",
+    target: Target = None,
+    policy: Policy = None,
+    layers: Layers = None,
+    by: By | None = None,
+    resolution: Resolution = "tokens",
+    seed: int = 0,
+    mode: str = "eager",
+    processor: Any = None,
+) -> Program:
+    """Trace an explanation into one flat graph of ATen ops, which runs without autograd.
+
+    The graph is the forward, the balanced backward and the arithmetic of the method. Its zeros are gone, and
+    what only serves other outputs. It is checked against ``attribute`` on ``inputs`` when it is traced.
+
+    Args:
+        model, inputs, method, policy, layers, by, resolution, seed, processor: as for ``attribute``.
+        target: None: an argument of each call. A callable (``Likeness``, or your own from the output to one
+            number for each sample): a part of the graph.
+        mode: ``"eager"``, or ``"compile"`` by ``torch.compile``.
+
+    Raises:
+        InputError: what ``attribute`` refuses; a method that averages over many runs; another mode.
+        VerificationError: the traced forward differs from the model's, or the map from ``attribute``'s.
+    """
+    if mode not in ("eager", "compile"):
+        raise InputError(f"mode is 'eager' or 'compile', got {mode!r}")
+    if target is not None and not callable(target):
+        raise InputError("a target is an argument of each call, prog(inputs, target); here it is a callable")
+    made = Program(
+        model, policy, target, processor, mode == "compile", method=method, layers=layers, by=by,
+        resolution=resolution, seed=seed,
+    )  # fmt: skip
+    made.fitting(made._batch(inputs).call)
+    return made
+
+
+def _tensors(call: Any) -> list[torch.Tensor]:
+    return [t for t in pytree.tree_leaves(as_call(call)) if isinstance(t, torch.Tensor)]
+
+
+def _key(module: CapturedModule, call: Any, free: Mapping[int, set[int]]) -> Any:
+    """What a graph was traced for."""
+    forms, like = [], anchor(module)
+    for x in (leaves := pytree.tree_flatten(as_call(call)))[0]:
+        if not isinstance(x, torch.Tensor):
+            forms.append(repr(x))
+            continue
+        axes = free.get(id(x), ())
+        sizes = tuple("B" if a in axes and n > 1 else n for a, n in enumerate(x.shape))
+        forms.append((sizes, x.dtype, x.device))
+    return str(leaves[1]), tuple(forms), like.dtype, like.device
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    top = float(b.abs().max()) if b.numel() else 0.0
+    return float((a - b).abs().max()) / (top or 1.0) if b.numel() else 0.0
+
+
+def _far(a: torch.Tensor, b: torch.Tensor) -> str:
+    return f"{int((a != b).sum())} of {a.numel()} numbers, by at most {float((a - b).abs().max()):.1g}"

@@ -1,0 +1,233 @@
+"""A program answers as ``attribute`` does: one flat graph, on any batch, saved, and without this package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import libragrad_fx as lg
+from libragrad_fx.attribution import METHODS
+from libragrad_fx.errors import InputError
+from libragrad_fx.programs import Program
+from tests.between import fast_first
+from zoo.small import SMALL, samples, small
+
+F64 = torch.float64
+NEAR = 1e-14  # of the largest value, in float64
+QUIET = ("expected", "completeness_error")  # rounding alone, where the map is complete
+
+
+class Tiny(nn.Module):
+    """Tokens of a picture, attention, a gated MLP, a class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.cls = nn.Parameter(torch.randn(1, 1, 8))
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x[:, 0])
+
+
+def tiny() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return Tiny().double().eval(), torch.randn(3, 3, 16, 16, dtype=F64)
+
+
+def alike(got: lg.Attribution, want: lg.Attribution) -> None:
+    """The same answer but for rounding; a field that promises nothing is nan in both."""
+    for name, value in vars(want).items():
+        mine = getattr(got, name)
+        if isinstance(value, torch.Tensor):
+            top = float(want.values.abs().max())
+            torch.testing.assert_close(mine, value, rtol=1e-12, atol=NEAR * max(top, 1), equal_nan=True)
+        elif name in ("others", "stages", "parts"):
+            assert mine.keys() == value.keys()
+            for key, m in value.items():
+                torch.testing.assert_close(mine[key], m, rtol=1e-12, atol=NEAR * float(m.abs().max()))
+        elif name not in ("target", "labels"):
+            assert mine == value, name
+
+
+def asked(name: str) -> tuple[Any, Any, Any, Any]:
+    """A kind of model, its inputs, what its program is made with, and called with."""
+    made = small(name)
+    fixed = made.target if callable(made.target) else None
+    return made, made.inputs, fixed, None if fixed is not None else made.target
+
+
+REFUSED = {
+    "vilt": "captured anew at each call: there is no graph",
+    "timesformer": "rows of one constant are of several samples",
+}
+FAST = ("vit", "swin", "llama", "lstm")
+KINDS = [*FAST, *(name for name in SMALL if name not in (*REFUSED, *FAST))]
+
+
+@pytest.mark.parametrize("name", fast_first(KINDS, len(FAST)))
+def test_every_kind(name: str) -> None:
+    """FullGrad+ of every kind of model, forward to the bit."""
+    made, inputs, fixed, target = asked(name)
+    program = lg.program(made.model, inputs, method="fullgrad_plus", target=fixed)
+    want = lg.attribute(made.model, inputs, made.target, method="fullgrad_plus")
+    alike(program(inputs, target), want)
+
+
+SINGLE = [name for name, how in METHODS.items() if not how.path and name != "random"]
+
+
+@pytest.mark.parametrize("method", SINGLE)
+def test_every_method(method: str) -> None:
+    """One graph serves batches of two and of five; one of a single sample is traced for itself."""
+    model, x = tiny()
+    program = lg.program(model, x, method=method)
+    for batch in (x, x[:2], torch.randn(5, 3, 16, 16, dtype=F64)):
+        targets = [i % 5 for i in range(len(batch))]
+        alike(program(batch, targets), lg.attribute(model, batch, targets, method=method))
+    assert len(program._kept) == 1
+    alike(program(x[:1], 2), lg.attribute(model, x[:1], 2, method=method))
+    assert len(program._kept) == 2
+
+
+@pytest.mark.parametrize("options", [
+    {"layers": "stages"}, {"by": "module"}, {"by": "block"}, {"by": "head"}, {"resolution": "pixels"},
+    {"policy": "attn_lrp"}, {"policy": "autograd"},
+], ids=str)  # fmt: skip
+def test_options(options: dict[str, Any]) -> None:
+    model, x = tiny()
+    method = "input_x_gradient" if "resolution" in options else "fullgrad_plus"
+    got = lg.program(model, x, method=method, **options)(x, [1, 2, 3])
+    alike(got, lg.attribute(model, x, [1, 2, 3], method=method, **options))
+
+
+def test_the_models_own_answer() -> None:
+    model, x = tiny()
+    program = lg.program(model, x)
+    own = model(x).argmax(1)
+    got = program(x)
+    alike(got, lg.attribute(model, x, method="input_x_gradient"))
+    assert got.target == tuple((int(i),) for i in own)
+    alike(program(x, -1), program(x, 4))  # counted from the end, as anywhere
+
+
+def test_parameters_are_the_models() -> None:
+    """What is trained later counts, and nobody's gradients or buffers change."""
+    model, x = tiny()
+    program = lg.program(model, x)
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    alike(program(x, 1), lg.attribute(model, x, 1, method="input_x_gradient"))
+    assert all(p.grad is None for p in model.parameters())
+    graph = program.graph(x)
+    assert not [n for n in graph.graph.nodes if n.op == "call_function" and "detach" in str(n.target)]
+
+
+def test_a_callable_is_part_of_the_graph() -> None:
+    model, x = tiny()
+    margin = lambda y: y[:, 0] - y[:, 1]  # noqa: E731
+    program = lg.program(model, x, target=margin)
+    alike(program(x), lg.attribute(model, x, margin, method="input_x_gradient"))
+    with pytest.raises(InputError, match="part of this program"):
+        program(x, 1)
+
+
+def test_one_row_is_all_that_a_class_token_costs() -> None:
+    """The last block's tokenwise ops go back through one row, and attention through v alone."""
+    model, x = tiny()
+    graph = lg.program(model, x).graph(x).graph
+    shapes = [tuple(n.meta["val"].shape) for n in graph.nodes if n.target is torch.ops.aten.mm.default]
+    rows = [s[0].node.expr if isinstance(s[0], torch.SymInt) else s[0] for s in shapes]
+    assert sum(str(r) == str(rows[0]) for r in rows) >= 4  # head, both layers of the MLP, attention's output
+
+
+def test_refusals() -> None:
+    model, x = tiny()
+    with pytest.raises(InputError, match="one forward and backward"):
+        lg.program(model, x, method="integrated_gradients")
+    with pytest.raises(InputError, match="argument of each call"):
+        lg.program(model, x, target=3)
+    with pytest.raises(InputError, match="'eager' or 'compile'"):
+        lg.program(model, x, mode="fast")
+    program = lg.program(model, x)
+    with pytest.raises(InputError, match="out of range"):
+        program(x, 7)
+    with pytest.raises(InputError, match="2 targets"):
+        program(x, [1, 2])
+    with pytest.raises(InputError, match="several samples"):
+        made = small("timesformer")
+        lg.program(made.model, made.inputs, method="fullgrad_plus")
+    with pytest.raises(InputError, match=r"\.pt2"):
+        program.save("program.onnx", x)
+
+
+BARE = """
+import sys, torch
+assert not any("libragrad" in path for path in sys.path)
+program = torch.export.load(sys.argv[1]).module()
+given = torch.load(sys.argv[2])
+torch.save(program(*given), sys.argv[3])
+assert not any("libragrad_fx" in name for name in sys.modules)
+"""
+
+
+def saved(program: Program, inputs: Any, given: list[torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
+    """What a saved program says in a process of its own."""
+    names = ("program.pt2", "given.pt", "found.pt")
+    paths = [folder / name for name in names]
+    program.save(paths[0], inputs)
+    torch.save(given, paths[1])
+    subprocess.run([sys.executable, "-I", "-c", BARE, *map(str, paths)], check=True, cwd=folder, timeout=300, stderr=None)
+    return dict(zip(program.outputs(inputs), torch.load(paths[2]), strict=True))
+
+
+def test_saved_for_any_batch(tmp_path: Path) -> None:
+    model, x = tiny()
+    program = lg.program(model, x, method="fullgrad_plus")
+    more = torch.randn(4, 3, 16, 16, dtype=F64)
+    found = saved(program, x, [more, torch.tensor([0, 1, 2, -1])], tmp_path)
+    own = int(model(more)[3].argmax())
+    want = lg.attribute(model, more, [0, 1, 2, own])
+    torch.testing.assert_close(found["values"], want.values, rtol=1e-12, atol=1e-14)
+    assert torch.equal(found["model"], model(more)) and found["chosen"].tolist() == [0, 1, 2, own]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_is_saved(name: str, tmp_path: Path) -> None:
+    made, inputs, fixed, target = asked(name)
+    program = lg.program(made.model, inputs, target=fixed)
+    leaves = [t for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
+    kept = program.fitting(inputs).flat
+    found = saved(program, inputs, [*leaves, *([kept.index(target, inputs)] if kept.indexed else [])], tmp_path)
+    want = program(inputs, target)
+    top = float(want.values.abs().max())
+    torch.testing.assert_close(found["values"], want.values, rtol=1e-12, atol=1e-13 * top)
+
+
+def test_compiled() -> None:
+    model, x = tiny()
+    got = lg.program(model, x, mode="compile")(x, 1)
+    alike(got, lg.attribute(model, x, 1, method="input_x_gradient"))
+
+
+@pytest.mark.parametrize("name", fast_first(["tabular", "clip", "t5"], 1))
+def test_one_sample_of_several_inputs(name: str) -> None:
+    made, inputs, fixed, target = asked(name)
+    one = samples(inputs, slice(0, 1))
+    if isinstance(target, list):
+        target = target[:1]
+    got = lg.program(made.model, one, target=fixed)(one, target)
+    alike(got, lg.attribute(made.model, one, made.target if fixed else target, method="input_x_gradient"))
