@@ -26,7 +26,7 @@ from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.flow import reach
 from libragrad_fx.errors import InputError
 from libragrad_fx.graph.schema import aten_op, is_elementwise
-from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.module.captured import CapturedModule, InGraphs, one_graph
 from libragrad_fx.module.walk import argument, bypassed, calls, example, senders
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.insert import probed
@@ -128,7 +128,7 @@ class Run:
     located:  where inputs, tokens and windows lie
     """
 
-    module: CapturedModule
+    module: InGraphs
     facts: heads.Facts
     output: Any
     sources: Mapping[str, torch.Tensor]
@@ -256,13 +256,14 @@ class Run:
     @functools.cached_property
     def layout(self) -> Mapping[str, Any]:
         """The fields of ``Internals`` that do not depend on the target."""
-        sends, where = senders(self.module), positions(self.module, self.facts, self.sizes, self.sources)
+        module = one_graph(self.module)
+        sends, where = senders(module), positions(module, self.facts, self.sizes, self.sources)
         upstream = {p: reach([n], sends) for p, n in self.layers.items()}
         first = reach([*self.layers.values()][:1], lambda n: n.all_input_nodes)
         tokens = {source_name(n): names for n, names in where.items()}
         return {
             "shapes": tuple(shape for n, shape in self.sizes.items() if n in first),
-            "passed": frozenset(p for p, n in self.layers.items() if bypassed(self.module, n, sends)),
+            "passed": frozenset(p for p, n in self.layers.items() if bypassed(module, n, sends)),
             "before": {p: frozenset(map(source_name, nodes)) for p, nodes in upstream.items()},
             "tokens": tokens | {p: where[n] for p, n in self.layers.items()},
             "axes": self.located.axes,
@@ -305,7 +306,7 @@ def run(
     upstream = reach([] if first is None else [first], senders(module))
     starts = starts or not taps
     sites = {s.node: s for s in module.record.sites if s.bias and not (starts and s.starts)}
-    facts = _facts_of(module)
+    facts = facts_of(module)
     attends = [*heads.sites(module.graph, facts)] if attention else []
     streams = [heads.stream_after(site, facts) for site in attends]
     ends = (
@@ -377,7 +378,7 @@ def _read_token(ends: Sequence[Node | None], sizes: Mapping[Node, tuple[int, ...
     return None
 
 
-def _facts_of(module: CapturedModule) -> heads.Facts:
+def facts_of(module: CapturedModule) -> heads.Facts:
     """The row of a node's op: as the module was balanced by, else the shipped one."""
     made, shipped = module.record.history, rulebook.load().fact
     own = made.facts if made is not None else {}
@@ -386,6 +387,8 @@ def _facts_of(module: CapturedModule) -> heads.Facts:
 
 def _gradients(each: torch.Tensor, values: Sequence[torch.Tensor], last: bool) -> Sequence[Any]:
     """The gradients of values; None where none arrives."""
+    if not each.requires_grad:  # on these values the model took a branch that gives a constant
+        return [None] * len(values)
     return torch.autograd.grad(each.sum(), values, retain_graph=not last, allow_unused=True)
 
 

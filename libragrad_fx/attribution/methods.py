@@ -15,12 +15,13 @@ from libragrad_fx.attribution import formulas, maps
 from libragrad_fx.attribution.assemble import assemble, expected, images, layouts_of, shares_of
 from libragrad_fx.attribution.formulas import Layer, Method, Taps, Term
 from libragrad_fx.attribution.internals import Internals, Run, run
+from libragrad_fx.attribution.outside import asks_outside, run_outside
 from libragrad_fx.attribution.result import Attribution
 from libragrad_fx.attribution.shares import BY, By, parts, stages
 from libragrad_fx.attribution.storage import MAPPINGS
 from libragrad_fx.attribution.towers import towers
 from libragrad_fx.errors import InputError
-from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.module.captured import CapturedModule, InGraphs, one_graph
 from libragrad_fx.module.variants import fitting
 from libragrad_fx.module.walk import called_modules, path_of
 from libragrad_fx.target import Target, select_each
@@ -45,7 +46,7 @@ class Question:
     by:   whose parts are asked for
     """
 
-    module: CapturedModule
+    module: InGraphs
     inputs: Any
     method: str
     how: Method
@@ -60,6 +61,8 @@ class Question:
     def run(self, given: Starts | None = None, like: Run | None = None) -> Run:
         """A forward; on the values of ``given``, where things lie as in the run ``like``."""
         how, located = self.how, None if like is None else like.located
+        if not isinstance(self.module, CapturedModule):
+            return run_outside(self.module, self.inputs, given)
         return run(
             self.module, self.inputs, self.paths, how.biases, how.attention or self.by == "head", given,
             self.rest, located, self.by == "block",
@@ -67,7 +70,7 @@ class Question:
 
 
 def explain(
-    module: CapturedModule,
+    module: InGraphs,
     inputs: Any,
     targets: Callable[[Any], Sequence[Target]],
     *,
@@ -100,6 +103,9 @@ def explain(
         seen = asked.run()
         return _BY_PATH[how.path](asked, seen, meant(seen.output))
 
+    if not isinstance(module, CapturedModule):
+        _require_outside(module, method, how, layers, by)
+        return answers([], targets)
     if layers is not None:
         return answers(stages(module) if each else layers, targets)
     found = towers(module)
@@ -140,6 +146,18 @@ def _layers(found: Sequence[Sequence[str]], how: Method, resolution: Resolution)
         return [*max(found, key=len, default=[])][:1]
     start = {"last": lambda n: n - 1, "half": lambda n: n // 2}.get(how.layers, lambda n: 0)
     return [path for paths in found if paths for path in paths[start(len(paths)) :]]
+
+
+def _require_outside(module: InGraphs, method: str, how: Method, layers: Layers, by: By | None) -> None:
+    """Raise ``InputError`` if what is asked for is inside a model that is not one graph."""
+    if asks_outside(how) and layers is None and by is None:
+        return
+    wanted = "layers" if layers is not None else "by" if by is not None else method
+    able = ", ".join(name for name, m in formulas.METHODS.items() if asks_outside(m))
+    raise InputError(
+        f"{wanted} needs one captured graph, and {type(module).__name__} is none: this model had to be cut"
+        f" into several, or to be recorded at each call. What looks at its inputs alone: {able}"
+    )
 
 
 def _require(asked: Question) -> None:
@@ -193,9 +211,10 @@ def _on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> list[At
 
 def _whole_on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
     """``path_averaged``: the whole method at k/n of the way to the first block's input, k = 1..n."""
-    apart = towers(asked.module)
+    module = one_graph(asked.module)
+    apart = towers(module)
     place = next((t for t in apart if set(t) & set(asked.paths)), max(apart, key=len))[:1]
-    first = run(asked.module, asked.inputs, place, False, located=seen.located)
+    first = run(module, asked.inputs, place, False, located=seen.located)
     starts = _starts(dataclasses.replace(asked, rest=True), first)
     base, found = asked.baseline, list[list[Attribution]]()
     for k in range(1, asked.steps + 1):
@@ -209,9 +228,9 @@ def _block_by_block(asked: Question, seen: Run, targets: Sequence[Target]) -> li
     ends = {path: seen.values[n] for path, n in zip(asked.paths, seen.ends, strict=True)}
     if len({t.shape for t in ends.values()}) > 1:
         raise InputError(_several(asked.method, asked.paths))
-    last = seen.ends[-1].name
+    module, last = one_graph(asked.module), seen.ends[-1].name
     tails = [
-        run(asked.module, asked.inputs, biases=False, given={last: t.detach()}, located=seen.located)
+        run(module, asked.inputs, biases=False, given={last: t.detach()}, located=seen.located)
         for t in ends.values()
     ]
     answers = []
@@ -219,7 +238,7 @@ def _block_by_block(asked: Question, seen: Run, targets: Sequence[Target]) -> li
         one = seen.back(target, last=False)
         attention = dict(enumerate(one.attention))
         for (path, end), tail in zip(ends.items(), tails, strict=True):
-            inside, (_, g) = _inside(asked.module, one, path), tail.back(target, last=False).inputs[last]
+            inside, (_, g) = _inside(module, one, path), tail.back(target, last=False).inputs[last]
             if inside is not None:
                 attention[inside] = seen.attended(inside, end, g)
         answers.append(
@@ -344,7 +363,7 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
     ]
     if not how.attention:
         return Taps(layers, noise=_uniform(layers[0], asked.seed))
-    at = [_inside(asked.module, seen, layer.name) for layer in layers]
+    at = [_inside(one_graph(asked.module), seen, layer.name) for layer in layers]
     missing = [x.name for x, i in zip(layers, at, strict=True) if i is None or not _over_tokens(seen, i, x)]
     if missing:
         raise InputError(

@@ -326,6 +326,14 @@ def _root_shell(model: torch.nn.Module) -> torch.nn.Module:
     return root
 
 
+def paths_of(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """The path of each leaf among the arguments of a call: ``x``, ``x['mask']``."""
+    parameters = [*inspect.signature(model.forward).parameters.values()]
+    leaves = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))[0]
+    named = (_parameter(parameters, path) for path, _ in leaves)
+    return [name + "".join(map(str, keys)) for name, keys in named]
+
+
 def _has_default(p: inspect.Parameter) -> bool:
     """Whether a parameter has a default that generated code can spell."""
     return p.default in ((), []) or isinstance(p.default, _CONSTANT_TYPES)

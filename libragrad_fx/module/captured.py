@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -55,7 +55,7 @@ class Record:
         return frozenset(s.node for s in self.sites if s.starts)
 
 
-RunGraph = Callable[[str, "CapturedModule", Sequence[torch.Tensor] | None, Any, Any], Any]
+RunGraph = Callable[[str, "CapturedModule", Mapping[str, torch.Tensor] | None, Any, Any], Any]
 """Runs a graph. Gets its name, its module, ``Forward.leaves`` (None for a single graph), args, kwargs."""
 
 
@@ -64,14 +64,14 @@ class Forward:
     """One forward of a model in one graph or several.
 
     graphs:  the graphs that ran, by name; a single one has the name ""
-    leaves:  for several graphs, the tensors that are the model's inputs
+    leaves:  for several graphs, the tensors that are the model's inputs, by path (``x``, ``x['mask']``)
     between: ops that depend on the input and ran between the graphs, where no rule reaches
     cuts:    source lines at which a graph ends
     """
 
     output: Any
     graphs: Mapping[str, CapturedModule]
-    leaves: Sequence[torch.Tensor] = ()
+    leaves: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     between: tuple[Finding, ...] = ()
     cuts: tuple[str, ...] = ()
 
@@ -81,6 +81,11 @@ class InGraphs(torch.nn.Module):
 
     origin: Any = None
     """Captures the original for other inputs (``variants.Origin``); None if the original is gone."""
+
+    @property
+    def plan(self) -> Plan | None:
+        """The ``Plan`` that made this module's backward; None if that is autograd's own."""
+        raise NotImplementedError
 
     @property
     def captured_graphs(self) -> Mapping[str, CapturedModule]:
@@ -200,7 +205,6 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
 
     @property
     def plan(self) -> Plan | None:
-        """The ``Plan`` that made this module's backward; None for a plain trace."""
         return self.record.history and self.record.history.plan
 
     @property

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.account.birth import Reference, require_balanced, require_same
+from libragrad_fx.capture.normal import paths_of
 from libragrad_fx.capture.state import copied, untouched
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.plan import require_matched
@@ -67,6 +68,7 @@ class _Piece(nn.Module):
 class Run:
     """One forward of a cut module.
 
+    leaves:  the tensors among the arguments, by path (``Forward.leaves``)
     own:     by ``id``, the model's parameters and buffers
     by:      runs the pieces in place of their own forward
     moves:   by autograd node, whether it leads to the input
@@ -75,13 +77,17 @@ class Run:
     over:    whether the forward has ended
     """
 
-    inputs: list[torch.Tensor]
+    leaves: dict[str, torch.Tensor]
     own: dict[int, torch.Tensor]
     by: RunGraph | None
     moves: dict[Any, bool] = dataclasses.field(default_factory=dict)
     pieces: dict[str, CapturedModule] = dataclasses.field(default_factory=dict)
     foreign: set[str] = dataclasses.field(default_factory=set)
     over: bool = False
+
+    @property
+    def inputs(self) -> list[torch.Tensor]:
+        return [*self.leaves.values()]
 
     def refuse_early(self, g: torch.Tensor) -> None:
         """A hook on the outputs of graphs: a gradient taken inside the forward would be balanced."""
@@ -166,8 +172,11 @@ class CutModule(InGraphs):
         return self
 
     @property
-    def plan(self) -> Plan:
-        """The edits of all graphs that have run so far; node names start with the graph's name."""
+    def plan(self) -> Plan | None:
+        """The edits of all graphs that have run so far; node names start with the graph's name. None if the
+        backward is autograd's own."""
+        if not self.balanced:
+            return None
         plans = [(name, p.history.plan) for name, p in self.pieces.items()]
 
         def joined(field: str) -> Any:
@@ -199,7 +208,7 @@ class CutModule(InGraphs):
             Finding(name, name, "", "", "runs between two graphs", "make it traceable for Dynamo")
             for name in sorted(ran.foreign)
         )
-        return Forward(output, ran.pieces, ran.inputs, between, self.cuts)
+        return Forward(output, ran.pieces, ran.leaves, between, self.cuts)
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -234,7 +243,8 @@ class CutModule(InGraphs):
         leaves = [x.detach().requires_grad_() if lone(x) else x for x in leaves]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         own = {id(t): t for t in (*self._model.parameters(), *self._model.buffers())}
-        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        paths = paths_of(self._model, args, kwargs)
+        tensors = {p: x for p, x in zip(paths, leaves, strict=True) if isinstance(x, torch.Tensor)}
         return args, kwargs, Run(tensors, own, by)
 
     def _backend(self, body: torch.fx.GraphModule, examples: Any) -> Callable[..., Any]:
@@ -302,7 +312,7 @@ class CutModule(InGraphs):
             outputs = body(*given)
         else:
             run.pieces[name] = piece
-            outputs = run.by(name, piece, run.inputs, given, {}) if run.by else piece(*given)
+            outputs = run.by(name, piece, run.leaves, given, {}) if run.by else piece(*given)
         leaves = pytree.tree_leaves(outputs)
         for y in leaves:
             if isinstance(y, torch.Tensor) and y.requires_grad and piece is not None:

@@ -167,7 +167,7 @@ class TapeModule(CutModule):
         given = [*run.inputs, *tape.held]
         with undisturbed(self):
             copies = [t.detach().clone() for t in given]
-            body, whole, moves, again = freeze(tape.body, copies, len(run.inputs))
+            body, whole, moves, again = freeze(tape.body, copies, len(run.inputs), self._book)
         if not compare(tape.outputs, again)[0]:
             raise CaptureError(
                 f"{type(self._model).__name__} computes something that is no op of PyTorch's on its"
