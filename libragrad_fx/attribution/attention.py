@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
 
 from libragrad_fx.decide.flow import reach
 from libragrad_fx.graph.origin import module_path
-from libragrad_fx.graph.schema import aten_op, bind, operands
+from libragrad_fx.graph.schema import aten_op, bind, operands, place_of, spread
 from libragrad_fx.ops.attention import is_softmax, probabilities, repeated
 from libragrad_fx.ops.insert import is_scale, probed, stop
 from libragrad_fx.types import Kind, OpFacts
@@ -44,8 +46,8 @@ class Attention:
     within windows, B counts these."""
 
     module: str
-    weights: torch.Tensor
-    gradient: torch.Tensor
+    weights: Tensor
+    gradient: Tensor
 
 
 def sites(graph: Graph, facts: Facts) -> Iterator[Site]:
@@ -76,23 +78,47 @@ def _is_softmax(node: Node, facts: Facts) -> bool:
     return True
 
 
-def attention(site: Site, call: tuple[Any, Any], gradient: torch.Tensor, batch: int) -> Attention:
+def attention(site: Site, call: tuple[Any, Any], gradient: Tensor, batch: int) -> Attention:
     """The probabilities at a site, and their gradient.
 
     call:     what the op was called with
     gradient: of its output
     """
-    given = bind(aten_op(site.node), *call)
-    weights = given[site.before] if site.before else _probabilities(given)
-    value, g = given[site.after].detach().double(), gradient.double()
-    heads = weights.shape[1] if weights.ndim == 4 else weights.shape[0] // batch
-    if value.ndim == 4:  # grouped queries
-        value = repeated(value, heads // value.shape[1])
-    found = [t.detach().double() for t in (weights, g @ value.mT)]
-    return Attention(site.module, *(t if t.ndim == 4 else t.unflatten(0, (batch, heads)) for t in found))
+    op = aten_op(site.node)
+    given = bind(op, *call)
+    if site.before:
+        weights = _operand(given, site.before).detach().double()
+        found = [weights, _written_out(site, given, weights, gradient.double())]
+    else:
+        weights, value = _probabilities(given), given["value"].detach().double()
+        value = repeated(value, weights.shape[1] // value.shape[1]) if value.ndim == 4 else value
+        found = [weights, gradient.double() @ value.mT]
+    split = (batch, weights.shape[0] // batch)
+    return Attention(site.module, *(t if t.ndim == 4 else t.unflatten(0, split) for t in found))
 
 
-def _probabilities(given: Mapping[str, Any]) -> torch.Tensor:
+def _operand(given: Mapping[str, Any], name: str) -> Any:
+    name, place = place_of(name)
+    return given[name] if place is None else given[name][place]
+
+
+def _written_out(site: Site, given: Mapping[str, Any], weights: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of probabilities that are a factor of a product, whichever axes that sums over."""
+    values = {
+        name: pytree.tree_map_only(Tensor, lambda t: t.detach().double(), v) for name, v in given.items()
+    }
+    leaf = weights.clone().requires_grad_()
+    name, place = place_of(site.before)
+    values[name] = (
+        leaf if place is None else [leaf if i == place else v for i, v in enumerate(values[name])]
+    )
+    op = aten_op(site.node)
+    args, kwargs = spread(op, values)
+    (found,) = torch.autograd.grad(op(*args, **kwargs), leaf, gradient)
+    return found
+
+
+def _probabilities(given: Mapping[str, Any]) -> Tensor:
     q, k = (given[name].detach().double() for name in ("query", "key"))
     k = repeated(k, q.shape[-3] // k.shape[-3]) if given["enable_gqa"] else k
     scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(q.shape[-1])

@@ -197,6 +197,7 @@ class Method(NamedTuple):
     biases:    whether every additive constant behind the first layer counts, once
     attention: whether it reads attention probabilities
     row:       whether it follows attention to the one token that the output is read from
+    streams:   whether it compares a block's input with its end, and with the stream behind attention
     sums:      whether its map adds up to the output where the backward is balanced
     path:      whether the gradient is an average over inputs: of noise, or on the way from a baseline; or
                whether the whole map is one; or whether each block has a gradient of its own
@@ -208,6 +209,7 @@ class Method(NamedTuple):
     biases: bool = False
     attention: bool = False
     row: bool = False
+    streams: bool = False
     sums: bool = False
     path: Literal["", "noise", "line", "whole", "blocks"] = ""
 
@@ -231,7 +233,7 @@ METHODS: Mapping[str, Method] = {
     "rollout": Method(rollout, "all", "Abnar and Zuidema 2020", attention=True, row=True),
     "genatt": Method(genatt, "all", "Chefer et al. 2021", attention=True, row=True),
     "attcat": Method(attcat, "all", "Qiang et al. 2022", attention=True),
-    "tokentm": Method(tokentm, "all", "Wu et al. 2024", attention=True, row=True),
+    "tokentm": Method(tokentm, "all", "Wu et al. 2024", attention=True, row=True, streams=True),
     "legrad": Method(legrad, "all", "Bousselham et al. 2024", attention=True, path="blocks"),
 }  # fmt: skip
 

@@ -19,15 +19,16 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.account.observe import Observer, flat_arguments, site_bias, source_name
+from libragrad_fx.attribution import again, maps
 from libragrad_fx.attribution import attention as heads
-from libragrad_fx.attribution import maps
 from libragrad_fx.attribution.places import Located, Locator, laid_out
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.flow import reach
 from libragrad_fx.errors import InputError
+from libragrad_fx.graph.origin import form
 from libragrad_fx.graph.schema import aten_op, is_elementwise
 from libragrad_fx.module.captured import CapturedModule, InGraphs, one_graph
-from libragrad_fx.module.walk import argument, bypassed, calls, example, senders
+from libragrad_fx.module.walk import argument, bypassed, calls, origin, samples_axis, senders
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.insert import probed
 from libragrad_fx.ops.places import taken
@@ -41,7 +42,7 @@ Term = tuple[Site, maps.Rows | None, torch.Tensor, torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Internals:
-    """What one backward shows.
+    """What one backward shows. Values of inputs and layers count samples first, however the model has them.
 
     output:  (B,) what is explained, one number a sample
     inputs:  name -> (x, df/dx) for every floating-point input (or embedded token sequence)
@@ -126,6 +127,7 @@ class Run:
     streams, ends: nodes as in ``Internals``
     sizes:    the shape of each node's value, ``()`` for a tuple
     located:  where inputs, tokens and windows lie
+    samples:  which axis of a node's value counts samples; of sources by their names, where not the first
     """
 
     module: InGraphs
@@ -141,6 +143,7 @@ class Run:
     ends: Sequence[Node]
     sizes: Mapping[Node, tuple[int, ...]]
     located: Located
+    samples: Mapping[Node | str, int]
 
     def back(self, target: Target, last: bool = True) -> Internals:
         """The gradients of ``target``; ``last`` frees what a further backward would need.
@@ -162,12 +165,12 @@ class Run:
                 rows = self._rows(each, rows, gradients)
             split = self._split(each, rows, gradients)
             found = iter(pairs)
-        sources = {name: next(found) for name in self.sources}
+        sources = {name: self._samples_first(name, next(found)) for name in self.sources}
         terms = [
             (c, c.term(split.get(i, next(found)[1]), maps.Rows(0, 1) if i in split else r))
             for i, (c, r) in enumerate(zip(self.constants, rows, strict=True))
         ]
-        tapped = {path: next(found) for path in self.layers}
+        tapped = {path: self._samples_first(n, next(found)) for path, n in self.layers.items()}
         attended = tuple(
             heads.attention(site, self.called[site.node], g, each.shape[0])
             for site, (_, g) in zip(self.attends, itertools.islice(found, len(self.attends)), strict=True)
@@ -183,10 +186,15 @@ class Run:
             upstream=tuple(term for c, term in terms if not c.counts),
             places=tuple(term for c, term in terms if c.places),
             attention=attended,
-            returned=tuple(found),
+            returned=tuple(self._samples_first(n, pair) for n, pair in zip(self.ends, found, strict=True)),
             windows=self._windows(terms, each.shape[0]),
             **self.layout,
         )
+
+    def _samples_first(self, of: Node | str, pair: Pair) -> Pair:
+        value, gradient = pair
+        axis = self.samples.get(of, 0)
+        return (value.movedim(axis, 0), gradient.movedim(axis, 0)) if axis else pair
 
     def backs(self, targets: Sequence[Target]) -> Iterator[Internals]:
         """``back`` from each target; the last frees what a further backward would need."""
@@ -197,7 +205,7 @@ class Run:
         """How the rows of constants lie that are parts of samples."""
         found = {}
         for constant, (site, rows, _, g) in terms:
-            held = self.located.spots.get(site.node)
+            held = self.located.windows.get(site.node)
             if held is None or not constant.counts:
                 continue
             whole = g.ndim > constant.output.ndim  # the rows of all samples, for each of them
@@ -258,6 +266,7 @@ class Run:
         """The fields of ``Internals`` that do not depend on the target."""
         module = one_graph(self.module)
         sends, where = senders(module), positions(module, self.facts, self.sizes, self.sources)
+        streams = (n if n is None else self.values[n].movedim(self.samples[n], 0) for n in self.streams)
         upstream = {p: reach([n], sends) for p, n in self.layers.items()}
         first = reach([*self.layers.values()][:1], lambda n: n.all_input_nodes)
         tokens = {source_name(n): names for n, names in where.items()}
@@ -268,8 +277,8 @@ class Run:
             "tokens": tokens | {p: where[n] for p, n in self.layers.items()},
             "axes": self.located.axes,
             "layouts": self.located.layouts,
-            "streams": tuple(None if n is None else self.values[n].detach() for n in self.streams),
-            "read": _read_token(self.ends[-1:], self.sizes),
+            "streams": tuple(None if t is None else t.detach() for t in streams),
+            "read": _read_token(self.ends[-1:], self.sizes, samples_axis(module)),
         }
 
 
@@ -317,9 +326,14 @@ def run(
     called, values = dict[Node, Any](), dict[Node, torch.Tensor]()
     sizes: dict[Node, tuple[int, ...]] = {}
     constants: list[Constant] = []
+    axis = samples_axis(module)
+    samples: dict[Node | str, int] = {n: axis(n) for n in wanted if n is not None}
     named = {n.name: n for n in module.graph.nodes}
     counted = [named[name] for name in sites if biases and named[name] not in upstream]
-    locator = None if located else Locator(facts, *_ends([*taps.values()], counted))
+    flat, to_locate = flat_arguments(module, *as_call(inputs)), _ends([*taps.values()], counted, axis)
+    asked = again.key([flat, dict(given or {})], *to_locate)
+    located = located or again.recall(module, asked)
+    locator = None if located else Locator(facts, axis, *to_locate)
 
     def tap(n: Node, y: Any) -> None:
         if locator is not None:
@@ -345,23 +359,26 @@ def run(
 
     runs = Observer(module, tap, given=given)
     with differentiable(), undisturbed(module):
-        output = runs.run(*flat_arguments(module, *as_call(inputs)))
-    located = located or (locator.located() if locator is not None else None)
+        output = runs.run(*flat)
+    located = again.keep(module, asked, locator) if locator is not None else located
     assert located is not None
+    samples |= {name: axis(named[name]) for name in runs.sources if name in named}
     return Run(
         module, facts, output, runs.sources, taps, values, constants, attends, called, streams, ends, sizes,
-        located,
+        located, samples,
     )  # fmt: skip
 
 
-def _ends(layers: Sequence[Node], counted: Sequence[Node]) -> tuple[list[Node], list[Node]]:
+def _ends(
+    layers: Sequence[Node], counted: Sequence[Node], axis: Callable[[Node], int]
+) -> tuple[list[Node], list[Node]]:
     """The nodes whose tokens to locate: the first of each number of tokens; and all that lie in windows,
     whose rows are parts of samples."""
     first: dict[str, Node] = {}
     windows = []
     for node in sorted({*layers, *counted}):
-        value = example(node)
-        shape = [str(n) for n in value.shape] if value is not None else []
+        _, shape = form(origin(node)) or ((), ())
+        shape = (*shape[(a := axis(node)) :][:1], *shape[:a], *shape[a + 1 :])  # samples first
         if len(shape) > 2 and "*" in shape[0]:
             windows.append(node)
         elif len(shape) == 3 and shape[1] != "1":
@@ -369,11 +386,15 @@ def _ends(layers: Sequence[Node], counted: Sequence[Node]) -> tuple[list[Node], 
     return [*first.values()], windows
 
 
-def _read_token(ends: Sequence[Node | None], sizes: Mapping[Node, tuple[int, ...]]) -> int | None:
-    """The first place of the axis of tokens that is taken alone behind a node of shape (B, T, C)."""
+def _read_token(
+    ends: Sequence[Node | None], sizes: Mapping[Node, tuple[int, ...]], samples: Callable[[Node], int]
+) -> int | None:
+    """The first place of the axis of tokens that is taken alone behind a node of shape (B, T, C) or
+    (T, B, C)."""
     behind = reach([n for n in ends if n is not None], lambda n: list(n.users))
     for found in (t for n in sizes if n in behind and (t := taken(n)) is not None):
-        if len(sizes.get(found.x, ())) == 3 and found.axis == 1 and found.alone:
+        tokens = 0 if samples(found.x) == 1 else 1
+        if len(sizes.get(found.x, ())) == 3 and found.axis == tokens and found.alone:
             return found.start
     return None
 
@@ -399,16 +420,20 @@ def _filled(values: Sequence[torch.Tensor], gradients: Sequence[Any]) -> list[Pa
 
 
 def _constants(site: Site, node: Node, y: Any, bias: Any, counts: bool) -> Iterator[Constant]:
-    """The constants of one site, and the outputs that they are part of."""
+    """The constants of one site, and the outputs that they are part of; none where they are all zero."""
+    if bias is None:
+        return
     ys, bs = (v if isinstance(v, (tuple, list)) else (v,) for v in (y, bias))
     for axis, t, b in zip(site.batch, ys, bs, strict=True):
         if b is not None and t.requires_grad:
-            yield Constant(site, axis, b, t, counts, is_elementwise(node) and _differs_by_place(b, t))
+            places = is_elementwise(node) and _differs_by_place(b, t, axis or 0)
+            yield Constant(site, axis, b, t, counts, places)
 
 
-def _differs_by_place(bias: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether a constant differs between positions, and between channels, of a value (B, ...)."""
-    axes = [a for a in range(1 - y.ndim, 0) if bias.ndim >= -a and bias.shape[a] > 1]
+def _differs_by_place(bias: torch.Tensor, y: torch.Tensor, samples: int) -> bool:
+    """Whether a constant differs between positions, and between channels, of a value whose axis ``samples``
+    counts samples."""
+    axes = [a for a in range(-bias.ndim, 0) if a != samples - y.ndim and bias.shape[a] > 1]
     return len(axes) > 1 and sum(not bool((bias == bias.narrow(a, 0, 1)).all()) for a in axes) > 1
 
 
@@ -428,7 +453,7 @@ def positions(
     """
     import networkx as nx  # who attributes nothing does not wait for it
 
-    starts = module.record.starts
+    starts, samples = module.record.starts, samples_axis(module)
     signal: set[str] = set()
     shared: nx.Graph = nx.Graph()
     found: dict[Node, frozenset[str]] = {}
@@ -445,7 +470,7 @@ def positions(
             found[node] = frozenset()  # a number has no positions
         else:
             found[node] = frozenset().union(*(found[n] for n in carried))
-            if len({found[n] for n in carried}) > 1 and _by_position(node, carried, sizes):
+            if len({found[n] for n in carried}) > 1 and _by_position(node, carried, sizes, samples(node)):
                 nx.add_path(shared, sorted(found[node]))
         if node.name in starts:
             found[node] = found[node] or frozenset([node.name])
@@ -457,12 +482,16 @@ def positions(
     }
 
 
-def _by_position(node: Node, read: Sequence[Node], sizes: Mapping[Node, tuple[int, ...]]) -> bool:
+def _by_position(
+    node: Node, read: Sequence[Node], sizes: Mapping[Node, tuple[int, ...]], samples: int
+) -> bool:
     """Whether the operands meet element by element, over more than one position."""
     if not is_elementwise(node):
         return False
     shape = sizes.get(node, ())
-    return len(shape) > 2 and shape[1] > 1 and all(sizes.get(n) == shape for n in read)
+    return (
+        len(shape) > 2 and shape[0 if samples == 1 else 1] > 1 and all(sizes.get(n) == shape for n in read)
+    )
 
 
 def _has_rows(node: Node, fact: OpFacts | None) -> bool:

@@ -183,8 +183,10 @@ def _among_noise(asked: Question, seen: Run, targets: Sequence[Target]) -> list[
     """SmoothGrad: gradients averaged over inputs with noise."""
     draw = torch.Generator().manual_seed(asked.seed)
     starts = _starts(asked, seen)
+    axes = {n.name: seen.samples[n] for n in seen.layers.values()} | dict(seen.samples)
     near = [
-        ({k: x + _noise(x, draw) for k, x in starts.items()}, 1 / asked.steps) for _ in range(asked.steps)
+        ({k: x + _noise(x, draw, axes.get(k, 0)) for k, x in starts.items()}, 1 / asked.steps)
+        for _ in range(asked.steps)
     ]
     means = _mean_gradients(asked, seen, targets, near)
     return [
@@ -226,9 +228,9 @@ def _whole_on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> l
 def _block_by_block(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
     """LeGrad: each block's attention by the target of its own output, as if it were the last block's."""
     ends = {path: seen.values[n] for path, n in zip(asked.paths, seen.ends, strict=True)}
-    if len({t.shape for t in ends.values()}) > 1:
+    if len({(seen.samples[n], seen.values[n].shape) for n in seen.ends}) > 1:
         raise InputError(_several(asked.method, asked.paths))
-    module, last = one_graph(asked.module), seen.ends[-1].name
+    module, last, samples = one_graph(asked.module), seen.ends[-1].name, seen.samples[seen.ends[-1]]
     tails = [
         run(module, asked.inputs, biases=False, given={last: t.detach()}, located=seen.located)
         for t in ends.values()
@@ -240,7 +242,7 @@ def _block_by_block(asked: Question, seen: Run, targets: Sequence[Target]) -> li
         for (path, end), tail in zip(ends.items(), tails, strict=True):
             inside, (_, g) = _inside(module, one, path), tail.back(target, last=False).inputs[last]
             if inside is not None:
-                attention[inside] = seen.attended(inside, end, g)
+                attention[inside] = seen.attended(inside, end, g.movedim(0, samples))
         answers.append(
             _answer(asked, dataclasses.replace(one, attention=tuple(attention.values())), target)
         )
@@ -276,11 +278,13 @@ def _tapped(asked: Question, seen: Internals) -> dict[str, Any]:
     return {**seen.layers, **_entered(asked, seen.inputs, seen.before)}
 
 
-def _noise(x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
+def _noise(x: torch.Tensor, draw: torch.Generator, samples: int) -> torch.Tensor:
     """The same for each sample, of standard deviation 0.15 of the range of its values, as in the paper."""
+    x = x.movedim(samples, 0)
     inner = tuple(range(1, x.ndim))
     size = 0.15 * (x.amax(inner, keepdim=True) - x.amin(inner, keepdim=True))
-    return torch.randn(x.shape[1:], generator=draw, dtype=x.dtype, device=draw.device).to(x.device) * size
+    drawn = torch.randn(x.shape[1:], generator=draw, dtype=x.dtype, device=draw.device).to(x.device)
+    return (drawn * size).movedim(0, samples)
 
 
 def _mean_gradients(
@@ -326,8 +330,12 @@ def _answer(
     """The method on what one backward showed. ``whole``: what it adds up to, of a method on a line."""
     how, batch = asked.how, seen.output.shape[0]
     tapped = _tapped(asked, seen)
-    if any(h.shape[0] != batch for h, _ in tapped.values()):
-        raise InputError(f"the target callable gave {batch} numbers; attribute wants one for each sample")
+    other = next((name for name, (h, _) in tapped.items() if h.shape[0] != batch), None)
+    if other is not None:
+        raise InputError(
+            f"the target gave {batch} numbers, and {other} has {tapped[other][0].shape[0]} samples:"
+            " attribute wants one for each (of layers=[…], none within windows)"
+        )
     terms = how.terms(_taps(asked, seen, target))
     biases = shares_of(seen.biases, batch)
     if how.sums:
@@ -370,11 +378,11 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
             f"{method} needs attention over the tokens of each block's input, and {missing[0]} has none (no"
             " attention, or one within windows): use fullgrad_plus or xgradcam_plus"
         )
-    if len({layer.value.shape[1] for layer in layers}) > 1:
-        raise InputError(_several(method, [layer.name for layer in layers]))
+    _require_one_sequence(method, seen, layers)
     found = [i for i in at if i is not None]
-    streams = [s for i in found if (s := seen.streams[i]) is not None]
-    taps = Taps(layers, [seen.attention[i] for i in found], streams, [y for y, _ in seen.returned])
+    ends = [y for y, _ in seen.returned]
+    streams = _streams(method, layers, [seen.streams[i] for i in found], ends) if how.streams else []
+    taps = Taps(layers, [seen.attention[i] for i in found], streams, ends)
     if not how.row:
         return taps
     return dataclasses.replace(taps, rows=_rows(method, taps, seen, _image(seen, layers[0].name), target))
@@ -384,6 +392,30 @@ def _image(seen: Internals, name: str) -> maps.Extents | None:
     """The size of the picture that a value may be laid out as; None of the positions of a text."""
     found, where = images(seen), seen.tokens.get(name, frozenset())
     return next((size for n, size in found.items() if n in where or not where), None)
+
+
+def _streams(
+    method: str, layers: Sequence[Layer], found: Sequence[torch.Tensor | None], ends: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """The residual streams behind attention, if they have the size of the block's input, as its end has."""
+    for layer, stream, end in zip(layers, found, ends, strict=True):
+        if stream is None or not layer.value.shape == stream.shape == end.shape:
+            raise InputError(
+                f"{method} follows tokens along the residual stream of a block, and {layer.name} has none"
+                " of the size of its input: use attcat or rollout"
+            )
+    return [s for s in found if s is not None]
+
+
+def _require_one_sequence(method: str, seen: Internals, layers: Sequence[Layer]) -> None:
+    """Raise ``InputError`` if the layers' tokens are not one sequence: other in number, or of inputs that
+    have none in common (an encoder's and a decoder's, were they as many)."""
+    if len({x.value.shape[1] for x in layers}) > 1 or _strangers([seen.tokens[x.name] for x in layers]):
+        raise InputError(_several(method, [x.name for x in layers]))
+
+
+def _strangers(tokens: Sequence[frozenset[str]]) -> bool:
+    return any(tokens) and not frozenset.intersection(*tokens)
 
 
 def _several(method: str, names: Sequence[str]) -> str:

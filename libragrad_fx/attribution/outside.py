@@ -92,7 +92,7 @@ def run_outside(module: InGraphs, inputs: Any, given: Leaves | None = None) -> O
     Raises:
         InputError: ``given`` has values of embeddings. The model's own Python has run before those.
     """
-    locator = Locator(lambda n: None, (), ())
+    locator = Locator(lambda n: None, lambda n: 0, (), ())
     ran: list[_Graph] = []
 
     def show(name: str, graph: CapturedModule, leaves: Any, args: Any, kwargs: Any) -> Any:
@@ -111,7 +111,7 @@ def run_outside(module: InGraphs, inputs: Any, given: Leaves | None = None) -> O
         tokens |= graph.found
     return Outside(
         module, locator.facts, forward.output, sources, {}, {}, (), (), {}, (), (), {}, locator.located(),
-        tokens,
+        {}, tokens,
     )  # fmt: skip
 
 

@@ -26,6 +26,8 @@ from libragrad_fx.types import Kind, OpFacts
 
 Tensor = torch.Tensor
 _NEAR = 1e-3  # coordinates of one row of patches differ by rounding alone
+_RUN = (Kind.LINEAR, Kind.HOMOGENEOUS, Kind.PRODUCT)
+"""The kinds of op that are run on numbers of spots."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,10 @@ class Spots:
         held = self.mass.abs() > 1e-9
         return held, torch.where(held, self.mass, 1.0)
 
+    def wide(self, n: int) -> Spots:
+        """As many elements along the last axis, which share one."""
+        return self.each(lambda t: t.expand(*t.shape[:-1], n))
+
     def first(self) -> Spots:
         """Of the first sample, or row."""
         return self.each(lambda t: t[0])
@@ -65,6 +71,29 @@ class Spots:
 
 Held = Mapping[str, Spots]
 """By input."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Spots whose rows are parts of samples. Each sample has the same: a row that comes again is held once.
+
+    rows:  those that differ
+    which: of each row, which of these it is
+    """
+
+    rows: Spots
+    which: Tensor
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Spots:
+        return self.rows.each(lambda t: change(t[self.which]))
+
+
+def _windows(spots: Spots) -> Windows:
+    shape = spots.mass.shape[1:]
+    whole = torch.stack([spots.mass, *spots.at], 1).flatten(1)
+    rows, which = whole.unique(dim=0, return_inverse=True)
+    mass, *at = rows.unflatten(1, (-1, *shape)).unbind(1)
+    return Windows(Spots(mass, tuple(at)), which)
 
 
 def started(x: Tensor) -> Spots:
@@ -81,48 +110,60 @@ class Located:
     axes:    by input, those of its axes that are positions. Of a series (B, C, T) the channels are
              variables, and count
     layouts: by node, how its tokens lie
-    spots:   of nodes whose rows are parts of samples (windows, frames), where their elements lie
+    windows: of nodes whose rows are parts of samples (windows, frames), where their elements lie
     """
 
     axes: Mapping[str, tuple[int, ...]]
     layouts: Mapping[str, Layout]
-    spots: Mapping[str, Held]
+    windows: Mapping[str, Mapping[str, Windows]]
 
 
 class Locator:
     """Follows the inputs through one run, as far as ``ends`` need it.
 
+    samples: which axis of a node's value counts samples
     windows: of the ends, those whose rows are parts of samples
+    read:    nodes whose values, and not only their sizes, had a say in where things lie
     """
 
     def __init__(
-        self, facts: Callable[[Node], OpFacts | None], ends: Collection[Node], windows: Collection[Node]
-    ) -> None:
-        self.facts, self.ends, self.windows = facts, {*ends}, {*windows}
+        self, facts: Callable[[Node], OpFacts | None], samples: Callable[[Node], int],
+        ends: Collection[Node], windows: Collection[Node],
+    ) -> None:  # fmt: skip
+        self.facts, self.samples, self.ends, self.windows = facts, samples, {*ends}, {*windows}
         self.nodes = reach([*ends, *windows], lambda n: n.all_input_nodes)
         self.held: dict[Node, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.channels: dict[str, int | None] = {}
         self.found: dict[str, Held] = {}
+        self.read: set[Node] = set()
 
     def start(self, node: Node, name: str, x: Tensor, embedded: bool) -> None:
         """An input, or the embedding of one."""
+        samples = self.samples(node)
+        x = x.movedim(samples, 0) if x.ndim else x
         self.shapes[name] = tuple(x.shape)
         if embedded or x.ndim < 3:
             self.channels[name] = x.ndim - 1 if x.ndim > 2 else None
         if x.ndim > 1:
-            self.held[node] = {name: started(x)}
+            self.held[node] = {name: started(x).each(lambda t: t.movedim(0, samples))}
 
     def see(self, node: Node, call: Callable[[], tuple[Any, Any]], y: Any) -> None:
         """One node, and what it was called with."""
         asked = node in self.nodes or self.channels.keys() < self.shapes.keys()
         if asked and node not in self.held and any(m in self.held for m in node.all_input_nodes):
-            found = carried(node, self.facts(node), call(), y, self.held)
+            fact = self.facts(node)
+            if fact is not None and fact.kind in _RUN and not hands_on(node) and not is_elementwise(node):
+                self.read.update(untold(node, fact))
+            found = carried(node, fact, call(), y, self.held)
             if found:
                 self.held[node] = found
                 self._contracted(node, found)
         if (node in self.ends or node in self.windows) and isinstance(held := self.held.get(node), dict):
-            self.found[node.name] = {name: _narrowed(spots) for name, spots in held.items()}
+            found = {name: _narrowed(spots) for name, spots in held.items()}
+            if node in self.ends and (samples := self.samples(node)):
+                found = {name: s.each(lambda t: t.movedim(samples, 0)) for name, s in found.items()}
+            self.found[node.name] = found
 
     def forget(self, nodes: Sequence[Node]) -> None:
         """Nodes that nobody reads any more."""
@@ -134,7 +175,8 @@ class Locator:
         windows = {n.name for n in self.windows}
         each = {n: laid_out(h, axes) for n, h in self.found.items() if n not in windows}
         layouts = {n: layout for n, layout in each.items() if layout is not None}
-        return Located(axes, layouts, {n: h for n, h in self.found.items() if n in windows})
+        inside = {n: {k: _windows(s) for k, s in h.items()} for n, h in self.found.items() if n in windows}
+        return Located(axes, layouts, inside)
 
     def _contracted(self, node: Node, found: Any) -> None:
         """Notes which axis of an input the first product sums over: its elements all lie at one place."""
@@ -224,10 +266,12 @@ def _through(node: Node, fact: OpFacts, call: tuple[Any, Any], y: Any, spots: Ma
     if fact.kind in (Kind.NORMALISER, Kind.GATE_SOURCE, Kind.SATURATING, Kind.GATED, Kind.CUT):
         same = leading is not None and isinstance(y, Tensor) and spots[leading].mass.shape == y.shape
         return spots[leading] if same and leading is not None else None
-    if fact.kind not in (Kind.LINEAR, Kind.HOMOGENEOUS, Kind.PRODUCT):
+    if fact.kind not in _RUN:
         return None
     if fact.kind is Kind.PRODUCT:  # rows are those of the first factor that has some
         first = next((n for k in fact.factors for n in _nodes(nodes[k]) if n in spots), None)
+        if first is not None and _sums_rows(fact, nodes, first, spots[first], y):
+            return spots[first].each(lambda t: t.sum(-1, keepdim=True)).even().wide(y.shape[-1])
         spots = {first: spots[first]} if first is not None else spots
     return _run(op, fact, nodes, given, spots)
 
@@ -242,7 +286,9 @@ def _run(
         if isinstance(value, (list, tuple)) and isinstance(node, (list, tuple)):
             return [part(name, v, n, of) for v, n in zip(value, node, strict=True)]
         if isinstance(node, Node) and node in spots:
-            return of(spots[node]).contiguous()  # as a view wants it
+            return (
+                of(spots[node]) if fact.moves else of(spots[node]).contiguous()
+            )  # ``as_strided`` wants it
         if isinstance(value, Tensor) and name in fact.stream:
             return torch.zeros_like(value, dtype=held.mass.dtype)
         if isinstance(value, Tensor) and name in fact.factors:
@@ -259,11 +305,25 @@ def _run(
         at = [on(lambda s, i=i: s.at[i]) for i in range(len(held.at))]
     except (RuntimeError, TypeError, ValueError, IndexError):  # an op that these numbers do not fit
         return None
+    each = (lambda s: s) if fact.moves else Spots.even  # what only moves is as even as it was
     if isinstance(mass, Tensor):
-        return Spots(mass, tuple(at)).even()
+        return each(Spots(mass, tuple(at)))
     if all(isinstance(m, Tensor) for m in mass):
-        return [Spots(m, tuple(a[i] for a in at)).even() for i, m in enumerate(mass)]
+        return [each(Spots(m, tuple(a[i] for a in at))) for i, m in enumerate(mass)]
     return None
+
+
+def _sums_rows(fact: OpFacts, nodes: Mapping[str, Any], first: Node, held: Spots, y: Any) -> bool:
+    """Whether each element of a product is a sum over the last axis of its first factor."""
+    rows = any(nodes[k] is first for k in fact.rowwise)
+    return rows and isinstance(y, Tensor) and y.shape[:-1] == held.mass.shape[:-1]
+
+
+def untold(node: Node, fact: OpFacts | None) -> list[Node]:
+    """The operands whose values, and not only their sizes, may say where a result lies: an index."""
+    told = (*fact.stream, *fact.factors, *fact.like) if fact is not None else ()
+    given = bind(aten_op(node), node.args, node.kwargs)
+    return [n for k, v in given.items() if k not in told for n in _nodes(v)]
 
 
 def _sum(found: Sequence[Spots]) -> Spots | None:

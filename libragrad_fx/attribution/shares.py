@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -11,8 +11,18 @@ from libragrad_fx.attribution import maps
 from libragrad_fx.attribution.formulas import Term
 from libragrad_fx.attribution.internals import Internals
 from libragrad_fx.errors import InputError
+from libragrad_fx.graph.origin import form
 from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.module.walk import argument, blocks, bypassed, called_modules, calls, example, senders
+from libragrad_fx.module.walk import (
+    argument,
+    blocks,
+    bypassed,
+    called_modules,
+    calls,
+    origin,
+    samples_axis,
+    senders,
+)
 from libragrad_fx.ops import insert
 from libragrad_fx.target import product
 
@@ -28,17 +38,18 @@ def stages(module: CapturedModule) -> list[str]:
     Raises:
         InputError: no module has an input with positions.
     """
-    called, sends = calls(module), senders(module)
-    given = (example(n) for n in module.graph.nodes if n.target is insert.guard)
-    inputs = [tuple(v.shape) for v in given if v is not None and v.ndim > 3]
+    called, sends, samples = calls(module), senders(module), samples_axis(module)
+    given = (form(n) for n in module.graph.nodes if n.target is insert.guard)
+    inputs = [sizes for sizes, _ in filter(None, given) if len(sizes) > 3]
     image = inputs[0][2:] if inputs else None
     found: dict[str, str] = {}
     for name in blocks(module) or called_modules(module):
         node = argument(called[name])
-        value = None if node is None else example(node)
-        if node is None or value is None or value.ndim < 3:
+        shape = None if node is None else form(origin(node))
+        if node is None or shape is None or len(shape[0]) < 3:
             continue
-        size = str([value.shape[i] for i in maps.positions(tuple(value.shape), image)])
+        sizes, names = (_samples_first(part, samples(node)) for part in shape)
+        size = str([names[i] for i in maps.positions(sizes, image)])
         if size not in found and not bypassed(module, node, sends):
             found[size] = name
     if not found:
@@ -47,6 +58,10 @@ def stages(module: CapturedModule) -> list[str]:
             " with positions: name paths with layers=[…]"
         )
     return [*found.values()]
+
+
+def _samples_first(sizes: Sequence[Any], axis: int) -> tuple[Any, ...]:
+    return (sizes[axis], *sizes[:axis], *sizes[axis + 1 :])
 
 
 def parts(

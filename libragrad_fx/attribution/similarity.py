@@ -101,6 +101,7 @@ def _shares(module: CapturedModule, inputs: Any, embed: Embed, layer: str | None
     seen = run(module, inputs, [] if layer is None else [layer], biases=False)
     found = [seen.values[n] for n in seen.layers.values()] or [*seen.sources.values()]
     values = [h for h in found if h.shape == found[0].shape]  # words, segments: one sequence
+    samples = next((seen.samples[of] for of in (*seen.layers.values(), *seen.sources)), 0)
     if not values or values[0].ndim < 3:
         raise InputError(
             "the inputs have no positions: name a layer whose input is (B, N, C) or (B, C, H, W)"
@@ -110,12 +111,14 @@ def _shares(module: CapturedModule, inputs: Any, embed: Embed, layer: str | None
         if not isinstance(vectors, torch.Tensor) or vectors.ndim != 2:
             what = tuple(vectors.shape) if isinstance(vectors, torch.Tensor) else type(vectors).__name__
             raise InputError(f"embed must give vectors (B, D), and gave {what}")
-        maps = [_maps(vectors, values, k) for k in torch.arange(vectors.shape[1]).split(chunk)]
+        maps = [_maps(vectors, values, k, samples) for k in torch.arange(vectors.shape[1]).split(chunk)]
     return _Shares(vectors.detach().double(), torch.cat(maps, 1))
 
 
-def _maps(vectors: torch.Tensor, values: list[torch.Tensor], entries: torch.Tensor) -> torch.Tensor:
-    """(B, k, N): Input x Gradient of some entries."""
+def _maps(
+    vectors: torch.Tensor, values: list[torch.Tensor], entries: torch.Tensor, samples: int
+) -> torch.Tensor:
+    """(B, k, N): Input x Gradient of some entries. samples: which axis of the values counts samples."""
     seeds = torch.nn.functional.one_hot(entries, vectors.shape[1]).to(vectors)
     seeds = seeds[:, None].expand(-1, *vectors.shape)
     grads = torch.autograd.grad(
@@ -123,5 +126,5 @@ def _maps(vectors: torch.Tensor, values: list[torch.Tensor], entries: torch.Tens
     )
     channels = values[0].ndim - 1 if values[0].ndim == 3 else 1
     pairs = ((h, g) for h, g in zip(values, grads, strict=True) if g is not None)
-    total = sum(product(h, g).sum(channels + 1) for h, g in pairs)
+    total = sum(product(h, g).movedim(samples + 1, 1).sum(channels + 1) for h, g in pairs)
     return torch.as_tensor(total).flatten(2).movedim(0, 1)

@@ -29,7 +29,7 @@ from libragrad_fx.target import undisturbed
 from libragrad_fx.types import Finding, History, Plan, Site
 
 TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_OWN = ("record", "lean", "origin", "_tree", "_attributes", "_checks", "_constants")
+_OWN = ("record", "lean", "origin", "_tree", "_attributes", "_checks", "_constants", "_located")
 """Attributes of a captured module that do not come from the model."""
 
 
@@ -130,8 +130,9 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
         self._run_lean(lean)
 
     def recompile(self) -> Any:
-        """As ``GraphModule``. It drops the lean graph, so a graph changed by hand is what runs."""
-        self.__dict__["lean"] = None
+        """As ``GraphModule``. It drops the lean graph, so a graph changed by hand is what runs, and what is
+        known of the old one (``attribution.again``)."""
+        self.__dict__.update(lean=None, _located={})
         code = super().recompile()
         body = type(self).forward
         names = (*self._modules, *self._parameters, *self._buffers)

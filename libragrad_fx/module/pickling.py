@@ -12,7 +12,7 @@ import torch
 from torch.fx.node import map_aggregate
 
 from libragrad_fx.graph import notes
-from libragrad_fx.graph.origin import origin
+from libragrad_fx.graph.origin import FORM, form, origin
 from libragrad_fx.ops import TWINS, insert
 from libragrad_fx.ops.activation import secant
 from libragrad_fx.ops.share import shared
@@ -45,9 +45,9 @@ def spelled(graph: torch.fx.Graph) -> list[Any]:
 
 
 def _kept(node: torch.fx.Node) -> dict[str, Any]:
-    """The part of a node's ``meta`` that is pickled: our note, and the place in the user's code."""
+    """The part of a node's ``meta`` that is pickled: our note, its form, its place in the user's code."""
     noted = {notes.KEY: node.meta[notes.KEY]} if notes.KEY in node.meta else {}
-    return noted | origin(node)
+    return noted | {FORM: form(node)} | origin(node)
 
 
 def _plain(value: Any) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
+from typing import cast
 
-import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -49,12 +50,6 @@ def origin(node: Node) -> Node:
     return node
 
 
-def example(node: Node) -> torch.Tensor | None:
-    """A tensor of the shape that a node had at capture, in symbols."""
-    value = origin(node).meta.get("val")
-    return value if isinstance(value, torch.Tensor) else None
-
-
 def senders(module: CapturedModule) -> Callable[[Node], Sequence[Node]]:
     """Where a node of a captured graph sends a gradient that leads to the model's input."""
     live = {site.node: site.live for site in module.record.sites}
@@ -69,6 +64,22 @@ def senders(module: CapturedModule) -> Callable[[Node], Sequence[Node]]:
 
     found: dict[Node, list[Node]] = {}
     return lambda n: found[n] if n in found else found.setdefault(n, sends(n))
+
+
+def samples_axis(module: CapturedModule) -> Callable[[Node], int]:
+    """Which axis of a node's value counts samples: the first, unless capture saw the batch's size elsewhere
+    (tokens in front of samples, PyTorch's own order)."""
+    axes = {site.node: site.batch for site in module.record.sites}
+
+    def axis(node: Node) -> int:
+        node, index = origin(node), 0
+        if node.target is operator.getitem:
+            whole, place = node.args[:2]
+            node, index = cast(Node, whole), cast(int, place)
+        found = axes.get(node.name, ())
+        return (found[index] or 0) if index < len(found) else 0
+
+    return axis
 
 
 def bypassed(module: CapturedModule, node: Node, sends: Callable[[Node], Sequence[Node]]) -> bool:

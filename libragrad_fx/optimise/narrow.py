@@ -23,21 +23,14 @@ from torch.utils import _pytree as pytree
 
 from libragrad_fx.decide.flow import Facts, live, takes_gradient
 from libragrad_fx.graph.notes import Undo, annotate, note
+from libragrad_fx.graph.origin import in_example
 from libragrad_fx.graph.schema import aten_op, bind, is_elementwise, signature, spread
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.binding import PRODUCTS
 from libragrad_fx.ops.graft import carried
 from libragrad_fx.ops.insert import is_scale
 from libragrad_fx.ops.places import idle, is_selection, only_place, take_one, taken
-from libragrad_fx.optimise.views import (
-    elements,
-    first,
-    in_example,
-    is_sized,
-    only_moves,
-    replay,
-    sizes,
-)
+from libragrad_fx.optimise.views import elements, first, is_sized, only_moves, replay, sizes
 from libragrad_fx.optimise.work import Work
 from libragrad_fx.types import Kind, Location, OpFacts
 

@@ -12,6 +12,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from libragrad_fx.decide.flow import Facts
+from libragrad_fx.graph.origin import in_example
 
 
 def only_moves(node: Node, facts: Facts) -> bool:
@@ -48,10 +49,6 @@ def sizes(node: Node) -> tuple[int, ...]:
 def elements(node: Node) -> int:
     """How many elements a value has in the example."""
     return math.prod(map(in_example, first(node).shape))
-
-
-def in_example(size: Any) -> int:
-    return int(size.node.hint if isinstance(size, torch.SymInt) else size)  # type: ignore[arg-type]
 
 
 def is_sized(node: Node) -> bool:

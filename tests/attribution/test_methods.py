@@ -445,7 +445,10 @@ def test_where_no_token_is_read_alone_it_says_so() -> None:
         lg.attribute(lg.transform(model, x), x, TARGET, method="rollout")
 
 
-def test_two_sequences_of_tokens_are_not_followed_as_one() -> None:
+@pytest.mark.parametrize("length", [7, 5])
+def test_two_sequences_of_tokens_are_not_followed_as_one(length: int) -> None:
+    """Were they as many: an encoder's blocks and a decoder's are not one chain."""
+
     class Towers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -459,10 +462,11 @@ def test_two_sequences_of_tokens_are_not_followed_as_one() -> None:
                 x, y = a(x), b(y)
             return x.mean(1) * y.mean(1)
 
-    inputs = torch.randn(2, 5, 8, dtype=F64), torch.randn(2, 7, 8, dtype=F64)
+    inputs = torch.randn(2, 5, 8, dtype=F64), torch.randn(2, length, 8, dtype=F64)
     module = lg.transform(Towers().double().eval(), inputs)
-    with pytest.raises(InputError, match="follows one sequence"):
-        lg.attribute(module, inputs, TARGET, method="attcat")
+    for method in ("attcat", "legrad"):
+        with pytest.raises(InputError, match="follows one sequence"):
+            lg.attribute(module, inputs, TARGET, method=method)
     left = ["left.0", "left.1"]
     assert lg.attribute(module, inputs, TARGET, method="attcat", layers=left).values.shape == (2, 5)
 
