@@ -21,14 +21,14 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.account.observe import Observer, flat_arguments, site_bias, source_name
 from libragrad_fx.attribution import again, maps
 from libragrad_fx.attribution import attention as heads
-from libragrad_fx.attribution.places import Located, Locator, laid_out
+from libragrad_fx.attribution.places import Located, Locator, laid_out, samples_axis
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.flow import reach
 from libragrad_fx.errors import InputError
 from libragrad_fx.graph.origin import form
 from libragrad_fx.graph.schema import aten_op, is_elementwise
 from libragrad_fx.module.captured import CapturedModule, InGraphs, one_graph
-from libragrad_fx.module.walk import argument, bypassed, calls, origin, samples_axis, senders
+from libragrad_fx.module.walk import argument, bypassed, calls, origin, senders
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.insert import probed
 from libragrad_fx.ops.places import taken

@@ -23,7 +23,7 @@ from libragrad_fx.attribution.towers import towers
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule, InGraphs, one_graph
 from libragrad_fx.module.variants import fitting
-from libragrad_fx.module.walk import called_modules, path_of
+from libragrad_fx.module.walk import calls, path_of
 from libragrad_fx.target import Target, select_each
 from libragrad_fx.version import __version__
 
@@ -437,7 +437,7 @@ def _inside(module: CapturedModule, seen: Internals, name: str) -> int | None:
     """Which attention is the first in a call of a block."""
     path, _, call = name.partition("#")
     inside = [i for i, a in enumerate(seen.attention) if f"{a.module}.".startswith(f"{path}.")]
-    count = sum(path_of(c) == path for c in called_modules(module))
+    count = sum(path_of(c) == path for c in calls(module))
     place = (int(call or 1) - 1) * len(inside) // max(count, 1)
     return inside[place] if inside else None
 

@@ -85,10 +85,6 @@ class Run:
     foreign: set[str] = dataclasses.field(default_factory=set)
     over: bool = False
 
-    @property
-    def inputs(self) -> list[torch.Tensor]:
-        return [*self.leaves.values()]
-
     def refuse_early(self, g: torch.Tensor) -> None:
         """A hook on the outputs of graphs: a gradient taken inside the forward would be balanced."""
         if not self.over:
@@ -101,7 +97,7 @@ class Run:
         """Whether a tensor between two graphs depends on the model's input."""
         if getattr(x, _STATIC, False) or isinstance(x, nn.Parameter):
             return False
-        if not inexact(x) or any(x is i for i in self.inputs):
+        if not inexact(x) or any(x is i for i in self.leaves.values()):
             return True
         return x.grad_fn is not None and self._leads(x.grad_fn)
 
@@ -109,7 +105,7 @@ class Run:
         """Whether an autograd node leads to the input; eager ops on the way are noted in ``foreign``."""
         if node not in self.moves:
             if (variable := getattr(node, "variable", None)) is not None:
-                return any(variable is i for i in self.inputs)
+                return any(variable is i for i in self.leaves.values())
             found = [self._leads(n) for n, _ in node.next_functions if n is not None]
             self.moves[node] = any(found)
             if any(found):
@@ -271,7 +267,7 @@ class CutModule(InGraphs):
     def _kind(self, run: Run, x: Any) -> str:
         if not isinstance(x, torch.Tensor) or id(x) in run.own:
             return HELD
-        if any(x is i for i in run.inputs):
+        if any(x is i for i in run.leaves.values()):
             return INPUT
         return MOVES if run.depends(x) else STILL
 
