@@ -29,6 +29,8 @@ from libragrad_fx.target import undisturbed
 from libragrad_fx.types import Finding, History, Plan, Site
 
 TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+LOOKUPS = ("__getitem__", "__len__", "__iter__", "__contains__", "keys", "values", "items")
+"""Methods by which containers look up submodules."""
 _OWN = ("record", "lean", "origin", "_tree", "_attributes", "_checks", "_constants", "_located")
 """Attributes of a captured module that do not come from the model."""
 
@@ -41,6 +43,7 @@ class Record:
     forced:  arguments of ``forward`` that capture gave as False (``use_cache``)
     sites:   for the ledger, the nodes that a gradient passes
     history: how the module was balanced; None for a plain trace
+    container: the model's class, if one looks submodules up in it (``Sequential``)
     """
 
     training: bool
@@ -48,6 +51,7 @@ class Record:
     forced: tuple[str, ...] = ()
     sites: tuple[Site, ...] = ()
     history: History | None = None
+    container: type[torch.nn.Module] | None = None
 
     @property
     def starts(self) -> frozenset[str]:
@@ -126,8 +130,21 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
         # a submodule may have one of these names, and ``setattr`` would then want a module
         self.__dict__.update(_attributes=kept, record=record, origin=None)
         self.__dict__["_tree"] = Tree(self)
+        for name in LOOKUPS:
+            if hasattr(record.container, name):
+                setattr(type(self), name, functools.partialmethod(CapturedModule._look_up, name))
         torch.fx.GraphModule.graph.fset(self, graph)  # type: ignore[attr-defined]
         self._run_lean(lean)
+
+    def __bool__(self) -> bool:
+        return True  # also where it has a length
+
+    def _look_up(self, name: str, *args: Any) -> Any:
+        """A method of the model's class, on the submodules of this module."""
+        held = torch.nn.Module.__new__(self.record.container or torch.nn.Module)
+        held.__dict__.update({k: vars(self)[k] for k in (*TREE, *self._attributes)})
+        held._modules = {k: m for k, m in self._modules.items() if k != "output_structure"}
+        return getattr(held, name)(*args)
 
     def recompile(self) -> Any:
         """As ``GraphModule``. It drops the lean graph, so a graph changed by hand is what runs, and what is

@@ -169,8 +169,7 @@ class CutModule(InGraphs):
 
     @property
     def plan(self) -> Plan | None:
-        """The edits of all graphs that have run so far; node names start with the graph's name. None if the
-        backward is autograd's own."""
+        """The edits of all graphs that have run so far; node names start with the graph's name."""
         if not self.balanced:
             return None
         plans = [(name, p.history.plan) for name, p in self.pieces.items()]
