@@ -248,13 +248,17 @@ def verify(
 
 def audit(model: torch.nn.Module, inputs: Any, target: Any = None, *, rules: Any = None) -> Ledger:
     """The ledger of a model, balanced or not: which nodes create or destroy gradient mass."""
-    try:
-        module = model if isinstance(model, InGraphs) else trace(model, inputs, rules=rules)
-    except ExportError as refusal:
-        module = _other_rungs(
-            model, inputs, refusal, "keep", True, balanced=False, policy="libra", rules=rules
-        )
+    module = model if isinstance(model, InGraphs) else unbalanced(model, inputs, rules)
     return ledger(fitting(module, inputs), inputs, target)
+
+
+def unbalanced(model: torch.nn.Module, inputs: Any, rules: Any = None) -> CapturedModule | CutModule:
+    """The captured model with autograd's own backward; cut or recorded if it is no single graph."""
+    try:
+        return trace(model, inputs, rules=rules)
+    except ExportError as refusal:
+        options = {"balanced": False, "policy": "libra", "rules": rules}
+        return _other_rungs(model, inputs, refusal, "keep", True, **options)
 
 
 def visualize(

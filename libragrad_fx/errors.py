@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
-
 
 class LibraGradError(Exception):
     """Base of every error this package raises on purpose."""
@@ -25,16 +21,6 @@ class NoPathError(CaptureError):
 
 class InputError(LibraGradError):
     """An argument does not fit the model, the captured graph or the method asked for."""
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Make the folder that a file is written to; a path that cannot be written is an ``InputError``."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as e:
-        raise InputError(f"cannot write {str(path)!r}: {e.strerror or e}") from e
 
 
 class GuardError(InputError):

@@ -12,7 +12,7 @@ account costs a small multiple of the backward that it describes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class Recorder(Observer):
         is then no source: its gradient goes on to that graph.
     """
 
-    def __init__(self, module: CapturedModule, leaves: Sequence[torch.Tensor] | None = None) -> None:
+    def __init__(self, module: CapturedModule, leaves: Collection[torch.Tensor] | None = None) -> None:
         super().__init__(module)
         self.leaves = leaves
         # the account ends at embeddings that start the signal: they are no sites
@@ -212,7 +212,7 @@ def ledger_and_forward(module: InGraphs, inputs: Any, target: Target) -> tuple[L
     recorders: list[tuple[str, Recorder]] = []
 
     def record(name: str, graph: CapturedModule, leaves: Any, args: Any, kwargs: Any) -> Any:
-        recorder = Recorder(graph, leaves)
+        recorder = Recorder(graph, None if leaves is None else leaves.values())
         recorders.append((name, recorder))
         return recorder.run(*flat_arguments(graph, args, kwargs))
 
@@ -252,7 +252,7 @@ def share_as_run(module: InGraphs, forward: Forward, inputs: Any, target: Target
 def settle(recorders: Sequence[tuple[str, Recorder]], forward: Forward, target: Target) -> Ledger:
     """Run the backward of the recorded graphs, and add up the ledger."""
     scalar = select(forward.output, target)
-    started = {id(x): x for x in forward.leaves if _moves(x)}
+    started = {id(x): x for x in forward.leaves.values() if _moves(x)}
     started |= {id(x): x for _, r in recorders for x in r.sources.values()}
     sources = list(started.values())
     constants = [x for name, r in recorders if not name for x in r.constants]

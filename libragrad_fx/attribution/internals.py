@@ -22,14 +22,14 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.account.observe import Observer, flat_arguments, site_bias, source_name
 from libragrad_fx.attribution import again, maps
 from libragrad_fx.attribution import attention as heads
-from libragrad_fx.attribution.places import Located, Locator, laid_out
+from libragrad_fx.attribution.places import Located, Locator, laid_out, samples_axis
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.flow import reach
 from libragrad_fx.errors import InputError
 from libragrad_fx.graph.origin import form
 from libragrad_fx.graph.schema import aten_op, is_elementwise
-from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.module.walk import argument, bypassed, calls, origin, samples_axis, senders
+from libragrad_fx.module.captured import CapturedModule, InGraphs, one_graph
+from libragrad_fx.module.walk import argument, bypassed, calls, origin, senders
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.insert import probed
 from libragrad_fx.ops.places import taken
@@ -159,7 +159,7 @@ class Run:
     known:    of a traced run, what an earlier one showed
     """
 
-    module: CapturedModule
+    module: InGraphs
     facts: heads.Facts
     output: Any
     sources: Mapping[str, torch.Tensor]
@@ -296,20 +296,21 @@ class Run:
     @functools.cached_property
     def layout(self) -> Mapping[str, Any]:
         """The fields of ``Internals`` that do not depend on the target."""
-        sends, where = senders(self.module), positions(self.module, self.facts, self.sizes, self.sources)
+        module = one_graph(self.module)
+        sends, where = senders(module), positions(module, self.facts, self.sizes, self.sources)
         streams = (n if n is None else self.values[n].movedim(self.samples[n], 0) for n in self.streams)
         upstream = {p: reach([n], sends) for p, n in self.layers.items()}
         first = reach([*self.layers.values()][:1], lambda n: n.all_input_nodes)
         tokens = {source_name(n): names for n, names in where.items()}
         return {
             "shapes": tuple(shape for n, shape in self.sizes.items() if n in first),
-            "passed": frozenset(p for p, n in self.layers.items() if bypassed(self.module, n, sends)),
+            "passed": frozenset(p for p, n in self.layers.items() if bypassed(module, n, sends)),
             "before": {p: frozenset(map(source_name, nodes)) for p, nodes in upstream.items()},
             "tokens": tokens | {p: where[n] for p, n in self.layers.items()},
             "axes": self.located.axes,
             "layouts": self.located.layouts,
             "streams": tuple(None if t is None else t.detach() for t in streams),
-            "read": _read_token(self.ends[-1:], self.sizes, samples_axis(self.module)),
+            "read": _read_token(self.ends[-1:], self.sizes, samples_axis(module)),
         }
 
 
@@ -348,7 +349,7 @@ def run(
     upstream = reach([] if first is None else [first], senders(module))
     starts = starts or not taps
     sites = {s.node: s for s in module.record.sites if s.bias and not (starts and s.starts)}
-    facts = _facts_of(module)
+    facts = facts_of(module)
     attends = [*heads.sites(module.graph, facts)] if attention else []
     streams = [heads.stream_after(site, facts) for site in attends]
     ends = (
@@ -435,7 +436,7 @@ def _read_token(
     return None
 
 
-def _facts_of(module: CapturedModule) -> heads.Facts:
+def facts_of(module: CapturedModule) -> heads.Facts:
     """The row of a node's op: as the module was balanced by, else the shipped one."""
     made, shipped = module.record.history, rulebook.load().fact
     own = made.facts if made is not None else {}
@@ -444,6 +445,8 @@ def _facts_of(module: CapturedModule) -> heads.Facts:
 
 def _gradients(each: torch.Tensor, values: Sequence[torch.Tensor], last: bool) -> Sequence[Any]:
     """The gradients of values; None where none arrives."""
+    if not each.requires_grad:  # on these values the model took a branch that gives a constant
+        return [None] * len(values)
     return torch.autograd.grad(each.sum(), values, retain_graph=not last, allow_unused=True)
 
 

@@ -15,14 +15,15 @@ from libragrad_fx.attribution import formulas, maps
 from libragrad_fx.attribution.assemble import assemble, expected, images, layouts_of, shares_of
 from libragrad_fx.attribution.formulas import Layer, Method, Taps, Term
 from libragrad_fx.attribution.internals import Internals, Known, Run, run
+from libragrad_fx.attribution.outside import asks_outside, run_outside
 from libragrad_fx.attribution.result import Attribution
 from libragrad_fx.attribution.shares import BY, By, parts, stages
 from libragrad_fx.attribution.storage import MAPPINGS
 from libragrad_fx.attribution.towers import towers
 from libragrad_fx.errors import InputError
-from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.module.captured import CapturedModule, InGraphs, one_graph
 from libragrad_fx.module.variants import fitting
-from libragrad_fx.module.walk import called_modules, path_of
+from libragrad_fx.module.walk import calls, path_of
 from libragrad_fx.target import Target, select_each
 from libragrad_fx.version import __version__
 
@@ -48,7 +49,7 @@ class Question:
     known: of a traced run, what an earlier one showed
     """
 
-    module: CapturedModule
+    module: InGraphs
     inputs: Any
     method: str
     how: Method
@@ -64,6 +65,8 @@ class Question:
     def run(self, given: Starts | None = None, like: Run | None = None) -> Run:
         """A forward; on the values of ``given``, where things lie as in the run ``like``."""
         how, located = self.how, None if like is None else like.located
+        if not isinstance(self.module, CapturedModule):
+            return run_outside(self.module, self.inputs, given)
         return run(
             self.module, self.inputs, self.paths, how.biases, how.attention or self.by == "head", given,
             self.rest, located, self.by == "block", self.known,
@@ -71,7 +74,7 @@ class Question:
 
 
 def explain(
-    module: CapturedModule,
+    module: InGraphs,
     inputs: Any,
     targets: Meant,
     *,
@@ -105,7 +108,7 @@ def answers(asked: Question, meant: Meant) -> list[Attribution]:
 
 
 def questions(
-    module: CapturedModule, inputs: Any, targets: Meant, *, method: str, layers: Layers = None,
+    module: InGraphs, inputs: Any, targets: Meant, *, method: str, layers: Layers = None,
     resolution: Resolution = "tokens", by: By | None = None, baseline: float = 0.0, steps: int = 50,
     seed: int = 0,
 ) -> list[tuple[Question, Meant, Sequence[int] | None]]:  # fmt: skip
@@ -127,6 +130,9 @@ def questions(
         _require(asked)
         return asked
 
+    if not isinstance(module, CapturedModule):
+        _require_outside(module, method, how, layers, by)
+        return [(at([]), targets, None)]
     if layers is not None:
         return [(at(stages(module) if each else layers), targets, None)]
     found = towers(module)
@@ -167,6 +173,18 @@ def _layers(found: Sequence[Sequence[str]], how: Method, resolution: Resolution)
         return [*max(found, key=len, default=[])][:1]
     start = {"last": lambda n: n - 1, "half": lambda n: n // 2}.get(how.layers, lambda n: 0)
     return [path for paths in found if paths for path in paths[start(len(paths)) :]]
+
+
+def _require_outside(module: InGraphs, method: str, how: Method, layers: Layers, by: By | None) -> None:
+    """Raise ``InputError`` if what is asked for is inside a model that is not one graph."""
+    if asks_outside(how) and layers is None and by is None:
+        return
+    wanted = "layers" if layers is not None else "by" if by is not None else method
+    able = ", ".join(name for name, m in formulas.METHODS.items() if asks_outside(m))
+    raise InputError(
+        f"{wanted} needs one captured graph, and {type(module).__name__} is none: this model had to be cut"
+        f" into several, or to be recorded at each call. What looks at its inputs alone: {able}"
+    )
 
 
 def _require(asked: Question) -> None:
@@ -222,9 +240,10 @@ def _on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> list[At
 
 def _whole_on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
     """``path_averaged``: the whole method at k/n of the way to the first block's input, k = 1..n."""
-    apart = towers(asked.module)
+    module = one_graph(asked.module)
+    apart = towers(module)
     place = next((t for t in apart if set(t) & set(asked.paths)), max(apart, key=len))[:1]
-    first = run(asked.module, asked.inputs, place, False, located=seen.located)
+    first = run(module, asked.inputs, place, False, located=seen.located)
     starts = _starts(dataclasses.replace(asked, rest=True), first)
     base, found = asked.baseline, list[list[Attribution]]()
     for k in range(1, asked.steps + 1):
@@ -238,9 +257,9 @@ def _block_by_block(asked: Question, seen: Run, targets: Sequence[Target]) -> li
     ends = {path: seen.values[n] for path, n in zip(asked.paths, seen.ends, strict=True)}
     if len({(seen.samples[n], seen.values[n].shape) for n in seen.ends}) > 1:
         raise InputError(_several(asked.method, asked.paths))
-    last, samples = seen.ends[-1].name, seen.samples[seen.ends[-1]]
+    module, last, samples = one_graph(asked.module), seen.ends[-1].name, seen.samples[seen.ends[-1]]
     tails = [
-        run(asked.module, asked.inputs, biases=False, given={last: t.detach()}, located=seen.located)
+        run(module, asked.inputs, biases=False, given={last: t.detach()}, located=seen.located)
         for t in ends.values()
     ]
     answers = []
@@ -248,7 +267,7 @@ def _block_by_block(asked: Question, seen: Run, targets: Sequence[Target]) -> li
         one = seen.back(target, last=False)
         attention = dict(enumerate(one.attention))
         for (path, end), tail in zip(ends.items(), tails, strict=True):
-            inside, (_, g) = _inside(asked.module, one, path), tail.back(target, last=False).inputs[last]
+            inside, (_, g) = _inside(module, one, path), tail.back(target, last=False).inputs[last]
             if inside is not None:
                 attention[inside] = seen.attended(inside, end, g.movedim(0, samples))
         answers.append(
@@ -379,7 +398,7 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
     ]
     if not how.attention:
         return Taps(layers, noise=_uniform(layers[0], asked.seed))
-    at = [_inside(asked.module, seen, layer.name) for layer in layers]
+    at = [_inside(one_graph(asked.module), seen, layer.name) for layer in layers]
     missing = [x.name for x, i in zip(layers, at, strict=True) if i is None or not _over_tokens(seen, i, x)]
     if missing:
         raise InputError(
@@ -445,7 +464,7 @@ def _inside(module: CapturedModule, seen: Internals, name: str) -> int | None:
     """Which attention is the first in a call of a block."""
     path, _, call = name.partition("#")
     inside = [i for i, a in enumerate(seen.attention) if f"{a.module}.".startswith(f"{path}.")]
-    count = sum(path_of(c) == path for c in called_modules(module))
+    count = sum(path_of(c) == path for c in calls(module))
     place = (int(call or 1) - 1) * len(inside) // max(count, 1)
     return inside[place] if inside else None
 

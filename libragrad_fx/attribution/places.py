@@ -12,7 +12,7 @@ import dataclasses
 import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
@@ -21,6 +21,8 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.attribution.maps import Layout, Part
 from libragrad_fx.decide.flow import hands_on, reach
 from libragrad_fx.graph.schema import aten_op, bind, is_elementwise, spread
+from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.module.walk import origin
 from libragrad_fx.ops.insert import leaf, probed, stop
 from libragrad_fx.types import Kind, OpFacts
 
@@ -116,6 +118,22 @@ class Located:
     axes: Mapping[str, tuple[int, ...]]
     layouts: Mapping[str, Layout]
     windows: Mapping[str, Mapping[str, Windows]]
+
+
+def samples_axis(module: CapturedModule) -> Callable[[Node], int]:
+    """Which axis of a node's value counts samples: the first, unless capture saw the batch's size elsewhere
+    (tokens in front of samples, PyTorch's own order)."""
+    axes = {site.node: site.batch for site in module.record.sites}
+
+    def axis(node: Node) -> int:
+        node, index = origin(node), 0
+        if node.target is operator.getitem:
+            whole, place = node.args[:2]
+            node, index = cast(Node, whole), cast(int, place)
+        found = axes.get(node.name, ())
+        return (found[index] or 0) if index < len(found) else 0
+
+    return axis
 
 
 class Locator:

@@ -10,19 +10,11 @@ import torch
 from libragrad_fx.attribution import maps
 from libragrad_fx.attribution.formulas import Term
 from libragrad_fx.attribution.internals import Internals
+from libragrad_fx.attribution.places import samples_axis
 from libragrad_fx.errors import InputError
 from libragrad_fx.graph.origin import form
 from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.module.walk import (
-    argument,
-    blocks,
-    bypassed,
-    called_modules,
-    calls,
-    origin,
-    samples_axis,
-    senders,
-)
+from libragrad_fx.module.walk import argument, blocks, bypassed, calls, origin, senders
 from libragrad_fx.ops import insert
 from libragrad_fx.target import product
 
@@ -43,7 +35,7 @@ def stages(module: CapturedModule) -> list[str]:
     inputs = [sizes for sizes, _ in filter(None, given) if len(sizes) > 3]
     image = inputs[0][2:] if inputs else None
     found: dict[str, str] = {}
-    for name in blocks(module) or called_modules(module):
+    for name in blocks(module) or [*called]:
         node = argument(called[name])
         shape = None if node is None else form(origin(node))
         if node is None or shape is None or len(shape[0]) < 3:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from libragrad_fx.errors import InputError, writing
+from libragrad_fx.errors import InputError
+from libragrad_fx.extras import writing
 
 MAPPINGS = ("others", "stages", "parts")
 """Fields of an ``Attribution`` that hold tensors by name: saved as others.NAME."""

@@ -54,3 +54,9 @@ def _apart(reads: Mapping[str, frozenset[str]]) -> list[list[str]]:
         groups.append((inputs, members))
     order = {path: i for i, path in enumerate(reads)}
     return sorted((members for _, members in groups), key=lambda paths: min(order[p] for p in paths))
+
+
+def called_modules(module: CapturedModule) -> list[str]:
+    """Names of the calls of submodules that are in the graph, in the order in which they end: module paths,
+    and ``path#2`` for the second call of one."""
+    return [*calls(module)]

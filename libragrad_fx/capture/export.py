@@ -30,13 +30,7 @@ from libragrad_fx.capture.context import (
     observed,
 )
 from libragrad_fx.capture.examples import without_cache
-from libragrad_fx.capture.free import (
-    USUAL,
-    Free,
-    batch_of_two,
-    by_name,
-    freed,
-)
+from libragrad_fx.capture.free import USUAL, Free, batch_of_two, by_name, freed
 from libragrad_fx.capture.inplace import drop_idle, rename
 from libragrad_fx.capture.state import untouched
 from libragrad_fx.decide import rulebook

@@ -24,7 +24,7 @@ from libragrad_fx.capture.context import Call
 from libragrad_fx.capture.export import Capture, size_of
 from libragrad_fx.errors import CaptureError, ExportError
 from libragrad_fx.graph.origin import origin, source_line
-from libragrad_fx.module.captured import CapturedModule, Record
+from libragrad_fx.module.captured import LOOKUPS, CapturedModule, Record
 from libragrad_fx.module.shells import Structure, shell_tree
 from libragrad_fx.ops import insert, places
 from libragrad_fx.ops.spelling import COPY_INTO, Writer, says_nothing, written
@@ -82,7 +82,8 @@ class _Normaliser:
         calls = tuple(filter(None, (self._call(i, c) for i, c in enumerate(self.captured.calls))))
         _drop_unused_lookups(self.graph, calls)
         forced = tuple(sorted(self.captured.forced))
-        record = Record(self.model.training, tuple(dict.fromkeys(self.pins)), forced)
+        kind = type(self.model) if any(hasattr(type(self.model), name) for name in LOOKUPS) else None
+        record = Record(self.model.training, tuple(dict.fromkeys(self.pins)), forced, container=kind)
         module = CapturedModule(self.root, self.graph, record)
         return Trace(module, tuple(self.specs), calls, self.captured.notes)
 
@@ -324,6 +325,14 @@ def _root_shell(model: torch.nn.Module) -> torch.nn.Module:
         root.__dict__[name] = type(vars(model)[name])(vars(model)[name])
     root.__dict__["_modules"] = {k: None if c is None else shells[id(c)] for k, c in model._modules.items()}
     return root
+
+
+def paths_of(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """The path of each leaf among the arguments of a call: ``x``, ``x['mask']``."""
+    parameters = [*inspect.signature(model.forward).parameters.values()]
+    leaves = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))[0]
+    named = (_parameter(parameters, path) for path, _ in leaves)
+    return [name + "".join(map(str, keys)) for name, keys in named]
 
 
 def _has_default(p: inspect.Parameter) -> bool:

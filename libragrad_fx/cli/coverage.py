@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from libragrad_fx.cli.options import app, one_line
-from libragrad_fx.errors import InputError, writing
+from libragrad_fx.errors import InputError
+from libragrad_fx.extras import writing
 
 
 @app.command(short_help="Check whole model libraries, model by model.")

@@ -10,7 +10,7 @@ import typer
 
 from libragrad_fx.cli.common import working
 from libragrad_fx.cli.options import app
-from libragrad_fx.errors import writing
+from libragrad_fx.extras import writing
 
 
 @app.command(short_help="Write a page that shows the difference; offline.")

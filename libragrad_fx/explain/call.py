@@ -71,6 +71,9 @@ def attribute(
         batch_size: how many samples to explain at once; all by default.
         progress: show a progress bar.
 
+    A model that had to be cut into several graphs, or to be recorded at each call, has the methods that
+    look at its inputs alone: ``gradient``, ``input_x_gradient``, ``smoothgrad``, ``integrated_gradients``.
+
     Raises:
         InputError: unknown method or layer, inputs or a target that do not fit, or a model without what
             the method needs.

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from libragrad_fx.api import trace, transform
+from libragrad_fx.api import transform, unbalanced
 from libragrad_fx.decide import rulebook
 from libragrad_fx.errors import InputError, ModeError
-from libragrad_fx.module.captured import CapturedModule, InGraphs
+from libragrad_fx.module.captured import InGraphs
 from libragrad_fx.module.changes import Tree
 from libragrad_fx.module.variants import Origin
 
@@ -26,21 +26,21 @@ class _Kept(NamedTuple):
 
     tree: Tree
     tensors: tuple[int, ...]
-    module: CapturedModule
+    module: InGraphs
 
 
 _KEPT: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, _Kept]] = weakref.WeakKeyDictionary()
 _LOCK = threading.RLock()
 
 
-def captured(model: torch.nn.Module, inputs: Any, policy: Policy) -> CapturedModule:
+def captured(model: torch.nn.Module, inputs: Any, policy: Policy) -> InGraphs:
     """``model`` as a captured module: itself if it is one, else its transform, which is kept.
 
     Args:
         policy: None is "libra" of a model, and its own of a captured module; "autograd" changes nothing.
 
     Raises:
-        InputError: no model, a module that was captured by another policy, or a model in several graphs.
+        InputError: no model, or a module that was captured by another policy.
     """
     if isinstance(model, InGraphs):
         return _as_asked(model, policy)
@@ -52,21 +52,14 @@ def captured(model: torch.nn.Module, inputs: Any, policy: Policy) -> CapturedMod
         found = _KEPT.get(model, {}).get(key)
         if found is not None and found.tensors == _tensors(model) and _unchanged(found.tree):
             return found.module
-        made = trace(model, inputs) if asked == AUTOGRAD else transform(model, inputs, policy=asked)
-        module = _as_asked(made, None)
-        if isinstance(module.origin, Origin):  # or the module would keep its key alive
-            vars(module)["origin"] = Origin(module.origin.recapture.weakly())
-        _KEPT.setdefault(model, {})[key] = _Kept(Tree(model), _tensors(model), module)
-        return module
+        made = unbalanced(model, inputs) if asked == AUTOGRAD else transform(model, inputs, policy=asked)
+        if isinstance(made.origin, Origin):  # or the module would keep its key alive
+            vars(made)["origin"] = Origin(made.origin.recapture.weakly())
+        _KEPT.setdefault(model, {})[key] = _Kept(Tree(model), _tensors(model), made)
+        return made
 
 
-def _as_asked(module: InGraphs, policy: Policy) -> CapturedModule:
-    if not isinstance(module, CapturedModule):
-        raise InputError(
-            f"attribute needs one captured graph, and {type(module).__name__} is none: a model that had to"
-            " be cut into several graphs has no such maps. Its balanced input gradient,"
-            " torch.autograd.grad(gm(x)[...], x), does what it says"
-        )
+def _as_asked(module: Any, policy: Policy) -> InGraphs:
     made = AUTOGRAD if module.plan is None else module.plan.policy
     if policy is not None and policy != made:
         raise InputError(

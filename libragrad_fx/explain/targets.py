@@ -16,7 +16,7 @@ from libragrad_fx.attribution.similarity import unit
 from libragrad_fx.errors import InputError, TargetWarning
 from libragrad_fx.explain.inputs import Batch
 from libragrad_fx.models import index_of, label_of
-from libragrad_fx.target import (
+from libragrad_fx.target import (  # fmt: skip
     Target,
     differentiable,
     dot,
@@ -24,7 +24,7 @@ from libragrad_fx.target import (
     inexact,
     moving,
     select_each,
-)  # fmt: skip
+)
 
 _CURVED = 1e-2  # half precision rounds a sum of outputs by less
 

@@ -16,9 +16,7 @@ def op_name(target: Any) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def signature(
-    op: torch._ops.OpOverload,
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Any, ...]]:
+def signature(op: torch._ops.OpOverload) -> tuple[tuple[str, ...], tuple[str, ...], tuple[Any, ...]]:
     """Argument names in schema order, the keyword-only ones (they are last), and all defaults."""
     arguments = op._schema.arguments
     return (

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -29,6 +29,8 @@ from libragrad_fx.target import undisturbed
 from libragrad_fx.types import Finding, History, Plan, Site
 
 TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+LOOKUPS = ("__getitem__", "__len__", "__iter__", "__contains__", "keys", "values", "items")
+"""Methods by which containers look up submodules."""
 _OWN = ("record", "lean", "origin", "_tree", "_attributes", "_checks", "_constants", "_located")
 """Attributes of a captured module that do not come from the model."""
 
@@ -41,6 +43,7 @@ class Record:
     forced:  arguments of ``forward`` that capture gave as False (``use_cache``)
     sites:   for the ledger, the nodes that a gradient passes
     history: how the module was balanced; None for a plain trace
+    container: the model's class, if one looks submodules up in it (``Sequential``)
     """
 
     training: bool
@@ -48,6 +51,7 @@ class Record:
     forced: tuple[str, ...] = ()
     sites: tuple[Site, ...] = ()
     history: History | None = None
+    container: type[torch.nn.Module] | None = None
 
     @property
     def starts(self) -> frozenset[str]:
@@ -55,7 +59,7 @@ class Record:
         return frozenset(s.node for s in self.sites if s.starts)
 
 
-RunGraph = Callable[[str, "CapturedModule", Sequence[torch.Tensor] | None, Any, Any], Any]
+RunGraph = Callable[[str, "CapturedModule", Mapping[str, torch.Tensor] | None, Any, Any], Any]
 """Runs a graph. Gets its name, its module, ``Forward.leaves`` (None for a single graph), args, kwargs."""
 
 
@@ -64,14 +68,14 @@ class Forward:
     """One forward of a model in one graph or several.
 
     graphs:  the graphs that ran, by name; a single one has the name ""
-    leaves:  for several graphs, the tensors that are the model's inputs
+    leaves:  for several graphs, the tensors that are the model's inputs, by path (``x``, ``x['mask']``)
     between: ops that depend on the input and ran between the graphs, where no rule reaches
     cuts:    source lines at which a graph ends
     """
 
     output: Any
     graphs: Mapping[str, CapturedModule]
-    leaves: Sequence[torch.Tensor] = ()
+    leaves: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     between: tuple[Finding, ...] = ()
     cuts: tuple[str, ...] = ()
 
@@ -81,6 +85,11 @@ class InGraphs(torch.nn.Module):
 
     origin: Any = None
     """Captures the original for other inputs (``variants.Origin``); None if the original is gone."""
+
+    @property
+    def plan(self) -> Plan | None:
+        """The ``Plan`` that made this module's backward; None if that is autograd's own."""
+        raise NotImplementedError
 
     @property
     def captured_graphs(self) -> Mapping[str, CapturedModule]:
@@ -121,8 +130,21 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
         # a submodule may have one of these names, and ``setattr`` would then want a module
         self.__dict__.update(_attributes=kept, record=record, origin=None)
         self.__dict__["_tree"] = Tree(self)
+        for name in LOOKUPS:
+            if hasattr(record.container, name):
+                setattr(type(self), name, functools.partialmethod(CapturedModule._look_up, name))
         torch.fx.GraphModule.graph.fset(self, graph)  # type: ignore[attr-defined]
         self._run_lean(lean)
+
+    def __bool__(self) -> bool:
+        return True  # also where it has a length
+
+    def _look_up(self, name: str, *args: Any) -> Any:
+        """A method of the model's class, on the submodules of this module."""
+        held = torch.nn.Module.__new__(self.record.container or torch.nn.Module)
+        held.__dict__.update({k: vars(self)[k] for k in (*TREE, *self._attributes)})
+        held._modules = {k: m for k, m in self._modules.items() if k != "output_structure"}
+        return getattr(held, name)(*args)
 
     def recompile(self) -> Any:
         """As ``GraphModule``. It drops the lean graph, so a graph changed by hand is what runs, and what is
@@ -201,7 +223,6 @@ class CapturedModule(torch.fx.GraphModule, InGraphs):
 
     @property
     def plan(self) -> Plan | None:
-        """The ``Plan`` that made this module's backward; None for a plain trace."""
         return self.record.history and self.record.history.plan
 
     @property

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
-from typing import cast
 
 from torch.fx import Node
 from torch.utils import _pytree as pytree
@@ -30,12 +28,6 @@ def calls(module: CapturedModule) -> dict[str, Node]:
 def path_of(call: str) -> str:
     """The module path of a call."""
     return call.partition("#")[0]
-
-
-def called_modules(module: CapturedModule) -> list[str]:
-    """Names of the calls of submodules that are in the graph, in the order in which they end: module paths,
-    and ``path#2`` for the second call of one."""
-    return [*calls(module)]
 
 
 def argument(call: Node) -> Node | None:
@@ -64,22 +56,6 @@ def senders(module: CapturedModule) -> Callable[[Node], Sequence[Node]]:
 
     found: dict[Node, list[Node]] = {}
     return lambda n: found[n] if n in found else found.setdefault(n, sends(n))
-
-
-def samples_axis(module: CapturedModule) -> Callable[[Node], int]:
-    """Which axis of a node's value counts samples: the first, unless capture saw the batch's size elsewhere
-    (tokens in front of samples, PyTorch's own order)."""
-    axes = {site.node: site.batch for site in module.record.sites}
-
-    def axis(node: Node) -> int:
-        node, index = origin(node), 0
-        if node.target is operator.getitem:
-            whole, place = node.args[:2]
-            node, index = cast(Node, whole), cast(int, place)
-        found = axes.get(node.name, ())
-        return (found[index] or 0) if index < len(found) else 0
-
-    return axis
 
 
 def bypassed(module: CapturedModule, node: Node, sends: Callable[[Node], Sequence[Node]]) -> bool:

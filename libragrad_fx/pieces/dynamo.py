@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.account.birth import Reference, require_balanced, require_same
+from libragrad_fx.capture.normal import paths_of
 from libragrad_fx.capture.state import copied, untouched
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.plan import require_matched
@@ -67,6 +68,7 @@ class _Piece(nn.Module):
 class Run:
     """One forward of a cut module.
 
+    leaves:  the tensors among the arguments, by path (``Forward.leaves``)
     own:     by ``id``, the model's parameters and buffers
     by:      runs the pieces in place of their own forward
     moves:   by autograd node, whether it leads to the input
@@ -75,7 +77,7 @@ class Run:
     over:    whether the forward has ended
     """
 
-    inputs: list[torch.Tensor]
+    leaves: dict[str, torch.Tensor]
     own: dict[int, torch.Tensor]
     by: RunGraph | None
     moves: dict[Any, bool] = dataclasses.field(default_factory=dict)
@@ -95,7 +97,7 @@ class Run:
         """Whether a tensor between two graphs depends on the model's input."""
         if getattr(x, _STATIC, False) or isinstance(x, nn.Parameter):
             return False
-        if not inexact(x) or any(x is i for i in self.inputs):
+        if not inexact(x) or any(x is i for i in self.leaves.values()):
             return True
         return x.grad_fn is not None and self._leads(x.grad_fn)
 
@@ -103,7 +105,7 @@ class Run:
         """Whether an autograd node leads to the input; eager ops on the way are noted in ``foreign``."""
         if node not in self.moves:
             if (variable := getattr(node, "variable", None)) is not None:
-                return any(variable is i for i in self.inputs)
+                return any(variable is i for i in self.leaves.values())
             found = [self._leads(n) for n, _ in node.next_functions if n is not None]
             self.moves[node] = any(found)
             if any(found):
@@ -166,8 +168,10 @@ class CutModule(InGraphs):
         return self
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> Plan | None:
         """The edits of all graphs that have run so far; node names start with the graph's name."""
+        if not self.balanced:
+            return None
         plans = [(name, p.history.plan) for name, p in self.pieces.items()]
 
         def joined(field: str) -> Any:
@@ -199,7 +203,7 @@ class CutModule(InGraphs):
             Finding(name, name, "", "", "runs between two graphs", "make it traceable for Dynamo")
             for name in sorted(ran.foreign)
         )
-        return Forward(output, ran.pieces, ran.inputs, between, self.cuts)
+        return Forward(output, ran.pieces, ran.leaves, between, self.cuts)
 
     @contextlib.contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -234,7 +238,8 @@ class CutModule(InGraphs):
         leaves = [x.detach().requires_grad_() if lone(x) else x for x in leaves]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         own = {id(t): t for t in (*self._model.parameters(), *self._model.buffers())}
-        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        paths = paths_of(self._model, args, kwargs)
+        tensors = {p: x for p, x in zip(paths, leaves, strict=True) if isinstance(x, torch.Tensor)}
         return args, kwargs, Run(tensors, own, by)
 
     def _backend(self, body: torch.fx.GraphModule, examples: Any) -> Callable[..., Any]:
@@ -261,7 +266,7 @@ class CutModule(InGraphs):
     def _kind(self, run: Run, x: Any) -> str:
         if not isinstance(x, torch.Tensor) or id(x) in run.own:
             return HELD
-        if any(x is i for i in run.inputs):
+        if any(x is i for i in run.leaves.values()):
             return INPUT
         return MOVES if run.depends(x) else STILL
 
@@ -302,7 +307,7 @@ class CutModule(InGraphs):
             outputs = body(*given)
         else:
             run.pieces[name] = piece
-            outputs = run.by(name, piece, run.inputs, given, {}) if run.by else piece(*given)
+            outputs = run.by(name, piece, run.leaves, given, {}) if run.by else piece(*given)
         leaves = pytree.tree_leaves(outputs)
         for y in leaves:
             if isinstance(y, torch.Tensor) and y.requires_grad and piece is not None:

@@ -15,12 +15,13 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from libragrad_fx.decide.rulebook import RuleBook
 from libragrad_fx.ops.selection import select_by_index
 from libragrad_fx.target import inexact
 
 
 def freeze(
-    body: GraphModule, given: Sequence[torch.Tensor], inputs: int
+    body: GraphModule, given: Sequence[torch.Tensor], inputs: int, book: RuleBook
 ) -> tuple[GraphModule, list[torch.Tensor], list[bool], list[torch.Tensor]]:
     """Give ``body`` a placeholder for each tensor of whole numbers that it returns, or that an op on real
     or complex numbers reads.
@@ -31,8 +32,9 @@ def freeze(
     body:   recorded ATen ops, in-place ones too; it is changed.
     given:  the tensors that it was recorded on, before it wrote into them.
     inputs: how many of these are the model's inputs; they come first.
+    book:   knows the ops that fill a tensor of the shape of their operand.
     """
-    run = _Run(body, inputs)
+    run = _Run(body, inputs, book)
     with torch.no_grad():
         outputs = run.run(*given)
     graph, placed = body.graph, dict[tuple[Any, ...], Node]()
@@ -85,13 +87,14 @@ class _Run(Interpreter):
     moves:  nodes that depend on the model's input
     """
 
-    def __init__(self, body: GraphModule, inputs: int) -> None:
+    def __init__(self, body: GraphModule, inputs: int, book: RuleBook) -> None:
         super().__init__(body, garbage_collect_values=True)
         self.extra_traceback = False
         self.read: dict[Node, dict[Node, tuple[int, torch.Tensor]]] = {}
         self.idle: set[Node] = set()
         self.shapes: dict[Node, Any] = {}
         self.outside: dict[int, Any] = {}  # by address; kept alive, or the address may be reused
+        self.book = book
         self.moves = set([n for n in body.graph.nodes if n.op == "placeholder"][:inputs])
 
     def run_node(self, n: Node) -> Any:
@@ -99,7 +102,8 @@ class _Run(Interpreter):
         whole = {a: v for a, v in values.items() if isinstance(v, torch.Tensor) and not inexact(v)}
         noted = {a: (v._version, v.clone()) for a, v in whole.items()}
         result = super().run_node(n)
-        if any(a in self.moves for a in values):
+        fact = self.book.fact(n.target)
+        if any(a in self.moves for a in values) and (fact is None or fact.fill is None):
             self.moves.add(n)
         made = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
         self.shapes[n] = made[0].shape if made else None

@@ -164,17 +164,17 @@ class TapeModule(CutModule):
             self._book = rulebook.load(self.options["policy"], self.options["rules"])
         with undisturbed(self):  # undo the recording's draws and writes: the graph will repeat them
             tape = record(self._model, args, kwargs, self._book)
-        given = [*run.inputs, *tape.held]
+        given = [*run.leaves.values(), *tape.held]
         with undisturbed(self):
             copies = [t.detach().clone() for t in given]
-            body, whole, moves, again = freeze(tape.body, copies, len(run.inputs))
+            body, whole, moves, again = freeze(tape.body, copies, len(run.leaves), self._book)
         if not compare(tape.outputs, again)[0]:
             raise CaptureError(
                 f"{type(self._model).__name__} computes something that is no op of PyTorch's on its"
                 " tensors: it writes into them by .data, or by memory that NumPy shares"
             )
         kinds = (
-            *(self._kind(run, t) for t in run.inputs),
+            *(self._kind(run, t) for t in run.leaves.values()),
             *(HELD if id(t) in run.own else STILL for t in tape.held),
             *(MOVES if m else STILL for m in moves),
         )

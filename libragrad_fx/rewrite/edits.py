@@ -23,16 +23,12 @@ from libragrad_fx.ops.activation import secant
 from libragrad_fx.ops.share import shared
 from libragrad_fx.ops.temper import tempered
 from libragrad_fx.optimise.passes import optimise
-from libragrad_fx.rewrite.erase import erase
 from libragrad_fx.rewrite.probes import insert_probes
 from libragrad_fx.types import Action, Analysis, Edit, History, Plan, Trace
 
 
 def rewrite(
-    trace: Trace,
-    plan: Plan | None,
-    analysis: Analysis | None = None,
-    history: History | None = None,
+    trace: Trace, plan: Plan | None, analysis: Analysis | None = None, history: History | None = None
 ) -> CapturedModule:
     """A new module: ``trace``'s graph with the plan's edits, and a probe for every module call.
 
@@ -53,14 +49,7 @@ def rewrite(
     insert_probes(graph, trace.calls, by_name)
     graph.lint()
     record = dataclasses.replace(source.record, sites=found, history=history)
-    return CapturedModule(_root(source), graph, record, short)
-
-
-def unedited(module: CapturedModule) -> CapturedModule:
-    """The plain trace that a balanced module was made of: the same parameters, autograd's backward."""
-    plain = module.record.history.plain_sites if module.record.history else module.record.sites
-    record = dataclasses.replace(module.record, sites=plain, history=None)
-    return CapturedModule(_root(module), erase(module.graph), record)
+    return CapturedModule(root_of(source), graph, record, short)
 
 
 def _copy(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
@@ -69,7 +58,7 @@ def _copy(graph: Graph) -> tuple[Graph, dict[Node, Node]]:
     return new, env
 
 
-def _root(module: torch.nn.Module) -> torch.nn.Module:
+def root_of(module: torch.nn.Module) -> torch.nn.Module:
     """The module's tree under a fresh root: two results of one trace share parameters, not dicts."""
     root = torch.nn.Module()
     root.__dict__.update({k: v for k, v in vars(module).items() if "hooks" not in k})

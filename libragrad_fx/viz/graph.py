@@ -7,6 +7,7 @@ graph, so a picture can show either. Every number is the ledger's.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 import re
@@ -24,7 +25,8 @@ from libragrad_fx.graph.origin import module_path, source_line
 from libragrad_fx.graph.schema import op_name, operands
 from libragrad_fx.module.captured import CapturedModule, one_graph
 from libragrad_fx.ops import insert
-from libragrad_fx.rewrite.edits import unedited
+from libragrad_fx.rewrite.edits import root_of
+from libragrad_fx.rewrite.erase import erase
 from libragrad_fx.types import Edit, LedgerRow, Plan
 
 SIDES = ("plain", "balanced")
@@ -60,7 +62,7 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
     refusal = "a gradient graph is drawn of what transform returned, in one graph; got {}"
     if (plan := one_graph(gm, refusal).plan) is None:
         raise InputError(refusal.format(type(gm).__name__))
-    plain = unedited(gm)
+    plain = _unedited(gm)
     accounts = {"plain": ledger(plain, inputs, target), "balanced": ledger(gm, inputs, target)}
     graph = nx.DiGraph(output={side: account.output for side, account in accounts.items()})
     describe = _describer(gm, plan)
@@ -89,6 +91,13 @@ def gradient_graph(gm: CapturedModule, inputs: Any, target: Any = None) -> nx.Di
     for producer, _, data in graph.edges(data=True):
         data["role"] = graph.nodes[producer]["role"]
     return graph
+
+
+def _unedited(module: CapturedModule) -> CapturedModule:
+    """The plain trace that a balanced module was made of: the same parameters, autograd's backward."""
+    plain = module.record.history.plain_sites if module.record.history else module.record.sites
+    record = dataclasses.replace(module.record, sites=plain, history=None)
+    return CapturedModule(root_of(module), erase(module.graph), record)
 
 
 def _describer(gm: CapturedModule, plan: Plan) -> Callable[[str, LedgerRow | None], dict[str, Any]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from libragrad_fx.errors import InputError, writing
+from libragrad_fx.errors import InputError
+from libragrad_fx.extras import writing
 from libragrad_fx.viz import figure, html
 from libragrad_fx.viz.sheet import Sheet
 

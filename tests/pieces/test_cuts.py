@@ -225,7 +225,7 @@ def test_ops_between_graphs_are_recorded() -> None:
 def test_methods_that_need_the_graph_say_so() -> None:
     model, x, _ = branching()
     gm = lg.transform(model, x)
-    with pytest.raises(InputError, match="several graphs"):
+    with pytest.raises(InputError, match="one captured graph"):
         lg.attribute(gm, x, target=1)
 
 
