@@ -62,6 +62,7 @@ class Internals:
     streams: for each of these the residual stream behind it; None where there is none
     returned: what the module at each layer returned, with its gradient, where attention or it was asked for
     read:    which token of the last layer's module is read alone, by what comes behind it; None if none is
+    apart:   module paths of layers whose tokens are not those of the layer before (a decoder's first)
     reached: the inputs and layers that a gradient came back to, were it zero
     """
 
@@ -82,6 +83,7 @@ class Internals:
     streams: tuple[torch.Tensor | None, ...] = ()
     returned: tuple[Pair, ...] = ()
     read: int | None = None
+    apart: frozenset[str] = frozenset()
     reached: frozenset[str] = frozenset()
 
 
@@ -261,6 +263,8 @@ class Run:
         upstream = {p: reach([n], sends) for p, n in self.layers.items()}
         first = reach([*self.layers.values()][:1], lambda n: n.all_input_nodes)
         tokens = {source_name(n): names for n, names in where.items()}
+        rows = functools.partial(_same_rows, self.facts, where)
+        pairs = itertools.pairwise(self.layers.items()) if self.attends else ()
         return {
             "shapes": tuple(shape for n, shape in self.sizes.items() if n in first),
             "passed": frozenset(p for p, n in self.layers.items() if bypassed(self.module, n, sends)),
@@ -269,7 +273,8 @@ class Run:
             "axes": self.located.axes,
             "layouts": self.located.layouts,
             "streams": tuple(None if n is None else self.values[n].detach() for n in self.streams),
-            "read": _read_token(self.ends[-1:], self.sizes),
+            "read": _read_token(self.ends[-1:], self.sizes, rows),
+            "apart": frozenset(path for (_, n), (path, m) in pairs if n not in reach([m], rows)),
         }
 
 
@@ -371,12 +376,17 @@ def _ends(layers: Sequence[Node], counted: Sequence[Node]) -> tuple[list[Node], 
     return [*first.values()], windows
 
 
-def _read_token(ends: Sequence[Node | None], sizes: Mapping[Node, tuple[int, ...]]) -> int | None:
+def _read_token(
+    ends: Sequence[Node], sizes: Mapping[Node, tuple[int, ...]], rows: Callable[[Node], Sequence[Node]]
+) -> int | None:
     """The first place of the axis of tokens that is taken alone behind a node of shape (B, T, C)."""
-    behind = reach([n for n in ends if n is not None], lambda n: list(n.users))
-    for found in (t for n in sizes if n in behind and (t := taken(n)) is not None):
-        if len(sizes.get(found.x, ())) == 3 and found.axis == 1 and found.alone:
-            return found.start
+    for end in ends:
+        behind = reach([end], lambda n: list(n.users))
+        for found in (t for n in sizes if n in behind and (t := taken(n)) is not None):
+            shape = sizes.get(found.x, ())
+            tokens = len(shape) == 3 and shape[:2] == sizes[end][:2] and found.axis == 1
+            if tokens and found.alone and end in reach([found.x], rows):
+                return found.start
     return None
 
 
@@ -455,6 +465,14 @@ def positions(
         n: frozenset().union(*(alike.get(name, {name}) for name in names)) & signal or names
         for n, names in found.items()
     }
+
+
+def _same_rows(facts: heads.Facts, where: Mapping[Node, frozenset[str]], node: Node) -> Sequence[Node]:
+    """The operands whose positions a value has, by ``positions``."""
+    read: list[Node] = []
+    map_arg(node.kwargs.get("_output", node.args), read.append)
+    carried = [n for n in read if where[n]]
+    return carried[:1] if _has_rows(node, facts(node)) else carried
 
 
 def _by_position(node: Node, read: Sequence[Node], sizes: Mapping[Node, tuple[int, ...]]) -> bool:

@@ -351,7 +351,7 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
             f"{method} needs attention over the tokens of each block's input, and {missing[0]} has none (no"
             " attention, or one within windows): use fullgrad_plus or xgradcam_plus"
         )
-    if len({layer.value.shape[1] for layer in layers}) > 1:
+    if len({layer.value.shape[1] for layer in layers}) > 1 or seen.apart:
         raise InputError(_several(method, [layer.name for layer in layers]))
     found = [i for i in at if i is not None]
     streams = [s for i in found if (s := seen.streams[i]) is not None]
@@ -404,9 +404,14 @@ def _over_tokens(seen: Internals, index: int, layer: Layer) -> bool:
 
 
 def _rows(method: str, taps: Taps, seen: Internals, image: Any, target: Target) -> list[int]:
-    """The token that attention is followed to, of each sample: the one that the model reads alone; else an
-    image's class token; else the one that the target names."""
+    """The token that attention is followed to, of each sample: the only one of the last block's output that
+    gets a gradient, wherever an index was computed from. Where several do, the one that the model reads
+    alone; else an image's class token; else the one that the target names."""
     batch = len(seen.output)
+    for g in (g for _, g in seen.returned[-1:] if g.shape[:2] == taps.layers[-1].value.shape[:2]):
+        got = (g != 0).flatten(2).any(2)  # what is not read gets exact zeros
+        if bool((got.sum(1) == 1).all()):
+            return got.int().argmax(1).tolist()
     if seen.read is not None:
         return [seen.read] * batch
     first = taps.layers[0]
