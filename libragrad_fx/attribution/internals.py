@@ -18,9 +18,10 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.account.observe import Observer, flat_arguments, site_bias, source_name
+from libragrad_fx.account.observe import flat_arguments, site_bias, source_name
 from libragrad_fx.attribution import again, maps
 from libragrad_fx.attribution import attention as heads
+from libragrad_fx.attribution.past import Apart, Read, reads_past
 from libragrad_fx.attribution.places import Located, Locator, laid_out
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.flow import reach
@@ -28,11 +29,11 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.graph.origin import form
 from libragrad_fx.graph.schema import aten_op, is_elementwise
 from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.module.walk import argument, bypassed, calls, origin, senders
+from libragrad_fx.module.walk import argument, calls, origin, senders
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.insert import probed
 from libragrad_fx.ops.places import taken
-from libragrad_fx.target import Target, as_call, differentiable, select_each, undisturbed
+from libragrad_fx.target import Target, as_call, differentiable, product, select_each, undisturbed
 from libragrad_fx.types import Kind, OpFacts, Site
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -53,7 +54,8 @@ class Internals:
     places:  likewise for the additive tables of positions, upstream or not
     shapes:  shapes of the values upstream of the first layer, in graph order (``()`` for a tuple)
     before:  module path -> the nodes and inputs that the layer's input is computed from
-    passed:  module paths of layers that a path from what they read leads past
+    past:    module path of a layer that paths from what it reads lead past -> (B,) what comes by those;
+             nan where it is not known which rows of it are whose
     tokens:  node, input or module path -> the inputs whose positions it has (see ``positions``)
     axes:    input -> its axes that are positions
     layouts: nodes whose tokens are known to lie somewhere -> how they lie
@@ -74,7 +76,7 @@ class Internals:
     places: tuple[Term, ...]
     shapes: tuple[tuple[int, ...], ...]
     before: Mapping[str, frozenset[str]]
-    passed: frozenset[str]
+    past: Mapping[str, torch.Tensor]
     tokens: Mapping[str, frozenset[str]]
     axes: Mapping[str, tuple[int, ...]]
     layouts: Mapping[str, maps.Layout]
@@ -109,12 +111,16 @@ class Constant:
 
     def rows(self, batch: int) -> maps.Rows | None:
         """Where its samples are, if its shape leaves no doubt."""
-        shape, axis = self.output.shape, self.axis
-        if batch == 1 and shape and axis is None:
-            axis = shape.index(1) if 1 in shape else 0
-        if axis is None or (batch > 1 and shape[axis] != batch):
-            return None
-        return maps.Rows(axis, shape[axis] // batch)
+        return _rows_in(self.output.shape, self.axis, batch)
+
+
+def _rows_in(shape: Sequence[int], axis: int | None, batch: int) -> maps.Rows | None:
+    """Where samples are in a value; ``axis`` counts them, None if that is not known."""
+    if batch == 1 and shape and axis is None:
+        axis = shape.index(1) if 1 in shape else 0
+    if axis is None or (batch > 1 and shape[axis] != batch):
+        return None
+    return maps.Rows(axis, shape[axis] // batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +135,7 @@ class Run:
     streams, ends: nodes as in ``Internals``
     sizes:    the shape of each node's value, ``()`` for a tuple
     located:  where inputs, tokens and windows lie
+    reads:    by layer, the reads that lead past it; ``seen``: what each of them saw
     """
 
     module: CapturedModule
@@ -144,6 +151,8 @@ class Run:
     ends: Sequence[Node]
     sizes: Mapping[Node, tuple[int, ...]]
     located: Located
+    reads: Mapping[str, Sequence[Read]]
+    seen: Mapping[Read, torch.Tensor]
 
     def back(self, target: Target, last: bool = True) -> Internals:
         """The gradients of ``target``; ``last`` frees what a further backward would need.
@@ -156,6 +165,7 @@ class Run:
             nodes = [*self.layers.values(), *(s.node for s in self.attends), *self.ends]
             inner = [self.values[n] for n in nodes]
             values = [*self.sources.values(), *(c.output for c in self.constants), *inner]
+            values += self.seen.values()
             rows = [c.rows(each.shape[0]) for c in self.constants]
             doubtful = any(r is None for r in rows)
             grads = _gradients(each, values, last and not doubtful)
@@ -186,7 +196,8 @@ class Run:
             upstream=tuple(term for c, term in terms if not c.counts),
             places=tuple(term for c, term in terms if c.places),
             attention=attended,
-            returned=tuple(found),
+            returned=tuple(itertools.islice(found, len(self.ends))),
+            past=self._past(dict(zip(self.seen, found, strict=True)), torch.zeros_like(each).double()),
             windows=self._windows(terms, each.shape[0]),
             **self.layout,
         )
@@ -195,6 +206,22 @@ class Run:
         """``back`` from each target; the last frees what a further backward would need."""
         for i, target in enumerate(targets):
             yield self.back(target, last=i == len(targets) - 1)
+
+    def _past(self, seen: Mapping[Read, Pair], none: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What comes by the reads that lead past each layer: (B,), as ``none``."""
+        axes = {s.node: s.batch for s in self.module.record.sites}
+
+        def share(read: Read) -> torch.Tensor:
+            if read not in seen:  # it reads several tensors at once
+                return torch.tensor(torch.nan)
+            (x, g), made = seen[read], origin(read[1])
+            (axis, *_) = axes.get(made.name, (0 if made.target is insert.guard else None,))
+            rows = _rows_in(x.shape, axis, len(none))
+            if rows is None and bool(g.any()):
+                return torch.tensor(torch.nan)
+            return maps.summed(maps.by_sample(product(x, g), rows, len(none)))
+
+        return {path: sum(map(share, reads), none) for path, reads in self.reads.items()}
 
     def _windows(self, terms: Sequence[tuple[Constant, Term]], batch: int) -> dict[str, maps.Layout]:
         """How the rows of constants lie that are parts of samples."""
@@ -267,7 +294,6 @@ class Run:
         pairs = itertools.pairwise(self.layers.items()) if self.attends else ()
         return {
             "shapes": tuple(shape for n, shape in self.sizes.items() if n in first),
-            "passed": frozenset(p for p, n in self.layers.items() if bypassed(self.module, n, sends)),
             "before": {p: frozenset(map(source_name, nodes)) for p, nodes in upstream.items()},
             "tokens": tokens | {p: where[n] for p, n in self.layers.items()},
             "axes": self.located.axes,
@@ -351,14 +377,15 @@ def run(
         locator.see(n, lambda: runs.fetch_args_kwargs_from_env(n), y)
         locator.forget(runs.user_to_last_uses.get(n, ()))
 
-    runs = Observer(module, tap, given=given)
+    reads = reads_past(module, taps)
+    runs = Apart(module, {r for each in reads.values() for r in each}, tap, given=given)
     with differentiable(), undisturbed(module):
         output = runs.run(*flat)
     located = again.keep(module, asked, locator) if locator is not None else located
     assert located is not None
     return Run(
         module, facts, output, runs.sources, taps, values, constants, attends, called, streams, ends, sizes,
-        located,
+        located, reads, runs.seen,
     )  # fmt: skip
 
 
