@@ -22,8 +22,8 @@ from libragrad_fx.types import Certificate, Ledger, Plan
 from libragrad_fx.version import __version__
 
 __all__ = [
-    "Attribution", "Certificate", "Ledger", "Likeness", "Plan", "Program", "Span", "__version__", "attribute",
-    "attribute_each", "attribute_generation", "audit", "blocks", "checkpointed", "draw", "errors",
-    "gradient_graph", "methods", "plan", "program", "quantus_explain", "reshape_transform", "similarity", "trace",
-    "transform", "unit", "verify", "visualize",
+    "Attribution", "Certificate", "Ledger", "Likeness", "Plan", "Program", "Span", "__version__",
+    "attribute", "attribute_each", "attribute_generation", "audit", "blocks", "checkpointed", "draw",
+    "errors", "gradient_graph", "methods", "plan", "program", "quantus_explain", "reshape_transform",
+    "similarity", "trace", "transform", "unit", "verify", "visualize",
 ]  # fmt: skip

@@ -21,20 +21,20 @@ def expected(seen: Internals, names: Sequence[str], biases: Sequence[Term], plus
     """(B,): what all terms add up to if the backward is balanced.
 
     The term of a layer is the output less what does not come by it: biases and inputs that are not
-    before it. An input in ``names`` counts for itself. nan where a path leads past a layer.
+    before it, and what leads past it. An input in ``names`` counts for itself. nan where that is not known,
+    and without biases of a layer that something leads past.
     """
     output = seen.output.double()
-    if seen.passed & {*names}:
-        return torch.full_like(output, math.nan)
     if not plus or not seen.before:
-        return output
+        return torch.full_like(output, math.nan) if seen.past.keys() & {*names} else output
     sums = [(name, maps.summed(b)) for name, b in biases]
-    counted = {name for name, _ in biases}  # embedded tokens that pass no layer are a constant there
     unseen = [(name, maps.summed(b)) for name, b in shares_of(seen.upstream, output.shape[0])]
+    counted = {name for name, _ in [*sums, *unseen]}  # embedded tokens may be constants there
     sources = [(n, maps.summed(product(x, g))) for n, (x, g) in seen.inputs.items() if n not in counted]
     whole = torch.zeros_like(output) + sum(s for _, s in sums) + sum(s for n, s in sources if n in names)
-    for before in (seen.before[n] for n in names if n in seen.before):
-        whole = whole + output - sum(s for name, s in [*sources, *sums, *unseen] if name not in before)
+    for name in (n for n in names if n in seen.before):
+        before, past = seen.before[name], seen.past.get(name, 0)
+        whole = whole + output - past - sum(s for n, s in [*sources, *sums, *unseen] if n not in before)
     return whole
 
 

@@ -47,7 +47,7 @@ class Taps:
     attention: Sequence[Attention] = ()
     streams: Sequence[torch.Tensor] = ()
     ends: Sequence[torch.Tensor] = ()
-    rows: Sequence[int] = ()
+    rows: Sequence[int] | torch.Tensor = ()
     noise: torch.Tensor | None = None
 
 

@@ -19,9 +19,10 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.account.observe import Observer, flat_arguments, site_bias, source_name
+from libragrad_fx.account.observe import flat_arguments, site_bias, source_name
 from libragrad_fx.attribution import again, maps
 from libragrad_fx.attribution import attention as heads
+from libragrad_fx.attribution.past import Apart, Read, reads_past
 from libragrad_fx.attribution.places import Located, Locator, laid_out, samples_axis
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.flow import reach
@@ -29,11 +30,11 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.graph.origin import form
 from libragrad_fx.graph.schema import aten_op, is_elementwise
 from libragrad_fx.module.captured import CapturedModule, InGraphs, one_graph
-from libragrad_fx.module.walk import argument, bypassed, calls, origin, senders
+from libragrad_fx.module.walk import argument, calls, origin, senders
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.insert import probed
 from libragrad_fx.ops.places import taken
-from libragrad_fx.target import Target, as_call, differentiable, select_each, undisturbed
+from libragrad_fx.target import Target, as_call, differentiable, product, select_each, undisturbed
 from libragrad_fx.types import Kind, OpFacts, Site
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -54,7 +55,8 @@ class Internals:
     places:  likewise for the additive tables of positions, upstream or not
     shapes:  shapes of the values upstream of the first layer, in graph order (``()`` for a tuple)
     before:  module path -> the nodes and inputs that the layer's input is computed from
-    passed:  module paths of layers that a path from what they read leads past
+    past:    module path of a layer that paths from what it reads lead past -> (B,) what comes by those;
+             nan where it is not known which rows of it are whose
     tokens:  node, input or module path -> the inputs whose positions it has (see ``positions``)
     axes:    input -> its axes that are positions
     layouts: nodes whose tokens are known to lie somewhere -> how they lie
@@ -63,6 +65,7 @@ class Internals:
     streams: for each of these the residual stream behind it; None where there is none
     returned: what the module at each layer returned, with its gradient, where attention or it was asked for
     read:    which token of the last layer's module is read alone, by what comes behind it; None if none is
+    apart:   module paths of layers whose tokens are not those of the layer before (a decoder's first)
     reached: the inputs and layers that a gradient came back to, were it zero
     rows:    of each constant of the run, where samples are
     """
@@ -75,7 +78,7 @@ class Internals:
     places: tuple[Term, ...]
     shapes: tuple[tuple[int, ...], ...]
     before: Mapping[str, frozenset[str]]
-    passed: frozenset[str]
+    past: Mapping[str, torch.Tensor]
     tokens: Mapping[str, frozenset[str]]
     axes: Mapping[str, tuple[int, ...]]
     layouts: Mapping[str, maps.Layout]
@@ -85,6 +88,7 @@ class Internals:
     streams: tuple[torch.Tensor | None, ...] = ()
     returned: tuple[Pair, ...] = ()
     read: int | None = None
+    apart: frozenset[str] = frozenset()
     reached: frozenset[str] = frozenset()
 
 
@@ -95,17 +99,18 @@ class Known:
 
     located:    where inputs, tokens and windows lie
     rows:       of each constant, where its samples are
-    tables:     of each constant, whether it is a table of positions
-    finite:     of each constant, whether all of it is
-    windows:    see ``Internals``
+    kinds:      of each constant, whether it is a table of positions, and whether it is finite
+    windows, shapes: see ``Internals``
+    alone:      whether of each sample one token of the last block's output gets a gradient
     attributes: the module's tensors by path, to run with in place of its own
     """
 
     located: Located
     rows: tuple[maps.Rows | None, ...]
-    tables: tuple[bool, ...]
-    finite: tuple[bool, ...]
+    kinds: tuple[tuple[bool, bool], ...]
     windows: Mapping[str, maps.Layout]
+    shapes: tuple[tuple[int, ...], ...]
+    alone: bool = False
     attributes: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
@@ -135,12 +140,16 @@ class Constant:
 
     def rows(self, batch: int) -> maps.Rows | None:
         """Where its samples are, if its shape leaves no doubt."""
-        shape, axis = self.output.shape, self.axis
-        if batch == 1 and shape and axis is None:
-            axis = shape.index(1) if 1 in shape else 0
-        if axis is None or (batch > 1 and shape[axis] != batch):
-            return None
-        return maps.Rows(axis, shape[axis] // batch)
+        return _rows_in(self.output.shape, self.axis, batch)
+
+
+def _rows_in(shape: Sequence[int], axis: int | None, batch: int) -> maps.Rows | None:
+    """Where samples are in a value; ``axis`` counts them, None if that is not known."""
+    if batch == 1 and shape and axis is None:
+        axis = shape.index(1) if 1 in shape else 0
+    if axis is None or (batch > 1 and shape[axis] != batch):
+        return None
+    return maps.Rows(axis, shape[axis] // batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +165,8 @@ class Run:
     sizes:    the shape of each node's value, ``()`` for a tuple
     located:  where inputs, tokens and windows lie
     samples:  which axis of a node's value counts samples; of sources by their names, where not the first
+    kinds:    of each constant that was looked at, whether it is a table of positions, and finite
+    reads:    by layer, the reads that lead past it; ``seen``: what each of them saw
     known:    of a traced run, what an earlier one showed
     """
 
@@ -173,6 +184,9 @@ class Run:
     sizes: Mapping[Node, tuple[int, ...]]
     located: Located
     samples: Mapping[Node | str, int]
+    kinds: Sequence[tuple[bool, bool]] = ()
+    reads: Mapping[str, Sequence[Read]] = dataclasses.field(default_factory=dict)
+    seen: Mapping[Read, torch.Tensor] = dataclasses.field(default_factory=dict)
     known: Known | None = None
 
     def back(self, target: Target, last: bool = True) -> Internals:
@@ -186,6 +200,7 @@ class Run:
             nodes = [*self.layers.values(), *(s.node for s in self.attends), *self.ends]
             inner = [self.values[n] for n in nodes]
             values = [*self.sources.values(), *(c.output for c in self.constants), *inner]
+            values += self.seen.values()
             known = self.known
             rows = [*known.rows] if known else [c.rows(each.shape[0]) for c in self.constants]
             doubtful = any(r is None for r in rows)
@@ -217,7 +232,11 @@ class Run:
             upstream=tuple(term for c, term in terms if not c.counts),
             places=tuple(term for c, term in terms if c.places),
             attention=attended,
-            returned=tuple(self._samples_first(n, pair) for n, pair in zip(self.ends, found, strict=True)),
+            returned=tuple(
+                self._samples_first(n, pair)
+                for n, pair in zip(self.ends, itertools.islice(found, len(self.ends)), strict=True)
+            ),
+            past=self._past(dict(zip(self.seen, found, strict=True)), torch.zeros_like(each).double()),
             rows=tuple(rows),
             windows=known.windows if known else self._windows(terms, each.shape[0]),
             **self.layout,
@@ -232,6 +251,24 @@ class Run:
         """``back`` from each target; the last frees what a further backward would need."""
         for i, target in enumerate(targets):
             yield self.back(target, last=i == len(targets) - 1)
+
+    def _past(self, seen: Mapping[Read, Pair], none: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What comes by the reads that lead past each layer: (B,), as ``none``."""
+        if not self.reads:
+            return {}
+        axes = {s.node: s.batch for s in one_graph(self.module).record.sites}
+
+        def share(read: Read) -> torch.Tensor:
+            if read not in seen:  # it reads several tensors at once
+                return torch.tensor(torch.nan)
+            (x, g), made = seen[read], origin(read[1])
+            (axis, *_) = axes.get(made.name, (0 if made.target is insert.guard else None,))
+            rows = _rows_in(x.shape, axis, none.shape[0])
+            if rows is None and (self.known or bool(g.any())):
+                return torch.tensor(torch.nan)
+            return maps.summed(maps.by_sample(product(x, g), rows, none.shape[0]))
+
+        return {path: sum(map(share, reads), none) for path, reads in self.reads.items()}
 
     def _windows(self, terms: Sequence[tuple[Constant, Term]], batch: int) -> dict[str, maps.Layout]:
         """How the rows of constants lie that are parts of samples."""
@@ -301,16 +338,19 @@ class Run:
         streams = (n if n is None else self.values[n].movedim(self.samples[n], 0) for n in self.streams)
         upstream = {p: reach([n], sends) for p, n in self.layers.items()}
         first = reach([*self.layers.values()][:1], lambda n: n.all_input_nodes)
+        shapes = tuple(shape for n, shape in self.sizes.items() if n in first)
         tokens = {source_name(n): names for n, names in where.items()}
+        rows = functools.partial(_same_rows, self.facts, where)
+        pairs = itertools.pairwise(self.layers.items()) if self.attends else ()
         return {
-            "shapes": tuple(shape for n, shape in self.sizes.items() if n in first),
-            "passed": frozenset(p for p, n in self.layers.items() if bypassed(module, n, sends)),
+            "shapes": shapes if self.known is None else self.known.shapes,
             "before": {p: frozenset(map(source_name, nodes)) for p, nodes in upstream.items()},
             "tokens": tokens | {p: where[n] for p, n in self.layers.items()},
             "axes": self.located.axes,
             "layouts": self.located.layouts,
             "streams": tuple(None if t is None else t.detach() for t in streams),
-            "read": _read_token(self.ends[-1:], self.sizes, samples_axis(module)),
+            "read": _read_token(self.ends[-1:], self.sizes, samples_axis(module), rows),
+            "apart": frozenset(path for (_, n), (path, m) in pairs if n not in reach([m], rows)),
         }
 
 
@@ -360,6 +400,7 @@ def run(
     called, values = dict[Node, Any](), dict[Node, torch.Tensor]()
     sizes: dict[Node, tuple[int, ...]] = {}
     constants: list[Constant] = []
+    kinds: list[tuple[bool, bool]] = []
     axis = samples_axis(module)
     samples: dict[Node | str, int] = {n: axis(n) for n in wanted if n is not None}
     named = {n.name: n for n in module.graph.nodes}
@@ -383,7 +424,9 @@ def run(
             bias = site_bias(site, n, *runs.fetch_args_kwargs_from_env(n))
             counts = biases and n not in upstream
             for where, value, whole in _of_site(site, y, bias):
-                table, finite = _kind(n, value, whole, where, known, len(constants))
+                known_kind = known.kinds[len(kinds)] if known else None
+                table, finite = known_kind or _kind(n, value, whole, where)
+                kinds.append((table, finite))
                 if biases or table:
                     constants.append(Constant(site, where, value, whole, counts, table, finite))
 
@@ -394,7 +437,11 @@ def run(
         locator.see(n, lambda: runs.fetch_args_kwargs_from_env(n), y)
         locator.forget(runs.user_to_last_uses.get(n, ()))
 
-    runs = Observer(module, tap, given=given, attributes=known.attributes if known else {})
+    reads = reads_past(module, taps)
+    runs = Apart(
+        module, {r for each in reads.values() for r in each}, tap, given=given,
+        attributes=known.attributes if known else {},
+    )  # fmt: skip
     with differentiable(), contextlib.nullcontext() if known else undisturbed(module):
         output = runs.run(*flat)
     located = again.keep(module, asked, locator) if locator is not None else located
@@ -402,7 +449,7 @@ def run(
     samples |= {name: axis(named[name]) for name in runs.sources if name in named}
     return Run(
         module, facts, output, runs.sources, taps, values, constants, attends, called, streams, ends, sizes,
-        located, samples, known,
+        located, samples, kinds, reads, runs.seen, known,
     )  # fmt: skip
 
 
@@ -424,15 +471,18 @@ def _ends(
 
 
 def _read_token(
-    ends: Sequence[Node | None], sizes: Mapping[Node, tuple[int, ...]], samples: Callable[[Node], int]
-) -> int | None:
+    ends: Sequence[Node], sizes: Mapping[Node, tuple[int, ...]], samples: Callable[[Node], int],
+    rows: Callable[[Node], Sequence[Node]],
+) -> int | None:  # fmt: skip
     """The first place of the axis of tokens that is taken alone behind a node of shape (B, T, C) or
     (T, B, C)."""
-    behind = reach([n for n in ends if n is not None], lambda n: list(n.users))
-    for found in (t for n in sizes if n in behind and (t := taken(n)) is not None):
-        tokens = 0 if samples(found.x) == 1 else 1
-        if len(sizes.get(found.x, ())) == 3 and found.axis == tokens and found.alone:
-            return found.start
+    for end in ends:
+        behind = reach([end], lambda n: list(n.users))
+        for found in (t for n in sizes if n in behind and (t := taken(n)) is not None):
+            shape, axis = sizes.get(found.x, ()), 0 if samples(found.x) == 1 else 1
+            tokens = len(shape) == 3 and shape[:2] == sizes[end][:2] and found.axis == axis
+            if tokens and found.alone and end in reach([found.x], rows):
+                return found.start
     return None
 
 
@@ -467,12 +517,8 @@ def _of_site(site: Site, y: Any, bias: Any) -> Iterator[tuple[int | None, torch.
             yield axis, b, t
 
 
-def _kind(
-    node: Node, value: torch.Tensor, whole: torch.Tensor, axis: int | None, known: Known | None, index: int
-) -> tuple[bool, bool]:
+def _kind(node: Node, value: torch.Tensor, whole: torch.Tensor, axis: int | None) -> tuple[bool, bool]:
     """Whether a constant is a table of positions, and whether it is finite."""
-    if known is not None:
-        return known.tables[index], known.finite[index]
     table = is_elementwise(node) and _differs_by_place(value, whole, axis or 0)
     return table, bool(value.isfinite().all())
 
@@ -527,6 +573,14 @@ def positions(
         n: frozenset().union(*(alike.get(name, {name}) for name in names)) & signal or names
         for n, names in found.items()
     }
+
+
+def _same_rows(facts: heads.Facts, where: Mapping[Node, frozenset[str]], node: Node) -> Sequence[Node]:
+    """The operands whose positions a value has, by ``positions``."""
+    read: list[Node] = []
+    map_arg(node.kwargs.get("_output", node.args), read.append)
+    carried = [n for n in read if where[n]]
+    return carried[:1] if _has_rows(node, facts(node)) else carried
 
 
 def _by_position(

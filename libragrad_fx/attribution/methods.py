@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -112,8 +112,8 @@ def questions(
     resolution: Resolution = "tokens", by: By | None = None, baseline: float = 0.0, steps: int = 50,
     seed: int = 0,
 ) -> list[tuple[Question, Meant, Sequence[int] | None]]:  # fmt: skip
-    """What ``explain`` asks: a question, its targets, and which of all they are; None for all of them. There
-    are several where targets depend on several towers with blocks."""
+    """What ``explain`` asks: a question, its targets, and which of all they are; None for all of them.
+    There are several where targets depend on several towers with blocks."""
     how = formulas.method_of(method)
     each = isinstance(layers, str) and layers == "stages"
     if not each and (isinstance(layers, str) or not isinstance(layers, (Sequence, type(None)))):
@@ -270,9 +270,7 @@ def _block_by_block(asked: Question, seen: Run, targets: Sequence[Target]) -> li
             inside, (_, g) = _inside(module, one, path), tail.back(target, last=False).inputs[last]
             if inside is not None:
                 attention[inside] = seen.attended(inside, end, g.movedim(0, samples))
-        answers.append(
-            answer(asked, dataclasses.replace(one, attention=tuple(attention.values())), target)
-        )
+        answers.append(answer(asked, dataclasses.replace(one, attention=tuple(attention.values())), target))
     return answers
 
 
@@ -406,13 +404,16 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
             " attention, or one within windows): use fullgrad_plus or xgradcam_plus"
         )
     _require_one_sequence(method, seen, layers)
+    if seen.apart:
+        raise InputError(_several(method, [layer.name for layer in layers]))
     found = [i for i in at if i is not None]
     ends = [y for y, _ in seen.returned]
     streams = _streams(method, layers, [seen.streams[i] for i in found], ends) if how.streams else []
     taps = Taps(layers, [seen.attention[i] for i in found], streams, ends)
     if not how.row:
         return taps
-    return dataclasses.replace(taps, rows=_rows(method, taps, seen, _image(seen, layers[0].name), target))
+    image = _image(seen, layers[0].name)
+    return dataclasses.replace(taps, rows=_rows(method, taps, seen, image, target, asked.known))
 
 
 def _image(seen: Internals, name: str) -> maps.Extents | None:
@@ -481,18 +482,35 @@ def _over_tokens(seen: Internals, index: int, layer: Layer) -> bool:
     return layer.value.ndim == 3 and tokens == [layer.value.shape[1]] * 2 and batch == layer.value.shape[0]
 
 
-def _rows(method: str, taps: Taps, seen: Internals, image: Any, target: Target) -> list[int]:
-    """The token that attention is followed to, of each sample: the one that the model reads alone; else an
-    image's class token; else the one that the target names."""
+def _reached(seen: Internals, like: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Which tokens (B, T) of the last block's output get a gradient; what is not read gets exact zeros."""
+    for _, g in seen.returned[-1:]:
+        if g.shape[:2] == like[:2]:
+            yield (g != 0).flatten(2).any(2)
+
+
+def one_token(seen: Internals) -> bool:
+    """Whether of each sample one token of the last block's output gets a gradient."""
+    layers = [h.shape for h, _ in seen.layers.values()][-1:]
+    return any(bool((got.sum(1) == 1).all()) for like in layers for got in _reached(seen, like))
+
+
+def _rows(method: str, taps: Taps, seen: Internals, image: Any, target: Target, known: Known | None) -> Any:
+    """The token that attention is followed to, of each sample: the only one of the last block's output that
+    gets a gradient, wherever an index was computed from. Where several do, the one that the model reads
+    alone; else an image's class token; else the one that the target names."""
     batch = seen.output.shape[0]
+    for got in _reached(seen, taps.layers[-1].value.shape):
+        if known.alone if known else bool((got.sum(1) == 1).all()):
+            return got.int().argmax(1)
     if seen.read is not None:
-        return [seen.read] * batch
+        return torch.full((batch,), seen.read, device=seen.output.device)
     first = taps.layers[0]
     if image is not None:
         known = layouts_of(seen, seen.tokens[first.name])
         apart = [x for x in (*known, maps.guessed("", first.value.shape, seen.shapes, image)) if x.apart]
         if apart:
-            return [apart[0].apart[0]] * batch
+            return torch.full((batch,), apart[0].apart[0], device=seen.output.device)
     each = target if isinstance(target, list) else [target] * batch
     if all(isinstance(t, tuple) and len(t) > 1 for t in each):
         return [int(t[0]) for t in each]

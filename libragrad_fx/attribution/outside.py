@@ -42,7 +42,7 @@ class Outside(Run):
     @functools.cached_property
     def layout(self) -> Mapping[str, Any]:
         return {
-            "shapes": (), "passed": frozenset(), "before": {}, "tokens": self.tokens,
+            "shapes": (), "apart": frozenset(), "before": {}, "tokens": self.tokens,
             "axes": self.located.axes, "layouts": {}, "streams": (), "read": None,
         }  # fmt: skip
 
@@ -111,7 +111,7 @@ def run_outside(module: InGraphs, inputs: Any, given: Leaves | None = None) -> O
         tokens |= graph.found
     return Outside(
         module, locator.facts, forward.output, sources, {}, {}, (), (), {}, (), (), {}, locator.located(),
-        {}, tokens,
+        {}, tokens=tokens,
     )  # fmt: skip
 
 

@@ -28,9 +28,11 @@ class Attribution:
     total:        (B,) what ``values``, ``prefix``, ``unplaced`` and ``others`` add up to
     expected:     (B,) what they add up to where the backward is balanced: the output, for Input x
                   Gradient only if no bias carries; for FullGrad+ over blocks (method §4), for each of them
-                  the output less what does not pass it (biases, other inputs), and all biases once; of
-                  integrated gradients the difference to the output at the baseline; nan for methods that
-                  promise no sum
+                  the output less what does not pass it (biases, other inputs, what the blocks behind read
+                  past it: a decoder's the encoder), and all biases once; of integrated gradients the
+                  difference to the output at the baseline. nan for methods that promise no sum, of Input x
+                  Gradient at a layer that something leads past, and where that something does not say which
+                  of its rows are whose
     completeness_error: (B,) |total - expected|
     positional:   (B,) Σ⟨p, ∂f/∂p⟩ over the tables of positions p that are added to tokens or pixels: the
                   share of the output that is about where things are (PA-LRP). It is part of the sums above

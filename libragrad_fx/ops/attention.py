@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.fx import Node
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn.attention import SDPBackend
 
@@ -271,8 +271,8 @@ def scaled_dot_product_attention(
 
 
 def _is_cheap(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether PyTorch's own backward is cheaper, though it also computes the gradients of q and k; never in a
-    graph, which serves other sizes too."""
+    """Whether PyTorch's own backward is cheaper, though it also computes the gradients of q and k; never in
+    a graph, which serves other sizes too."""
     if torch.compiler.is_exporting() or traced():
         return False
     if torch.compiler.is_compiling():

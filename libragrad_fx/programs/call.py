@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.attribution import Attribution
 from libragrad_fx.attribution.methods import Layers, Resolution
 from libragrad_fx.attribution.shares import By
-from libragrad_fx.errors import VerificationError, InputError
+from libragrad_fx.errors import InputError, VerificationError
 from libragrad_fx.explain.inputs import Batch, batches
 from libragrad_fx.explain.kept import Policy, captured
 from libragrad_fx.explain.targets import named, resolved
@@ -36,16 +36,16 @@ class _Kept:
 
 
 class Program:
-    """An explanation as flat graphs of ATen ops: forward, balanced backward and method. ``program`` makes it.
+    """An explanation as flat graphs of ATen ops: forward, balanced backward, method. ``program`` makes it.
 
     A graph serves any batch of more than one sample. A batch of one, and other sizes, are traced when they
     come, and kept. Parameters stay the model's: what is trained or loaded later counts.
     """
 
     def __init__(self, model: torch.nn.Module, policy: Policy, target: Target, processor: Any,
-                 compiled: bool, **options: Any) -> None:  # fmt: skip
+                 **options: Any) -> None:  # fmt: skip
         self.model, self.policy, self.target, self.processor = model, policy, target, processor
-        self.compiled, self.options = compiled, options
+        self.options = options
         self._kept: dict[Any, _Kept] = {}
         self._lock = threading.RLock()
 
@@ -54,8 +54,8 @@ class Program:
 
         Args:
             inputs: as for ``attribute``.
-            target: a class of the output, or one for each sample; of an output of more axes, tuples. None is
-                the model's own answer (the largest entry), or the callable that the program was made with.
+            target: a class of the output, or one for each sample; of an output of more axes, tuples. None
+                is the model's own answer (the largest entry), or the callable that the program has.
 
         Raises:
             InputError: inputs or a target that do not fit.
@@ -75,16 +75,17 @@ class Program:
         return self.fitting(self._batch(inputs).call).difference
 
     def graph(self, inputs: Any) -> torch.fx.GraphModule:
-        """The graph that runs for these inputs: of the module's tensors, those of the call, and the target."""
+        """The graph that runs for these inputs. It takes the module's tensors, those of the call, and the
+        target."""
         return self.fitting(self._batch(inputs).call).flat.graph
 
     def save(self, path: str | Path, inputs: Any) -> Path:
         """Write the graph for inputs of these sizes with its parameters as a ``.pt2`` file. PyTorch loads
         it where this package is not installed: ``torch.export.load(path).module()(*inputs, target)``.
 
-        It takes the tensors of a call in their order, and ``target``, int64 (B,), behind them: the flat index
-        into a sample's output, -1 for the model's own answer. It returns the values (B, ...) first, then what
-        ``Program.outputs`` names.
+        It takes the tensors of a call in their order, and ``target``, int64 (B,), behind them: the flat
+        index into a sample's output, -1 for the model's own answer. It returns the values (B, ...) first,
+        then what ``Program.outputs`` names.
 
         Raises:
             InputError: another ending, or a path that cannot be written.
@@ -113,10 +114,10 @@ class Program:
 
     def _traced(self, module: CapturedModule, call: Any) -> _Kept:
         for free in (batch_axes(module, call), {}):  # with a free batch PyTorch may choose other kernels
-            made, known = flat(module, call, self.target, free, compiled=self.compiled, **self.options)
+            made, known = flat(module, call, self.target, free, **self.options)
             index = made.index(None, call).clamp(min=0) if made.indexed else None
             answer, _, output = made(module, _tensors(call), index)
-            if self.compiled or torch.equal(output, known):
+            if torch.equal(output, known):
                 break
         else:
             raise VerificationError("the traced forward differs from the model's: " + _far(output, known))
@@ -134,15 +135,19 @@ class Program:
     def _meant(self, batch: Batch, made: Flat, target: Target) -> Target:
         """The target as indices; None for the model's own."""
         if target is not None and not made.indexed:
-            why = "a part of this program" if self.target is not None else "the one number that the model gives"
+            why = (
+                "a part of this program"
+                if self.target is not None
+                else "the one number that the model gives"
+            )
             raise InputError(f"the target is {why}: call it without one")
         if callable(target):
             raise InputError("a callable is part of the graph: program(…, target=callable)")
         if target is None:
             if made.indexed and len(made.sizes) > 1:
                 raise InputError(
-                    f"the output has shape (B, {', '.join(map(str, made.sizes))}): say which target to explain,"
-                    " for each sample a tuple of indices"
+                    f"the output has shape (B, {', '.join(map(str, made.sizes))}): say which target to"
+                    " explain, for each sample a tuple of indices"
                 )
             return None
         like = torch.empty((batch.size, *made.sizes), device="meta")
@@ -160,30 +165,28 @@ def program(
     by: By | None = None,
     resolution: Resolution = "tokens",
     seed: int = 0,
-    mode: str = "eager",
     processor: Any = None,
 ) -> Program:
     """Trace an explanation into one flat graph of ATen ops, which runs without autograd.
 
-    The graph is the forward, the balanced backward and the arithmetic of the method. Its zeros are gone, and
-    what only serves other outputs. It is checked against ``attribute`` on ``inputs`` when it is traced.
+    The graph is the forward, the balanced backward and the arithmetic of the method. Its zeros are gone,
+    and what only serves other outputs. It is checked against ``attribute`` on ``inputs`` when it is traced.
 
     Args:
         model, inputs, method, policy, layers, by, resolution, seed, processor: as for ``attribute``.
         target: None: an argument of each call. A callable (``Likeness``, or your own from the output to one
             number for each sample): a part of the graph.
-        mode: ``"eager"``, or ``"compile"`` by ``torch.compile``.
 
     Raises:
-        InputError: what ``attribute`` refuses; a method that averages over many runs; another mode.
+        InputError: what ``attribute`` refuses; a method that averages over many runs.
         VerificationError: the traced forward differs from the model's, or the map from ``attribute``'s.
     """
-    if mode not in ("eager", "compile"):
-        raise InputError(f"mode is 'eager' or 'compile', got {mode!r}")
     if target is not None and not callable(target):
-        raise InputError("a target is an argument of each call, prog(inputs, target); here it is a callable")
+        raise InputError(
+            "a target is an argument of each call, prog(inputs, target); here it is a callable"
+        )
     made = Program(
-        model, policy, target, processor, mode == "compile", method=method, layers=layers, by=by,
+        model, policy, target, processor, method=method, layers=layers, by=by,
         resolution=resolution, seed=seed,
     )  # fmt: skip
     made.fitting(made._batch(inputs).call)

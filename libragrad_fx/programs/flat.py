@@ -1,7 +1,7 @@
 """One flat graph of an explanation: the forward, the balanced backward and the method, as ATen ops.
 
 A first run of the method, in the usual way, shows what does not depend on values: where tokens lie, where
-the samples of each constant are. Then the same code runs on fake tensors, and PyTorch's tracer notes its ops.
+the samples of each constant are. Then the same code runs on fake tensors, and PyTorch's tracer notes ops.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.account.observe import flat_arguments
 from libragrad_fx.attribution import Attribution, formulas
 from libragrad_fx.attribution.internals import Known
-from libragrad_fx.attribution.methods import Question, answer, answers, questions
+from libragrad_fx.attribution.methods import Question, answer, answers, one_token, questions
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.variants import guards_of
@@ -52,8 +52,8 @@ class Chosen:
 
 @dataclasses.dataclass(frozen=True)
 class Flat:
-    """A traced explanation. ``graph`` takes the module's tensors at ``paths``, the tensors of a call and, if
-    ``indexed``, the flat index of each sample's target (int64); it returns what ``fields`` names.
+    """A traced explanation. ``graph`` takes the module's tensors at ``paths``, the tensors of a call and,
+    if ``indexed``, the flat index of each sample's target (int64); it returns what ``fields`` names.
 
     sizes: of the model's output, behind the batch axis
     batch: how many samples it serves; 0 for as many as the first tensor of a call has
@@ -67,12 +67,9 @@ class Flat:
     sizes: tuple[int, ...]
     batch: int
     like: Attribution
-    compiled: bool = False
 
     @functools.cached_property
     def run(self) -> Callable[..., Sequence[Tensor]]:
-        if self.compiled:
-            return torch.compile(self.graph)
         binding.mark(self.graph.graph)
         return GraphModule(self.graph, bound(self.graph.graph)).forward
 
@@ -107,8 +104,8 @@ class Flat:
 
 
 def flat(
-    module: CapturedModule, inputs: Any, target: Any, free: Mapping[int, set[int]], *,
-    compiled: bool = False, **options: Any,
+    module: CapturedModule, inputs: Any, target: Any, free: Mapping[int, set[int]],
+    **options: Any,
 ) -> tuple[Flat, Tensor]:  # fmt: skip
     """Trace the explanation of one target on inputs of these sizes; and what the model returned for them.
 
@@ -116,7 +113,6 @@ def flat(
         module: the graph that serves these inputs.
         target: None for an index that is an argument of the graph; or a callable, a part of it.
         free: by id of an input, its axes that are to be free, see ``batch_axes``.
-        compiled: whether ``torch.compile`` makes it run.
         options: of the method, see ``questions``.
 
     Raises:
@@ -133,12 +129,13 @@ def flat(
     (asked, _, _), *_ = found
     if asked.how.path or asked.how.terms is formulas.random:
         raise InputError(
-            f"{asked.method} is no arithmetic on one forward and backward, as a program is: use attribute(), or"
-            " a program of another method"
+            f"{asked.method} is no arithmetic on one forward and backward, as a program is: use"
+            " attribute(), or a program of another method"
         )
     like, known = _shown(asked, meant)
     attributes = _attributes(module)
-    mode = FakeTensorMode(shape_env=ShapeEnv())
+    sizes = ShapeEnv()
+    mode = FakeTensorMode(shape_env=sizes)
     tensors = [leaves[i] for i in places]
     fakes = [*(_fake(mode, t, {}) for t in attributes.values()),
              *(_fake(mode, t, free.get(id(t), {})) for t in tensors),
@@ -171,8 +168,9 @@ def flat(
         traced = make_fx(explained)(*fakes)
     with mode, torch.no_grad():
         lean = without_zeros(traced, fakes)
-    batch = 0 if free else output.shape[0]
-    made = Flat(lean, tuple(attributes), indexed, tuple(fields), tuple(output.shape[1:]), batch, like, compiled)
+    fixed = not free or sizes.guards  # something was decided by the size of the batch
+    batch = output.shape[0] if fixed else 0
+    made = Flat(lean, tuple(attributes), indexed, tuple(fields), tuple(output.shape[1:]), batch, like)
     return made, output
 
 
@@ -182,11 +180,10 @@ def _shown(asked: Question, target: Any) -> tuple[Attribution, Known]:
     seen = run.back(target)
     if any(rows is None for rows in seen.rows):
         raise InputError(
-            "the rows of a constant of this model are of several samples at once, and need a backward for each"
-            " sample: a program has one. Use attribute()"
+            "the rows of a constant of this model are of several samples at once, and need a backward for"
+            " each sample: a program has one. Use attribute()"
         )
-    tables, finite = ([getattr(c, name) for c in run.constants] for name in ("places", "finite"))
-    known = Known(run.located, seen.rows, tuple(tables), tuple(finite), seen.windows)
+    known = Known(run.located, seen.rows, tuple(run.kinds), seen.windows, seen.shapes, one_token(seen))
     return answer(asked, seen, target), known
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.export import Dim
 
-from libragrad_fx.errors import InputError, writing
+from libragrad_fx.errors import InputError
+from libragrad_fx.extras import writing
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.ops.attention import attention_value, value_gradient
 from libragrad_fx.optimise.execute import attribute

@@ -1,9 +1,9 @@
 """Removes zeros by algebra: from a flat graph, whatever computes with parts of tensors that are zero.
 
-A balanced backward leaves many. The gradient of the token that a head reads is one row of many; that of v is
-a third of its projection's; that of a class is one number of a thousand. Here such a tensor is its part that
-is not zero, and ops compute with the part alone: products of fewer rows, or over fewer terms. An op without
-a rule gets the whole tensor, with the zeros around the part.
+A balanced backward leaves many. The gradient of the token that a head reads is one row of many; that of v
+is a third of its projection's; that of a class is one number of a thousand. Here such a tensor is its part
+that is not zero, and ops compute with the part alone: products of fewer rows, or over fewer terms. An op
+without a rule gets the whole tensor, with the zeros around the part.
 
 The graph is run once more, with parts in place of tensors, and traced. So a rule is written with tensors.
 """
@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true as known
@@ -57,7 +58,9 @@ class Part:
         if not self.plain:
             x, axis = self.parted(x, axis, self.length), axis + 1
         sides = (self.start, self.count - self.start - self.length)
-        before, after = (x.new_zeros((*x.shape[:axis], n, *x.shape[axis + 1 :])) if n else None for n in sides)
+        before, after = (
+            x.new_zeros((*x.shape[:axis], n, *x.shape[axis + 1 :])) if n else None for n in sides
+        )
         joined = torch.cat([t for t in (before, x, after) if t is not None], axis)
         return joined if self.plain else joined.flatten(axis - 1, axis + 1)
 
@@ -72,7 +75,11 @@ class Part:
         axis = x.ndim - back
         if self.plain:
             return x.narrow(axis, self.start, self.length)
-        return self.parted(x, axis, self.count).narrow(axis + 1, self.start, self.length).flatten(axis, axis + 2)
+        return (
+            self.parted(x, axis, self.count)
+            .narrow(axis + 1, self.start, self.length)
+            .flatten(axis, axis + 2)
+        )
 
     @property
     def back(self) -> int:
@@ -112,7 +119,7 @@ def _part(kept: Tensor, shape: Sequence[Any], axis: int, start: int, length: int
     return Part(kept, tuple(shape), kept.dtype, kept.device, axis, 1, int(shape[axis]), start, length)
 
 
-# --- rules: an op on arguments of which some are parts. They return a tensor, a part, or None: no rule for it
+# --- rules: an op on arguments, some of them parts. They return a tensor, a part, or None for no rule
 
 _RULES: dict[Any, Callable[..., Any]] = {}
 
@@ -167,9 +174,9 @@ def _fitting(part: Part, x: Any) -> Any:
 
 @_rule(aten.add.Tensor, aten.sub.Tensor)
 def _plus(op: Any, a: Any, b: Any, **kwargs: Any) -> Any:
-    if isinstance(a, Part) and isinstance(b, Part):
-        if a.kept is not None and b.kept is not None and a.alike(b):
-            return a.with_(op(a.kept, b.kept, **kwargs), a.shape, a.axis)
+    both = [x for x in (a, b) if isinstance(x, Part) and x.kept is not None]
+    if len(both) == 2 and a.alike(b):
+        return a.with_(op(a.kept, b.kept, **kwargs), a.shape, a.axis)
     zero, other = (a, b) if isinstance(a, Part) and a.kept is None else (b, a)
     plain = isinstance(zero, Part) and zero.kept is None and isinstance(other, (Tensor, Part))
     if not plain or zero.dtype != other.dtype or (zero is a and (kwargs or op is aten.sub.Tensor)):
@@ -412,9 +419,7 @@ def _slice_backward(
 
 
 @_rule(aten.convolution_backward.default)
-def _convolution_backward(
-    op: Any, g: Part, x: Any, weight: Any, bias: Any, *how: Any
-) -> Any:
+def _convolution_backward(op: Any, g: Part, x: Any, weight: Any, bias: Any, *how: Any) -> Any:
     """Of the input alone: through the filters whose features have a gradient."""
     *_, transposed, _, groups, wanted = how
     if g.axis != 1 or transposed or groups != 1 or [*wanted] != [True, False, False]:
@@ -423,7 +428,9 @@ def _convolution_backward(
 
 
 @_rule(attention_value)
-def _attention(op: Any, g: Part, query: Any, key: Any, mask: Any, lse: Any, causal: bool, scale: Any) -> Any:
+def _attention(
+    op: Any, g: Part, query: Any, key: Any, mask: Any, lse: Any, causal: bool, scale: Any
+) -> Any:
     """dV from the rows of some queries alone."""
     if g.axis != 2 or causal:
         return None
@@ -460,7 +467,9 @@ class Zeros(torch.fx.Interpreter):
         """What an op makes of zeros alone: zeros, if it is linear in them."""
         if target not in _LINEAR:
             return None
-        if not any(isinstance(a, Part) and a.kept is None for a in pytree.tree_leaves((args, dict(kwargs)))):
+        if not any(
+            isinstance(a, Part) and a.kept is None for a in pytree.tree_leaves((args, dict(kwargs)))
+        ):
             return None
         args, kwargs = _whole((args, dict(kwargs)))
         return pytree.tree_map(_nothing, target(*args, **kwargs))  # for its shape: nobody reads it
@@ -491,7 +500,8 @@ _LINEAR = {op for op in _RULES if op not in _ADDING}
 def without_zeros(traced: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
     """The same computation, without zeros that nobody needs. ``inputs``: fake ones, to trace it with."""
     if any(_writes(n.target) for n in traced.graph.nodes):
-        traced = make_fx(torch.func.functionalize(traced, remove="mutations"))(*inputs)
+        with enable_python_dispatcher():
+            traced = make_fx(torch.func.functionalize(traced, remove="mutations"))(*inputs)
     traced.graph.eliminate_dead_code()
     made = make_fx(lambda *given: Zeros(traced).run(*given))(*inputs)
     made.graph.eliminate_dead_code()

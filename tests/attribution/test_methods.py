@@ -425,6 +425,7 @@ class Reads(nn.Module):
         (lambda y: y[:, 3:4].squeeze(1), TARGET, 3),
         (lambda y: y[:, -1:].flatten(1), TARGET, -1),
         (lambda y: y, (4, TARGET), 4),
+        (lambda y: (y, y[:, 0]), (4, TARGET), 4),  # what else is read alone is not what is explained
     ],
 )
 @pytest.mark.parametrize("causal", fast_first([True, False], 1))
@@ -439,8 +440,32 @@ def test_attention_is_followed_to_the_token_that_is_read(
     torch.testing.assert_close(got.values, want, rtol=1e-12, atol=0)
 
 
-def test_where_no_token_is_read_alone_it_says_so() -> None:
-    model, x = Reads(lambda y: y.mean(1)).double().eval(), torch.randn(2, 6, 8, dtype=F64)
+COMPUTED = [
+    lambda y: y[torch.arange(len(y)), y[..., 0].argmax(1)],
+    lambda y: y.gather(1, y[..., :1].argmax(1, keepdim=True).expand(-1, -1, 5)).squeeze(1),
+]
+
+
+@pytest.mark.parametrize("read", fast_first(COMPUTED, 1))
+def test_attention_is_followed_to_a_token_that_the_model_computes(read: Any) -> None:
+    """Each sample's own: by rollout of the probabilities, written out."""
+    model, x = Reads(read).double().eval(), torch.randn(5, 6, 8, dtype=F64)
+    with torch.no_grad():
+        rows = Reads(lambda y: y).double().eval()(x)[..., 0].argmax(1)
+    assert len(rows.unique()) > 1
+    module = lg.transform(model, x)
+    seen = run(module, x, lg.blocks(module), attention=True).back(TARGET)
+    first, last = ((a.weights.mean(1) + torch.eye(6, dtype=F64)) / 2 for a in seen.attention)
+    want = (last @ first)[torch.arange(5), rows]
+    got = lg.attribute(module, x, TARGET, method="rollout").values
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    alone = [lg.attribute(module, one, TARGET, method="rollout").values for one in x.split(1)]
+    torch.testing.assert_close(got, torch.cat(alone), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("read", [lambda y: y.mean(1), lambda y: y.mean(1, keepdim=True)[:, -1]])
+def test_where_no_token_is_read_alone_it_says_so(read: Any) -> None:
+    model, x = Reads(read).double().eval(), torch.randn(2, 6, 8, dtype=F64)
     with pytest.raises(InputError, match="no token is read alone"):
         lg.attribute(lg.transform(model, x), x, TARGET, method="rollout")
 
@@ -469,6 +494,41 @@ def test_two_sequences_of_tokens_are_not_followed_as_one(length: int) -> None:
             lg.attribute(module, inputs, TARGET, method=method)
     left = ["left.0", "left.1"]
     assert lg.attribute(module, inputs, TARGET, method="attcat", layers=left).values.shape == (2, 5)
+
+
+def test_a_decoder_as_long_as_its_encoder_is_another_sequence() -> None:
+    class Block(nn.Module):
+        """Attention within a sequence, and to another one."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.cross = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)
+            self.inner.batch_first = self.cross.batch_first = True
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            x = x + self.inner(x, x, x)[0]
+            return x + self.cross(x, y, y)[0]
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.start = nn.ModuleList(Block() for _ in range(4)), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.start(x)
+            for block in self.blocks[:2]:
+                x = block(x, x)
+            for block in self.blocks[2:]:
+                y = block(y, x)
+            return y[:, -1]
+
+    x = torch.randn(2, 5, 8, dtype=F64)
+    module = lg.transform(Both().double().eval(), x)
+    for method in ("rollout", "attcat", "legrad"):
+        with pytest.raises(InputError, match="follows one sequence"):
+            lg.attribute(module, x, TARGET, method=method)
+    decoder = ["blocks.2", "blocks.3"]
+    assert lg.attribute(module, x, TARGET, method="rollout", layers=decoder).values.shape == (2, 5)
 
 
 def test_heads_by_features_are_no_grid() -> None:

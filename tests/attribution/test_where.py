@@ -205,9 +205,24 @@ class Branch(nn.Module):
         return self.head((x + self.inside(x.relu())).mean(1))
 
 
-def test_of_a_branch_no_sum_is_promised() -> None:
+def test_of_a_branch_what_leads_past_it_is_known() -> None:
+    """The stream, and not what is read from it inside: by hand, the output less ⟨x, ∂f/∂x⟩ of the sum."""
     model, x = Branch().double().eval(), torch.randn(2, 5, 4, dtype=F64)
     gm = lg.transform(model, x)
-    assert bool(lg.attribute(gm, x, 1, method="fullgrad", layers=["inside"]).expected.isnan().all())
+    with torch.no_grad():
+        stem, head = gm.get_submodule("stem"), gm.get_submodule("head")
+        past = (x @ stem.weight.mT + stem.bias).mean(1) @ head.weight[1]
+        inside = gm.get_submodule("inside")
+        biases = inside.bias @ head.weight[1] + head.bias[1]
+        want = gm(x)[:, 1] - past
+    for method in ("fullgrad", "fullgrad_plus"):
+        found = lg.attribute(gm, x, 1, method=method, layers=["inside"])
+        torch.testing.assert_close(found.expected, want)
+        torch.testing.assert_close(found.total, want)
+    share = lg.attribute(gm, x, 1, method="input_x_gradient", layers=["inside"])
+    torch.testing.assert_close(share.total, want - biases)
+    assert bool(share.expected.isnan().all())
+    plain = lg.attribute(lg.trace(model, x), x, 1, method="fullgrad", layers=["inside"])
+    torch.testing.assert_close(plain.expected, want)
     first = lg.attribute(gm, x, 1, method="fullgrad", layers=["stem"])
     assert float(first.completeness_error.max()) < 1e-12

@@ -102,7 +102,9 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
                                      (nothing(2, 4), [4], None, None, 1e-5)],
     aten.view.default: [
         (p, shape) for p in [*parts(4, 3, 12), nothing(4, 3, 12)]
-        for shape in ([12, 12], [4, 36], [144], [4, 3, 2, 6], [2, 2, 3, 12], [4, 3, 12, 1], [-1, 12], [8, 18])
+        for shape in (
+            [12, 12], [4, 36], [144], [4, 3, 2, 6], [2, 2, 3, 12], [4, 3, 12, 1], [-1, 12], [8, 18],
+        )
     ],
     aten._unsafe_view.default: [(p, [12, 12]) for p in parts(4, 3, 12)],
     aten.permute.default: each(lambda p: (p, [2, 0, 1]), 4, 3, 12),
@@ -110,12 +112,16 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
     aten.t.default: each(lambda p: (p,), 4, 12),
     aten.unsqueeze.default: [*each(lambda p: (p, 0), 4, 12), *each(lambda p: (p, -1), 4, 12)],
     aten.squeeze.dim: [*each(lambda p: (p, 1), 4, 1, 12), *each(lambda p: (p, 0), 4, 12)],
-    aten.expand.default: [*each(lambda p: (p, [5, 4, 12]), 4, 12), *each(lambda p: (p, [4, 6, -1]), 4, 1, 12)],
+    aten.expand.default: [
+        *each(lambda p: (p, [5, 4, 12]), 4, 12), *each(lambda p: (p, [4, 6, -1]), 4, 1, 12),
+    ],
     aten.sum.dim_IntList: [
         *each(lambda p: (p, [0]), 4, 12), *each(lambda p: (p, [-1], True), 4, 3, 12),
         *each(lambda p: (p, [0, 2]), 4, 3, 12), *each(lambda p: (p, None), 4, 12),
     ],
-    aten.select.int: [(p, a, i) for p in [*parts(4, 12), nothing(4, 12)] for a in (0, -1) for i in (0, 1, -1)],
+    aten.select.int: [
+        (p, a, i) for p in [*parts(4, 12), nothing(4, 12)] for a in (0, -1) for i in (0, 1, -1)
+    ],
     aten.slice.Tensor: [
         (p, *how) for p in [*parts(4, 12), nothing(4, 12)]
         for how in ((0,), (0, 0, 2), (1, 2, 2**63 - 1), (0, -3, -1), (1, 0, 12, 2), (1, 2, 2), (1, 4, 6))
@@ -125,14 +131,17 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
     aten.split_with_sizes.default: each(lambda p: (p, [2, 3, 7], 1), 4, 12),
     aten.cat.default: [
         *(([nothing(2, 3), x, nothing(4, 3)], 0) for x in (rand(3, 3), part(3, 3, axis=0))),
-        ([x := part(4, 3, axis=1), nothing(4, 2), rand(4, 3), nothing(4, 1)], 1), ([nothing(2), nothing(3)],),
+        ([part(4, 3, axis=1), nothing(4, 2), rand(4, 3), nothing(4, 1)], 1), ([nothing(2), nothing(3)],),
     ],
     aten.stack.default: [
         ([nothing(4, 3), x], -1) for x in (rand(4, 3), part(4, 3, axis=1))
     ] + [([nothing(4, 3), nothing(4, 3)],)],
-    aten.select_backward.default: [(g, [4, 5, 12], 1, -2) for g in (rand(4, 12), nothing(4, 12), *parts(4, 12))],
+    aten.select_backward.default: [
+        (g, [4, 5, 12], 1, -2) for g in (rand(4, 12), nothing(4, 12), *parts(4, 12))
+    ],
     aten.slice_backward.default: [
-        (g, [4, 9, 12], 1, first, last, step) for g in (rand(4, 3, 12), nothing(4, 3, 12), *parts(4, 3, 12))
+        (g, [4, 9, 12], 1, first, last, step)
+        for g in (rand(4, 3, 12), nothing(4, 3, 12), *parts(4, 3, 12))
         for first, last, step in ((2, 5, 1), (-3, 2**63 - 1, 1), (0, 9, 3))
     ] + [(rand(4, 12), [4, 12], 0, 0, 2**63 - 1, 1)],
     attention_value: [
@@ -155,7 +164,7 @@ def test_rule(op: Any) -> None:
         for got, right in zip(pytree.tree_leaves(wholes[1]), pytree.tree_leaves(want), strict=True):
             if right is None:  # a gradient that is not asked for
                 continue
-            assert got.shape == right.shape and got.dtype == right.dtype
+            assert (got.shape, got.dtype) == (right.shape, right.dtype)
             torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
         used |= walk.ruled[op] > 0
     assert used
