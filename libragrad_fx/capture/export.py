@@ -36,7 +36,9 @@ from libragrad_fx.capture.state import untouched
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.rulebook import RuleBook
 from libragrad_fx.errors import CustomBackwardWarning, ExportError
+from libragrad_fx.graph.alias import is_fresh
 from libragrad_fx.graph.schema import bind
+from libragrad_fx.ops import insert
 from libragrad_fx.ops.insert import stop
 from libragrad_fx.target import inexact
 
@@ -121,14 +123,16 @@ def _export(
             warnings.simplefilter("ignore")
             made = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             _restore_users(made)
-            _detach_no_grad_regions(made)
+            _detach_no_grad_regions(made, book)
             found = _conditions(made)
             program = _functional(made, book)
             return program, tuple(dict.fromkeys([*found, *_conditions(program)]))
     except Exception as e:
         # leave out what is of no use to a user: advice to file an issue, export's names of tensors
         said = re.sub(r"[^.]*(file an issue|lifted_tensor)[^.]*\.?", "", _first_line(e))
-        if "mutat" in said or "in-place" in said or "in place" in said:
+        if "no_grad region" in said:
+            said = said.removeprefix("ValueError: ")
+        elif "mutat" in said or "in-place" in said or "in place" in said:
             said = "it writes in place into a tensor that is not its own"
         raise ExportError(
             f"torch.export could not capture {type(model).__name__}: {said}\n"
@@ -184,8 +188,21 @@ def _functional(program: ExportedProgram, book: RuleBook) -> ExportedProgram:
         rename(program.graph, book)
         if again and any(map(_writes, program.graph.nodes)):
             drop_idle(program.graph)
+            stops = _stops(program)
             program = program.run_decompositions({})
+            if _stops(program) > stops:
+                raise ValueError(
+                    "it writes in place into what detach(), or a no_grad region, has returned, and shares"
+                    " memory with another tensor: write out of place, or clone() it first"
+                )
+    _uncut(program)
     return program
+
+
+def _stops(program: ExportedProgram) -> int:
+    """How many ops cut the gradient, in all regions. PyTorch repeats one after a write to its alias."""
+    modules = [m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    return sum(n.target in (stop, insert.cut) for m in modules for n in m.graph.nodes)
 
 
 def _writes(node: torch.fx.Node) -> bool:
@@ -216,16 +233,36 @@ def _restore_users(program: ExportedProgram) -> None:
                 operand.users.setdefault(node)
 
 
-def _detach_no_grad_regions(program: ExportedProgram) -> None:
-    """Detach the outputs of ``no_grad`` regions: these sub-graphs are flattened later without a trace."""
+def _detach_no_grad_regions(program: ExportedProgram, book: RuleBook) -> None:
+    """Detach the outputs of ``no_grad`` regions: these sub-graphs are flattened later without a trace. What
+    a region has made itself is cut, so that it may be written to behind it."""
     module = program.graph_module
     for node in list(module.graph.nodes):
         if getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled" or node.args[0]:
             continue
         for user in list(node.users):
             if inexact(user.meta.get("val")):
+                fresh = _made_inside(module.get_submodule(str(node.args[1].target)), user, book)  # type: ignore[union-attr]
                 with module.graph.inserting_after(user):
-                    cut = module.graph.call_function(stop, (user,))
+                    cut = module.graph.call_function(insert.cut if fresh else stop, (user,))
                 cut.meta = dict(user.meta)
                 user.replace_all_uses_with(cut, delete_user_cb=lambda u, cut=cut: u is not cut)
     module.recompile()
+
+
+def _made_inside(region: torch.nn.Module, output: torch.fx.Node, book: RuleBook) -> bool:
+    """Whether an output of a region shares no memory with anything outside, nor with another output."""
+    (end,) = (n for n in region.graph.nodes if n.op == "output")  # type: ignore[union-attr]
+    returned = end.args[0]
+    made = returned[output.args[1]] if isinstance(returned, (list, tuple)) else returned
+    if not isinstance(made, torch.fx.Node):
+        return False
+    readers = [n for n in made.users if n.target is not insert.observe]
+    return readers == [end] and is_fresh(made, book.fact(made.target))
+
+
+def _uncut(program: ExportedProgram) -> None:
+    """Now that nothing writes in place, a cut is a ``stop``."""
+    for node in program.graph.nodes:
+        if node.target is insert.cut:
+            node.target = stop

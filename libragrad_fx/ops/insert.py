@@ -84,6 +84,14 @@ def is_end(node: torch.fx.Node) -> bool:
     return node.target is stop or (is_scale(node) and not node.args[1])
 
 
+LIBRARY.define("cut(Tensor x) -> Tensor")
+torch.library.impl(f"{NAMESPACE}::cut", "CompositeExplicitAutograd", lib=LIBRARY)(lambda x: x.clone())
+torch.library.register_fake(f"{NAMESPACE}::cut", lambda x: x.clone(), lib=LIBRARY)
+cut = torch.ops.libragrad_fx.cut.default
+"""Capture's ``stop`` until writes in place are gone: ``detach`` is an alias, which PyTorch takes again
+after a write, and the gradient of what was written would end there."""
+
+
 LIBRARY.define("observe(Tensor[] xs, str[] places, int call) -> ()")
 torch.library.impl(f"{NAMESPACE}::observe", "CompositeExplicitAutograd", lib=LIBRARY)(
     lambda xs, places, call: None

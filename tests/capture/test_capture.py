@@ -14,7 +14,13 @@ import libragrad_fx as lg
 from libragrad_fx.capture.examples import example_call
 from libragrad_fx.capture.export import capture
 from libragrad_fx.capture.normal import normalize
-from libragrad_fx.errors import CaptureError, CustomBackwardWarning, InputError, UnknownOpError
+from libragrad_fx.errors import (
+    CaptureError,
+    CustomBackwardWarning,
+    ExportError,
+    InputError,
+    UnknownOpError,
+)
 from libragrad_fx.types import Trace
 
 F64 = torch.float64
@@ -401,3 +407,48 @@ def test_one_example_for_two_arguments_leaves_them_two() -> None:
 
     x, y = torch.randn(2, 2, 4).unbind(0)
     assert torch.equal(lg.transform(Sum(), (x, x))(x, y), Sum()(x, y))
+
+
+class _Region(nn.Module):
+    """Writes with a gradient into what a ``no_grad`` region has made."""
+
+    def __init__(self, write: Any) -> None:
+        super().__init__()
+        self.fc, self.write = nn.Linear(4, 4).double(), write
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            g = self.fc(x)
+        self.write(g, x)
+        return (g + x).sin()
+
+
+def _part(g: torch.Tensor, x: torch.Tensor) -> None:
+    g[:, 1:3] += x[:, 1:3]
+
+
+def _flat(g: torch.Tensor, x: torch.Tensor) -> None:
+    g.view(-1).mul_(x.reshape(-1))
+    g.add_(1).relu_()
+
+
+@pytest.mark.parametrize("write", [lambda g, x: g.mul_(x), _part, _flat, lambda g, x: g.copy_(x)])
+def test_a_write_behind_no_grad_keeps_its_gradient(write: Any) -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    model = _Region(write)
+    traced = lg.trace(model, x)
+    want, got = (torch.autograd.grad(m(x).sum(), x)[0] for m in (model, traced))
+    assert torch.equal(traced(x), model(x))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_a_write_through_detach_is_refused() -> None:
+    """PyTorch takes the alias again after the write, and the gradient of what was written would be lost."""
+
+    class Through(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = x * 2
+            return h.detach().mul_(x).sin()
+
+    with pytest.raises(ExportError, match=r"clone\(\) it first"):
+        lg.trace(Through(), torch.randn(3, 4))
