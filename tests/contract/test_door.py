@@ -671,7 +671,7 @@ def test_a_callable_that_returns_what_cannot_be_explained(
 def test_attribute_wants_one_number_a_sample(target: Callable[..., Any]) -> None:
     _, gm, x = net()
     assert lg.audit(gm, x, target).completeness_error < 1e-5  # a sum is all that audit takes
-    refused(lambda: lg.attribute(gm, x, target), "callable", error=InputError)
+    refused(lambda: lg.attribute(gm, x, target), "the target gave", error=InputError)
 
 
 def test_an_error_of_the_callable_is_its_own() -> None:
