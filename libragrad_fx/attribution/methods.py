@@ -507,8 +507,8 @@ def _rows(method: str, taps: Taps, seen: Internals, image: Any, target: Target, 
         return torch.full((batch,), seen.read, device=seen.output.device)
     first = taps.layers[0]
     if image is not None:
-        known = layouts_of(seen, seen.tokens[first.name])
-        apart = [x for x in (*known, maps.guessed("", first.value.shape, seen.shapes, image)) if x.apart]
+        laid = layouts_of(seen, seen.tokens[first.name])
+        apart = [x for x in (*laid, maps.guessed("", first.value.shape, seen.shapes, image)) if x.apart]
         if apart:
             return torch.full((batch,), apart[0].apart[0], device=seen.output.device)
     each = target if isinstance(target, list) else [target] * batch

@@ -253,8 +253,9 @@ def _detach_no_grad_regions(program: ExportedProgram, book: RuleBook) -> None:
 def _made_inside(region: torch.nn.Module, output: torch.fx.Node, book: RuleBook) -> bool:
     """Whether an output of a region shares no memory with anything outside, nor with another output."""
     (end,) = (n for n in region.graph.nodes if n.op == "output")  # type: ignore[union-attr]
-    returned = end.args[0]
-    made = returned[output.args[1]] if isinstance(returned, (list, tuple)) else returned
+    returned: Any = end.args[0]
+    place: Any = output.args[1] if isinstance(returned, (list, tuple)) else None
+    made = returned if place is None else returned[place]
     if not isinstance(made, torch.fx.Node):
         return False
     readers = [n for n in made.users if n.target is not insert.observe]

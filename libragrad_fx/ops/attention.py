@@ -101,11 +101,11 @@ def _flash(
 ) -> Any:  # fmt: skip
     """The flash kernel for a CPU. Returns the output and the log-sum-exp of every row (B, H, N)."""
     return _FLASH(
-        query, key, value, dropout_p, is_causal, attn_mask=_additive(attn_mask, query), scale=scale
+        query, key, value, dropout_p, is_causal, attn_mask=additive(attn_mask, query), scale=scale
     )
 
 
-def _additive(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+def additive(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, -math.inf)
@@ -129,7 +129,7 @@ def _value_gradient(
     heads = query.shape[1] // key.shape[1]
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     wide = lse.dtype
-    mask = _additive(attn_mask, lse)
+    mask = additive(attn_mask, lse)
     lse = lse.masked_fill(lse == -math.inf, math.inf)  # a row with nothing to attend to: P is 0
     keys = repeated(key, heads).to(wide)
     dv = torch.zeros((*keys.shape[:3], g.shape[-1]), dtype=wide, device=g.device)
@@ -145,23 +145,6 @@ def _value_gradient(
             p[:, :, rows.start :].masked_fill_(_later(p[0, :, rows.start :]), -math.inf)
         dv[part].view(-1, *dv.shape[2:])[:, seen].baddbmm_(p.exp_().transpose(1, 2), do)
     return summed(dv, heads)
-
-
-def value_gradient(
-    g: torch.Tensor, query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor | None,
-    lse: torch.Tensor, is_causal: bool, scale: float | None,
-) -> torch.Tensor:  # fmt: skip
-    """dV, written out in plain ops on all query rows at once, for those who have only PyTorch's."""
-    heads, wide = query.shape[1] // key.shape[1], lse.dtype
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = query.to(wide) @ repeated(key, heads).to(wide).transpose(-2, -1) * scale
-    if attn_mask is not None:
-        scores = scores + _additive(attn_mask, lse)
-    if is_causal:
-        rows = torch.arange(query.shape[2], device=g.device)[:, None]
-        scores = scores.masked_fill(rows < torch.arange(key.shape[2], device=g.device), -math.inf)
-    p = torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf)[..., None])
-    return summed(p.transpose(-2, -1) @ g.to(wide), heads)
 
 
 LIBRARY.define(
@@ -216,7 +199,7 @@ def _math(
     enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
     """Attention by the math kernel, and its probabilities. PyTorch picks it if a mask requires grad."""
-    args = (query, key, value, _additive(attn_mask, query), dropout_p, is_causal, None)
+    args = (query, key, value, additive(attn_mask, query), dropout_p, is_causal, None)
     return aten._scaled_dot_product_attention_math.default(*args, scale=scale, enable_gqa=enable_gqa)
 
 

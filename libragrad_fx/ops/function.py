@@ -22,7 +22,7 @@ def watched() -> bool:
 
 def traced() -> bool:
     """Whether ``make_fx`` traces plain autograd: no compiler is active, and no ``torch.func``."""
-    return _mode(_TRACED) is not None and not _is_compiling() and not _transforms_active()
+    return not _is_compiling() and not _transforms_active() and _mode(_TRACED) is not None
 
 
 def quick(function: type[torch.autograd.Function]) -> Callable[..., Any]:

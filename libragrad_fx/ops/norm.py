@@ -37,7 +37,7 @@ def _weighted(g: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
 def _pull(u: torch.Tensor, rstd: torch.Tensor, axes: Axes) -> torch.Tensor:
     """rstd * (u - mean(u)), in place in u. The mean is a sum, which costs a third of ``mean`` for small u;
     the subtraction's ``alpha`` divides it."""
-    count = math.prod(u.shape[a] for a in axes)
+    count = math.prod([u.shape[a] for a in axes])
     return times_(minus_(u, u.sum(axes, keepdim=True), 1 / max(count, 1)), rstd)
 
 

@@ -148,7 +148,7 @@ def flat(
         for i, t in zip(places, given[len(state) :], strict=False):
             mine[i] = t
         call = Arguments(*pytree.tree_unflatten(mine, spec))
-        chosen = Chosen(given[-1]) if indexed else target
+        chosen: Any = Chosen(given[-1]) if indexed else target
         seen: list[Any] = []
 
         def say(output: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,37 @@ from torch.export import Dim
 from libragrad_fx.errors import InputError
 from libragrad_fx.extras import writing
 from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.ops.attention import attention_value, value_gradient
+from libragrad_fx.ops.attention import additive, attention_value, repeated, summed
 from libragrad_fx.optimise.execute import attribute
 from libragrad_fx.programs.flat import Flat
 
 Tensor = torch.Tensor
 
 
+def value_gradient(
+    g: torch.Tensor, query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor | None,
+    lse: torch.Tensor, is_causal: bool, scale: float | None,
+) -> torch.Tensor:  # fmt: skip
+    """dV, written out in plain ops on all query rows at once, for those who have only PyTorch's."""
+    heads, wide = query.shape[1] // key.shape[1], lse.dtype
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = query.to(wide) @ repeated(key, heads).to(wide).transpose(-2, -1) * scale
+    mask = additive(attn_mask, lse)
+    if mask is not None:
+        scores = scores + mask
+    if is_causal:
+        rows = torch.arange(query.shape[2], device=g.device)[:, None]
+        scores = scores.masked_fill(rows < torch.arange(key.shape[2], device=g.device), -math.inf)
+    p = torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf)[..., None])
+    return summed(p.transpose(-2, -1) @ g.to(wide), heads)
+
+
 class _Plain(torch.fx.Interpreter):
     """Runs a graph with our ops as what they are made of, so that only PyTorch's remain."""
 
-    def call_function(self, target: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        return super().call_function(_MADE_OF.get(target, target), args, kwargs)
+    def call_function(self, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        plain: Any = _MADE_OF.get(target, target)
+        return super().call_function(plain, args, kwargs)
 
 
 _MADE_OF = {attention_value: value_gradient}

@@ -353,10 +353,10 @@ def _split(op: Any, x: Part, sizes: Any, axis: int = 0) -> Any:
     count = x.shape[axis]
     if not isinstance(count, int) or not all(isinstance(n, int) for n in pytree.tree_leaves(sizes)):
         return None
-    ends = sizes if isinstance(sizes, int) else None
-    steps = [min(ends, count - i) for i in range(0, count, ends)] if ends else list(sizes)
-    starts = [sum(steps[:i]) for i in range(len(steps))]
-    found = [_slice(aten.slice.Tensor, x, axis, s, s + n) for s, n in zip(starts, steps, strict=True)]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, count - i) for i in range(0, count, sizes)]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    found = [_slice(aten.slice.Tensor, x, axis, s, s + n) for s, n in zip(starts, sizes, strict=True)]
     return None if any(f is None for f in found) else found
 
 
@@ -448,7 +448,7 @@ class Zeros(torch.fx.Interpreter):
         super().__init__(module)
         self.ruled = Counter[Any]()
 
-    def call_function(self, target: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    def call_function(self, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         rule = _RULES.get(target)
         if rule is not None and _asks(target, args, kwargs):
             found = self._nothing(target, args, kwargs) or rule(*args, **kwargs)
