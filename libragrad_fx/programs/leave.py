@@ -69,7 +69,8 @@ def exported(
 ) -> torch.export.ExportedProgram:
     """The program as ``torch.export`` knows it, for any batch of more than one where that is free."""
     batch, given = Dim("batch", min=2), [*tensors]
-    dims = [{a: batch for a in free.get(id(t), ()) if t.shape[a] > 1} for t in tensors]
+    serves = {} if made.batch else free
+    dims = [{a: batch for a in serves.get(id(t), ()) if t.shape[a] > 1} for t in tensors]
     if made.indexed:
         given.append(made.index(None, tuple(tensors)))
         dims.append({0: batch} if any(dims) else {})

@@ -14,14 +14,13 @@ from torch.utils import _pytree as pytree
 
 import libragrad_fx as lg
 from libragrad_fx.attribution import METHODS
-from libragrad_fx.errors import InputError
+from libragrad_fx.errors import InputError, VerificationError
 from libragrad_fx.programs import Program
 from tests.between import fast_first
 from zoo.small import SMALL, samples, small
 
 F64 = torch.float64
 NEAR = 1e-14  # of the largest value, in float64
-QUIET = ("expected", "completeness_error")  # rounding alone, where the map is complete
 
 
 class Tiny(nn.Module):
@@ -48,17 +47,17 @@ def tiny() -> tuple[nn.Module, torch.Tensor]:
     return Tiny().double().eval(), torch.randn(3, 3, 16, 16, dtype=F64)
 
 
-def alike(got: lg.Attribution, want: lg.Attribution) -> None:
+def alike(got: lg.Attribution, want: lg.Attribution, near: float = NEAR) -> None:
     """The same answer but for rounding; a field that promises nothing is nan in both."""
     for name, value in vars(want).items():
         mine = getattr(got, name)
         if isinstance(value, torch.Tensor):
             top = float(want.values.abs().max())
-            torch.testing.assert_close(mine, value, rtol=1e-12, atol=NEAR * max(top, 1), equal_nan=True)
+            torch.testing.assert_close(mine, value, rtol=1e-12, atol=near * max(top, 1), equal_nan=True)
         elif name in ("others", "stages", "parts"):
             assert mine.keys() == value.keys()
             for key, m in value.items():
-                torch.testing.assert_close(mine[key], m, rtol=1e-12, atol=NEAR * float(m.abs().max()))
+                torch.testing.assert_close(mine[key], m, rtol=1e-12, atol=near * float(m.abs().max()))
         elif name not in ("target", "labels"):
             assert mine == value, name
 
@@ -73,7 +72,11 @@ def asked(name: str) -> tuple[Any, Any, Any, Any]:
 REFUSED = {
     "vilt": "captured anew at each call: there is no graph",
     "timesformer": "rows of one constant are of several samples",
+    "maxvit": "traced, PyTorch takes other kernels for some product: the last bit of the forward differs",
+    "t5": "likewise",
 }
+SINGLE_PRECISION = {"efficientvit": 1e-6}
+"""Models that compute their attention in float32, whatever they are given."""
 FAST = ("vit", "swin", "llama", "lstm")
 KINDS = [*FAST, *(name for name in SMALL if name not in (*REFUSED, *FAST))]
 
@@ -84,7 +87,15 @@ def test_every_kind(name: str) -> None:
     made, inputs, fixed, target = asked(name)
     program = lg.program(made.model, inputs, method="fullgrad_plus", target=fixed)
     want = lg.attribute(made.model, inputs, made.target, method="fullgrad_plus")
-    alike(program(inputs, target), want)
+    alike(program(inputs, target), want, SINGLE_PRECISION.get(name, NEAR))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["maxvit", "t5"])
+def test_a_forward_that_differs_in_a_bit_is_refused(name: str) -> None:
+    made, inputs, fixed, _ = asked(name)
+    with pytest.raises(VerificationError, match="differs from the model's"):
+        lg.program(made.model, inputs, target=fixed)
 
 
 SINGLE = [name for name, how in METHODS.items() if not how.path and name != "random"]
@@ -219,10 +230,11 @@ def test_every_kind_is_saved(name: str, tmp_path: Path) -> None:
     found = saved(program, inputs, [*leaves, *index], tmp_path)
     want = program(inputs, target)
     top = float(want.values.abs().max())
-    torch.testing.assert_close(found["values"], want.values, rtol=1e-12, atol=1e-13 * top)
+    near = SINGLE_PRECISION.get(name, 1e-13)
+    torch.testing.assert_close(found["values"], want.values, rtol=1e-12, atol=near * top)
 
 
-@pytest.mark.parametrize("name", fast_first(["tabular", "clip", "t5"], 1))
+@pytest.mark.parametrize("name", fast_first(["tabular", "clip"], 1))
 def test_one_sample_of_several_inputs(name: str) -> None:
     made, inputs, fixed, target = asked(name)
     one = samples(inputs, slice(0, 1))
