@@ -63,8 +63,7 @@ def refusal_of(module: CapturedModule, args: Sequence[Any], kwargs: Mapping[str,
     """The error that a graph's guards raise for a call; None if they accept it."""
     check = vars(module).get("_checks")
     if check is None:
-        checks = GraphModule({"training": False}, guards_of(module.graph))
-        check = module.__dict__["_checks"] = type(checks).forward
+        check = module.__dict__["_checks"] = type(_checks(module.graph)).forward
     try:
         check(module, *args, **kwargs)
     except (GuardError, TypeError) as e:  # TypeError: another signature
@@ -94,8 +93,8 @@ def fitting(module: InGraphs, inputs: Any) -> Any:
     return module.origin.other(module, refusal, args, kwargs)
 
 
-def guards_of(graph: Graph) -> Graph:
-    """The guards of ``graph`` alone."""
+def _checks(graph: Graph) -> GraphModule:
+    """The guards of ``graph`` alone, as a module."""
     needed: set[Node] = set()
     stack = [n for n in graph.nodes if n.target in _CHECKS]
     while stack:
@@ -108,7 +107,7 @@ def guards_of(graph: Graph) -> Graph:
         if node in needed or node.op == "placeholder":
             env[node] = part.node_copy(node, env.__getitem__)
     part.output(None)
-    return part
+    return GraphModule({"training": False}, part)
 
 
 def _adopted(variant: CapturedModule, module: CapturedModule) -> CapturedModule:

@@ -101,11 +101,11 @@ def _flash(
 ) -> Any:  # fmt: skip
     """The flash kernel for a CPU. Returns the output and the log-sum-exp of every row (B, H, N)."""
     return _FLASH(
-        query, key, value, dropout_p, is_causal, attn_mask=additive(attn_mask, query), scale=scale
+        query, key, value, dropout_p, is_causal, attn_mask=_additive(attn_mask, query), scale=scale
     )
 
 
-def additive(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+def _additive(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, -math.inf)
@@ -129,7 +129,7 @@ def _value_gradient(
     heads = query.shape[1] // key.shape[1]
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     wide = lse.dtype
-    mask = additive(attn_mask, lse)
+    mask = _additive(attn_mask, lse)
     lse = lse.masked_fill(lse == -math.inf, math.inf)  # a row with nothing to attend to: P is 0
     keys = repeated(key, heads).to(wide)
     dv = torch.zeros((*keys.shape[:3], g.shape[-1]), dtype=wide, device=g.device)
@@ -163,6 +163,17 @@ def _value_like(g: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *rest: 
 
 
 torch.library.register_fake(f"{NAMESPACE}::attention_value", _value_like, lib=LIBRARY)
+
+
+def written_out(
+    g: torch.Tensor, query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor | None,
+    lse: torch.Tensor, is_causal: bool, scale: float | None,
+) -> Any:  # fmt: skip
+    """``attention_value`` in plain ops, for who has only PyTorch's."""
+    given: Any = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale}
+    return _attention(frozenset(), g, query=query, key=key, enable_gqa=True, dropout_p=0.0, **given)[
+        "value"
+    ]
 
 
 def _blocks(shape: torch.Size, keys: int) -> Iterator[tuple[tuple[slice, slice], slice]]:
@@ -199,7 +210,7 @@ def _math(
     enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
     """Attention by the math kernel, and its probabilities. PyTorch picks it if a mask requires grad."""
-    args = (query, key, value, additive(attn_mask, query), dropout_p, is_causal, None)
+    args = (query, key, value, _additive(attn_mask, query), dropout_p, is_causal, None)
     return aten._scaled_dot_product_attention_math.default(*args, scale=scale, enable_gqa=enable_gqa)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from libragrad_fx.account.certificate import compare
 from libragrad_fx.attribution import Attribution
 from libragrad_fx.attribution.methods import Layers, Resolution
 from libragrad_fx.attribution.shares import By
@@ -21,7 +22,7 @@ from libragrad_fx.explain.targets import named, resolved
 from libragrad_fx.module.captured import CapturedModule, anchor
 from libragrad_fx.module.variants import fitting
 from libragrad_fx.programs import leave
-from libragrad_fx.programs.flat import Flat, batch_axes, flat
+from libragrad_fx.programs.flat import Axes, Flat, batch_axes, shown, traced
 from libragrad_fx.target import Target, as_call
 
 _MOST = 16  # the most graphs that are kept; the least recently used one is dropped
@@ -103,7 +104,7 @@ class Program:
     def fitting(self, call: Any) -> _Kept:
         """The graph for a call, traced if there is none yet."""
         module = fitting(captured(self.model, call, self.policy), call)
-        keys = [_key(module, call, free) for free in (batch_axes(module, call), {})]
+        keys = [_key(module, call, free) for free in (batch_axes(module, call), ())]
         with self._lock:
             key = next((k for k in keys if k in self._kept and self._kept[k].module is module), None)
             found = self._traced(module, call) if key is None else self._kept.pop(key)
@@ -113,14 +114,18 @@ class Program:
             return found
 
     def _traced(self, module: CapturedModule, call: Any) -> _Kept:
-        for free in (batch_axes(module, call), {}):  # with a free batch PyTorch may choose other kernels
-            made, known = flat(module, call, self.target, free, **self.options)
+        first = shown(module, call, self.target, **self.options)
+        for free in (batch_axes(module, call), ()):  # with a free batch PyTorch may choose other kernels
+            made = traced(first, self.target, free)
             index = made.index(None, call).clamp(min=0) if made.indexed else None
             answer, _, output = made(module, _tensors(call), index)
-            if torch.equal(output, known):
+            equal, distance, ulp = compare([output], [first.output])
+            if equal:
                 break
         else:
-            raise VerificationError("the traced forward differs from the model's: " + _far(output, known))
+            raise VerificationError(
+                f"the traced forward differs from the model's, by {distance:.1g} at most, {ulp} ulp"
+            )
         far = _relative(answer.values, made.like.values)
         if not far <= _CLOSE:
             raise VerificationError(
@@ -164,7 +169,6 @@ def program(
     layers: Layers = None,
     by: By | None = None,
     resolution: Resolution = "tokens",
-    seed: int = 0,
     processor: Any = None,
 ) -> Program:
     """Trace an explanation into one flat graph of ATen ops, which runs without autograd.
@@ -173,7 +177,7 @@ def program(
     and what only serves other outputs. It is checked against ``attribute`` on ``inputs`` when it is traced.
 
     Args:
-        model, inputs, method, policy, layers, by, resolution, seed, processor: as for ``attribute``.
+        model, inputs, method, policy, layers, by, resolution, processor: as for ``attribute``.
         target: None: an argument of each call. A callable (``Likeness``, or your own from the output to one
             number for each sample): a part of the graph.
 
@@ -187,7 +191,7 @@ def program(
         )
     made = Program(
         model, policy, target, processor, method=method, layers=layers, by=by,
-        resolution=resolution, seed=seed,
+        resolution=resolution,
     )  # fmt: skip
     made.fitting(made._batch(inputs).call)
     return made
@@ -197,23 +201,20 @@ def _tensors(call: Any) -> list[torch.Tensor]:
     return [t for t in pytree.tree_leaves(as_call(call)) if isinstance(t, torch.Tensor)]
 
 
-def _key(module: CapturedModule, call: Any, free: Mapping[int, set[int]]) -> Any:
+def _key(module: CapturedModule, call: Any, free: Sequence[Axes]) -> Any:
     """What a graph was traced for."""
-    forms, like = [], anchor(module)
-    for x in (leaves := pytree.tree_flatten(as_call(call)))[0]:
+    leaves, spec = pytree.tree_flatten(as_call(call))
+    axes, like = iter(free), anchor(module)
+
+    def form(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
-            forms.append(repr(x))
-            continue
-        axes = free.get(id(x), ())
-        sizes = tuple("B" if a in axes and n > 1 else n for a, n in enumerate(x.shape))
-        forms.append((sizes, x.dtype, x.device))
-    return str(leaves[1]), tuple(forms), like.dtype, like.device
+            return repr(x)
+        mine = next(axes, ())
+        return tuple("B" if a in mine and n > 1 else n for a, n in enumerate(x.shape)), x.dtype, x.device
+
+    return str(spec), tuple(map(form, leaves)), like.dtype, like.device
 
 
 def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
     top = float(b.abs().max()) if b.numel() else 0.0
     return float((a - b).abs().max()) / (top or 1.0) if b.numel() else 0.0
-
-
-def _far(a: torch.Tensor, b: torch.Tensor) -> str:
-    return f"{int((a != b).sum())} of {a.numel()} numbers, by at most {float((a - b).abs().max()):.1g}"

@@ -9,29 +9,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.account.observe import flat_arguments
+from libragrad_fx.account.observe import source_name
 from libragrad_fx.attribution import Attribution, formulas
 from libragrad_fx.attribution.internals import Known
-from libragrad_fx.attribution.methods import Question, answer, answers, one_token, questions
+from libragrad_fx.attribution.methods import Question, answer, one_token, questions
+from libragrad_fx.capture.normal import paths_of
 from libragrad_fx.errors import InputError
-from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.module.variants import guards_of
+from libragrad_fx.module.captured import CapturedModule, one_graph
 from libragrad_fx.ops import binding, insert
 from libragrad_fx.optimise.execute import attribute, bound
 from libragrad_fx.programs.zeros import without_zeros
-from libragrad_fx.target import Arguments, as_call, first_tensor, rows_of, undisturbed
+from libragrad_fx.target import Arguments, as_call, first_tensor, rows_of
 
 Tensor = torch.Tensor
+Axes = Collection[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,88 +104,104 @@ class Flat:
         return dataclasses.replace(self.like, **named), chosen, output
 
 
-def flat(
-    module: CapturedModule, inputs: Any, target: Any, free: Mapping[int, set[int]],
-    **options: Any,
-) -> tuple[Flat, Tensor]:  # fmt: skip
-    """Trace the explanation of one target on inputs of these sizes; and what the model returned for them.
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What the method has shown of a call when it ran in the usual way.
+
+    indexed: whether the target is an index, an argument of the graph
+    like:    its answer; of an index, for the first entry of each sample's output
+    output:  what the model returned, under grad mode
+    """
+
+    asked: Question
+    known: Known
+    indexed: bool
+    like: Attribution
+    output: Tensor
+
+
+def shown(module: CapturedModule, inputs: Any, target: Any, **options: Any) -> Shown:
+    """Run the explanation of one target.
 
     Args:
         module: the graph that serves these inputs.
         target: None for an index that is an argument of the graph; or a callable, a part of it.
-        free: by id of an input, its axes that are to be free, see ``batch_axes``.
         options: of the method, see ``questions``.
 
     Raises:
         InputError: the method, or the model, cannot be one graph of one forward and backward.
     """
-    leaves, spec = pytree.tree_flatten(as_call(inputs))
-    places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
-    with undisturbed(module), torch.no_grad():
-        output = first_tensor(module(*as_call(inputs)[0], **as_call(inputs)[1]))
-    indexed = target is None and output.numel() != output.shape[0]
-    index = torch.zeros(len(output), dtype=torch.long, device=output.device) if indexed else None
-    meant: Any = Chosen(index) if index is not None else target
-    found = questions(module, inputs, lambda _: [meant], **options)
-    (asked, _, _), *_ = found
+    ((asked, meant, _),) = questions(module, inputs, lambda output: [_first(output, target)], **options)
     if asked.how.path or asked.how.terms is formulas.random:
         raise InputError(
             f"{asked.method} is no arithmetic on one forward and backward, as a program is: use"
             " attribute(), or a program of another method"
         )
-    like, known = _shown(asked, meant)
-    attributes = _attributes(module)
-    sizes = ShapeEnv()
-    mode = FakeTensorMode(shape_env=sizes)
-    tensors = [leaves[i] for i in places]
-    fakes = [*(_fake(mode, t, {}) for t in attributes.values()),
-             *(_fake(mode, t, free.get(id(t), {})) for t in tensors),
-             *([] if index is None else [_fake(mode, index, {0} if free else {})])]  # fmt: skip
-    fields: list[tuple[str, str]] = []
-
-    def explained(*given: Tensor) -> list[Tensor]:
-        state = dict(zip(attributes, given, strict=False))
-        mine = [*leaves]
-        for i, t in zip(places, given[len(state) :], strict=False):
-            mine[i] = t
-        call = Arguments(*pytree.tree_unflatten(mine, spec))
-        chosen: Any = Chosen(given[-1]) if indexed else target
-        seen: list[Any] = []
-
-        def say(output: Any) -> list[Any]:
-            seen.append(output)
-            return [chosen]
-
-        here = dataclasses.replace(asked, inputs=call, known=dataclasses.replace(known, attributes=state))
-        (answer,) = answers(here, say)
-        named = _tensors(answer)
-        named["model", ""] = first_tensor(seen[0]).detach()
-        if indexed:
-            named["chosen", ""] = chosen.meant(seen[0])
-        fields[:] = named
-        return [*named.values()]
-
-    with mode:
-        traced = make_fx(explained)(*fakes)
-    with mode, torch.no_grad():
-        lean = without_zeros(traced, fakes)
-    fixed = not free or sizes.guards  # something was decided by the size of the batch
-    batch = output.shape[0] if fixed else 0
-    made = Flat(lean, tuple(attributes), indexed, tuple(fields), tuple(output.shape[1:]), batch, like)
-    return made, output
-
-
-def _shown(asked: Question, target: Any) -> tuple[Attribution, Known]:
-    """The answer in the usual way, and what it showed."""
     run = asked.run()
-    seen = run.back(target)
+    (chosen,) = meant(run.output)
+    seen = run.back(chosen)
     if any(rows is None for rows in seen.rows):
         raise InputError(
             "the rows of a constant of this model are of several samples at once, and need a backward for"
             " each sample: a program has one. Use attribute()"
         )
     known = Known(run.located, seen.rows, tuple(run.kinds), seen.windows, seen.shapes, one_token(seen))
-    return answer(asked, seen, target), known
+    like, output = answer(asked, seen, chosen), first_tensor(run.output).detach()
+    return Shown(asked, known, isinstance(chosen, Chosen), like, output)
+
+
+def _first(output: Any, target: Any) -> Any:
+    """The target of a first run: where it is to be an index, the first entry of each sample."""
+    y = first_tensor(output)
+    if target is not None or y.numel() == y.shape[0]:
+        return target
+    return Chosen(torch.zeros(y.shape[0], dtype=torch.long, device=y.device))
+
+
+def traced(first: Shown, target: Any, free: Sequence[Axes]) -> Flat:
+    """Trace what ``first`` has run, for inputs of its sizes; their axes in ``free`` of any size.
+
+    Args:
+        target: as of ``shown``.
+        free: of each tensor of the call, see ``batch_axes``; () for none.
+    """
+    module, leaves, spec = _call(first)
+    attributes, sizes = _attributes(module), ShapeEnv()
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    mode = FakeTensorMode(shape_env=sizes)
+    fakes = [_fake(mode, t, ()) for t in attributes.values()]
+    fakes += [_fake(mode, t, axes) for t, axes in zip(tensors, free or [()] * len(tensors), strict=True)]
+    if first.indexed:
+        index = torch.zeros(first.output.shape[0], dtype=torch.long, device=first.output.device)
+        fakes.append(_fake(mode, index, {0} if free else ()))
+    fields: list[tuple[str, str]] = []
+
+    def explained(*given: Tensor) -> list[Tensor]:
+        state, rest = dict(zip(attributes, given, strict=False)), iter(given[len(attributes) :])
+        call = pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], spec)
+        chosen: Any = Chosen(next(rest)) if first.indexed else target
+        known = dataclasses.replace(first.known, attributes=state)
+        asked = dataclasses.replace(first.asked, inputs=Arguments(*call), known=known)
+        run = asked.run()
+        named = _tensors(answer(asked, run.back(chosen), chosen))
+        named["model", ""] = first_tensor(run.output).detach()
+        if first.indexed:
+            named["chosen", ""] = chosen.meant(run.output)
+        fields[:] = named
+        return [*named.values()]
+
+    with mode:
+        graph = make_fx(explained)(*fakes)
+        with torch.no_grad():
+            graph = without_zeros(graph, fakes)
+    fixed = not free or sizes.guards  # something was decided by the size of the batch
+    batch, behind = (first.output.shape[0] if fixed else 0), tuple(first.output.shape[1:])
+    return Flat(graph, tuple(attributes), first.indexed, tuple(fields), behind, batch, first.like)
+
+
+def _call(first: Shown) -> tuple[CapturedModule, list[Any], pytree.TreeSpec]:
+    """The module, and the leaves and structure of the call."""
+    return one_graph(first.asked.module), *pytree.tree_flatten(as_call(first.asked.inputs))
 
 
 def _attributes(module: CapturedModule) -> dict[str, Tensor]:
@@ -194,30 +211,20 @@ def _attributes(module: CapturedModule) -> dict[str, Tensor]:
     return {path: t for path, t in found.items() if isinstance(t, Tensor)}
 
 
-def batch_axes(module: CapturedModule, inputs: Any) -> dict[int, set[int]]:
-    """By id of a tensor, its axes that are as long as the batch, where the graph leaves that free."""
-    shapes: dict[int, Sequence[Any]] = {}
-
-    class Guards(torch.fx.Interpreter):
-        def run_node(self, n: Node) -> Any:
-            y = super().run_node(n)
-            if n.target is insert.guard:
-                shapes[id(y)] = n.args[2]  # type: ignore[assignment]
-            return y
-
-        def placeholder(self, *_: Any) -> Any:
-            return next(self.args_iter)
-
-    Guards(GraphModule({"training": module.training}, guards_of(module.graph))).run(
-        *flat_arguments(module, *as_call(inputs))
-    )
+def batch_axes(module: CapturedModule, inputs: Any) -> tuple[Axes, ...]:
+    """Of each tensor of a call, its axes that are as long as the batch; () if the graph fixes that."""
+    guards = module.graph.find_nodes(op="call_function", target=insert.guard)
+    shapes: dict[Any, Any] = {source_name(n): n.args[2] for n in guards}
     batch = next((s[0] for s in shapes.values() if s and isinstance(s[0], str)), None)
     if batch is None:
-        return {}
-    return {i: {a for a, n in enumerate(s) if n == batch} for i, s in shapes.items()}
+        return ()
+    call = as_call(inputs)
+    pairs = zip(paths_of(module, *call), pytree.tree_leaves(call), strict=True)
+    mine = [shapes.get(path, ()) for path, x in pairs if isinstance(x, Tensor)]
+    return tuple(frozenset(a for a, n in enumerate(shape) if n == batch) for shape in mine)
 
 
-def _fake(mode: FakeTensorMode, x: Tensor, free: Any) -> Tensor:
+def _fake(mode: FakeTensorMode, x: Tensor, free: Collection[int]) -> Tensor:
     """A fake tensor, its axes in ``free`` of a size that all of them share. It requires grad if ``x`` does:
     some kernels are chosen by that."""
     sizes = [DimDynamic.DUCK if axis in free else DimDynamic.STATIC for axis in range(x.ndim)]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,11 @@ from torch.export import Dim
 from libragrad_fx.errors import InputError
 from libragrad_fx.extras import writing
 from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.ops.attention import additive, attention_value, repeated, summed
+from libragrad_fx.ops.attention import attention_value, written_out
 from libragrad_fx.optimise.execute import attribute
-from libragrad_fx.programs.flat import Flat
+from libragrad_fx.programs.flat import Axes, Flat
 
 Tensor = torch.Tensor
-
-
-def value_gradient(
-    g: torch.Tensor, query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor | None,
-    lse: torch.Tensor, is_causal: bool, scale: float | None,
-) -> torch.Tensor:  # fmt: skip
-    """dV, written out in plain ops on all query rows at once, for those who have only PyTorch's."""
-    heads, wide = query.shape[1] // key.shape[1], lse.dtype
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = query.to(wide) @ repeated(key, heads).to(wide).transpose(-2, -1) * scale
-    mask = additive(attn_mask, lse)
-    if mask is not None:
-        scores = scores + mask
-    if is_causal:
-        rows = torch.arange(query.shape[2], device=g.device)[:, None]
-        scores = scores.masked_fill(rows < torch.arange(key.shape[2], device=g.device), -math.inf)
-    p = torch.exp(scores - lse.masked_fill(lse == -math.inf, math.inf)[..., None])
-    return summed(p.transpose(-2, -1) @ g.to(wide), heads)
 
 
 class _Plain(torch.fx.Interpreter):
@@ -46,7 +27,7 @@ class _Plain(torch.fx.Interpreter):
         return super().call_function(plain, args, kwargs)
 
 
-_MADE_OF = {attention_value: value_gradient}
+_MADE_OF = {attention_value: written_out}
 
 
 class Standalone(torch.nn.Module):
@@ -65,12 +46,13 @@ class Standalone(torch.nn.Module):
 
 
 def exported(
-    made: Flat, module: CapturedModule, tensors: Sequence[Tensor], free: Mapping[int, set[int]]
+    made: Flat, module: CapturedModule, tensors: Sequence[Tensor], free: Sequence[Axes]
 ) -> torch.export.ExportedProgram:
     """The program as ``torch.export`` knows it, for any batch of more than one where that is free."""
     batch, given = Dim("batch", min=2), [*tensors]
-    serves = {} if made.batch else free
-    dims = [{a: batch for a in serves.get(id(t), ()) if t.shape[a] > 1} for t in tensors]
+    serves = [()] * len(given) if made.batch or not free else free
+    dims = [dict.fromkeys((a for a in axes if t.shape[a] > 1), batch)
+            for t, axes in zip(given, serves, strict=True)]  # fmt: skip
     if made.indexed:
         given.append(made.index(None, tuple(tensors)))
         dims.append({0: batch} if any(dims) else {})
@@ -79,7 +61,7 @@ def exported(
 
 
 def save(
-    path: Path, made: Flat, module: CapturedModule, tensors: Sequence[Tensor], free: Mapping[int, set[int]]
+    path: Path, made: Flat, module: CapturedModule, tensors: Sequence[Tensor], free: Sequence[Axes]
 ) -> Path:
     if path.suffix != ".pt2":
         raise InputError(f"a program is saved as .pt2, got {path.name!r}")

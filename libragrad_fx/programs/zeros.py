@@ -107,6 +107,11 @@ def _equal(a: Any, b: Any) -> bool:
     return known(a == b)
 
 
+def _is_nothing(x: Any) -> bool:
+    """Whether all of it is zero."""
+    return isinstance(x, Part) and x.kept is None
+
+
 def _nothing(like: Any) -> Part:
     """A tensor of zeros."""
     return Part(None, tuple(like.shape), like.dtype, like.device)
@@ -177,8 +182,8 @@ def _plus(op: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     both = [x for x in (a, b) if isinstance(x, Part) and x.kept is not None]
     if len(both) == 2 and a.alike(b):
         return a.with_(op(a.kept, b.kept, **kwargs), a.shape, a.axis)
-    zero, other = (a, b) if isinstance(a, Part) and a.kept is None else (b, a)
-    plain = isinstance(zero, Part) and zero.kept is None and isinstance(other, (Tensor, Part))
+    zero, other = (a, b) if _is_nothing(a) else (b, a)
+    plain = _is_nothing(zero) and isinstance(other, (Tensor, Part))
     if not plain or zero.dtype != other.dtype or (zero is a and (kwargs or op is aten.sub.Tensor)):
         return None
     if len(zero.shape) == len(other.shape) and all(map(_equal, zero.shape, other.shape)):
@@ -190,14 +195,14 @@ def _plus(op: Any, a: Any, b: Any, **kwargs: Any) -> Any:
 @_rule(aten.addmm.default)
 def _affine(op: Any, bias: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     """A linear layer of zeros is its bias."""
-    if kwargs or isinstance(bias, Part) or not any(isinstance(x, Part) and x.kept is None for x in (a, b)):
+    if kwargs or isinstance(bias, Part) or not any(map(_is_nothing, (a, b))):
         return None
     return bias.expand(a.shape[0], b.shape[1])
 
 
 @_rule(aten.convolution.default)
 def _convolution(op: Any, x: Any, weight: Any, bias: Any, *how: Any) -> Any:
-    if not isinstance(x, Part) or x.kept is not None or isinstance(weight, Part):
+    if not _is_nothing(x) or isinstance(weight, Part):
         return None
     y = op(x.whole, weight, bias, *how)  # for its shape
     return _nothing(y) if bias is None else bias.view(-1, *[1] * (y.ndim - 2)).expand(y.shape)
@@ -205,7 +210,7 @@ def _convolution(op: Any, x: Any, weight: Any, bias: Any, *how: Any) -> Any:
 
 @_rule(aten.native_layer_norm.default)
 def _layer_norm(op: Any, x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
-    if not isinstance(x, Part) or x.kept is not None or bias is None:
+    if not _is_nothing(x) or bias is None:
         return None
     _, mean, rstd = op(x.whole, shape, weight, bias, eps)
     return bias.expand(x.shape), mean, rstd
@@ -364,7 +369,7 @@ def _split(op: Any, x: Part, sizes: Any, axis: int = 0) -> Any:
 def _cat(op: Any, parts: Sequence[Any], axis: int = 0) -> Any:
     axis %= len(parts[0].shape)
     sizes = [p.shape[axis] for p in parts]
-    full = [i for i, p in enumerate(parts) if not isinstance(p, Part) or p.kept is not None]
+    full = [i for i, p in enumerate(parts) if not _is_nothing(p)]
     if not full or not all(isinstance(n, int) for n in sizes):
         return None
     first, last = full[0], full[-1] + 1
@@ -378,7 +383,7 @@ def _cat(op: Any, parts: Sequence[Any], axis: int = 0) -> Any:
 @_rule(aten.stack.default)
 def _stack(op: Any, parts: Sequence[Any], axis: int = 0) -> Any:
     axis %= len(parts[0].shape) + 1
-    full = [i for i, p in enumerate(parts) if not isinstance(p, Part) or p.kept is not None]
+    full = [i for i, p in enumerate(parts) if not _is_nothing(p)]
     if not full:
         return None
     read = [p.whole if isinstance(p, Part) else p for p in parts[full[0] : full[-1] + 1]]
@@ -391,7 +396,7 @@ def _stack(op: Any, parts: Sequence[Any], axis: int = 0) -> Any:
 def _select_backward(op: Any, g: Any, sizes: Sequence[Any], axis: int, place: Any) -> Any:
     axis %= len(sizes)
     count = sizes[axis]
-    if isinstance(g, Part) and g.kept is None:
+    if _is_nothing(g):
         return Part(None, tuple(sizes), g.dtype, g.device)
     if not isinstance(count, int) or not isinstance(place, int):
         return None
@@ -406,7 +411,7 @@ def _slice_backward(
     axis %= len(sizes)
     if known(g.shape[axis] == sizes[axis]):
         return g
-    if isinstance(g, Part) and g.kept is None:
+    if _is_nothing(g):
         return Part(None, tuple(sizes), g.dtype, g.device)
     if isinstance(g, Part) and g.axis != axis:
         kept = list(sizes)
@@ -465,11 +470,7 @@ class Zeros(torch.fx.Interpreter):
 
     def _nothing(self, target: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """What an op makes of zeros alone: zeros, if it is linear in them."""
-        if target not in _LINEAR:
-            return None
-        if not any(
-            isinstance(a, Part) and a.kept is None for a in pytree.tree_leaves((args, dict(kwargs)))
-        ):
+        if target not in _LINEAR or not any(map(_is_nothing, pytree.tree_leaves((args, dict(kwargs))))):
             return None
         args, kwargs = _whole((args, dict(kwargs)))
         return pytree.tree_map(_nothing, target(*args, **kwargs))  # for its shape: nobody reads it
