@@ -96,15 +96,10 @@ def explain(
     )  # fmt: skip
     by_target: dict[int, Attribution] = {}
     for question, meant, at in asked:
-        found = answers(question, meant)
+        seen = question.run()
+        found = _BY_PATH[question.how.path](question, seen, meant(seen.output))
         by_target |= zip(range(len(found)) if at is None else at, found, strict=True)
     return [by_target[i] for i in range(len(by_target))]
-
-
-def answers(asked: Question, meant: Meant) -> list[Attribution]:
-    """The answer for each target: ``meant`` says them when it gets the output."""
-    seen = asked.run()
-    return _BY_PATH[asked.how.path](asked, seen, meant(seen.output))
 
 
 def questions(
