@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
-from torch.utils import _pytree as pytree
 
 from libragrad_fx.account.observe import Observer, flat_arguments, site_bias, source_name
 from libragrad_fx.attribution import attention as heads
@@ -28,13 +27,13 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.graph.schema import aten_op, is_elementwise
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.walk import argument, bypassed, calls, example, samples_axis, senders
+from libragrad_fx.module.walk import returned as passed_on
 from libragrad_fx.ops import insert
-from libragrad_fx.ops.insert import probed
-from libragrad_fx.ops.places import taken
-from libragrad_fx.target import Target, as_call, differentiable, select_each, undisturbed
+from libragrad_fx.target import Target, as_call, differentiable, first_tensor, select_each, undisturbed
 from libragrad_fx.types import Kind, OpFacts, Site
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+_PRIME = 97  # stands for the number of samples
 Term = tuple[Site, maps.Rows | None, torch.Tensor, torch.Tensor]
 """A site, where samples are, its constant, and the gradient of the output that it is part of."""
 
@@ -60,8 +59,8 @@ class Internals:
     attention: every attention, in the order of the graph, where it was asked for
     streams: for each of these the residual stream behind it; None where there is none
     returned: what the module at each layer returned, with its gradient, where attention or it was asked for
-    read:    which token of the last layer's module is read alone, by what comes behind it; None if none is
-    reached: the inputs and layers that a gradient came back to, were it zero
+    reached: the inputs and layers that a gradient came back to, were it zero; of layers, to what the module
+             there returned, where that was asked for
     """
 
     output: torch.Tensor
@@ -80,7 +79,6 @@ class Internals:
     attention: tuple[heads.Attention, ...] = ()
     streams: tuple[torch.Tensor | None, ...] = ()
     returned: tuple[Pair, ...] = ()
-    read: int | None = None
     reached: frozenset[str] = frozenset()
 
 
@@ -161,7 +159,7 @@ class Run:
             pairs = _filled(values, grads)
             gradients = [g for _, g in pairs[len(self.sources) :]]
             if doubtful:
-                rows = self._rows(each, rows, gradients)
+                rows = self._rows(each, rows)
             split = self._split(each, rows, gradients)
             found = iter(pairs)
         sources = {name: self._samples_first(name, next(found)) for name in self.sources}
@@ -174,8 +172,9 @@ class Run:
             heads.attention(site, self.called[site.node], g, each.shape[0])
             for site, (_, g) in zip(self.attends, itertools.islice(found, len(self.attends)), strict=True)
         )
-        names = [*self.sources, *(None for _ in self.constants), *self.layers]
-        reached = {n for n, g in zip(names, grads, strict=False) if g is not None and n is not None}
+        between = [None] * (len(self.constants) + (len(self.layers) + len(self.attends)) * bool(self.ends))
+        names = zip([*self.sources, *between, *self.layers], grads, strict=False)
+        reached = {n for n, g in names if g is not None and n is not None}
         return Internals(
             output=each.detach(),
             reached=frozenset(reached),
@@ -222,30 +221,28 @@ class Run:
         ((_, g),) = _filled([at], grads)
         return heads.attention(site, self.called[site.node], g, value.shape[0])
 
-    def _rows(
-        self,
-        each: torch.Tensor,
-        rows: Sequence[maps.Rows | None],
-        gradients: Sequence[torch.Tensor],
-    ) -> list[maps.Rows | None]:
+    def _rows(self, each: torch.Tensor, rows: Sequence[maps.Rows | None]) -> list[maps.Rows | None]:
         """Where the samples of each constant are. Where its shape leaves that open (tokens in front of
         samples, windows), gradients tell: if the target of a sample changes its sign, so do the gradients
-        of its rows. So the number of the sample is read bit by bit, one backward each.
+        of its rows. So the number of the sample is read bit by bit, one backward each. The target may leave
+        most rows without a gradient, so it is taken with all that the model answers.
         """
         batch, open_ = each.shape[0], [i for i, r in enumerate(rows) if r is None]
         outputs = [self.constants[i].output for i in open_]
         whose = [torch.zeros(t.shape, dtype=torch.long, device=t.device) for t in outputs]
         bits, number = (batch - 1).bit_length(), torch.arange(batch, device=each.device)
+        each = each + _mixed(self.output, batch)
+        plain = _filled(outputs, _gradients(each, outputs, False))
         for bit in range(bits):
             signs = 1 - 2 * (number >> bit & 1)
             back = _filled(outputs, _gradients(each * signs, outputs, False))
-            for samples, i, (_, g) in zip(whose, open_, back, strict=True):
-                samples += (g.signbit() != gradients[i].signbit()).long() << bit
+            for samples, (_, before), (_, g) in zip(whose, plain, back, strict=True):
+                samples += (g.signbit() != before.signbit()).long() << bit
         found = [*rows]
-        for i, samples in zip(open_, whose, strict=True):
+        for i, samples, (_, before) in zip(open_, whose, plain, strict=True):
             axis, shape = self.constants[i].axis, samples.shape
             axes = range(len(shape)) if axis is None else [axis]
-            found[i] = maps.rows_of(samples.masked_fill(gradients[i] == 0, -1), batch, [*axes])
+            found[i] = maps.rows_of(samples.masked_fill(before == 0, -1), batch, [*axes])
         return found
 
     def _split(
@@ -276,7 +273,6 @@ class Run:
             "axes": self.located.axes,
             "layouts": self.located.layouts,
             "streams": tuple(None if t is None else t.detach() for t in streams),
-            "read": _read_token(self.ends[-1:], self.sizes, samples_axis(self.module)),
         }
 
 
@@ -316,9 +312,7 @@ def run(
     facts = _facts_of(module)
     attends = [*heads.sites(module.graph, facts)] if attention else []
     streams = [heads.stream_after(site, facts) for site in attends]
-    ends = (
-        [n for p in layers if (n := _returned(called_by[p])) is not None] if attention or returned else []
-    )
+    ends = [n for p in layers for n in passed_on(called_by[p])[:1]] if attention or returned else []
     at = {site.node for site in attends}
     wanted = {*taps.values(), *at, *streams, *ends}
     called, values = dict[Node, Any](), dict[Node, torch.Tensor]()
@@ -373,26 +367,24 @@ def _ends(
     windows = []
     for node in sorted({*layers, *counted}):
         value = example(node)
-        shape = [str(n) for n in value.shape] if value is not None else []
-        shape = [*shape[(a := axis(node)) :][:1], *shape[:a], *shape[a + 1 :]]  # samples first
-        if len(shape) > 2 and "*" in shape[0]:
+        if value is None or value.ndim < 3:
+            continue
+        samples, tokens, *_ = value.movedim(axis(node), 0).shape
+        if _is_part(samples, node):
             windows.append(node)
-        elif len(shape) == 3 and shape[1] != "1":
-            first.setdefault(shape[1], node)
+        elif value.ndim == 3 and str(tokens) != "1":
+            first.setdefault(str(tokens), node)
     return [*first.values()], windows
 
 
-def _read_token(
-    ends: Sequence[Node | None], sizes: Mapping[Node, tuple[int, ...]], samples: Callable[[Node], int]
-) -> int | None:
-    """The first place of the axis of tokens that is taken alone behind a node of shape (B, T, C) or
-    (T, B, C)."""
-    behind = reach([n for n in ends if n is not None], lambda n: list(n.users))
-    for found in (t for n in sizes if n in behind and (t := taken(n)) is not None):
-        tokens = 0 if samples(found.x) == 1 else 1
-        if len(sizes.get(found.x, ())) == 3 and found.axis == tokens and found.alone:
-            return found.start
-    return None
+def _is_part(rows: Any, node: Node) -> bool:
+    """Whether so many rows are more than there are samples, in symbols: inputs may each have their own."""
+    given = (example(n) for n in node.graph.nodes if n.target is insert.guard)
+    batches = {str(v.shape[0]) for v in given if v is not None and v.ndim}
+    expression = rows.node.expr if isinstance(rows, torch.SymInt) else None
+    if expression is None:
+        return False
+    return expression.subs({s: _PRIME for s in expression.free_symbols if str(s) in batches}) != _PRIME
 
 
 def _facts_of(module: CapturedModule) -> heads.Facts:
@@ -439,7 +431,8 @@ def positions(
 
     A value has the positions of all that it is computed from, with two exceptions. Attention, matrix
     products and layer norms have those of their first operand (queries, rows). Inputs whose values
-    are added or multiplied position by position (word and segment embeddings) share their positions.
+    are added or multiplied position by position (word and segment embeddings) share their positions,
+    if each operand is one sequence and not several, joined.
 
     Args:
         sizes: node -> shape of its value in this run, of tensors and of tuples of them (``()``).
@@ -464,8 +457,12 @@ def positions(
             found[node] = frozenset()  # a number has no positions
         else:
             found[node] = frozenset().union(*(found[n] for n in carried))
-            if len({found[n] for n in carried}) > 1 and _by_position(node, carried, sizes, samples(node)):
-                nx.add_path(shared, sorted(found[node]))
+            several = {found[n] & signal for n in carried}
+            if len(several) > 1 and _by_position(node, carried, sizes, samples(node)):
+                # what is joined of several sequences (text behind patches) does not make these one
+                shared.add_nodes_from(found[node])
+                if all(names and nx.is_connected(shared.subgraph(names)) for names in several):
+                    nx.add_path(shared, sorted(frozenset().union(*several)))
         if node.name in starts:
             found[node] = found[node] or frozenset([node.name])
             signal |= found[node]
@@ -498,6 +495,15 @@ def _samples_first(rows: maps.Rows | None, batch: int) -> Callable[[torch.Tensor
     return lambda t: t[None] if rows is None else maps.by_sample(t, rows, batch)
 
 
+def _mixed(output: Any, batch: int) -> torch.Tensor:
+    """(B,): a sum over all entries of each sample's output, with weights that are all different."""
+    y = first_tensor(output)
+    if not y.is_floating_point() or y.ndim == 0 or len(y) != batch:
+        return torch.zeros(batch, device=y.device)
+    weights = torch.arange(1, y[0].numel() + 1, device=y.device).sqrt().to(y)
+    return (y.flatten(1) if y.ndim > 1 else y[:, None]) @ weights
+
+
 def _finite(bias: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
     """A constant that gets no gradient counts nothing, were it infinite (a pool's padding)."""
     return bias if bool(bias.isfinite().all()) else bias.masked_fill(g == 0, 0.0)
@@ -510,11 +516,6 @@ def layer_input(called: Mapping[str, Node], name: str) -> Node:
     near = difflib.get_close_matches(str(name), called, 3) or [*called][:6]
     hint = f"; called are, for example, {', '.join(near)}"
     raise InputError(f"no module {name!r} is called with a tensor in this graph{hint}")
-
-
-def _returned(call: Node) -> Node | None:
-    """The first tensor that a module returned."""
-    return next((n for n in pytree.tree_leaves(probed(call)) if isinstance(n, Node)), None)
 
 
 def _shape(y: Any) -> tuple[int, ...] | None:

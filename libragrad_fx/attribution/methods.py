@@ -22,7 +22,7 @@ from libragrad_fx.attribution.towers import towers
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.variants import fitting
-from libragrad_fx.module.walk import called_modules, path_of
+from libragrad_fx.module.walk import avoidable, called_modules, path_of
 from libragrad_fx.target import Target, select_each
 from libragrad_fx.version import __version__
 
@@ -103,28 +103,27 @@ def explain(
     if layers is not None:
         return answers(stages(module) if each else layers, targets)
     found = towers(module)
-    if len(found) < 2:
+    if len(found) < 2 and not avoidable(module, found[0]):
         return answers(_layers(found, how, resolution), targets)
-    meant, read = _read_towers(module, inputs, found, targets)
+    meant, read = _read(module, inputs, found, targets)
     by_target: dict[int, Attribution] = {}
     for mine in dict.fromkeys(read):
         at = [i for i, which in enumerate(read) if which == mine]
-        paths = _layers([found[k] for k in mine], how, resolution)
+        paths = _layers(mine, how, resolution)
         by_target |= zip(at, answers(paths, lambda _, at=at: [meant[i] for i in at]), strict=True)
     return [by_target[i] for i in range(len(meant))]
 
 
-def _read_towers(
+def _read(
     module: CapturedModule, inputs: Any, found: Sequence[Sequence[str]],
     targets: Callable[[Any], Sequence[Target]],
-) -> tuple[Sequence[Target], list[tuple[int, ...]]]:  # fmt: skip
-    """The targets, and of each the towers with blocks that it depends on: of CLIP's picture against a
-    constant text, the picture's alone."""
-    firsts = {k: paths[0] for k, paths in enumerate(found) if paths}
-    seen = run(module, inputs, [*firsts.values()], biases=False)
+) -> tuple[Sequence[Target], list[tuple[tuple[str, ...], ...]]]:  # fmt: skip
+    """The targets, and of each the blocks that it depends on, by tower: of CLIP's picture against a fixed
+    text, the picture's alone; of what an encoder gives, none of a decoder's."""
+    seen = run(module, inputs, [path for paths in found for path in paths], biases=False, returned=True)
     meant = targets(seen.output)
-    reached = [one.reached for one in seen.backs(meant)]
-    return meant, [tuple(k for k, path in firsts.items() if path in names) for names in reached]
+    kept = ([tuple(p for p in ps if p in one.reached) for ps in found] for one in seen.backs(meant))
+    return meant, [tuple(paths for paths in towers_ if paths) for towers_ in kept]
 
 
 def _layers(found: Sequence[Sequence[str]], how: Method, resolution: Resolution) -> list[str]:
@@ -158,7 +157,7 @@ def _require(asked: Question) -> None:
 
 
 def _at_once(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
-    return [_answer(asked, one, t) for one, t in zip(seen.backs(targets), targets, strict=True)]
+    return [_answer(asked, one) for one in seen.backs(targets)]
 
 
 def _among_noise(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
@@ -172,8 +171,8 @@ def _among_noise(asked: Question, seen: Run, targets: Sequence[Target]) -> list[
     ]
     means = _mean_gradients(asked, seen, targets, near)
     return [
-        _answer(asked, _with_gradients(one, mean, lambda x: x), t)
-        for one, mean, t in zip(seen.backs(targets), means, targets, strict=True)
+        _answer(asked, _with_gradients(one, mean, lambda x: x))
+        for one, mean in zip(seen.backs(targets), means, strict=True)
     ]
 
 
@@ -189,7 +188,7 @@ def _on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> list[At
     answers = []
     for one, mean, t in zip(seen.backs(targets), means, targets, strict=True):
         difference = one.output.double() - select_each(origin.output, t).detach().double()
-        answers.append(_answer(asked, _with_gradients(one, mean, lambda x: x - base), t, difference))
+        answers.append(_answer(asked, _with_gradients(one, mean, lambda x: x - base), difference))
     return answers
 
 
@@ -224,9 +223,7 @@ def _block_by_block(asked: Question, seen: Run, targets: Sequence[Target]) -> li
             inside, (_, g) = _inside(asked.module, one, path), tail.back(target, last=False).inputs[last]
             if inside is not None:
                 attention[inside] = seen.attended(inside, end, g.movedim(0, samples))
-        answers.append(
-            _answer(asked, dataclasses.replace(one, attention=tuple(attention.values())), target)
-        )
+        answers.append(_answer(asked, dataclasses.replace(one, attention=tuple(attention.values()))))
     return answers
 
 
@@ -305,9 +302,7 @@ def _mean(answers: Sequence[Attribution]) -> Attribution:
 # --- from what was seen to an answer
 
 
-def _answer(
-    asked: Question, seen: Internals, target: Target, whole: torch.Tensor | None = None
-) -> Attribution:
+def _answer(asked: Question, seen: Internals, whole: torch.Tensor | None = None) -> Attribution:
     """The method on what one backward showed. ``whole``: what it adds up to, of a method on a line."""
     how, batch = asked.how, seen.output.shape[0]
     tapped = _tapped(asked, seen)
@@ -317,7 +312,7 @@ def _answer(
             f"the target gave {batch} numbers, and {other} has {tapped[other][0].shape[0]} samples:"
             " attribute wants one for each (of layers=[…], none within windows)"
         )
-    terms = how.terms(_taps(asked, seen, target))
+    terms = how.terms(_taps(asked, seen))
     biases = shares_of(seen.biases, batch)
     if how.sums:
         whole = expected(seen, [*tapped], biases, how.biases)
@@ -343,7 +338,7 @@ def _stages(seen: Internals, terms: Sequence[Term], biases: Sequence[Term]) -> d
     return found
 
 
-def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
+def _taps(asked: Question, seen: Internals) -> Taps:
     """What one backward showed, block by block."""
     method, how = asked.method, asked.how
     layers = [
@@ -366,7 +361,7 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
     taps = Taps(layers, [seen.attention[i] for i in found], streams, ends)
     if not how.row:
         return taps
-    return dataclasses.replace(taps, rows=_rows(method, taps, seen, _image(seen, layers[0].name), target))
+    return dataclasses.replace(taps, rows=_rows(method, taps, seen, _image(seen, layers[0].name)))
 
 
 def _image(seen: Internals, name: str) -> maps.Extents | None:
@@ -435,21 +430,20 @@ def _over_tokens(seen: Internals, index: int, layer: Layer) -> bool:
     return layer.value.ndim == 3 and tokens == [layer.value.shape[1]] * 2 and batch == len(layer.value)
 
 
-def _rows(method: str, taps: Taps, seen: Internals, image: Any, target: Target) -> list[int]:
-    """The token that attention is followed to, of each sample: the one that the model reads alone; else an
-    image's class token; else the one that the target names."""
-    batch = len(seen.output)
-    if seen.read is not None:
-        return [seen.read] * batch
+def _rows(method: str, taps: Taps, seen: Internals, image: Any) -> list[int]:
+    """The token that attention is followed to, of each sample: the only one of the last block's end that
+    has a gradient, as the output is read from it alone; an image's class token, if it is read among others.
+    """
+    read = (seen.returned[-1][1] != 0).flatten(2).any(2)
     first = taps.layers[0]
-    if image is not None:
+    if image is not None and bool((read.sum(1) > 1).any()):
         known = layouts_of(seen, seen.tokens[first.name])
-        apart = [x for x in (*known, maps.guessed("", first.value.shape, seen.shapes, image)) if x.apart]
-        if apart:
-            return [apart[0].apart[0]] * batch
-    each = target if isinstance(target, list) else [target] * batch
-    if all(isinstance(t, tuple) and len(t) > 1 for t in each):
-        return [int(t[0]) for t in each]
+        known.append(maps.guessed("", first.value.shape, seen.shapes, image))
+        own = next((x.apart[0] for x in known if x.apart), None)
+        if own is not None and bool(read[:, own].all()):
+            return [own] * len(read)
+    if bool((read.sum(1) == 1).all()):
+        return read.long().argmax(1).tolist()
     raise InputError(
         f"{method} follows attention to the token that the output is read from, and no token is read alone:"
         " use attcat, or give a target (token, class)"
