@@ -223,27 +223,34 @@ class Run:
 
     def _rows(self, each: torch.Tensor, rows: Sequence[maps.Rows | None]) -> list[maps.Rows | None]:
         """Where the samples of each constant are. Where its shape leaves that open (tokens in front of
-        samples, windows), gradients tell: if the target of a sample changes its sign, so do the gradients
-        of its rows. So the number of the sample is read bit by bit, one backward each. The target may leave
-        most rows without a gradient, so it is taken with all that the model answers.
+        samples, windows), gradients tell (see ``_whose``). The target may leave so many rows without a
+        gradient that several orders fit; then all that the model answers is taken with it.
         """
-        batch, open_ = each.shape[0], [i for i, r in enumerate(rows) if r is None]
-        outputs = [self.constants[i].output for i in open_]
-        whose = [torch.zeros(t.shape, dtype=torch.long, device=t.device) for t in outputs]
-        bits, number = (batch - 1).bit_length(), torch.arange(batch, device=each.device)
-        each = each + _mixed(self.output, batch)
-        plain = _filled(outputs, _gradients(each, outputs, False))
-        for bit in range(bits):
-            signs = 1 - 2 * (number >> bit & 1)
-            back = _filled(outputs, _gradients(each * signs, outputs, False))
-            for samples, (_, before), (_, g) in zip(whose, plain, back, strict=True):
-                samples += (g.signbit() != before.signbit()).long() << bit
-        found = [*rows]
-        for i, samples, (_, before) in zip(open_, whose, plain, strict=True):
-            axis, shape = self.constants[i].axis, samples.shape
-            axes = range(len(shape)) if axis is None else [axis]
-            found[i] = maps.rows_of(samples.masked_fill(before == 0, -1), batch, [*axes])
+        batch, found = each.shape[0], [*rows]
+        known: dict[int, torch.Tensor] = {}
+        for asked in (each, each + _mixed(self.output, batch)):
+            open_ = [i for i, r in enumerate(found) if r is None]
+            whose = self._whose(asked, [self.constants[i].output for i in open_]) if open_ else []
+            for i, samples in zip(open_, whose, strict=True):
+                known[i] = torch.where(known[i] >= 0, known[i], samples) if i in known else samples
+                axis = self.constants[i].axis
+                found[i] = maps.rows_of(known[i], batch, [*range(samples.ndim)] if axis is None else [axis])
         return found
+
+    @staticmethod
+    def _whose(each: torch.Tensor, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Whose each element is, -1 if that is nobody's. If the number of a sample changes its sign, so do
+        the gradients of its elements: the sample's index is read bit by bit, one backward each."""
+        batch = each.shape[0]
+        index = torch.arange(batch, device=each.device)
+        before = [g for _, g in _filled(outputs, _gradients(each, outputs, False))]
+        whose = [torch.zeros(g.shape, dtype=torch.long, device=g.device) for g in before]
+        for bit in range((batch - 1).bit_length()):
+            signs = 1 - 2 * (index >> bit & 1)
+            back = _filled(outputs, _gradients(each * signs, outputs, False))
+            for samples, plain, (_, g) in zip(whose, before, back, strict=True):
+                samples += (g.signbit() != plain.signbit()).long() << bit
+        return [samples.masked_fill(g == 0, -1) for samples, g in zip(whose, before, strict=True)]
 
     def _split(
         self, each: torch.Tensor, rows: Sequence[maps.Rows | None], gradients: Sequence[torch.Tensor]
