@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from libragrad_fx.account.observe import Observer, flat_arguments, site_bias, source_name
 from libragrad_fx.attribution import attention as heads
@@ -368,7 +369,7 @@ def run(
 def _ends(
     layers: Sequence[Node], counted: Sequence[Node], axis: Callable[[Node], int]
 ) -> tuple[list[Node], list[Node]]:
-    """The nodes whose tokens to locate: the first of each number of tokens; and all that lie in windows,
+    """The nodes whose tokens to locate: the first of each shape; and all that lie in windows,
     whose rows are parts of samples."""
     first: dict[str, Node] = {}
     windows = []
@@ -376,11 +377,11 @@ def _ends(
         value = example(node)
         if value is None or value.ndim < 3:
             continue
-        samples, tokens, *_ = value.movedim(axis(node), 0).shape
+        samples, *inner = value.movedim(axis(node), 0).shape
         if _is_part(samples, node):
             windows.append(node)
-        elif value.ndim == 3 and str(tokens) != "1":
-            first.setdefault(str(tokens), node)
+        elif value.ndim == 3:
+            first.setdefault(str(inner), node)
     return [*first.values()], windows
 
 
@@ -526,7 +527,7 @@ def layer_input(called: Mapping[str, Node], name: str) -> Node:
 
 
 def _shape(y: Any) -> tuple[int, ...] | None:
-    """The shape of a tensor, ``()`` for a tuple of them; None for a number."""
+    """The shape of a tensor, ``()`` for a structure of them; None for a number."""
     if isinstance(y, torch.Tensor):
         return tuple(y.shape)
-    return () if isinstance(y, (tuple, list)) else None
+    return () if any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(y)) else None

@@ -168,3 +168,68 @@ def test_rows_that_fit_several_orders_are_of_none() -> None:
     assert maps.rows_of(whose, 2, [0]) is None
     whose[0] = whose[4] = 0
     assert maps.rows_of(whose, 2, [0]) == maps.Rows(0, 1)
+
+
+class Causal(nn.Module):
+    """A convolution over padded time, cut to its length again (as in Mamba), and a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv, self.head = (
+            nn.Embedding(9, 4),
+            nn.Conv1d(4, 4, 4, padding=3),
+            nn.Linear(4, 2),
+        )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        mixed = self.conv(x.mT)[..., : x.shape[1]].mT
+        return self.head((x + mixed.relu()).mean(1))
+
+
+def test_padding_makes_no_further_places() -> None:
+    ids = torch.randint(9, (2, 6))
+    found = lg.attribute(lg.transform(drawn(Causal()), ids), ids, 1)
+    assert found.values.shape == (2, 6)
+    torch.testing.assert_close(found.values.sum(1) + found.unplaced, found.total)
+    assert float(found.completeness_error.max()) < 1e-12
+
+
+class Named(nn.Module):
+    """Hands a dictionary on, with channels in front of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(4, 4, 1), nn.LayerNorm(4)
+
+    def forward(self, held: dict[str, Tensor]) -> dict[str, Tensor]:
+        x = held["hidden"]
+        return {"hidden": x + self.norm(self.conv(x).relu().mT).mT}
+
+
+class Dictionaries(nn.Module):
+    """Takes one channel (B, T), or tokens."""
+
+    def __init__(self, one: bool) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(1 if one else 3, 4, 1)
+        self.one, self.blocks, self.head = one, nn.ModuleList(Named() for _ in range(2)), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = {"hidden": self.first(x[:, None] if self.one else x.mT)}
+        for block in self.blocks:
+            held = block(held)
+        return self.head(held["hidden"].mean(2))
+
+
+@pytest.mark.parametrize("one", [False, True])
+def test_channels_are_no_tokens(one: bool) -> None:
+    """Four channels, six tokens; and one channel, whose axis comes first."""
+    x = torch.randn(2, 6, dtype=F64) if one else torch.randn(2, 6, 3, dtype=F64)
+    module = lg.transform(drawn(Dictionaries(one)), x)
+    for method in ("fullgrad", "gradcam", "fullgrad_plus"):
+        for layers in (None, ["first"]):
+            found = lg.attribute(module, x, 1, method=method, layers=layers)
+            assert found.values.shape == (2, 6)
+            assert not found.others
+            torch.testing.assert_close(found.values.sum(1) + found.unplaced, found.total)
