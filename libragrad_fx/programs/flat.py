@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.account.observe import flat_arguments
 from libragrad_fx.attribution import Attribution, formulas
 from libragrad_fx.attribution.internals import Known
-from libragrad_fx.attribution.methods import Question, answer, answers, one_token, questions
+from libragrad_fx.attribution.methods import Question, answer, answers, one_of_several, questions
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.variants import guards_of
@@ -183,8 +183,10 @@ def _shown(asked: Question, target: Any) -> tuple[Attribution, Known]:
             "the rows of a constant of this model are of several samples at once, and need a backward for"
             " each sample: a program has one. Use attribute()"
         )
-    known = Known(run.located, seen.rows, tuple(run.kinds), seen.windows, seen.shapes, one_token(seen))
-    return answer(asked, seen, target), known
+    found = answer(asked, seen)
+    token = one_of_several(seen) if asked.how.row else None
+    known = Known(run.located, seen.rows, tuple(run.kinds), seen.windows, seen.shapes, token)
+    return found, known
 
 
 def _attributes(module: CapturedModule) -> dict[str, Tensor]:
