@@ -145,12 +145,13 @@ def _term(
 
 
 def layouts_of(seen: Internals, group: frozenset[str]) -> list[maps.Layout]:
-    """How the tokens lie that come from these inputs."""
-    return [
+    """How the tokens lie that come from these inputs. Parts of one name would hide each other."""
+    mine = (
         _renamed(seen, layout)
         for layout in seen.layouts.values()
         if frozenset().union(*(seen.tokens[p.source] for p in layout.parts)) == group
-    ]
+    )
+    return [x for x in mine if len({p.source for p in x.parts}) == len(x.parts)]
 
 
 def _renamed(seen: Internals, layout: maps.Layout) -> maps.Layout:

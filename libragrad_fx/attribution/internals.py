@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -31,13 +31,22 @@ from libragrad_fx.graph.origin import form
 from libragrad_fx.graph.schema import aten_op, is_elementwise
 from libragrad_fx.module.captured import CapturedModule, InGraphs, one_graph
 from libragrad_fx.module.walk import argument, calls, origin, senders
+from libragrad_fx.module.walk import returned as passed_on
 from libragrad_fx.ops import insert
-from libragrad_fx.ops.insert import probed
 from libragrad_fx.ops.places import taken
-from libragrad_fx.target import Target, as_call, differentiable, product, select_each, undisturbed
+from libragrad_fx.target import (
+    Target,
+    as_call,
+    differentiable,
+    first_tensor,
+    product,
+    select_each,
+    undisturbed,
+)
 from libragrad_fx.types import Kind, OpFacts, Site
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+_PRIME = 97  # stands for the number of samples
 Term = tuple[Site, maps.Rows | None, torch.Tensor, torch.Tensor]
 """A site, where samples are, its constant, and the gradient of the output that it is part of."""
 
@@ -66,7 +75,8 @@ class Internals:
     returned: what the module at each layer returned, with its gradient, where attention or it was asked for
     read:    which token of the last layer's module is read alone, by what comes behind it; None if none is
     apart:   module paths of layers whose tokens are not those of the layer before (a decoder's first)
-    reached: the inputs and layers that a gradient came back to, were it zero
+    reached: the inputs and layers that a gradient came back to, were it zero; of layers, to what the module
+             there returned, where that was asked for
     rows:    of each constant of the run, where samples are
     """
 
@@ -101,7 +111,7 @@ class Known:
     rows:       of each constant, where its samples are
     kinds:      of each constant, whether it is a table of positions, and whether it is finite
     windows, shapes: see ``Internals``
-    alone:      whether of each sample one token of the last block's output gets a gradient
+    token:      the token that attention is followed to, where more than one gets a gradient
     attributes: the module's tensors by path, to run with in place of its own
     """
 
@@ -110,7 +120,7 @@ class Known:
     kinds: tuple[tuple[bool, bool], ...]
     windows: Mapping[str, maps.Layout]
     shapes: tuple[tuple[int, ...], ...]
-    alone: bool = False
+    token: int | None = None
     attributes: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
@@ -208,7 +218,7 @@ class Run:
             pairs = _filled(values, grads)
             gradients = [g for _, g in pairs[len(self.sources) :]]
             if doubtful and not known:
-                rows = self._rows(each, rows, gradients)
+                rows = self._rows(each, rows)
             split = self._split(each, rows, gradients)
             found = iter(pairs)
         sources = {name: self._samples_first(name, next(found)) for name in self.sources}
@@ -221,8 +231,9 @@ class Run:
             heads.attention(site, self.called[site.node], g, each.shape[0])
             for site, (_, g) in zip(self.attends, itertools.islice(found, len(self.attends)), strict=True)
         )
-        names = [*self.sources, *(None for _ in self.constants), *self.layers]
-        reached = {n for n, g in zip(names, grads, strict=False) if g is not None and n is not None}
+        between = [None] * (len(self.constants) + (len(self.layers) + len(self.attends)) * bool(self.ends))
+        names = zip([*self.sources, *between, *self.layers], grads, strict=False)
+        reached = {n for n, g in names if g is not None and n is not None}
         return Internals(
             output=each.detach(),
             reached=frozenset(reached),
@@ -292,31 +303,36 @@ class Run:
         ((_, g),) = _filled([at], grads)
         return heads.attention(site, self.called[site.node], g, value.shape[0])
 
-    def _rows(
-        self,
-        each: torch.Tensor,
-        rows: Sequence[maps.Rows | None],
-        gradients: Sequence[torch.Tensor],
-    ) -> list[maps.Rows | None]:
+    def _rows(self, each: torch.Tensor, rows: Sequence[maps.Rows | None]) -> list[maps.Rows | None]:
         """Where the samples of each constant are. Where its shape leaves that open (tokens in front of
-        samples, windows), gradients tell: if the target of a sample changes its sign, so do the gradients
-        of its rows. So the number of the sample is read bit by bit, one backward each.
+        samples, windows), gradients tell (see ``_whose``). The target may leave so many rows without a
+        gradient that several orders fit; then all that the model answers is taken with it.
         """
-        batch, open_ = each.shape[0], [i for i, r in enumerate(rows) if r is None]
-        outputs = [self.constants[i].output for i in open_]
-        whose = [torch.zeros(t.shape, dtype=torch.long, device=t.device) for t in outputs]
-        bits, number = (batch - 1).bit_length(), torch.arange(batch, device=each.device)
-        for bit in range(bits):
-            signs = 1 - 2 * (number >> bit & 1)
-            back = _filled(outputs, _gradients(each * signs, outputs, False))
-            for samples, i, (_, g) in zip(whose, open_, back, strict=True):
-                samples += (g.signbit() != gradients[i].signbit()).long() << bit
-        found = [*rows]
-        for i, samples in zip(open_, whose, strict=True):
-            axis, shape = self.constants[i].axis, samples.shape
-            axes = range(len(shape)) if axis is None else [axis]
-            found[i] = maps.rows_of(samples.masked_fill(gradients[i] == 0, -1), batch, [*axes])
+        batch, found = each.shape[0], [*rows]
+        known: dict[int, torch.Tensor] = {}
+        for asked in (each, each + _mixed(self.output, batch)):
+            open_ = [i for i, r in enumerate(found) if r is None]
+            whose = self._whose(asked, [self.constants[i].output for i in open_]) if open_ else []
+            for i, samples in zip(open_, whose, strict=True):
+                known[i] = torch.where(known[i] >= 0, known[i], samples) if i in known else samples
+                axis = self.constants[i].axis
+                found[i] = maps.rows_of(known[i], batch, [*range(samples.ndim)] if axis is None else [axis])
         return found
+
+    @staticmethod
+    def _whose(each: torch.Tensor, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Whose each element is, -1 if that is nobody's. If the number of a sample changes its sign, so do
+        the gradients of its elements: the sample's index is read bit by bit, one backward each."""
+        batch = each.shape[0]
+        index = torch.arange(batch, device=each.device)
+        before = [g for _, g in _filled(outputs, _gradients(each, outputs, False))]
+        whose = [torch.zeros(g.shape, dtype=torch.long, device=g.device) for g in before]
+        for bit in range((batch - 1).bit_length()):
+            signs = 1 - 2 * (index >> bit & 1)
+            back = _filled(outputs, _gradients(each * signs, outputs, False))
+            for samples, plain, (_, g) in zip(whose, before, back, strict=True):
+                samples += (g.signbit() != plain.signbit()).long() << bit
+        return [samples.masked_fill(g == 0, -1) for samples, g in zip(whose, before, strict=True)]
 
     def _split(
         self, each: torch.Tensor, rows: Sequence[maps.Rows | None], gradients: Sequence[torch.Tensor]
@@ -392,9 +408,7 @@ def run(
     facts = facts_of(module)
     attends = [*heads.sites(module.graph, facts)] if attention else []
     streams = [heads.stream_after(site, facts) for site in attends]
-    ends = (
-        [n for p in layers if (n := _returned(called_by[p])) is not None] if attention or returned else []
-    )
+    ends = [n for p in layers for n in passed_on(called_by[p])[:1]] if attention or returned else []
     at = {site.node for site in attends}
     wanted = {*taps.values(), *at, *streams, *ends}
     called, values = dict[Node, Any](), dict[Node, torch.Tensor]()
@@ -456,18 +470,32 @@ def run(
 def _ends(
     layers: Sequence[Node], counted: Sequence[Node], axis: Callable[[Node], int]
 ) -> tuple[list[Node], list[Node]]:
-    """The nodes whose tokens to locate: the first of each number of tokens; and all that lie in windows,
+    """The nodes whose tokens to locate: the first of each shape; and all that lie in windows,
     whose rows are parts of samples."""
     first: dict[str, Node] = {}
     windows = []
     for node in sorted({*layers, *counted}):
         _, shape = form(origin(node)) or ((), ())
-        shape = (*shape[(a := axis(node)) :][:1], *shape[:a], *shape[a + 1 :])  # samples first
-        if len(shape) > 2 and "*" in shape[0]:
+        if len(shape) < 3:
+            continue
+        samples = shape[a := axis(node)]
+        if _is_part(samples, node.graph):
             windows.append(node)
-        elif len(shape) == 3 and shape[1] != "1":
-            first.setdefault(shape[1], node)
+        elif len(shape) == 3:
+            first.setdefault(str((*shape[:a], *shape[a + 1 :])), node)
     return [*first.values()], windows
+
+
+def _is_part(rows: str, graph: Graph) -> bool:
+    """Whether so many rows are more than there are samples, in symbols: inputs may each have their own."""
+    import sympy
+
+    forms = (form(n) for n in graph.nodes if n.target is insert.guard)
+    batches = {shape[1][0] for shape in forms if shape is not None and shape[1]}
+    if rows in batches or rows.isdigit():
+        return False
+    number = sympy.sympify(rows)
+    return number.subs({s: _PRIME for s in number.free_symbols if str(s) in batches}) != _PRIME
 
 
 def _read_token(
@@ -538,7 +566,8 @@ def positions(
 
     A value has the positions of all that it is computed from, with two exceptions. Attention, matrix
     products and layer norms have those of their first operand (queries, rows). Inputs whose values
-    are added or multiplied position by position (word and segment embeddings) share their positions.
+    are added or multiplied position by position (word and segment embeddings) share their positions,
+    if each operand is one sequence and not several, joined.
 
     Args:
         sizes: node -> shape of its value in this run, of tensors and of tuples of them (``()``).
@@ -563,8 +592,12 @@ def positions(
             found[node] = frozenset()  # a number has no positions
         else:
             found[node] = frozenset().union(*(found[n] for n in carried))
-            if len({found[n] for n in carried}) > 1 and _by_position(node, carried, sizes, samples(node)):
-                nx.add_path(shared, sorted(found[node]))
+            several = {found[n] & signal for n in carried}
+            if len(several) > 1 and _by_position(node, carried, sizes, samples(node)):
+                # what is joined of several sequences (text behind patches) does not make these one
+                shared.add_nodes_from(found[node])
+                if all(names and nx.is_connected(shared.subgraph(names)) for names in several):
+                    nx.add_path(shared, sorted(frozenset().union(*several)))
         if node.name in starts:
             found[node] = found[node] or frozenset([node.name])
             signal |= found[node]
@@ -605,6 +638,15 @@ def _samples_first(rows: maps.Rows | None, batch: int) -> Callable[[torch.Tensor
     return lambda t: t[None] if rows is None else maps.by_sample(t, rows, batch)
 
 
+def _mixed(output: Any, batch: int) -> torch.Tensor:
+    """(B,): a sum over all entries of each sample's output, with weights that are all different."""
+    y = first_tensor(output)
+    if not y.is_floating_point() or y.ndim == 0 or len(y) != batch:
+        return torch.zeros(batch, device=y.device)
+    weights = torch.arange(1, y[0].numel() + 1, device=y.device).sqrt().to(y)
+    return (y.flatten(1) if y.ndim > 1 else y[:, None]) @ weights
+
+
 def layer_input(called: Mapping[str, Node], name: str) -> Node:
     """The node that is the first tensor argument of a call (``blocks.3``; the second, ``blocks.3#2``)."""
     if name in called and (found := argument(called[name])) is not None:
@@ -614,13 +656,8 @@ def layer_input(called: Mapping[str, Node], name: str) -> Node:
     raise InputError(f"no module {name!r} is called with a tensor in this graph{hint}")
 
 
-def _returned(call: Node) -> Node | None:
-    """The first tensor that a module returned."""
-    return next((n for n in pytree.tree_leaves(probed(call)) if isinstance(n, Node)), None)
-
-
 def _shape(y: Any) -> tuple[int, ...] | None:
-    """The shape of a tensor, ``()`` for a tuple of them; None for a number."""
+    """The shape of a tensor, ``()`` for a structure of them; None for a number."""
     if isinstance(y, torch.Tensor):
         return tuple(y.shape)
-    return () if isinstance(y, (tuple, list)) else None
+    return () if any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(y)) else None

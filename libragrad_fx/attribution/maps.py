@@ -170,7 +170,7 @@ def by_sample(term: torch.Tensor, rows: Rows | None, batch: int) -> torch.Tensor
 def rows_of(samples: torch.Tensor, batch: int, axes: Sequence[int]) -> Rows | None:
     """Where samples are, from a tensor that says for each element whose it is, -1 where nobody knows.
 
-    The first of ``axes`` for which it is one pattern, and of that the largest ``inner``; None if none is.
+    The first of ``axes`` for which it is one pattern; None if it is none, or one of several ``inner``.
     """
     for axis in axes:
         found = samples.movedim(axis, 0).flatten(1)
@@ -179,9 +179,14 @@ def rows_of(samples: torch.Tensor, batch: int, axes: Sequence[int]) -> Rows | No
         if n % batch or bool(((found != whose[:, None]) & known).any()):
             continue
         row, said = torch.arange(n, device=found.device), whose >= 0
-        for inner in (i for i in range(n // batch, 0, -1) if n // batch % i == 0):
-            if bool((row.div(inner, rounding_mode="floor") % batch == whose)[said].all()):
-                return Rows(axis, inner)
+        fits = [
+            Rows(axis, inner)
+            for inner in range(1, n // batch + 1)
+            if n // batch % inner == 0
+            and bool((row.div(inner, rounding_mode="floor") % batch == whose)[said].all())
+        ]
+        if fits:
+            return fits[0] if len(fits) == 1 or not bool(said.any()) else None
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from libragrad_fx.attribution.outside import asks_outside, run_outside
 from libragrad_fx.attribution.result import Attribution
 from libragrad_fx.attribution.shares import BY, By, parts, stages
 from libragrad_fx.attribution.storage import MAPPINGS
-from libragrad_fx.attribution.towers import towers
+from libragrad_fx.attribution.towers import avoidable, towers
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule, InGraphs, one_graph
 from libragrad_fx.module.variants import fitting
@@ -131,28 +131,27 @@ def questions(
     if layers is not None:
         return [(at(stages(module) if each else layers), targets, None)]
     found = towers(module)
-    if len(found) < 2:
+    if len(found) < 2 and not avoidable(module, found[0]):
         return [(at(_layers(found, how, resolution)), targets, None)]
-    meant, read = _read_towers(module, inputs, found, targets)
+    meant, read = _read(module, inputs, found, targets)
     asked = []
     for mine in dict.fromkeys(read):
         mean = [i for i, which in enumerate(read) if which == mine]
-        question = at(_layers([found[k] for k in mine], how, resolution))
+        question = at(_layers(mine, how, resolution))
         asked.append((question, lambda _, mean=mean: [meant[i] for i in mean], mean))
     return asked
 
 
-def _read_towers(
+def _read(
     module: CapturedModule, inputs: Any, found: Sequence[Sequence[str]],
     targets: Meant,
-) -> tuple[Sequence[Target], list[tuple[int, ...]]]:  # fmt: skip
-    """The targets, and of each the towers with blocks that it depends on: of CLIP's picture against a
-    constant text, the picture's alone."""
-    firsts = {k: paths[0] for k, paths in enumerate(found) if paths}
-    seen = run(module, inputs, [*firsts.values()], biases=False)
+) -> tuple[Sequence[Target], list[tuple[tuple[str, ...], ...]]]:  # fmt: skip
+    """The targets, and of each the blocks that it depends on, by tower: of CLIP's picture against a fixed
+    text, the picture's alone; of what an encoder gives, none of a decoder's."""
+    seen = run(module, inputs, [path for paths in found for path in paths], biases=False, returned=True)
     meant = targets(seen.output)
-    reached = [one.reached for one in seen.backs(meant)]
-    return meant, [tuple(k for k, path in firsts.items() if path in names) for names in reached]
+    kept = ([tuple(p for p in ps if p in one.reached) for ps in found] for one in seen.backs(meant))
+    return meant, [tuple(paths for paths in towers_ if paths) for towers_ in kept]
 
 
 def _layers(found: Sequence[Sequence[str]], how: Method, resolution: Resolution) -> list[str]:
@@ -198,7 +197,7 @@ def _require(asked: Question) -> None:
 
 
 def _at_once(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
-    return [answer(asked, one, t) for one, t in zip(seen.backs(targets), targets, strict=True)]
+    return [answer(asked, one) for one in seen.backs(targets)]
 
 
 def _among_noise(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
@@ -212,8 +211,8 @@ def _among_noise(asked: Question, seen: Run, targets: Sequence[Target]) -> list[
     ]
     means = _mean_gradients(asked, seen, targets, near)
     return [
-        answer(asked, _with_gradients(one, mean, lambda x: x), t)
-        for one, mean, t in zip(seen.backs(targets), means, targets, strict=True)
+        answer(asked, _with_gradients(one, mean, lambda x: x))
+        for one, mean in zip(seen.backs(targets), means, strict=True)
     ]
 
 
@@ -229,7 +228,7 @@ def _on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> list[At
     answers = []
     for one, mean, t in zip(seen.backs(targets), means, targets, strict=True):
         difference = one.output.double() - select_each(origin.output, t).detach().double()
-        answers.append(answer(asked, _with_gradients(one, mean, lambda x: x - base), t, difference))
+        answers.append(answer(asked, _with_gradients(one, mean, lambda x: x - base), difference))
     return answers
 
 
@@ -265,7 +264,7 @@ def _block_by_block(asked: Question, seen: Run, targets: Sequence[Target]) -> li
             inside, (_, g) = _inside(module, one, path), tail.back(target, last=False).inputs[last]
             if inside is not None:
                 attention[inside] = seen.attended(inside, end, g.movedim(0, samples))
-        answers.append(answer(asked, dataclasses.replace(one, attention=tuple(attention.values())), target))
+        answers.append(answer(asked, dataclasses.replace(one, attention=tuple(attention.values()))))
     return answers
 
 
@@ -344,9 +343,7 @@ def _mean(answers: Sequence[Attribution]) -> Attribution:
 # --- from what was seen to an answer
 
 
-def answer(
-    asked: Question, seen: Internals, target: Target, whole: torch.Tensor | None = None
-) -> Attribution:
+def answer(asked: Question, seen: Internals, whole: torch.Tensor | None = None) -> Attribution:
     """The method on what one backward showed. ``whole``: what it adds up to, of a method on a line."""
     how, batch = asked.how, seen.output.shape[0]
     tapped = _tapped(asked, seen)
@@ -356,7 +353,7 @@ def answer(
             f"the target gave {batch} numbers, and {other} has {tapped[other][0].shape[0]} samples:"
             " attribute wants one for each (of layers=[…], none within windows)"
         )
-    terms = how.terms(_taps(asked, seen, target))
+    terms = how.terms(_taps(asked, seen))
     biases = shares_of(seen.biases, batch)
     if how.sums:
         whole = expected(seen, [*tapped], biases, how.biases)
@@ -382,7 +379,7 @@ def _stages(seen: Internals, terms: Sequence[Term], biases: Sequence[Term]) -> d
     return found
 
 
-def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
+def _taps(asked: Question, seen: Internals) -> Taps:
     """What one backward showed, block by block."""
     method, how = asked.method, asked.how
     layers = [
@@ -407,8 +404,7 @@ def _taps(asked: Question, seen: Internals, target: Target) -> Taps:
     taps = Taps(layers, [seen.attention[i] for i in found], streams, ends)
     if not how.row:
         return taps
-    image = _image(seen, layers[0].name)
-    return dataclasses.replace(taps, rows=_rows(method, taps, seen, image, target, asked.known))
+    return dataclasses.replace(taps, rows=_rows(method, seen, asked.known))
 
 
 def _image(seen: Internals, name: str) -> maps.Extents | None:
@@ -477,38 +473,36 @@ def _over_tokens(seen: Internals, index: int, layer: Layer) -> bool:
     return layer.value.ndim == 3 and tokens == [layer.value.shape[1]] * 2 and batch == layer.value.shape[0]
 
 
-def _reached(seen: Internals, like: Sequence[int]) -> Iterator[torch.Tensor]:
-    """Which tokens (B, T) of the last block's output get a gradient; what is not read gets exact zeros."""
-    for _, g in seen.returned[-1:]:
-        if g.shape[:2] == like[:2]:
-            yield (g != 0).flatten(2).any(2)
+def _reached(seen: Internals) -> torch.Tensor | None:
+    """Which tokens (B, T) of the last block's output get a gradient; what is not read gets exact zeros.
+    None if its tokens are not those of the block's input."""
+    ends = zip([*seen.layers.values()][-1:], seen.returned[-1:], strict=False)
+    return next(((g != 0).flatten(2).any(2) for (h, _), (_, g) in ends if g.shape[:2] == h.shape[:2]), None)
 
 
-def one_token(seen: Internals) -> bool:
-    """Whether of each sample one token of the last block's output gets a gradient."""
-    layers = [h.shape for h, _ in seen.layers.values()][-1:]
-    return any(bool((got.sum(1) == 1).all()) for like in layers for got in _reached(seen, like))
-
-
-def _rows(method: str, taps: Taps, seen: Internals, image: Any, target: Target, known: Known | None) -> Any:
-    """The token that attention is followed to, of each sample: the only one of the last block's output that
-    gets a gradient, wherever an index was computed from. Where several do, the one that the model reads
-    alone; else an image's class token; else the one that the target names."""
-    batch = seen.output.shape[0]
-    for got in _reached(seen, taps.layers[-1].value.shape):
-        if known.alone if known else bool((got.sum(1) == 1).all()):
-            return got.int().argmax(1)
-    if seen.read is not None:
-        return torch.full((batch,), seen.read, device=seen.output.device)
-    first = taps.layers[0]
+def one_of_several(seen: Internals) -> int | None:
+    """Where more than one token of the last block's output gets a gradient, the one that attention is
+    followed to: the one that the model reads alone behind it, or an image's class token, if it gets one."""
+    read = _reached(seen)
+    if read is None or not bool((read.sum(1) > 1).any()):
+        return None
+    name, (first, _) = next(iter(seen.layers.items()))
+    image, own = _image(seen, name), [seen.read]
     if image is not None:
-        laid = layouts_of(seen, seen.tokens[first.name])
-        apart = [x for x in (*laid, maps.guessed("", first.value.shape, seen.shapes, image)) if x.apart]
-        if apart:
-            return torch.full((batch,), apart[0].apart[0], device=seen.output.device)
-    each = target if isinstance(target, list) else [target] * batch
-    if all(isinstance(t, tuple) and len(t) > 1 for t in each):
-        return [int(t[0]) for t in each]
+        known = layouts_of(seen, seen.tokens[name])
+        known.append(maps.guessed("", first.shape, seen.shapes, image))
+        own += [x.apart[0] for x in known if x.apart][:1]
+    return next((t for t in own if t is not None and bool(read[:, t].all())), None)
+
+
+def _rows(method: str, seen: Internals, known: Known | None) -> torch.Tensor:
+    """The token that attention is followed to, of each sample: the only one of the last block's output that
+    gets a gradient, wherever an index was computed from. Where several do, see ``one_of_several``."""
+    read, token = _reached(seen), known.token if known else one_of_several(seen)
+    if token is not None:
+        return torch.full(seen.output.shape, token, device=seen.output.device)
+    if read is not None and (known or bool((read.sum(1) == 1).all())):
+        return read.int().argmax(1)
     raise InputError(
         f"{method} follows attention to the token that the output is read from, and no token is read alone:"
         " use attcat, or give a target (token, class)"

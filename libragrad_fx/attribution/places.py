@@ -192,9 +192,14 @@ class Locator:
         axes = {name: _positions(shape, self.channels.get(name, 0)) for name, shape in self.shapes.items()}
         windows = {n.name for n in self.windows}
         each = {n: laid_out(h, axes) for n, h in self.found.items() if n not in windows}
-        layouts = {n: layout for n, layout in each.items() if layout is not None}
+        layouts = {n: x for n, x in each.items() if x is not None and not self._finer(x, axes)}
         inside = {n: {k: _windows(s) for k, s in h.items()} for n, h in self.found.items() if n in windows}
         return Located(axes, layouts, inside)
+
+    def _finer(self, layout: Layout, axes: Mapping[str, Sequence[int]]) -> bool:
+        """Whether there are more cells than the input has places, as behind a padded convolution."""
+        sizes = {p.source: [self.shapes[p.source][i] for i in axes[p.source]] for p in layout.parts}
+        return any(n > size for p in layout.parts for n, size in zip(p.grid, sizes[p.source], strict=True))
 
     def _contracted(self, node: Node, found: Any) -> None:
         """Notes which axis of an input the first product sums over: its elements all lie at one place."""

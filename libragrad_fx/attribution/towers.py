@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch.fx import Node
 
+from libragrad_fx.decide.flow import reach, results
 from libragrad_fx.module.captured import CapturedModule, one_graph
-from libragrad_fx.module.walk import argument, blocks, calls, path_of
+from libragrad_fx.module.walk import argument, blocks, calls, origin, path_of, returned, senders
 from libragrad_fx.ops import insert
 
 
@@ -20,6 +21,14 @@ def towers(module: CapturedModule) -> list[list[str]]:
     """
     found = [blocks(module, part) for part in _apart(_read_inputs(module))]
     return found if len(found) > 1 and any(found) else [blocks(module)]
+
+
+def avoidable(module: CapturedModule, names: Sequence[str]) -> bool:
+    """Whether an output is computed without one of these calls: a target may not depend on it."""
+    called, sends = calls(module), senders(module)
+    given = [{*map(origin, returned(called[name]))} for name in names]
+    found = [reach([result], sends) for result in results(module.graph)]
+    return not all(past & nodes for past in found for nodes in given)
 
 
 def _read_inputs(module: CapturedModule) -> dict[str, frozenset[str]]:

@@ -100,7 +100,7 @@ def _static(blank: Result, subject: Subject) -> Result:
 
 
 def _numeric(blank: Result, subject: Subject) -> Result:
-    model, inputs = _precise(subject)
+    model, inputs = precise(subject)
     generic(model, inputs)
     start = time.perf_counter()
     gm = lg.transform(model, inputs)
@@ -143,7 +143,7 @@ def _numeric(blank: Result, subject: Subject) -> Result:
     )
 
 
-def _precise(subject: Subject) -> tuple[nn.Module, Any]:
+def precise(subject: Subject) -> tuple[nn.Module, Any]:
     """The model and its inputs in float64; unchanged if it does not run in that (a float32 table that is no
     buffer, quantised weights)."""
     inputs = pytree.tree_map(_double, subject.inputs)

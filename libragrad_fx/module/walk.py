@@ -35,6 +35,11 @@ def argument(call: Node) -> Node | None:
     return next((n for n in pytree.tree_leaves(call.kwargs["_args"]) if isinstance(n, Node)), None)
 
 
+def returned(call: Node) -> list[Node]:
+    """The tensors that a module returned."""
+    return [n for n in pytree.tree_leaves(probed(call)) if isinstance(n, Node)]
+
+
 def origin(node: Node) -> Node:
     """The node that computed the tensor that a node hands on: a probe returns its call's result itself."""
     while isinstance(result := probed(node), Node):
@@ -69,11 +74,15 @@ def blocks(module: CapturedModule, among: Collection[str] | None = None) -> list
     """The repeated blocks of a network (transformer, mixer, residual blocks), in the order in which they
     run, each call of them; empty if it has none. FullGrad+ sums over them. ``among``: only these modules.
 
-    They are the instances of one class whose names end in a digit (``layers.3``, ``encoder_layer_3``): of
-    that of which most have the whole stream go through them, with no path past them; where that leaves
-    several, of the most frequent. Where there are no two such, of a class that has siblings.
+    They are the instances of one class whose names end in a digit (``layers.3``, ``encoder_layer_3``), if a
+    gradient comes back to what they return (to a gate, none): of that of which most have the whole stream
+    go through them, with no path past them; where that leaves several, of the most frequent. Where there
+    are no two such, of a class that has siblings.
     """
-    called = {c: n for c, n in calls(module).items() if among is None or path_of(c) in among}
+    sends = senders(module)
+    live = reach(results(module.graph), sends)
+    among_all = {c: n for c, n in calls(module).items() if among is None or path_of(c) in among}
+    called = {c: n for c, n in among_all.items() if live & {*map(origin, returned(n))}}
     groups = (defaultdict[type, list[str]](list), defaultdict[type, list[str]](list))
     composed = {c: type(m) for c in called if [*(m := module.get_submodule(path_of(c))).children()]}
     beside = Counter((p.rpartition(".")[0], composed[p]) for p in {path_of(c) for c in composed})
@@ -83,7 +92,6 @@ def blocks(module: CapturedModule, among: Collection[str] | None = None) -> list
             groups[0][kind].append(call)
         elif beside[path.rpartition(".")[0], kind] > 1:
             groups[1][kind].append(call)
-    sends = senders(module)
 
     def size(names: Sequence[str]) -> tuple[int, ...]:
         given = (argument(called[name]) for name in names)

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.account.observe import source_name
 from libragrad_fx.attribution import Attribution, formulas
 from libragrad_fx.attribution.internals import Known
-from libragrad_fx.attribution.methods import Question, answer, one_token, questions
+from libragrad_fx.attribution.methods import Question, answer, one_of_several, questions
 from libragrad_fx.capture.normal import paths_of
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule, one_graph
@@ -145,8 +145,9 @@ def shown(module: CapturedModule, inputs: Any, target: Any, **options: Any) -> S
             "the rows of a constant of this model are of several samples at once, and need a backward for"
             " each sample: a program has one. Use attribute()"
         )
-    known = Known(run.located, seen.rows, tuple(run.kinds), seen.windows, seen.shapes, one_token(seen))
-    like, output = answer(asked, seen, chosen), first_tensor(run.output).detach()
+    like, output = answer(asked, seen), first_tensor(run.output).detach()
+    token = one_of_several(seen) if asked.how.row else None
+    known = Known(run.located, seen.rows, tuple(run.kinds), seen.windows, seen.shapes, token)
     return Shown(asked, known, isinstance(chosen, Chosen), like, output)
 
 
@@ -183,7 +184,7 @@ def traced(first: Shown, target: Any, free: Sequence[Axes]) -> Flat:
         known = dataclasses.replace(first.known, attributes=state)
         asked = dataclasses.replace(first.asked, inputs=Arguments(*call), known=known)
         run = asked.run()
-        named = _tensors(answer(asked, run.back(chosen), chosen))
+        named = _tensors(answer(asked, run.back(chosen)))
         named["model", ""] = first_tensor(run.output).detach()
         if first.indexed:
             named["chosen", ""] = chosen.meant(run.output)

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import libragrad_fx as lg
+from libragrad_fx.attribution import METHODS
+from libragrad_fx.errors import InputError
+from tests.between import fast_first
 from zoo.small import SMALL, Small, samples, small
 
 FAST = ["table", "tabular", "lstm", "gru", "series", "voxels", "shared"]
@@ -28,7 +31,7 @@ def made(name: str) -> tuple[Small, torch.nn.Module]:
 def test_parts_add_up_and_samples_stand_alone(name: str) -> None:
     model, gm = made(name)
     if name in CUT:
-        with pytest.raises(lg.errors.InputError, match="one captured graph"):
+        with pytest.raises(InputError, match="one captured graph"):
             lg.attribute(gm, model.inputs, model.target)
         found = lg.attribute(gm, model.inputs, model.target, method="input_x_gradient")
         account = lg.audit(gm, model.inputs, model.target)
@@ -46,3 +49,30 @@ def test_parts_add_up_and_samples_stand_alone(name: str) -> None:
             torch.testing.assert_close(one.values[0], found.values[i], rtol=1e-8, atol=1e-11)
             for k, m in one.others.items():
                 torch.testing.assert_close(m[0], found.others[k][i], rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", fast_first(["tabular", *sorted(SMALL.keys() - CUT - {"tabular"})], 1))
+def test_a_batch_is_each_sample_by_every_method(name: str) -> None:
+    """What is drawn (``random``, ``smoothgrad``) is the same for each sample of a batch."""
+    model, gm = made(name)
+    answered = 0
+    for method in METHODS:
+        try:
+            found = lg.attribute(gm, model.inputs, model.target, method=method, steps=2)
+        except InputError:
+            with pytest.raises(InputError):
+                lg.attribute(gm, samples(model.inputs, slice(1)), model.target, method=method, steps=2)
+            continue
+        answered += 1
+        for i in range(len(found.output)):
+            one = lg.attribute(
+                gm, samples(model.inputs, slice(i, i + 1)), model.target, method=method, steps=2
+            )
+            assert one.others.keys() == found.others.keys()
+            pairs = [(one.values[0], found.values[i]), (one.total[0], found.total[i])]
+            pairs += [(m[0], found.others[k][i]) for k, m in one.others.items()]
+            pairs += [] if one.prefix is None else [(one.prefix[0], found.prefix[i])]
+            for alone, within in pairs:
+                scale = max(float(alone.abs().max()), 1e-3)  # behind a norm, gradients add up to zero
+                assert float((alone - within).abs().max()) < SINGLE.get(name, 1e-10) * scale, (method, i)
+    assert answered >= 13

@@ -118,6 +118,25 @@ def test_every_method(method: str) -> None:
     assert len(program._kept) == 2
 
 
+class Mean(Tiny):
+    """Reads all tokens, the class token among them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean(1))
+
+
+def test_a_class_token_among_others_is_followed() -> None:
+    """Which token that is, a traced run is told: it has no values to ask."""
+    torch.manual_seed(0)
+    model, x = Mean().double().eval(), torch.randn(3, 3, 16, 16, dtype=F64)
+    found = lg.program(model, x, method="rollout")(x[:2], 1)
+    alike(found, lg.attribute(model, x[:2], 1, method="rollout"))
+
+
 @pytest.mark.parametrize("options", [
     {"layers": "stages"}, {"by": "module"}, {"by": "block"}, {"by": "head"}, {"resolution": "pixels"},
     {"policy": "attn_lrp"}, {"policy": "autograd"},
