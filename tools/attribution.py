@@ -125,7 +125,8 @@ def cell(answer: Any) -> str:
 
 def reason(text: str) -> str:
     """An error of ours without what differs from model to model."""
-    text = text.partition("\n")[0].partition(":")[0]
+    text = text.partition("\n")[0].partition(":")[0].partition(";")[0]
+    text = re.sub(r" of shape \([\d, ]+\)", "", text)
     text = re.sub(r"^(\w+) (needs|follows|goes)", r"the method \2", text)
     return re.sub(r"(and|block,) \S+ has none", r"\1 a block has none", text)
 

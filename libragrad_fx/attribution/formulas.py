@@ -134,6 +134,8 @@ def genatt(taps: Taps) -> list[Term]:
 
 def attcat(taps: Taps) -> list[Term]:
     """Σ_l a_l Σ_c h_{l+1} g_{l+1}, a_l the mean attention that a token gets. Qiang et al. 2022."""
+    if len(taps.layers) < 2:
+        raise InputError("attcat needs the inputs of two blocks, and there is one: use legrad or gradcam")
     found = []
     for layer, a, after in zip(taps.layers, taps.attention, taps.layers[1:], strict=False):
         at = reached(layer)

@@ -105,6 +105,14 @@ def test_attention_by_einsum_is_attention() -> None:
         same(*(lg.attribute(m, x, 1, method=method) for m in sides))
 
 
+def test_attcat_needs_two_blocks() -> None:
+    x = torch.randn(2, 5, 8, dtype=F64)
+    with pytest.raises(InputError, match="two blocks"):
+        lg.attribute(
+            lg.transform(drawn(Written(torch.matmul)), x), x, 1, method="attcat", layers=["blocks.1"]
+        )
+
+
 def test_a_stream_of_another_width_is_not_followed() -> None:
     x = torch.randn(2, 5, 8, dtype=F64)
     module = lg.transform(drawn(Written(torch.matmul, narrow=True)), x)
