@@ -387,7 +387,8 @@ def _taps(asked: Question, seen: Internals) -> Taps:
         for name, (h, g) in _tapped(asked, seen).items()
     ]
     if not how.attention:
-        return Taps(layers, noise=_uniform(layers[0], asked.seed))
+        noise = _uniform(layers[0], asked.seed) if how.terms is formulas.random else None
+        return Taps(layers, noise=noise)
     at = [_inside(one_graph(asked.module), seen, layer.name) for layer in layers]
     missing = [x.name for x, i in zip(layers, at, strict=True) if i is None or not _over_tokens(seen, i, x)]
     if missing:

@@ -79,13 +79,14 @@ def blocks(module: CapturedModule, among: Collection[str] | None = None) -> list
     go through them, with no path past them; where that leaves several, of the most frequent. Where there
     are no two such, of a class that has siblings.
     """
-    sends = senders(module)
+    every, sends = calls(module), senders(module)
     live = reach(results(module.graph), sends)
-    among_all = {c: n for c, n in calls(module).items() if among is None or path_of(c) in among}
-    called = {c: n for c, n in among_all.items() if live & {*map(origin, returned(n))}}
+    called = {c: n for c, n in every.items()
+              if (among is None or path_of(c) in among) and live & {*map(origin, returned(n))}}  # fmt: skip
     groups = (defaultdict[type, list[str]](list), defaultdict[type, list[str]](list))
     composed = {c: type(m) for c in called if [*(m := module.get_submodule(path_of(c))).children()]}
-    beside = Counter((p.rpartition(".")[0], composed[p]) for p in {path_of(c) for c in composed})
+    kinds = {path_of(c): kind for c, kind in composed.items()}
+    beside = Counter((path.rpartition(".")[0], kind) for path, kind in kinds.items())
     for call, kind in composed.items():
         path = path_of(call)
         if path[-1:].isdigit():
