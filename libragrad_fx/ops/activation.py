@@ -8,6 +8,7 @@ Power functions have no finite ``f(0)`` in general; for them Euler's relation gi
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from typing import Any
 
 import torch
 
+from libragrad_fx.kernels import on_gpu
+from libragrad_fx.kernels.pointwise import gelu_gate
 from libragrad_fx.ops.binding import binding
-from libragrad_fx.ops.function import watched
+from libragrad_fx.ops.function import eager_or_traced, watched
 from libragrad_fx.ops.twin import Grads, spent, times_, twin
 
 aten = torch.ops.aten
@@ -74,7 +77,31 @@ def _secant(op: torch._ops.OpOverload, slope: float, at_zero: float | None) -> C
     if once:
         made.slopes = forward  # type: ignore[attr-defined]
     made.takes_complex = True  # type: ignore[attr-defined]
-    return made
+    return _or_gate(made, op, stream) if once and op in _GATES else made
+
+
+_GATES = {aten.gelu.default: gelu_gate}
+"""Activations whose gate has a formula in x: a GPU computes it again, which costs less than to keep it."""
+
+
+def _or_gate(made: Any, op: torch._ops.OpOverload, stream: str) -> Callable[..., Any]:
+    """``made``; on a GPU a twin that saves x alone."""
+
+    def vjp(needs: frozenset[str], g: torch.Tensor, **saved: Any) -> Grads:
+        x = saved.pop(stream)
+        return {stream: _GATES[op](g, x, *saved.values())}
+
+    held = twin(op, vjp, saves=(stream,), name=f"{made.__name__}_by_gate")
+
+    def either(made: Callable[..., Any]) -> Any:
+        def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (held if on_gpu(x) and eager_or_traced(x) else made)(x, *args, **kwargs)
+
+        return functools.update_wrapper(call, made)  # with the attributes of a twin
+
+    call = either(made)
+    call.over = either(made.over)
+    return call  # type: ignore[no-any-return]
 
 
 def _label(op: torch._ops.OpOverload) -> str:

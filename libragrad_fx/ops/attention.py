@@ -2,9 +2,9 @@
 
 method: Attention rule. ``dV = P^T dO``. The probabilities P are not saved but recomputed, some query
 rows at a time, so memory stays linear in the number of tokens whatever kernel ran forward.
-If the kernel returns the log-sum-exp of its rows, a row of P costs one product and one exp; blocks of
-heads are as large as fits the cache. If the math kernel ran and keys are few (a window's), P itself is
-saved in place of q and k.
+If the kernel returns the log-sum-exp of its rows, a row of P costs one product and one exp: on a CPU in
+blocks of heads that fit the cache, on a GPU in one kernel. If the math kernel ran and keys are few (a
+window's), P itself is saved in place of q and k.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn.attention import SDPBackend
 
 from libragrad_fx.graph.schema import aten_op
+from libragrad_fx.kernels import kernel, on_gpu
+from libragrad_fx.kernels.attention import FUSED, additive, fused, is_fit
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.binding import Log
 from libragrad_fx.ops.function import traced, watched
-from libragrad_fx.ops.twin import LIBRARY, NAMESPACE, Grads, times_, twin
+from libragrad_fx.ops.twin import Grads, times_, twin
 
 aten = torch.ops.aten
 COUNTED_AS = {
@@ -101,14 +103,8 @@ def _flash(
 ) -> Any:  # fmt: skip
     """The flash kernel for a CPU. Returns the output and the log-sum-exp of every row (B, H, N)."""
     return _FLASH(
-        query, key, value, dropout_p, is_causal, attn_mask=_additive(attn_mask, query), scale=scale
+        query, key, value, dropout_p, is_causal, attn_mask=additive(attn_mask, query), scale=scale
     )
-
-
-def _additive(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, -math.inf)
 
 
 def _by_lse(
@@ -116,7 +112,7 @@ def _by_lse(
     attn_mask: torch.Tensor | None, lse: torch.Tensor, is_causal: bool, scale: float | None,
     **_: Any,
 ) -> Grads:  # fmt: skip
-    if watched():
+    if watched() or g.is_cuda:
         return {"value": attention_value(g, query, key, attn_mask, lse, is_causal, scale)}
     return {"value": _value_gradient(g, query, key, attn_mask, lse, is_causal, scale)}
 
@@ -129,7 +125,7 @@ def _value_gradient(
     heads = query.shape[1] // key.shape[1]
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     wide = lse.dtype
-    mask = _additive(attn_mask, lse)
+    mask = additive(attn_mask, lse)
     lse = lse.masked_fill(lse == -math.inf, math.inf)  # a row with nothing to attend to: P is 0
     keys = repeated(key, heads).to(wide)
     dv = torch.zeros((*keys.shape[:3], g.shape[-1]), dtype=wide, device=g.device)
@@ -144,25 +140,7 @@ def _value_gradient(
         if is_causal:
             p[:, :, rows.start :].masked_fill_(_later(p[0, :, rows.start :]), -math.inf)
         dv[part].view(-1, *dv.shape[2:])[:, seen].baddbmm_(p.exp_().transpose(1, 2), do)
-    return summed(dv, heads)
-
-
-LIBRARY.define(
-    "attention_value(Tensor g, Tensor query, Tensor key, Tensor? attn_mask, Tensor lse, bool is_causal,"
-    " float? scale) -> Tensor"
-)
-attention_value = torch.ops.libragrad_fx.attention_value.default
-"""dV as one op, for tracers: (B, key heads, keys, features of v), of the dtype of ``lse``."""
-torch.library.impl(
-    f"{NAMESPACE}::attention_value", "CompositeExplicitAutograd", _value_gradient, lib=LIBRARY
-)
-
-
-def _value_like(g: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return g.new_empty((*key.shape[:3], g.shape[-1]), dtype=rest[1].dtype)
-
-
-torch.library.register_fake(f"{NAMESPACE}::attention_value", _value_like, lib=LIBRARY)
+    return summed(dv, heads).to(g.dtype)
 
 
 def written_out(
@@ -171,9 +149,24 @@ def written_out(
 ) -> Any:  # fmt: skip
     """``attention_value`` in plain ops, for who has only PyTorch's."""
     given: Any = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale}
-    return _attention(frozenset(), g, query=query, key=key, enable_gqa=True, dropout_p=0.0, **given)[
-        "value"
-    ]
+    whole: Any = {"query": query, "key": key, "enable_gqa": True, "dropout_p": 0.0}
+    value: Any = _attention(frozenset(), g, **whole, **given)["value"]
+    return value.to(g.dtype)
+
+
+def _value_shape(g: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any) -> torch.Tensor:
+    if on_gpu(g):  # heads beside each other
+        batch, heads, keys = key.shape[:3]
+        return g.new_empty((batch, keys, heads, g.shape[-1])).transpose(1, 2)
+    return g.new_empty((*key.shape[:3], g.shape[-1]))
+
+
+attention_value = kernel(
+    "attention_value(Tensor g, Tensor query, Tensor key, Tensor? attn_mask, Tensor lse, bool is_causal,"
+    " float? scale) -> Tensor",
+    written_out, _value_shape, cpu=_value_gradient,
+)  # fmt: skip
+"""dV as one op: (B, key heads, keys, features of v)."""
 
 
 def _blocks(shape: torch.Size, keys: int) -> Iterator[tuple[tuple[slice, slice], slice]]:
@@ -210,7 +203,7 @@ def _math(
     enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
     """Attention by the math kernel, and its probabilities. PyTorch picks it if a mask requires grad."""
-    args = (query, key, value, _additive(attn_mask, query), dropout_p, is_causal, None)
+    args = (query, key, value, additive(attn_mask, query), dropout_p, is_causal, None)
     return aten._scaled_dot_product_attention_math.default(*args, scale=scale, enable_gqa=enable_gqa)
 
 
@@ -226,6 +219,13 @@ _balanced_flash = twin(
     compact=("query", "key"),  # q, k and v are views of one projection: copies of q and k free it
     name="scaled_dot_product_attention_flash",
 )  # fmt: skip
+_balanced_fused = {
+    backend: twin(
+        _sdpa, _by_lse, forward=fused(backend), extras=("lse",), saves=(*_SAVES, "lse"),
+        compact=("query", "key"), name=f"scaled_dot_product_attention_{backend.name.lower()}",
+    )
+    for backend in FUSED
+}  # fmt: skip
 _balanced_math = twin(
     _sdpa, _attention, saves=_SAVES, name="scaled_dot_product_attention_math",
     forward=lambda *args, **kwargs: _math(*args, **kwargs)[0],
@@ -245,18 +245,23 @@ def scaled_dot_product_attention(
     query, key = query.detach(), key.detach()
     extra = {"scale": scale, "enable_gqa": enable_gqa}
     named = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
-    # PyTorch's own op, with q and k detached, is right everywhere. Ours saves memory, but
+    # PyTorch's own op, with q and k detached, is right everywhere. Ours computes less, but
     # - weights that a dropout has drawn cannot be computed again;
-    # - on other devices PyTorch's fused kernel is faster;
-    # - for few keys, and under a compiler, which fuses it better, there is nothing to save (``_is_cheap``).
-    if dropout_p > 0 or query.device.type != "cpu" or _is_cheap(query, key):
-        if named:  # PyTorch still sees a mask that requires grad; no gradient reaches it
-            attn_mask = insert.scale(attn_mask, 0.0)  # type: ignore[arg-type]
-        return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, **extra)
+    # - for few keys, and under a compiler, which fuses it better, there is nothing to save (``_is_cheap``);
+    # - a GPU has a kernel for what its fused kernels return.
     # PyTorch picks its kernel by which inputs require grad, and kernels differ in bits. Inside a
     # Function none does; if that would change the choice, the kernel is called by name.
     args = (query, key, value, attn_mask, dropout_p, is_causal)
-    chosen = SDPBackend.MATH if named else _chosen(*args, **extra)
+    own = dropout_p > 0 or _is_cheap(query, key) or query.device.type not in ("cpu", "cuda")
+    chosen = SDPBackend.MATH if named or own else _chosen(*args, **extra)
+    if not own and query.is_cuda:
+        if chosen in _balanced_fused and on_gpu(query) and is_fit(query, value):
+            return _balanced_fused[chosen](*args, **extra)
+        own = True
+    if own:
+        if named:  # PyTorch still sees a mask that requires grad; no gradient reaches it
+            attn_mask = insert.scale(attn_mask, 0.0)  # type: ignore[arg-type]
+        return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, **extra)
     if chosen == SDPBackend.FLASH_ATTENTION:
         return _balanced_flash(*args, **extra)
     if chosen == SDPBackend.MATH and key.shape[-2] <= _FEW and not enable_gqa:
@@ -281,8 +286,9 @@ def _chosen(query: torch.Tensor, *args: Any, **kwargs: Any) -> SDPBackend | None
     if traced():  # fake tensors have no choice: see which kernel the op ends in
         with torch.no_grad(), disable_proxy_modes_tracing(), Log() as log:
             _sdpa(query, *args, **kwargs)
-        flash = any(op is _FLASH for op, _ in log.calls)
-        return SDPBackend.FLASH_ATTENTION if flash else SDPBackend.MATH
+        called = {op for op, _ in log.calls}
+        kernels = (SDPBackend.FLASH_ATTENTION, _FLASH), *FUSED.items()
+        return next((backend for backend, op in kernels if op in called), SDPBackend.MATH)
     if watched():
         return None
     return SDPBackend(torch._fused_sdp_choice(query, *args, **kwargs))

@@ -25,6 +25,13 @@ def traced() -> bool:
     return not _is_compiling() and not _transforms_active() and _mode(_TRACED) is not None
 
 
+def eager_or_traced(g: torch.Tensor) -> bool:
+    """Whether plain autograd runs or is traced, and ``g`` is one tensor: a compiler fuses an op's written
+    form, and ``vmap`` would loop over its kernel."""
+    one = traced() or not watched()
+    return one and not torch._C._functorch.is_legacy_batchedtensor(g)  # type: ignore[attr-defined]
+
+
 def quick(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply``, but cheaper in plain eager mode.
 

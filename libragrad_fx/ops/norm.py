@@ -15,11 +15,15 @@ from typing import Any
 import torch
 from torch._prims_common import suggest_memory_format
 
+from libragrad_fx.kernels import on_gpu
+from libragrad_fx.kernels.pointwise import norm_gradient
+from libragrad_fx.ops.function import eager_or_traced
 from libragrad_fx.ops.twin import Grads, minus_, times_, twin
 
 aten = torch.ops.aten
 Axes = tuple[int, ...]
 _ALONE = frozenset({"input"})
+_WIDEST = 16384  # features that one program of a GPU sums
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -39,6 +43,16 @@ def _pull(u: torch.Tensor, rstd: torch.Tensor, axes: Axes) -> torch.Tensor:
     the subtraction's ``alpha`` divides it."""
     count = math.prod([u.shape[a] for a in axes])
     return times_(minus_(u, u.sum(axes, keepdim=True), 1 / max(count, 1)), rstd)
+
+
+def _of_input(
+    g: torch.Tensor, weight: torch.Tensor | None, rstd: torch.Tensor, axes: Axes, centred: bool
+) -> torch.Tensor:
+    """The gradient of the input of a norm over the last axes."""
+    if axes == (-1,) and on_gpu(g) and g.shape[-1] <= _WIDEST and eager_or_traced(g):
+        return norm_gradient(g, weight, rstd, centred)
+    u = _weighted(g, weight)
+    return _pull(u, rstd, axes) if centred else times_(u, rstd)
 
 
 def _affine(
@@ -72,7 +86,7 @@ def _layer_norm(
     hat = lambda: (_wide(input) - mean) * rstd  # type: ignore  # noqa: E731
     grads = {} if needs == _ALONE else _affine(needs, g, hat, tuple(normalized_shape))
     if "input" in needs:
-        grads["input"] = _pull(_weighted(g, weight), rstd, axes)
+        grads["input"] = _of_input(g, weight, rstd, axes, centred=True)
     return grads
 
 
@@ -95,7 +109,7 @@ def _rms_norm(
     hat = lambda: _wide(input) * rstd  # type: ignore  # noqa: E731
     grads = {} if needs == _ALONE else _affine(needs, g, hat, tuple(normalized_shape))
     if "input" in needs:
-        grads["input"] = times_(_weighted(g, weight), rstd)
+        grads["input"] = _of_input(g, weight, rstd, tuple(range(-len(normalized_shape), 0)), centred=False)
     return grads
 
 

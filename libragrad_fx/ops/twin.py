@@ -20,11 +20,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.graph.schema import signature
+from libragrad_fx.kernels import LIBRARY, NAMESPACE
 from libragrad_fx.ops.binding import binding
 from libragrad_fx.ops.function import linked, note_tensors, wanted, watched
-
-NAMESPACE = "libragrad_fx"
-LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 Grads = Mapping[str, "torch.Tensor | Sequence[torch.Tensor] | None"]
 Vjp = Callable[..., Grads]

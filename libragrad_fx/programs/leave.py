@@ -11,8 +11,8 @@ from torch.export import Dim
 
 from libragrad_fx.errors import InputError
 from libragrad_fx.extras import writing
+from libragrad_fx.kernels import PLAIN
 from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.ops.attention import attention_value, written_out
 from libragrad_fx.optimise.execute import attribute
 from libragrad_fx.programs.flat import Axes, Flat
 
@@ -23,11 +23,8 @@ class _Plain(torch.fx.Interpreter):
     """Runs a graph with our ops as what they are made of, so that only PyTorch's remain."""
 
     def call_function(self, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        plain: Any = _MADE_OF.get(target, target)
+        plain: Any = PLAIN.get(target, target)
         return super().call_function(plain, args, kwargs)
-
-
-_MADE_OF = {attention_value: written_out}
 
 
 class Standalone(torch.nn.Module):

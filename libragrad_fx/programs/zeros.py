@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 from torch.utils import _pytree as pytree
 
+from libragrad_fx.kernels.pointwise import gelu_gate, norm_gradient
 from libragrad_fx.ops.attention import attention_value
 
 Tensor = torch.Tensor
@@ -155,7 +156,7 @@ def _alone(op: Any, x: Part, *args: Any, **kwargs: Any) -> Any:
     aten.mul.Tensor, aten.div.Tensor, aten.gelu_backward.default, aten.silu_backward.default,
     aten.threshold_backward.default, aten.tanh_backward.default, aten.sigmoid_backward.default,
     aten.leaky_relu_backward.default, aten.hardswish_backward.default, aten.hardsigmoid_backward.default,
-    aten.softplus_backward.default, aten.elu_backward.default, aten.hardtanh_backward.default,
+    aten.softplus_backward.default, aten.elu_backward.default, aten.hardtanh_backward.default, gelu_gate,
 )  # fmt: skip
 def _times(op: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """A product, or g times a function of other tensors: zero where its first argument is."""
@@ -430,6 +431,14 @@ def _convolution_backward(op: Any, g: Part, x: Any, weight: Any, bias: Any, *how
     if g.axis != 1 or transposed or groups != 1 or [*wanted] != [True, False, False]:
         return None
     return op(g.kept, x, g.of(weight, weight.ndim), None if bias is None else [g.kept.shape[1]], *how)  # type: ignore[union-attr]
+
+
+@_rule(norm_gradient)
+def _norm_gradient(op: Any, g: Part, weight: Any, rstd: Any, centred: bool) -> Any:
+    """Of some rows alone."""
+    return (
+        None if g.back == 1 else g.with_(op(g.kept, weight, g.of(rstd, g.back), centred), g.shape, g.axis)
+    )
 
 
 @_rule(attention_value)

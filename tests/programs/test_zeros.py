@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
+from libragrad_fx.kernels.pointwise import gelu_gate, norm_gradient
 from libragrad_fx.ops.attention import attention_value
 from libragrad_fx.programs.zeros import _RULES, Part, Zeros
 
@@ -144,6 +145,11 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
         for g in (rand(4, 3, 12), nothing(4, 3, 12), *parts(4, 3, 12))
         for first, last, step in ((2, 5, 1), (-3, 2**63 - 1, 1), (0, 9, 3))
     ] + [(rand(4, 12), [4, 12], 0, 0, 2**63 - 1, 1)],
+    gelu_gate: each(lambda p: (p, rand(4, 12), "none"), 4, 12),
+    norm_gradient: [
+        (p, w, rand(4, 3, 1), centred) for p in [*parts(4, 3, 12), nothing(4, 3, 12)]
+        for w, centred in ((None, False), (rand(12), True))
+    ],
     attention_value: [
         (g, *QKV, mask, (QKV[0] @ QKV[1].mT).logsumexp(-1), causal, 1.0)
         for g in parts(2, 2, 5, 3)

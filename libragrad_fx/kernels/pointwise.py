@@ -1,0 +1,46 @@
+"""The backward of a norm, and of GELU with its gate held: one pass each."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from libragrad_fx.kernels import kernel
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _norm_gradient(
+    g: torch.Tensor, weight: torch.Tensor | None, rstd: torch.Tensor, centred: bool
+) -> torch.Tensor:
+    u = _wide(g) if weight is None else _wide(g) * weight
+    if centred:
+        u = u - u.mean(-1, keepdim=True)
+    return (u * rstd).to(g.dtype)
+
+
+norm_gradient = kernel(
+    "norm_gradient(Tensor g, Tensor? weight, Tensor rstd, bool centred) -> Tensor",
+    _norm_gradient, lambda g, *_: g.new_empty(g.shape),
+)  # fmt: skip
+"""The gradient of the input of a norm over the last axis, from rstd (..., 1)."""
+
+
+def _gelu_gate(g: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.Tensor:
+    wide = _wide(x)
+    if approximate == "tanh":
+        gate = torch.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3))
+    else:
+        gate = 0.5 + 0.5 * torch.erf(wide * math.sqrt(0.5))
+    return (g * gate).to(x.dtype)
+
+
+gelu_gate = kernel(
+    "gelu_gate(Tensor g, Tensor x, str approximate) -> Tensor",
+    _gelu_gate,
+    lambda g, x, _: torch.empty_like(x),
+)
+"""g times the gate of GELU, gelu(x) / x."""
