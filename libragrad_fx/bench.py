@@ -72,7 +72,7 @@ def gradient(f: Callable[[torch.Tensor], torch.Tensor]) -> Side:
 def compare(sides: Mapping[str, Side], x: torch.Tensor, rounds: int = 10) -> list[Cost]:
     """Time every side on ``x``, and count its operations and memory; the counting runs warm it up."""
     flops = {name: _flops(side, x) for name, side in sides.items()}
-    peaks = {name: _peak(side, x) for name, side in sides.items()}
+    peaks = {name: peak(side, x) for name, side in sides.items()}
     return race(sides, x, rounds, peaks, flops)
 
 
@@ -117,7 +117,7 @@ def _wait(x: torch.Tensor) -> None:
         torch.cuda.synchronize(x.device)
 
 
-def _peak(side: Side, x: torch.Tensor) -> float:
+def peak(side: Side, x: torch.Tensor) -> float:
     """MiB of the tensors alive at once at most, without those alive before."""
     if x.is_cuda:
         torch.cuda.reset_peak_memory_stats(x.device)

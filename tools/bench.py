@@ -1,18 +1,19 @@
 """Measures what a balanced gradient costs beside other ways to compute one: ``docs/performance.md``.
 
     python tools/bench.py [--only 'vit_*'] [--rounds 10] [--threads 1] [--device cuda]
-                          [--mode eager|compiled|transform|sample|suite] [--limit 120]
+                          [--mode eager|compiled|program|transform|sample|suite] [--limit 120]
 
 The sides of a case run in turns in one process: plain autograd, ours, the authors' stop-gradient arithmetic
 on our graph, Captum's InputXGradient, and on torchvision's ViT the CP-LRP patches of LXT, if installed
 (``pip install lxt``). Weights and inputs are random; parameters are frozen unless a case says otherwise.
 Long inputs also run in segments (``checkpointed``).
 
-Modes: ``compiled`` compares plain and ours under ``torch.compile``. ``transform`` times the transform
-against ``torch.export`` alone. ``sample`` runs the small models of the coverage sample. ``suite`` runs all
-of timm's modules and Hugging Face's architectures (``--only 'hf/*'``), each in a process of its own with
-``--limit`` seconds. Results are kept in ``docs/performance.jsonl``; a case that is run again replaces its
-old one.
+Modes: ``compiled`` compares plain and ours under ``torch.compile``. ``program`` compares programs of
+``--method``, in each of their modes, with plain autograd and with it compiled. ``transform`` times the
+transform against ``torch.export`` alone. ``sample`` runs the small models of the coverage
+sample. ``suite`` runs all of timm's modules and Hugging Face's architectures (``--only 'hf/*'``), each in a
+process of its own with ``--limit`` seconds. Results are kept in ``docs/performance.jsonl``; a case that is
+run again replaces its old one.
 """
 
 from __future__ import annotations
@@ -35,13 +36,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from captum.attr import InputXGradient
 from torch import nn
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 import libragrad_fx as lg
-from libragrad_fx.bench import HEAD, Cost, Side, compare, gradient, race
+from libragrad_fx.bench import HEAD, Cost, Side, compare, gradient, peak, race
 from libragrad_fx.coverage.check import generic
 from libragrad_fx.coverage.suites import SUITES, build
 from libragrad_fx.ops import insert
@@ -116,6 +116,22 @@ def _cases() -> Iterator[Case]:
         yield Case(f"vit_small, {tokens} tokens", make, image(1, size), rounds, long=True)
     for batch in (1, 2, 8, 16):
         yield Case(f"vit_small, batch {batch}", lambda: _timm("vit_small_patch16_224"), image(batch))
+
+
+def _gpu_cases() -> Iterator[Case]:
+    """Sizes that fill a GPU, and one sample alone."""
+    for name in (
+        "vit_base_patch16_224", "convnext_tiny", "gmixer_24_224", "eva02_small_patch14_224",
+        "swin_tiny_patch4_window7_224",
+    ):  # fmt: skip
+        yield Case(f"{name}, batch 64", functools.partial(_timm, name), (64, 3, 224, 224))
+    yield Case("torchvision/vit_b_16, batch 64", lambda: _torchvision("vit_b_16"), (64, 3, 224, 224))
+    yield Case("vit_base_patch16_224, batch 1", lambda: _timm("vit_base_patch16_224"), (1, 3, 224, 224))
+    for size, batch in ((1024, 8), (2048, 1)):
+        make = functools.partial(
+            _timm, "vit_small_patch16_224", img_size=size, class_token=False, global_pool="avg"
+        )
+        yield Case(f"vit_small, {(size // 16) ** 2} tokens, batch {batch}", make, (batch, 3, size, size))
 
 
 # --- the authors' arithmetic: the value of f and the gradient of g, as cst(f) + (g - cst(g))
@@ -200,6 +216,8 @@ def _under_lxt(run: Side) -> Side:
 
 
 def _sides(case: Case, model: nn.Module, gm: Any, classes: int) -> dict[str, Side]:
+    from captum.attr import InputXGradient
+
     logit = lambda m: lambda x: select(m(x), middle)  # noqa: E731
     plain = logit(model)
     captum = InputXGradient(model)
@@ -222,6 +240,23 @@ def _compiled(model: nn.Module, gm: Any, x: torch.Tensor) -> dict[str, Side]:
     sides = {k: gradient(logit(torch.compile(m, fullgraph=True))) for k, m in both.items()}
     for side in sides.values():
         side(x)
+    return sides
+
+
+def _programs(model: nn.Module, gm: Any, x: torch.Tensor, options: argparse.Namespace) -> dict[str, Side]:
+    """The model's own gradient, and programs, each warmed up. A GPU's batch of one is traced for itself."""
+    logit = lambda m: lambda x: select(m(x), middle)  # noqa: E731
+    target = math.prod(model(x).shape[1:]) // 2
+    sides = {"plain": gradient(logit(model)), "balanced": gradient(logit(gm))}
+    sides["attribute"] = lambda x: lg.attribute(gm, x, target, method=options.method)
+    modes = ["eager", *["cuda_graph"] * x.is_cuda, *["compile"] * options.compile]
+    for mode in modes:
+        made = lg.program(gm, x, method=options.method, mode=mode)
+        sides[f"program, {mode}"] = lambda x, made=made: made(x, target)
+    if options.compile:
+        sides["plain, compiled"] = gradient(logit(torch.compile(model, fullgraph=True)))
+    for side in sides.values():
+        side(x), side(x)
     return sides
 
 
@@ -283,6 +318,13 @@ def run(case: Case, options: argparse.Namespace) -> list[Cost]:
     if options.mode == "transform":
         return race(_transforms(model), x, rounds)
     gm = lg.transform(model, x)
+    if options.mode == "program":
+        for p in model.parameters():
+            if not p.any():  # timm's heads: without them every gradient is zero
+                nn.init.normal_(p, std=0.02)
+        sides = _programs(model, gm, x, options)
+        peaks = {name: peak(side, x) for name, side in sides.items()} if x.is_cuda else None
+        return race(sides, x, rounds, peaks)
     if options.mode == "compiled":
         return race(_compiled(model, gm, x), x, rounds)
     return compare(_sides(case, model, gm, model(x).shape[-1]), x, rounds)
@@ -361,21 +403,25 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument(
-        "--mode", choices=("eager", "compiled", "transform", "sample", "suite"), default="eager"
+        "--mode", choices=("eager", "compiled", "program", "transform", "sample", "suite"), default="eager"
     )
     parser.add_argument("--limit", type=int, default=120)
+    parser.add_argument("--method", default="input_x_gradient", help="of programs")
+    parser.add_argument("--compile", action="store_true", help="compiled programs and models too: minutes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     named = [*SAMPLE]
     if options.mode == "suite":
         named = [(suite, name) for suite in ("timm", "hf") for name in SUITES[suite].names()]
     of_suites = [Case("/".join(key), nn.Identity, ()) for key in named]
-    every = of_suites if options.mode in ("sample", "suite") else _cases()
+    own = _gpu_cases if options.device.startswith("cuda") else _cases
+    every = of_suites if options.mode in ("sample", "suite") else own()
     cases = [c for c in every if fnmatch.fnmatch(c.name, options.only)]
     for case in tqdm(cases, unit="case"):
         costs = (_apart if options.mode == "suite" else run)(case, options)
         tqdm.write("\n".join([f"\n{case.name}", HEAD, *(c.against(costs[0]) for c in costs)]))
-        _keep(case, _machine(options), options.mode, costs)
+        mode = f"program, {options.method}" if options.mode == "program" else options.mode
+        _keep(case, _machine(options), mode, costs)
         RESULTS.with_suffix(".md").write_text(report())
 
 

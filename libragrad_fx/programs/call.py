@@ -23,16 +23,17 @@ from libragrad_fx.module.captured import CapturedModule, anchor
 from libragrad_fx.module.variants import fitting
 from libragrad_fx.programs import leave
 from libragrad_fx.programs.flat import Axes, Flat, batch_axes, shown, traced
+from libragrad_fx.programs.modes import Mode, Runs, require_close, require_device
 from libragrad_fx.target import Target, as_call
 
 _MOST = 16  # the most graphs that are kept; the least recently used one is dropped
-_CLOSE = 1e-3  # of the largest value of a map; products of fewer rows round otherwise
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
     module: CapturedModule
     flat: Flat
+    run: Runs
     difference: float
 
 
@@ -44,8 +45,9 @@ class Program:
     """
 
     def __init__(self, model: torch.nn.Module, policy: Policy, target: Target, processor: Any,
-                 **options: Any) -> None:  # fmt: skip
+                 mode: Mode, **options: Any) -> None:  # fmt: skip
         self.model, self.policy, self.target, self.processor = model, policy, target, processor
+        self.mode: Mode = mode
         self.options = options
         self._kept: dict[Any, _Kept] = {}
         self._lock = threading.RLock()
@@ -65,15 +67,18 @@ class Program:
         kept = self.fitting(batch.call)
         meant = self._meant(batch, kept.flat, target)
         index = kept.flat.index(meant, batch.call) if kept.flat.indexed else None
-        answer, chosen, _ = kept.flat(kept.module, _tensors(batch.call), index)
+        given = kept.flat.given(kept.module, _tensors(batch.call), index)
+        answer, chosen, _ = kept.flat.answer(kept.run(*given))
         if chosen is not None:
             meant = kept.flat.places(chosen)
         return named(self.model, batch, answer, self.target if meant is None else meant)
 
     def difference(self, inputs: Any) -> float:
         """How far the graph's values were from those of ``attribute`` when it was traced, relative to the
-        largest: 0.0 where they are equal to the bit. Otherwise products of fewer rows rounded otherwise."""
-        return self.fitting(self._batch(inputs).call).difference
+        largest: 0.0 where they are equal to the bit. Otherwise products of fewer rows rounded otherwise;
+        in mode ``compile``, fused ops too."""
+        kept = self.fitting(self._batch(inputs).call)
+        return max(kept.difference, kept.run.difference)
 
     def graph(self, inputs: Any) -> torch.fx.GraphModule:
         """The graph that runs for these inputs. It takes the module's tensors, those of the call, and the
@@ -118,7 +123,10 @@ class Program:
         for free in (batch_axes(module, call), ()):  # with a free batch PyTorch may choose other kernels
             made = traced(first, self.target, free)
             index = made.index(None, call).clamp(min=0) if made.indexed else None
-            answer, _, output = made(module, _tensors(call), index)
+            run = Runs(made.graph, self.mode, len(made.paths), made.fields.index(("values", "")))
+            given = made.given(module, _tensors(call), index)
+            with torch.no_grad():
+                answer, _, output = made.answer(run.eager(*given))
             equal, distance, ulp = compare([output], [first.output])
             if equal:
                 break
@@ -126,12 +134,9 @@ class Program:
             raise VerificationError(
                 f"the traced forward differs from the model's, by {distance:.1g} at most, {ulp} ulp"
             )
-        far = _relative(answer.values, made.like.values)
-        if not far <= _CLOSE:
-            raise VerificationError(
-                f"the program's map differs from that of attribute by {far:.1g} of its largest value"
-            )
-        return _Kept(module, made, far)
+        far = require_close(answer.values, made.like.values, "the program's map")
+        run(*given)
+        return _Kept(module, made, run, far)
 
     def _batch(self, inputs: Any) -> Batch:
         (make,) = batches(self.model, inputs, self.processor, None)
@@ -166,6 +171,7 @@ def program(
     method: str = "input_x_gradient",
     target: Target = None,
     policy: Policy = None,
+    mode: Mode = "eager",
     layers: Layers = None,
     by: By | None = None,
     resolution: Resolution = "tokens",
@@ -180,17 +186,23 @@ def program(
         model, inputs, method, policy, layers, by, resolution, processor: as for ``attribute``.
         target: None: an argument of each call. A callable (``Likeness``, or your own from the output to one
             number for each sample): a part of the graph.
+        mode: ``"eager"``: op by op. ``"cuda_graph"``: all ops as one CUDA graph, on a GPU, where the host
+            is what a small batch waits for. ``"compile"``: fused by TorchInductor, which takes a minute or
+            more for each size of the inputs; on a GPU, one CUDA graph too. It rounds otherwise, see
+            ``Program.difference``.
 
     Raises:
-        InputError: what ``attribute`` refuses; a method that averages over many runs.
+        InputError: what ``attribute`` refuses; a method that averages over many runs; a mode that the
+            device has not.
         VerificationError: the traced forward differs from the model's, or the map from ``attribute``'s.
     """
     if target is not None and not callable(target):
         raise InputError(
             "a target is an argument of each call, prog(inputs, target); here it is a callable"
         )
+    require_device(mode, anchor(model))
     made = Program(
-        model, policy, target, processor, method=method, layers=layers, by=by,
+        model, policy, target, processor, mode, method=method, layers=layers, by=by,
         resolution=resolution,
     )  # fmt: skip
     made.fitting(made._batch(inputs).call)
@@ -213,8 +225,3 @@ def _key(module: CapturedModule, call: Any, free: Sequence[Axes]) -> Any:
         return tuple("B" if a in mine and n > 1 else n for a, n in enumerate(x.shape)), x.dtype, x.device
 
     return str(spec), tuple(map(form, leaves)), like.dtype, like.device
-
-
-def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    top = float(b.abs().max()) if b.numel() else 0.0
-    return float((a - b).abs().max()) / (top or 1.0) if b.numel() else 0.0

@@ -7,9 +7,8 @@ the samples of each constant are. Then the same code runs on fake tensors, and P
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +25,9 @@ from libragrad_fx.attribution.methods import Question, answer, one_of_several, q
 from libragrad_fx.capture.normal import paths_of
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule, one_graph
-from libragrad_fx.ops import binding, insert
-from libragrad_fx.optimise.execute import attribute, bound
-from libragrad_fx.programs.zeros import without_zeros
+from libragrad_fx.ops import insert
+from libragrad_fx.optimise.execute import attribute
+from libragrad_fx.programs.zeros import settled, without_zeros
 from libragrad_fx.target import Arguments, as_call, first_tensor, rows_of
 
 Tensor = torch.Tensor
@@ -69,11 +68,6 @@ class Flat:
     batch: int
     like: Attribution
 
-    @functools.cached_property
-    def run(self) -> Callable[..., Sequence[Tensor]]:
-        binding.mark(self.graph.graph)
-        return GraphModule(self.graph, bound(self.graph.graph)).forward
-
     def index(self, target: Any, call: Any) -> Tensor:
         """The flat index of each sample's target: -1 for None."""
         like = next(t for t in pytree.tree_leaves(as_call(call)) if isinstance(t, Tensor))
@@ -89,11 +83,15 @@ class Flat:
         """A flat index as a target."""
         return [*map(tuple, torch.stack(torch.unravel_index(index, self.sizes), 1).tolist())]
 
-    def __call__(self, module: CapturedModule, tensors: Sequence[Tensor], index: Tensor | None) -> Any:
-        """The answer, the chosen index and the model's output tensor."""
+    def given(
+        self, module: CapturedModule, tensors: Sequence[Tensor], index: Tensor | None
+    ) -> list[Tensor]:
+        """The arguments of the graph."""
         state = [attribute(module, path) for path in self.paths]
-        with torch.no_grad():
-            found = self.run(*state, *tensors, *([] if index is None else [index]))
+        return [*state, *tensors, *([] if index is None else [index])]
+
+    def answer(self, found: Sequence[Tensor]) -> tuple[Attribution, Tensor | None, Tensor]:
+        """From what the graph returned: the answer, the chosen index and the model's output tensor."""
         named: dict[str, Any] = {}
         for (field, key), t in zip(self.fields, found, strict=True):
             if key:
@@ -195,6 +193,7 @@ def traced(first: Shown, target: Any, free: Sequence[Axes]) -> Flat:
         graph = make_fx(explained)(*fakes)
         with torch.no_grad():
             graph = without_zeros(graph, fakes)
+    graph = settled(graph)
     fixed = not free or sizes.guards  # something was decided by the size of the batch
     batch, behind = (first.output.shape[0] if fixed else 0), tuple(first.output.shape[1:])
     return Flat(graph, tuple(attributes), first.indexed, tuple(fields), behind, batch, first.like)

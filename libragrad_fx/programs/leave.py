@@ -4,27 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.export import Dim
 
 from libragrad_fx.errors import InputError
 from libragrad_fx.extras import writing
-from libragrad_fx.kernels import PLAIN
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.optimise.execute import attribute
 from libragrad_fx.programs.flat import Axes, Flat
+from libragrad_fx.programs.modes import Plain
 
 Tensor = torch.Tensor
-
-
-class _Plain(torch.fx.Interpreter):
-    """Runs a graph with our ops as what they are made of, so that only PyTorch's remain."""
-
-    def call_function(self, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        plain: Any = PLAIN.get(target, target)
-        return super().call_function(plain, args, kwargs)
 
 
 class Standalone(torch.nn.Module):
@@ -39,7 +30,7 @@ class Standalone(torch.nn.Module):
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         state = [self.get_buffer(f"t{i}") for i in range(self.count)]
         with torch.no_grad():
-            return tuple(_Plain(self.made.graph).run(*state, *given))
+            return tuple(Plain(self.made.graph).run(*state, *given))
 
 
 def exported(

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# What a machine with a GPU is asked: are the kernels right, and what do the headline models cost.
+# Runs from a checkout; torch, timm, triton and pytest have to be there, nothing is installed or fetched.
+#
+#   tools/gpu.sh                    all of it, in about four minutes
+#   tools/gpu.sh --only 'convnext*' other rows: arguments of tools/bench.py
+set -eu
+cd "$(dirname "$0")/.."
+export PYTHONPATH=.
+python3 -m pytest -q -p no:cacheprovider -k "Cuda or kernel or log_sum_exp" \
+    tests/kernels tests/contract/test_robustness.py tests/programs/test_modes.py
+[ $# -gt 0 ] || set -- --only 'vit*' --compile
+python3 tools/bench.py --device cuda --dtype bfloat16 --mode program --rounds 10 "$@"
