@@ -1,7 +1,8 @@
-"""What every test shares: one thread, one seed."""
+"""What every test shares: one thread, one seed, kernels of a GPU in an interpreter where there is none."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 
@@ -11,6 +12,8 @@ import torch
 from libragrad_fx.errors import CutWarning
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it where it is imported
 
 
 # ``torch.manual_seed`` writes the stack down for each kind of device that is not there: milliseconds a test

@@ -89,7 +89,10 @@ def attention_value(
 
 
 def _blocks(queries: int, size: int, width: int) -> tuple[int, int, int, int]:
-    """Queries and keys of a block, warps, and stages of its pipeline: the fastest on an H100."""
+    """Queries and keys of a block, warps, stages of its pipeline. The tiles fit the shared memory of small
+    GPUs (99 KiB)."""
+    if width == 4 and size > 64:
+        return 16, 16 if size > 128 else 32, 4, 2
     if width == 4 or size > 128:
         return 32, 64, 4, 2
     if size > 64:

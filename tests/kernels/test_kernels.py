@@ -1,9 +1,9 @@
-"""The kernels of a GPU against their forms in PyTorch's ops. Without a GPU, in Triton's interpreter."""
+"""The kernels of a GPU against their forms in PyTorch's ops. Without a GPU they run in Triton's interpreter
+(``conftest.py``)."""
 
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import pytest
@@ -11,9 +11,6 @@ import torch
 import torch.nn.functional as F
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined
-
 pytest.importorskip("triton", reason="triton is not installed")
 
 from libragrad_fx.kernels import PLAIN, launch  # noqa: E402
