@@ -258,6 +258,44 @@ def _view(op: Any, x: Part, shape: Sequence[Any]) -> Any:
     return None
 
 
+def _in_order(shape: Sequence[Any], strides: Sequence[Any]) -> bool:
+    """Whether elements lie one after another; where an axis has one element, its stride says nothing."""
+    places = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    each = zip(shape, strides, places, strict=True)
+    return all(_equal(n, 1) or _equal(stride, place) for n, stride, place in each)
+
+
+@_rule(aten.as_strided.default)
+def _as_strided(op: Any, x: Any, shape: Sequence[Any], strides: Sequence[Any], first: Any = 0) -> Any:
+    """A view, if it keeps the order of elements: pooling gives an axis of one element other strides."""
+    if (
+        not _in_order(shape, strides)
+        or first not in (0, None)
+        or not _equal(math.prod(x.shape), math.prod(shape))
+    ):
+        return None
+    if _is_nothing(x):
+        return Part(None, tuple(shape), x.dtype, x.device)
+    x = _whole(x)
+    return x.view(shape) if _in_order(x.shape, x.stride()) else None
+
+
+@_rule(aten.as_strided_scatter.default)
+def _as_strided_scatter(
+    op: Any, x: Any, new: Any, shape: Sequence[Any], strides: Sequence[Any], first: Any = 0
+) -> Any:
+    """The gradient of such a view, written over zeros: all of them."""
+    if not _is_nothing(x) or not _in_order(shape, strides) or first not in (0, None):
+        return None
+    return _whole(new).reshape(x.shape) if _equal(math.prod(x.shape), math.prod(shape)) else None
+
+
+@_rule(aten.copy.default)
+def _copy(op: Any, x: Any, new: Any, *_: Any) -> Any:
+    """``x``, written over."""
+    return _whole(new).expand(x.shape) if _is_nothing(x) and x.dtype == new.dtype else None
+
+
 @_rule(aten.permute.default, aten.transpose.int, aten.t.default)
 def _permute(op: Any, x: Part, *how: Any) -> Any:
     places = list(range(n := len(x.shape)))
@@ -500,11 +538,12 @@ def _whole(values: Any) -> Any:
 
 _MAKERS = {
     aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default, aten.select_backward.default,
-    aten.slice_backward.default,
+    aten.slice_backward.default, aten.as_strided.default,
 }  # fmt: skip
 _ADDING = {
     aten.add.Tensor, aten.sub.Tensor, aten.cat.default, aten.stack.default, aten.addmm.default,
-    aten.convolution.default, aten.native_layer_norm.default, *_MAKERS,
+    aten.convolution.default, aten.native_layer_norm.default, aten.as_strided_scatter.default,
+    aten.copy.default, *_MAKERS,
 }  # fmt: skip
 _LINEAR = {op for op in _RULES if op not in _ADDING}
 

@@ -102,10 +102,11 @@ def test_a_forward_that_differs_in_a_bit_is_refused(monkeypatch: pytest.MonkeyPa
         lg.program(model, x)
 
 
+FAST_METHODS = ("input_x_gradient", "fullgrad_plus", "genatt")  # a gradient, constants, attention
 SINGLE = [name for name, how in METHODS.items() if not how.path and name != "random"]
 
 
-@pytest.mark.parametrize("method", SINGLE)
+@pytest.mark.parametrize("method", fast_first(dict.fromkeys((*FAST_METHODS, *SINGLE)), len(FAST_METHODS)))
 def test_every_method(method: str) -> None:
     """One graph serves batches of two and of five; one of a single sample is traced for itself."""
     model, x = tiny()
@@ -137,10 +138,10 @@ def test_a_class_token_among_others_is_followed() -> None:
     alike(found, lg.attribute(model, x[:2], 1, method="rollout"))
 
 
-@pytest.mark.parametrize("options", [
-    {"layers": "stages"}, {"by": "module"}, {"by": "block"}, {"by": "head"}, {"resolution": "pixels"},
-    {"policy": "attn_lrp"}, {"policy": "autograd"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("options", fast_first([
+    {"layers": "stages"}, {"by": "module"}, {"policy": "attn_lrp"},
+    {"by": "block"}, {"by": "head"}, {"resolution": "pixels"}, {"policy": "autograd"},
+], 3), ids=str)  # fmt: skip
 def test_options(options: dict[str, Any]) -> None:
     model, x = tiny()
     method = "input_x_gradient" if "resolution" in options else "fullgrad_plus"

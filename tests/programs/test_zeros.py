@@ -108,6 +108,19 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
         )
     ],
     aten._unsafe_view.default: [(p, [12, 12]) for p in parts(4, 3, 12)],
+    aten.as_strided.default: [
+        (x, *how) for x in (rand(4, 6), nothing(4, 6), rand(6, 4).t(), part(4, 6, axis=1))
+        for how in (([4, 6, 1, 1], [6, 1, 6, 6]), ([24], [1], 0), ([4, 3], [6, 1]), ([4, 5], [6, 1], 1))
+    ],
+    aten.as_strided_scatter.default: [
+        (x, rand(*shape), [*shape], [*strides], 0)
+        for x in (nothing(4, 6), rand(4, 6))
+        for shape, strides in (((4, 6, 1), (6, 1, 1)), ((4, 3), (6, 1)), ((6, 4), (1, 6)))
+    ],
+    aten.copy.default: [
+        *((nothing(4, 6), x) for x in (rand(4, 6), rand(6), part(4, 6, axis=0), rand(4, 6).float())),
+        (part(4, 6, axis=0), rand(4, 6)),
+    ],
     aten.permute.default: each(lambda p: (p, [2, 0, 1]), 4, 3, 12),
     aten.transpose.int: [*each(lambda p: (p, 0, -1), 4, 3, 12), *each(lambda p: (p, 0, 1), 4, 3, 12)],
     aten.t.default: each(lambda p: (p,), 4, 12),
