@@ -11,6 +11,7 @@ from libragrad_fx.cli.demo import demo
 from libragrad_fx.cli.explain import explain
 from libragrad_fx.cli.methods import methods
 from libragrad_fx.cli.plan import plan
+from libragrad_fx.cli.compile import compile_
 from libragrad_fx.cli.verify import verify
 from libragrad_fx.cli.audit import audit
 from libragrad_fx.cli.graph import graph
@@ -20,8 +21,8 @@ from libragrad_fx.cli.doctor import doctor
 from libragrad_fx.cli.options import app
 
 __all__ = [
-    "app", "audit", "bench", "coverage", "demo", "doctor", "explain", "graph", "main", "methods",
-    "plan", "verify",
+    "app", "audit", "bench", "compile_", "coverage", "demo", "doctor", "explain", "graph", "main",
+    "methods", "plan", "verify",
 ]  # fmt: skip
 
 

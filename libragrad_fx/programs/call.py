@@ -91,14 +91,55 @@ class Program:
 
         It takes the tensors of a call in their order, and ``target``, int64 (B,), behind them: the flat
         index into a sample's output, -1 for the model's own answer. It returns the values (B, ...) first,
-        then what ``Program.outputs`` names.
+        then what ``Program.outputs`` names. It serves any batch of more than one, or one of one.
+
+        The file is loaded and run, and its map compared.
 
         Raises:
             InputError: another ending, or a path that cannot be written.
+            LibraGradError: an op that the format lacks.
+            VerificationError: another map than the program's.
         """
+        return self._write("save", path, inputs)
+
+    def package(self, path: str | Path, inputs: Any) -> Path:
+        """As ``save``, compiled to machine code by AOTInductor, for this kind of processor; a C++ compiler
+        has to be there. It runs without Python, see ``docs/programs.md``, or with
+        ``torch._inductor.aoti_load_package(path)(*inputs, target)``."""
+        return self._write("package", path, inputs)
+
+    def to_onnx(self, path: str | Path, inputs: Any) -> Path:
+        """As ``save``, as an ``.onnx`` file, for ONNX Runtime and browsers. Its inputs are ``input``
+        (``input_2``, … of a model of several) and ``target``, its outputs those that ``Program.outputs``
+        names. It needs the extra ``onnx``."""
+        return self._write("to_onnx", path, inputs)
+
+    def _write(self, form: str, path: str | Path, inputs: Any) -> Path:
         call = self._batch(inputs).call
         kept = self.fitting(call)
-        return leave.save(Path(path), kept.flat, kept.module, _tensors(call), batch_axes(kept.module, call))
+        index = kept.flat.index(None, call) if kept.flat.indexed else None
+        given = kept.flat.given(kept.module, _tensors(call), index)
+        with torch.no_grad():
+            answer, _, _ = kept.flat.answer(kept.run.eager(*given))
+        given = given[len(kept.flat.paths) :]
+        made = leave.exported(kept.flat, kept.module, given, batch_axes(kept.module, call), form)
+        names = [*self.signature(inputs)], self.outputs(inputs)
+        return leave.write(form, Path(path), made, given, answer.values, *names)
+
+    def signature(self, inputs: Any) -> dict[str, str]:
+        """What a saved program takes, by name: dtype and shape, B for a batch of any size."""
+        call = self._batch(inputs).call
+        kept, tensors = self.fitting(call), _tensors(call)
+        free = batch_axes(kept.module, call) or [()] * len(tensors)
+        found = {}
+        for i, (t, axes) in enumerate(zip(tensors, free, strict=True)):
+            any_size = [a for a in axes if t.shape[a] > 1 and not kept.flat.batch]
+            sizes = ", ".join("B" if a in any_size else str(n) for a, n in enumerate(t.shape))
+            found[f"input_{i + 1}" if i else "input"] = f"{str(t.dtype).removeprefix('torch.')} ({sizes})"
+        if kept.flat.indexed:
+            several = any("B" in form for form in found.values())
+            found["target"] = f"int64 ({'B' if several else len(kept.flat.index(None, call))})"
+        return found
 
     def outputs(self, inputs: Any) -> list[str]:
         """What a saved program returns, in its order: fields of ``Attribution``, then ``chosen``, the flat

@@ -1,58 +1,176 @@
-"""A program leaves Python, or at least this package: files that PyTorch loads by itself."""
+"""A program leaves Python, or at least this package: files that PyTorch, C++ or an ONNX runtime loads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.export import Dim
 
-from libragrad_fx.errors import InputError
-from libragrad_fx.extras import writing
+from libragrad_fx.errors import InputError, LibraGradError
+from libragrad_fx.extras import need, writing
+from libragrad_fx.kernels import PLAIN
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.optimise.execute import attribute
 from libragrad_fx.programs.flat import Axes, Flat
-from libragrad_fx.programs.modes import Plain
+from libragrad_fx.programs.modes import Plain, require_close
 
 Tensor = torch.Tensor
+Write = Callable[[Path, torch.export.ExportedProgram, Sequence[str], Sequence[str]], Any]
+Run = Callable[[Sequence[Tensor]], Tensor]
+Forms = Mapping[Any, Callable[..., Any]]
+aten = torch.ops.aten
 
 
 class Standalone(torch.nn.Module):
     """A flat graph and its tensors as a module: called as ``(*inputs, target)``."""
 
-    def __init__(self, made: Flat, module: CapturedModule) -> None:
+    def __init__(self, made: Flat, module: CapturedModule, forms: Forms) -> None:
         super().__init__()
-        self.made, self.count = made, len(made.paths)
+        self.made, self.count, self.forms = made, len(made.paths), forms
         for i, path in enumerate(made.paths):
             self.register_buffer(f"t{i}", attribute(module, path).detach())
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         state = [self.get_buffer(f"t{i}") for i in range(self.count)]
         with torch.no_grad():
-            return tuple(Plain(self.made.graph).run(*state, *given))
+            return tuple(Plain(self.made.graph, self.forms).run(*state, *given))
 
 
 def exported(
-    made: Flat, module: CapturedModule, tensors: Sequence[Tensor], free: Sequence[Axes]
+    made: Flat, module: CapturedModule, given: Sequence[Tensor], free: Sequence[Axes], form: str
 ) -> torch.export.ExportedProgram:
     """The program as ``torch.export`` knows it, for any batch of more than one where that is free."""
-    batch, given = Dim("batch", min=2), [*tensors]
-    serves = [()] * len(given) if made.batch or not free else free
+    batch, tensors = Dim("batch", min=2), given[: len(given) - made.indexed]
+    serves = [()] * len(tensors) if made.batch or not free else free
     dims = [dict.fromkeys((a for a in axes if t.shape[a] > 1), batch)
-            for t, axes in zip(given, serves, strict=True)]  # fmt: skip
+            for t, axes in zip(tensors, serves, strict=True)]  # fmt: skip
     if made.indexed:
-        given.append(made.index(None, tuple(tensors)))
         dims.append({0: batch} if any(dims) else {})
     shapes = (tuple(dims),)
-    return torch.export.export(Standalone(made, module).eval(), tuple(given), dynamic_shapes=shapes)
+    return torch.export.export(
+        Standalone(made, module, _FORMS[form].ops).eval(), tuple(given), dynamic_shapes=shapes
+    )
 
 
-def save(
-    path: Path, made: Flat, module: CapturedModule, tensors: Sequence[Tensor], free: Sequence[Axes]
-) -> Path:
-    if path.suffix != ".pt2":
-        raise InputError(f"a program is saved as .pt2, got {path.name!r}")
-    with writing(path):
-        torch.export.save(exported(made, module, tensors, free), path)
+def _pt2(path: Path, program: torch.export.ExportedProgram, *_: Any) -> Run:
+    torch.export.save(program, path)
+    return lambda given: torch.export.load(path).module()(*given)[0]  # type: ignore[no-any-return]
+
+
+def _package(path: Path, program: torch.export.ExportedProgram, *_: Any) -> Run:
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    return lambda given: torch._inductor.aoti_load_package(str(path))(*given)[0]
+
+
+def _onnx(
+    path: Path, program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]
+) -> Run:
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        need(module, "onnx")
+    import onnxruntime
+
+    made = torch.onnx.export(
+        program, dynamo=True, verbose=False, input_names=[*inputs], output_names=[*outputs]
+    )
+    assert made is not None
+    made.save(str(path))
+
+    def run(given: Sequence[Tensor]) -> Tensor:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        named = zip(inputs, given, strict=True)
+        read = {n.name for n in session.get_inputs()}
+        (found, *_) = session.run(None, {n: t.cpu().numpy() for n, t in named if n in read})
+        return torch.as_tensor(found)
+
+    return run
+
+
+def _convolution_of_gradient(
+    g: Tensor, x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any,
+    transposed: bool, output_padding: Any, groups: int, wanted: Any,
+) -> Any:  # fmt: skip
+    """The gradient of a convolution's input as a convolution, transposed; ONNX has no other op for it."""
+    if [*wanted] != [True, False, False]:
+        given = stride, padding, dilation, transposed, output_padding, groups, wanted
+        return aten.convolution_backward.default(g, x, weight, bias, *given)
+    ends = _ends(x.shape[2:], g.shape[2:], weight.shape[2:], stride, padding, dilation)
+    ends = [0] * len(ends) if transposed else ends
+    how = stride, padding, dilation, not transposed, ends, groups
+    return aten.convolution.default(g, weight, None, *how), None, None
+
+
+def _convolution_of_pooled(
+    g: Tensor, x: Tensor, size: Any, stride: Any, padding: Any, ceil: bool, pads: bool, divisor: int | None
+) -> Any:
+    """The gradient of average pooling, likewise: each element of g goes to a window in equal parts."""
+    stride = stride or size
+    ends = _ends(x.shape[2:], g.shape[2:], size, stride, padding, (1, 1))
+    if min(ends) < 0 or (any(padding) and not pads):  # some windows have fewer elements
+        return aten.avg_pool2d_backward.default(g, x, size, stride, padding, ceil, pads, divisor)
+    share = g.new_full((x.shape[1], 1, *size), 1 / (divisor or math.prod(size)))
+    return aten.convolution.default(g, share, None, stride, padding, (1, 1), True, ends, x.shape[1])
+
+
+def _ends(inside: Any, outside: Any, size: Any, stride: Any, padding: Any, dilation: Any) -> list[Any]:
+    """How many elements of each axis lie behind the last window."""
+    each = zip(inside, outside, size, stride, padding, dilation, strict=True)
+    return [n - (s * (m - 1) - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in each]
+
+
+ONNX: Forms = {
+    aten.convolution_backward.default: _convolution_of_gradient,
+    aten.avg_pool2d_backward.default: _convolution_of_pooled,
+}
+"""Ops that ONNX lacks, in others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    ending: str
+    write: Write
+    ops: Forms = dataclasses.field(default_factory=lambda: PLAIN)
+
+
+_FORMS = {
+    "save": _Form(".pt2", _pt2),
+    "package": _Form(".pt2", _package),
+    "to_onnx": _Form(".onnx", _onnx, {**PLAIN, **ONNX}),
+}
+
+
+def write(
+    form: str, path: Path, program: torch.export.ExportedProgram, given: Sequence[Tensor],
+    want: Tensor, inputs: Sequence[str], outputs: Sequence[str],
+) -> Path:  # fmt: skip
+    """Write the file, load it, run it, and compare its map with ``want``.
+
+    Raises:
+        InputError: another ending, or a path that cannot be written.
+        LibraGradError: an op that the format lacks, or a file that its own runtime does not load.
+        VerificationError: another map than the program's.
+    """
+    if path.suffix != _FORMS[form].ending:
+        raise InputError(f"{form} writes {_FORMS[form].ending}, got {path.name!r}")
+    try:
+        with writing(path):
+            run = _FORMS[form].write(path, program, inputs, outputs)
+        found = run(given)
+    except (InputError, LibraGradError):
+        raise
+    except Exception as e:
+        raise LibraGradError(f"{form} cannot write this program: {_said(e)}") from e
+    require_close(found.to(want), want, f"the map of {path.name}")
     return path
+
+
+def _said(error: BaseException) -> str:
+    """The first line of what an exporter says, from the error that it began with."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

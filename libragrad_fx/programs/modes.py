@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,14 +24,14 @@ _WARM = 3  # runs before one is recorded: kernels are loaded and chosen in the f
 
 
 class Plain(torch.fx.Interpreter):
-    """Runs a graph with our ops in their written form, all of them ``but`` some: PyTorch's ops remain."""
+    """Runs a graph with some ops in another form; ours in their written form, so that PyTorch's remain."""
 
-    def __init__(self, graph: GraphModule, but: Sequence[Any] = ()) -> None:
+    def __init__(self, graph: GraphModule, forms: Mapping[Any, Callable[..., Any]] = PLAIN) -> None:
         super().__init__(graph)
-        self.but = but
+        self.forms = forms
 
     def call_function(self, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        made: Any = target if target in self.but else PLAIN.get(target, target)
+        made: Any = self.forms.get(target, target)
         return super().call_function(made, args, kwargs)
 
 
@@ -44,7 +44,8 @@ def eager(graph: GraphModule) -> Run:
 def compiled(graph: GraphModule, given: Sequence[Tensor]) -> Run:
     """By TorchInductor, for arguments of these sizes. It fuses norms and gates in their written form; dV
     stays one op, which it cannot fuse."""
-    written = make_fx(Plain(graph, [attention_value]).run)(*given)
+    forms = {op: form for op, form in PLAIN.items() if op is not attention_value}
+    written = make_fx(Plain(graph, forms).run)(*given)
     made: Any = torch._inductor.compile(written, [*given])
     return made  # type: ignore[no-any-return]
 

@@ -1,0 +1,76 @@
+"""``libragrad compile``: an explanation as a file that runs without this package."""
+
+from __future__ import annotations
+
+import json as json_
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from torch.utils import _pytree as pytree
+
+import libragrad_fx as lg
+from libragrad_fx.attribution.formulas import method_of
+from libragrad_fx.cli.common import guessed_inputs, load_model, working
+from libragrad_fx.cli.options import Checkpoint, Json, ModelName, Policy, Pretrained, Seed, app
+from libragrad_fx.errors import InputError
+
+_FORMS = {".aoti.pt2": "package", ".pt2": "save", ".onnx": "to_onnx"}
+"""The method of ``Program`` for a file's ending."""
+
+
+@app.command("compile", short_help="Write an explanation as a file that runs without this package.")
+def compile_(
+    model: ModelName,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="Its ending decides: .pt2 for PyTorch, .aoti.pt2 for PyTorch and C++, compiled, .onnx for"
+            " ONNX Runtime and browsers.",
+        ),
+    ],
+    pretrained: Pretrained = False,
+    checkpoint: Checkpoint = None,
+    method: Annotated[str, typer.Option(help="See libragrad methods.")] = "fullgrad_plus",
+    policy: Policy = "libra",
+    resolution: Annotated[
+        Literal["tokens", "pixels"], typer.Option(help="Where methods look that look at one place.")
+    ] = "tokens",
+    single: Annotated[
+        bool, typer.Option("--single", help="For one sample at a time, not for any batch of more.")
+    ] = False,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Forward, balanced backward and method as one file. It is loaded again and its map compared.
+
+    It takes what the model takes (pictures: already normalised), and a target: of each sample the index of
+    a class, -1 for the model's own answer. It returns the map first.
+    """
+    form = next((f for ending, f in _FORMS.items() if output.name.endswith(ending)), None)
+    if form is None:
+        raise InputError(f"-o wants a file that ends in {', '.join(_FORMS)}, got {str(output)!r}")
+    method_of(method)  # before any work
+    module = load_model(model, pretrained, checkpoint, seed).module.requires_grad_(False)
+    with working("tracing") as say:
+        inputs = guessed_inputs(module, seed)
+        if single:
+            inputs = pytree.tree_map_only(torch.Tensor, lambda t: t[:1], inputs)
+        program = lg.program(module, inputs, method=method, policy=policy, resolution=resolution)
+        say(f"writing {output}")
+        getattr(program, form)(output, inputs)
+    said: dict[str, Any] = {
+        "file": str(output), "bytes": output.stat().st_size, "method": method,
+        "inputs": program.signature(inputs), "outputs": program.outputs(inputs),
+    }  # fmt: skip
+    if json:
+        typer.echo(json_.dumps(said))
+        return
+    typer.echo(f"{output}: {said['bytes'] / 2**20:.1f} MiB")
+    for name, form in said["inputs"].items():
+        typer.echo(f"takes    {name}: {form}")
+    typer.echo(f"returns  {', '.join(said['outputs'])}")
