@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from libragrad_fx.capture.composite import write_out
@@ -36,7 +37,7 @@ from libragrad_fx.capture.state import untouched
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.rulebook import RuleBook
 from libragrad_fx.errors import CustomBackwardWarning, ExportError
-from libragrad_fx.graph.alias import is_fresh
+from libragrad_fx.graph.alias import is_fresh, memory, written
 from libragrad_fx.graph.schema import bind
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.insert import stop
@@ -237,17 +238,49 @@ def _detach_no_grad_regions(program: ExportedProgram, book: RuleBook) -> None:
     """Detach the outputs of ``no_grad`` regions: these sub-graphs are flattened later without a trace. What
     a region has made itself is cut, so that it may be written to behind it."""
     module = program.graph_module
+    moving = _moving(program)
     for node in list(module.graph.nodes):
         if getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled" or node.args[0]:
             continue
+        region = module.get_submodule(str(node.args[1].target))  # type: ignore[union-attr]
+        inside = memory(region.graph)  # type: ignore[arg-type]
+        into = {inside[m] for n in region.graph.nodes for m in written(n)}  # type: ignore[union-attr]
+        given = zip(region.graph.find_nodes(op="placeholder"), node.args[2:], strict=True)  # type: ignore[union-attr]
+        if any(inner in into and outer in moving for inner, outer in given):
+            raise ValueError(
+                "it writes in place, in a no_grad region, into a tensor that carries a gradient, and"
+                " autograd does not see that: write out of place, or outside of the region"
+            )
         for user in list(node.users):
             if inexact(user.meta.get("val")):
-                fresh = _made_inside(module.get_submodule(str(node.args[1].target)), user, book)  # type: ignore[union-attr]
+                fresh = _made_inside(region, user, book)
                 with module.graph.inserting_after(user):
                     cut = module.graph.call_function(insert.cut if fresh else stop, (user,))
                 cut.meta = dict(user.meta)
                 user.replace_all_uses_with(cut, delete_user_cb=lambda u, cut=cut: u is not cut)
     module.recompile()
+
+
+def _moving(program: ExportedProgram) -> set[torch.fx.Node]:
+    """The nodes whose result carries a gradient to an input of the user's."""
+    graph, given = program.graph, {*program.graph_signature.user_inputs}
+    shared = memory(graph)
+    found = set[torch.fx.Node]()  # by memory
+    for node in graph.nodes:
+        reads = any(shared[n] in found for n in node.all_input_nodes)
+        starts = node.op == "placeholder" and node.name in given
+        cuts = node.target in (stop, insert.cut)
+        region = getattr(node.target, "__name__", "") == "wrap_with_set_grad_enabled" and not node.args[0]
+        if starts and inexact(node.meta.get("val")):
+            found.add(node)
+        elif (
+            reads
+            and not cuts
+            and not region
+            and any(map(inexact, pytree.tree_leaves(node.meta.get("val"))))
+        ):
+            found |= {shared[node], *(shared[n] for n in written(node))}
+    return {n for n in graph.nodes if shared[n] in found}
 
 
 def _made_inside(region: torch.nn.Module, output: torch.fx.Node, book: RuleBook) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
 
-from libragrad_fx.graph.schema import aten_op
+from libragrad_fx.graph.schema import aten_op, bind
 from libragrad_fx.types import OpFacts
 
 
@@ -31,6 +33,30 @@ def is_fresh(node: Node, fact: OpFacts | None) -> bool:
     if any(r.alias_info is not None for r in op._schema.returns):
         return False
     return not is_composite(op) or (fact is not None and fact.fresh)
+
+
+def written(node: Node) -> list[Node]:
+    """The operands that an op writes into."""
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload) or not op._schema.is_mutable:
+        return []
+    given = bind(op, node.args, node.kwargs)
+    into = [given.get(a.name) for a in op._schema.arguments if a.alias_info and a.alias_info.is_write]
+    return [n for n in pytree.tree_leaves(into) if isinstance(n, Node)]
+
+
+def memory(graph: Graph) -> dict[Node, Node]:
+    """Of each node, the first in whose memory its result lies: itself, unless it is a view or a write."""
+    found: dict[Node, Node] = {}
+    for node in graph.nodes:
+        shares = node.all_input_nodes[:1] if node.target is operator.getitem else []
+        op = node.target
+        if isinstance(op, torch._ops.OpOverload) and any(r.alias_info for r in op._schema.returns):
+            given = bind(op, node.args, node.kwargs)
+            shares = [given.get(a.name) for a in op._schema.arguments if a.alias_info]
+        shares = [n for n in pytree.tree_leaves(shares) if isinstance(n, Node)]
+        found[node] = found[shares[0]] if shares else node
+    return found
 
 
 def is_idle_dropout(node: Node) -> bool:

@@ -17,10 +17,12 @@ from libragrad_fx.capture.normal import normalize
 from libragrad_fx.errors import (
     CaptureError,
     CustomBackwardWarning,
+    CutWarning,
     ExportError,
     InputError,
     UnknownOpError,
 )
+from libragrad_fx.pieces.tape import transform_by_tape
 from libragrad_fx.types import Trace
 
 F64 = torch.float64
@@ -432,14 +434,38 @@ def _flat(g: torch.Tensor, x: torch.Tensor) -> None:
     g.add_(1).relu_()
 
 
+def _recorded(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    how: Any = {"policy": "libra", "rules": None, "balanced": False, "on_unknown": "keep"}
+    with warnings.catch_warnings(action="ignore", category=CutWarning):
+        return transform_by_tape(model, (x,), {}, None, RuntimeError("recorded"), **how)
+
+
+@pytest.mark.parametrize("by", [lg.trace, _recorded])
 @pytest.mark.parametrize("write", [lambda g, x: g.mul_(x), _part, _flat, lambda g, x: g.copy_(x)])
-def test_a_write_behind_no_grad_keeps_its_gradient(write: Any) -> None:
+def test_a_write_behind_no_grad_keeps_its_gradient(write: Any, by: Any) -> None:
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     model = _Region(write)
-    traced = lg.trace(model, x)
+    traced = by(model, x)
     want, got = (torch.autograd.grad(m(x).sum(), x)[0] for m in (model, traced))
     assert torch.equal(traced(x), model(x))
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("by", [lg.trace, _recorded])
+@pytest.mark.parametrize("write", [torch.relu_, lambda h: h[0].zero_(), lambda h: h.view(-1).mul_(2)])
+def test_a_write_inside_no_grad_into_what_has_a_gradient_is_refused(write: Any, by: Any) -> None:
+    """Autograd does not see such a write: its gradient is that of the old values, at the new ones."""
+
+    class Inside(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h, mask = x * 2, torch.zeros_like(x)
+            with torch.no_grad():
+                mask.copy_(x > 0)  # has no gradient
+                write(h[:2])
+            return (h * x * mask).sin()
+
+    with pytest.raises(ExportError, match="in a no_grad region, into a tensor that carries a gradient"):
+        by(Inside(), torch.randn(3, 4))
 
 
 def test_a_write_through_detach_is_refused() -> None:

@@ -44,6 +44,8 @@ PRIVATE = {
     "torch._functorch.compile_utils.fx_graph_cse": {"programs"},
     "torch._fused_sdp_choice": {"ops"},
     "torch._guards.detect_fake_mode": {"capture"},
+    "torch._inductor.aoti_compile_and_package": {"programs"},
+    "torch._inductor.aoti_load_package": {"programs"},
     "torch._inductor.compile": {"programs"},
     "torch._prims_common.suggest_memory_format": {"ops"},
     "torch._subclasses.FakeTensorMode": {"capture"},
@@ -155,10 +157,10 @@ def op_names(path: Path) -> set[str]:
 
 def test_ops_are_named_in_the_rule_book_and_in_their_room() -> None:
     """What holds of an op is a key of its row; what is written for one op is in ``ops/`` and ``kernels/``.
-    The algebra of zeros is about the ops of flat graphs, which have no rows."""
+    The algebra of zeros, and what ONNX lacks, are about the ops of flat graphs, which have no rows."""
     apart = ("ops", "kernels")
     named = {n: found for n, p in FILES.items() if room_of(p) not in apart and (found := op_names(p))}
-    assert named.keys() == {"programs.zeros"}
+    assert named.keys() == {"programs.leave", "programs.zeros"}
 
 
 def test_pictures_are_imported_by_who_draws() -> None:
@@ -186,4 +188,4 @@ def test_the_package_can_be_read_in_an_afternoon() -> None:
         for n, p in FILES.items()
         if room_of(p) not in apart
     }
-    assert sum(lines.values()) < 12200
+    assert sum(lines.values()) < 12250
