@@ -137,8 +137,12 @@ def load(policy: str | Path = "libra", rules: Any = None) -> RuleBook:
             f"no policy {str(policy)!r:.80}{looked}: give one of {', '.join(policies())}, or a .yaml file"
             " that there is"
         )
-    book = _shipped(file, folder, file.stat().st_mtime_ns, (folder / "ops.yaml").stat().st_mtime_ns)
-    book = book if rules is None else book.extended(rules)
+    of = file, folder, file.stat().st_mtime_ns, (folder / "ops.yaml").stat().st_mtime_ns
+    return _alone(*of) if rules is None else _checked(_shipped(*of).extended(rules))
+
+
+def _checked(book: RuleBook) -> RuleBook:
+    """``book``, whose rows are about kinds and ops that there are."""
     made = {*Kind}.union(*(fact.names for fact in book.facts.values()))
     for row in book.rows:
         if row.of and not _named(row.of, made):
@@ -203,6 +207,11 @@ def _shipped(file: Path, folder: Path, changed: int, ops_changed: int) -> RuleBo
     second, which each transform would pay."""
     name, rows = _load_policy(file)
     return RuleBook(_shipped_facts(folder / "ops.yaml", ops_changed), rows, name)
+
+
+@functools.lru_cache(maxsize=16)
+def _alone(*of: Any) -> RuleBook:
+    return _checked(_shipped(*of))
 
 
 @functools.cache

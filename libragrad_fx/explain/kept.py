@@ -78,6 +78,7 @@ def _unchanged(tree: Tree) -> bool:
 
 def _tensors(model: torch.nn.Module) -> tuple[int, ...]:
     """Which tensors a model has, its dtypes and devices, and its mode."""
-    found = [*model.parameters(), *model.buffers()]
+    of = ([*m._parameters.values(), *m._buffers.values()] for m in model.modules())
+    found = [t for tensors in of for t in tensors if t is not None]
     kinds = {hash((t.dtype, t.device)) for t in found}
     return (*map(id, found), *sorted(kinds), int(model.training))

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -298,7 +299,7 @@ def one_graph(module: Any, refusal: str = "") -> CapturedModule:
 
 def anchor(module: torch.nn.Module) -> torch.Tensor:
     """An empty tensor of the device and dtype of the module's floating-point tensors."""
-    tensors = (*module.parameters(), *module.buffers())
+    tensors = itertools.chain(module.parameters(), module.buffers())
     like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
     return torch.empty(0, dtype=like.dtype, device=like.device)
 

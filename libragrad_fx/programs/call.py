@@ -150,7 +150,7 @@ class Program:
     def fitting(self, call: Any) -> _Kept:
         """The graph for a call, traced if there is none yet."""
         module = fitting(captured(self.model, call, self.policy), call)
-        keys = [_key(module, call, free) for free in (batch_axes(module, call), ())]
+        keys = [_key(anchor(module), call, free) for free in (batch_axes(module, call), ())]
         with self._lock:
             key = next((k for k in keys if k in self._kept and self._kept[k].module is module), None)
             found = self._traced(module, call) if key is None else self._kept.pop(key)
@@ -254,10 +254,10 @@ def _tensors(call: Any) -> list[torch.Tensor]:
     return [t for t in pytree.tree_leaves(as_call(call)) if isinstance(t, torch.Tensor)]
 
 
-def _key(module: CapturedModule, call: Any, free: Sequence[Axes]) -> Any:
-    """What a graph was traced for."""
+def _key(like: torch.Tensor, call: Any, free: Sequence[Axes]) -> Any:
+    """What a graph was traced for; ``like``: of the module's dtype and device."""
     leaves, spec = pytree.tree_flatten(as_call(call))
-    axes, like = iter(free), anchor(module)
+    axes = iter(free)
 
     def form(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
