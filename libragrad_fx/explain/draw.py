@@ -17,7 +17,7 @@ def draw(
 
     Args:
         grid: an ``Attribution``, a list of them (side by side), or a list of lists (rows). All are of the
-            same samples, and each sample has rows of its own.
+            same samples, and each sample has rows of its own: of a model of several inputs, one for each.
         path: where to write it: .png, .svg, .pdf or .html.
         names: of the samples.
         look: as for ``Attribution.show``.

@@ -141,15 +141,23 @@ def sheet(
     Raises:
         InputError: nothing to draw, attributions of different samples, or a look that there is not.
     """
-    rows = _rows(grid)
+    inputs, rows = zip(*_by_input(_rows(grid)), strict=True)
     how = _look(look)
     count = len(rows[0][0].values)
+    if names and len(names) != count:
+        raise InputError(f"there are {count} samples, and {len(names)} names: {', '.join(names)}")
     cells = {(r, c): a for r, row in enumerate(rows) for c, a in enumerate(row)}
     called = names or ([f"sample {i}" for i in range(count)] if count > 1 else [""])
     scales = _scales(cells, how)
     shown = count if most is None else min(most, count)
     made = tuple(
-        _row(called[i] if r == 0 else "", row, i, r == 0, [scales[r, c, i] for c in range(len(row))])
+        _row(
+            inputs[r] or (called[i] if r == 0 else ""),
+            row,
+            i,
+            r == 0 or bool(inputs[r]),
+            [scales[r, c, i] for c in range(len(row))],
+        )
         for i in range(shown)
         for r, row in enumerate(rows)
     )
@@ -169,6 +177,24 @@ def _rows(grid: Any) -> list[list[Any]]:
     if len({len(a.values) for a in found}) > 1:
         raise InputError("attributions in one picture must be of the same samples")
     return rows
+
+
+def _by_input(rows: Sequence[Sequence[Any]]) -> Iterator[tuple[str, list[Any]]]:
+    """Each row, and behind it one for each other input of the model, with the input's name."""
+    for row in rows:
+        yield "", [*row]
+        for name in dict.fromkeys(name for a in row for name in a.others):
+            yield name, [_of_input(a, a.others[name]) for a in row if name in a.others]
+
+
+def _of_input(a: Any, values: Any) -> Any:
+    """The attribution with the map of another input; a text or a picture that fits it goes with it."""
+    text, beside = a.tokens, a.values.ndim == 2
+    read = text is not None and not beside and values.ndim == 2 and len(text[0]) == values.shape[1]
+    return dataclasses.replace(
+        a, values=values, others={}, tokens=text if read else None,
+        pictures=a.pictures if beside and values.ndim == 3 else None,
+    )  # fmt: skip
 
 
 def _look(given: Mapping[str, Any]) -> Look:

@@ -334,3 +334,25 @@ def test_what_the_model_saw_is_saved_with_it(pictured: lg.Attribution, tmp_path:
         assert again.pictures is not None
         assert again.pictures.dtype == torch.uint8
         assert torch.equal(again.pictures, pictured.pictures)
+
+
+def test_each_input_has_a_row(pictured: lg.Attribution) -> None:
+    """Its own name, its own map, the scale of the method; a picture stays with the map that lies on it."""
+    ids = torch.tensor([[3.0, -1.0, 0.5]] * len(pictured.values))
+    both = dataclasses.replace(pictured, others={"input_ids": ids})
+    page = sheet([both, both], names=[f"n{i}" for i in range(len(both.values))])
+    assert [row.name for row in page.rows[:2]] == ["n0", "input_ids"]
+    first, other = page.rows[:2]
+    assert first.picture is not None
+    assert other.picture is None
+    assert [c.values.tolist() for c in other.cells] == [[3.0, -1.0, 0.5]] * 2
+    assert {c.scale for c in (*first.cells, *other.cells)} == {first.cells[0].scale}
+    with pytest.raises(InputError, match="samples, and 9 names"):
+        sheet(both, names=["x"] * 9)
+
+
+def test_a_text_beside_a_picture_keeps_its_pieces(pictured: lg.Attribution) -> None:
+    count = len(pictured.values)
+    others = {"input_ids": torch.ones(count, 2)}
+    both = dataclasses.replace(pictured, others=others, tokens=(("ĠThe", "Ġcat"),) * count)
+    assert sheet(both).rows[1].pieces == ("The", " cat")
