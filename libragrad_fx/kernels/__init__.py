@@ -52,7 +52,13 @@ def kernel(
 
 def on_gpu(x: torch.Tensor) -> bool:
     """Whether there are kernels for a tensor of this device and dtype."""
-    return x.is_cuda and x.dtype in _DTYPES and _triton()
+    return x.is_cuda and x.dtype in _DTYPES and _triton() and _is_recent(x.device.index or 0)
+
+
+@functools.cache
+def _is_recent(device: int) -> bool:
+    """Ampere or later: their matrix units have the dtypes that the kernels multiply."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache

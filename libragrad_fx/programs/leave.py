@@ -156,15 +156,18 @@ def write(
     """
     if path.suffix != _FORMS[form].ending:
         raise InputError(f"{form} writes {_FORMS[form].ending}, got {path.name!r}")
+    dtype = next((t.dtype for t in program.state_dict.values() if t.is_floating_point()), want.dtype)
     try:
         with writing(path):
             run = _FORMS[form].write(path, program, inputs, outputs)
-        found = run(given)
-    except (InputError, LibraGradError):
+        require_close(run(given).to(want), want, f"the map of {path.name}", dtype)
+    except InputError:
         raise
     except Exception as e:
+        path.unlink(missing_ok=True)  # a file that is not right
+        if isinstance(e, LibraGradError):
+            raise
         raise LibraGradError(f"{form} cannot write this program: {_said(e)}") from e
-    require_close(found.to(want), want, f"the map of {path.name}")
     return path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -86,10 +87,14 @@ class Runs:
         self.eager = eager(graph)
         self.kept: dict[Any, Run] = {}
         self.difference = 0.0
+        self.lock = threading.RLock()  # a recorded run has one place for its inputs
 
     def __call__(self, *given: Tensor) -> Sequence[Tensor]:
         with torch.no_grad():
-            return (self.eager if self.mode == "eager" else self.fitting(given))(*given)
+            if self.mode == "eager":
+                return self.eager(*given)
+            with self.lock:
+                return self.fitting(given)(*given)
 
     def fitting(self, given: Sequence[Tensor]) -> Run:
         """The run for arguments of these sizes; a recorded one also for parameters at these addresses."""
@@ -106,19 +111,21 @@ class Runs:
         run = compiled(self.graph, (*state, *rest)) if self.mode == "compile" else self.eager
         made = Recorded(run, state, rest) if rest[0].is_cuda else run
         found, want = (r(*state, *rest)[self.map] for r in (made, self.eager))
-        self.difference = max(self.difference, require_close(found, want, f"a map in mode {self.mode!r}"))
+        dtype = next((t.dtype for t in (*state, *rest) if t.is_floating_point()), want.dtype)
+        far = require_close(found, want, f"a map in mode {self.mode!r}", dtype)
+        self.difference = max(self.difference, far)
         return made
 
 
-def require_close(found: Tensor, want: Tensor, name: str) -> float:
-    """How far a map is from another, of the largest value.
+def require_close(found: Tensor, want: Tensor, name: str, dtype: torch.dtype) -> float:
+    """How far a map is from another, of the largest value; ``dtype``: what the model computes in.
 
     Raises:
         VerificationError: further than ops in another order round.
     """
     top = float(want.abs().max()) if want.numel() else 0.0
     far = float((found - want).abs().max()) / (top or 1.0) if want.numel() else 0.0
-    if not far <= max(_CLOSE, 8 * torch.finfo(want.dtype).eps):
+    if not far <= max(_CLOSE, 8 * torch.finfo(dtype).eps):
         raise VerificationError(f"{name} differs from that of attribute by {far:.1g} of its largest value")
     return far
 

@@ -137,6 +137,7 @@ def test_what_a_format_lacks_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(leave, "_FORMS", {"to_onnx": without})
     with pytest.raises(LibraGradError, match=r"to_onnx cannot write this program: .*convolution_backward"):
         program.to_onnx(tmp_path / "x.onnx", x)
+    assert not (tmp_path / "x.onnx").exists()
 
 
 sizes = st.integers(1, 3)
