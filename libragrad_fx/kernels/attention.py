@@ -51,6 +51,11 @@ def additive(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | No
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(~mask, -math.inf)
 
 
-def is_fit(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether PyTorch calls a GPU's kernel with these tensors as they are, and keeps its log-sum-exp."""
-    return value.requires_grad and query.shape[-1] % 8 == value.shape[-1] % 8 == 0
+def is_fit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether PyTorch calls a GPU's kernel with these tensors as they are, and keeps its log-sum-exp: it
+    pads features to multiples of 8, and autocast converts what is not of its dtype."""
+    dtypes = {query.dtype, key.dtype, value.dtype}
+    if torch.is_autocast_enabled("cuda"):
+        dtypes.add(torch.get_autocast_dtype("cuda"))
+    whole = query.shape[-1] % 8 == value.shape[-1] % 8 == 0
+    return value.requires_grad and whole and len(dtypes) == 1

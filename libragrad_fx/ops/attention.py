@@ -255,7 +255,7 @@ def scaled_dot_product_attention(
     own = dropout_p > 0 or _is_cheap(query, key) or query.device.type not in ("cpu", "cuda")
     chosen = SDPBackend.MATH if named or own else _chosen(*args, **extra)
     if not own and query.is_cuda:
-        if chosen in _balanced_fused and on_gpu(query) and is_fit(query, value):
+        if chosen in _balanced_fused and on_gpu(query) and is_fit(query, key, value):
             return _balanced_fused[chosen](*args, **extra)
         own = True
     if own:
