@@ -238,10 +238,9 @@ def _detach_no_grad_regions(program: ExportedProgram, book: RuleBook) -> None:
     """Detach the outputs of ``no_grad`` regions: these sub-graphs are flattened later without a trace. What
     a region has made itself is cut, so that it may be written to behind it."""
     module = program.graph_module
-    moving = _moving(program)
-    for node in list(module.graph.nodes):
-        if getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled" or node.args[0]:
-            continue
+    regions = [n for n in module.graph.nodes if _is_no_grad(n)]
+    moving = _moving(program) if regions else set()
+    for node in regions:
         region = module.get_submodule(str(node.args[1].target))  # type: ignore[union-attr]
         inside = memory(region.graph)  # type: ignore[arg-type]
         into = {inside[m] for n in region.graph.nodes for m in written(n)}  # type: ignore[union-attr]
@@ -261,6 +260,10 @@ def _detach_no_grad_regions(program: ExportedProgram, book: RuleBook) -> None:
     module.recompile()
 
 
+def _is_no_grad(node: torch.fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "wrap_with_set_grad_enabled" and not node.args[0]
+
+
 def _moving(program: ExportedProgram) -> set[torch.fx.Node]:
     """The nodes whose result carries a gradient to an input of the user's."""
     graph, given = program.graph, {*program.graph_signature.user_inputs}
@@ -269,16 +272,10 @@ def _moving(program: ExportedProgram) -> set[torch.fx.Node]:
     for node in graph.nodes:
         reads = any(shared[n] in found for n in node.all_input_nodes)
         starts = node.op == "placeholder" and node.name in given
-        cuts = node.target in (stop, insert.cut)
-        region = getattr(node.target, "__name__", "") == "wrap_with_set_grad_enabled" and not node.args[0]
+        cuts = node.target in (stop, insert.cut) or _is_no_grad(node)
         if starts and inexact(node.meta.get("val")):
             found.add(node)
-        elif (
-            reads
-            and not cuts
-            and not region
-            and any(map(inexact, pytree.tree_leaves(node.meta.get("val"))))
-        ):
+        elif reads and not cuts and any(map(inexact, pytree.tree_leaves(node.meta.get("val")))):
             found |= {shared[node], *(shared[n] for n in written(node))}
     return {n for n in graph.nodes if shared[n] in found}
 

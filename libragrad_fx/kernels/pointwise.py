@@ -9,14 +9,14 @@ import torch
 from libragrad_fx.kernels import kernel
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _norm_gradient(
     g: torch.Tensor, weight: torch.Tensor | None, rstd: torch.Tensor, centred: bool
 ) -> torch.Tensor:
-    u = _wide(g) if weight is None else _wide(g) * weight
+    u = wide(g) if weight is None else wide(g) * weight
     if centred:
         u = u - u.mean(-1, keepdim=True)
     return (u * rstd).to(g.dtype)
@@ -30,11 +30,11 @@ norm_gradient = kernel(
 
 
 def _gelu_gate(g: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.Tensor:
-    wide = _wide(x)
+    at = wide(x)
     if approximate == "tanh":
-        gate = torch.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3))
+        gate = torch.sigmoid(math.sqrt(8 / math.pi) * (at + 0.044715 * at**3))
     else:
-        gate = 0.5 + 0.5 * torch.erf(wide * math.sqrt(0.5))
+        gate = 0.5 + 0.5 * torch.erf(at * math.sqrt(0.5))
     return (g * gate).to(x.dtype)
 
 

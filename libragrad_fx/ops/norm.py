@@ -16,7 +16,7 @@ import torch
 from torch._prims_common import suggest_memory_format
 
 from libragrad_fx.kernels import on_gpu
-from libragrad_fx.kernels.pointwise import norm_gradient
+from libragrad_fx.kernels.pointwise import norm_gradient, wide
 from libragrad_fx.ops.function import eager_or_traced
 from libragrad_fx.ops.twin import Grads, minus_, times_, twin
 
@@ -26,13 +26,9 @@ _ALONE = frozenset({"input"})
 _WIDEST = 16384  # features that one program of a GPU sums
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def _weighted(g: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
     """g * w in a new contiguous tensor of at least float32."""
-    u = _wide(g).contiguous()
+    u = wide(g).contiguous()
     if u is not g:  # already a new tensor
         return u if weight is None else times_(u, weight)
     return u.clone() if weight is None else u * weight
@@ -61,9 +57,9 @@ def _affine(
     """Gradients of weight and bias; ``shape`` is theirs, aligned to broadcast with ``g``."""
     grads: dict[str, Any] = {}
     if "weight" in needs:
-        grads["weight"] = (_wide(g) * hat()).sum_to_size(shape)
+        grads["weight"] = (wide(g) * hat()).sum_to_size(shape)
     if "bias" in needs:
-        grads["bias"] = _wide(g).sum_to_size(shape)
+        grads["bias"] = wide(g).sum_to_size(shape)
     return grads
 
 
@@ -83,7 +79,7 @@ def _layer_norm(
     mean: torch.Tensor | None, rstd: torch.Tensor, normalized_shape: list[int], **_: Any,
 ) -> Grads:  # fmt: skip
     axes = tuple(range(-len(normalized_shape), 0))
-    hat = lambda: (_wide(input) - mean) * rstd  # type: ignore  # noqa: E731
+    hat = lambda: (wide(input) - mean) * rstd  # type: ignore  # noqa: E731
     grads = {} if needs == _ALONE else _affine(needs, g, hat, tuple(normalized_shape))
     if "input" in needs:
         grads["input"] = _of_input(g, weight, rstd, axes, centred=True)
@@ -95,7 +91,7 @@ def _rms_norm_kept(
     eps: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The output and 1/sigma: one more pass over the input, which then need not be saved."""
-    x, axes = _wide(input), tuple(range(-len(normalized_shape), 0))
+    x, axes = wide(input), tuple(range(-len(normalized_shape), 0))
     norm = torch.linalg.vector_norm(x, dim=axes, keepdim=True)
     floor = torch.finfo(x.dtype).eps if eps is None else eps
     rstd = torch.rsqrt(norm * norm / math.prod(normalized_shape) + floor)
@@ -106,7 +102,7 @@ def _rms_norm(
     needs: frozenset[str], g: torch.Tensor, *, input: torch.Tensor | None, weight: torch.Tensor | None,
     rstd: torch.Tensor, normalized_shape: list[int], **_: Any,
 ) -> Grads:  # fmt: skip
-    hat = lambda: _wide(input) * rstd  # type: ignore  # noqa: E731
+    hat = lambda: wide(input) * rstd  # type: ignore  # noqa: E731
     grads = {} if needs == _ALONE else _affine(needs, g, hat, tuple(normalized_shape))
     if "input" in needs:
         grads["input"] = _of_input(g, weight, rstd, tuple(range(-len(normalized_shape), 0)), centred=False)
@@ -139,11 +135,11 @@ def _whitened(
     groups: int | None, mean: torch.Tensor | None, rstd: torch.Tensor,
 ) -> Grads:  # fmt: skip
     """Group, instance and batch norm; ``mean`` and ``rstd`` broadcast with ``_split`` of the input."""
-    hat = lambda: ((_wide(_split(x, groups)) - mean) * rstd).reshape(g.shape)  # type: ignore  # noqa: E731
+    hat = lambda: ((wide(_split(x, groups)) - mean) * rstd).reshape(g.shape)  # type: ignore  # noqa: E731
     affine = {} if needs == _ALONE else _affine(needs, g, hat, _per_channel(g))
     grads = {name: grad.reshape(-1) for name, grad in affine.items()}
     if "input" in needs:
-        u = _wide(g)
+        u = wide(g)
         if weight is not None:
             u = u * _per_channel(g, weight)
         elif u is g:
@@ -158,7 +154,7 @@ def _over_positions(
     groups: int | None, eps: float,
 ) -> Grads:  # fmt: skip
     axes = _axes(x.ndim, groups)
-    var, mean = torch.var_mean(_wide(_split(x, groups)), axes, correction=0, keepdim=True)
+    var, mean = torch.var_mean(wide(_split(x, groups)), axes, correction=0, keepdim=True)
     return _whitened(needs, g, x, weight, groups, mean, torch.rsqrt(var + eps))
 
 

@@ -14,6 +14,7 @@ from torch.export import Dim
 from libragrad_fx.errors import InputError, LibraGradError
 from libragrad_fx.extras import need, writing
 from libragrad_fx.kernels import PLAIN
+from libragrad_fx.models import first_line
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.optimise.execute import attribute
 from libragrad_fx.programs.flat import Axes, Flat
@@ -172,8 +173,7 @@ def write(
 
 
 def _said(error: BaseException) -> str:
-    """The first line of what an exporter says, from the error that it began with."""
+    """What an exporter says of the error that it began with."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return first_line(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch.fx import GraphModule
@@ -131,7 +131,7 @@ def require_close(found: Tensor, want: Tensor, name: str, dtype: torch.dtype) ->
 
 
 def require_device(mode: Mode, like: Tensor) -> None:
-    if mode not in ("eager", "cuda_graph", "compile"):
+    if mode not in get_args(Mode):
         raise InputError(f"mode is eager, cuda_graph or compile, not {mode!r}")
     if mode == "cuda_graph" and not like.is_cuda:
         raise InputError(f"a CUDA graph needs a GPU, and the model is on {like.device}: use mode='compile'")
