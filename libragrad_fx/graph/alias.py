@@ -46,12 +46,16 @@ def written(node: Node) -> list[Node]:
 
 
 def memory(graph: Graph) -> dict[Node, Node]:
-    """Of each node, the first in whose memory its result lies: itself, unless it is a view or a write."""
+    """Of each node, the first in whose memory its result lies: itself, unless it is a view or a write. Of
+    several new results, each has its own."""
     found: dict[Node, Node] = {}
     for node in graph.nodes:
-        shares = node.all_input_nodes[:1] if node.target is operator.getitem else []
-        op = node.target
-        if isinstance(op, torch._ops.OpOverload) and any(r.alias_info for r in op._schema.returns):
+        op, shares = node.target, []
+        if op is operator.getitem and not is_fresh(node.all_input_nodes[0], None):
+            shares = node.all_input_nodes[:1]
+        elif op is torch.ops.aten._unsafe_view.default:  # its schema does not say that it is a view
+            shares = node.all_input_nodes
+        elif isinstance(op, torch._ops.OpOverload) and any(r.alias_info for r in op._schema.returns):
             given = bind(op, node.args, node.kwargs)
             shares = [given.get(a.name) for a in op._schema.arguments if a.alias_info]
         shares = [n for n in pytree.tree_leaves(shares) if isinstance(n, Node)]

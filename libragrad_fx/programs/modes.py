@@ -15,6 +15,7 @@ from libragrad_fx.kernels import PLAIN
 from libragrad_fx.ops import binding
 from libragrad_fx.ops.attention import attention_value
 from libragrad_fx.optimise.execute import bound
+from libragrad_fx.programs.reuse import reuse
 
 Tensor = torch.Tensor
 Run = Callable[..., Sequence[Tensor]]
@@ -37,9 +38,10 @@ class Plain(torch.fx.Interpreter):
 
 
 def eager(graph: GraphModule) -> Run:
-    """Op by op, through PyTorch's bindings."""
-    binding.mark(graph.graph)
-    return GraphModule(graph, bound(graph.graph)).forward
+    """Op by op, through PyTorch's bindings, pointwise ops over dead operands."""
+    ops = reuse(graph.graph)
+    binding.mark(ops)
+    return GraphModule(graph, bound(ops)).forward
 
 
 def compiled(graph: GraphModule, given: Sequence[Tensor]) -> Run:

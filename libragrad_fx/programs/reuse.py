@@ -1,0 +1,76 @@
+"""Ops of a flat graph that write over an operand which nothing reads any more, in place of new memory.
+
+New memory costs more than the arithmetic of a pointwise op: the operating system hands it out page by page.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from libragrad_fx.graph.alias import is_fresh, memory
+
+
+def reuse(graph: Graph) -> Graph:
+    """A copy of ``graph`` in which pointwise ops write over an operand of their shape, dtype and strides,
+    if it is memory that the graph itself has made, and they are its last reader. Bits stay the same."""
+    new = Graph()
+    new.output(new.graph_copy(graph, {}))
+    owner = memory(new)
+    last = {owner[read]: node for node in new.nodes for read in node.all_input_nodes}
+    for node in new.nodes:
+        into = next((x for x in _operands(node) if _is_free(x, node, owner, last)), None)
+        if into is None:
+            continue
+        name, node.target = _with_out(node.target)  # type: ignore[misc]
+        node.kwargs = {**node.kwargs, name: into}
+        if node in last:
+            last[owner[into]] = last.pop(node)
+        for n in [n for n, first in owner.items() if first is node]:  # its views too
+            owner[n] = owner[into]
+    return new
+
+
+def _operands(node: Node) -> list[Node]:
+    """The operands that an op may write over, as far as its kind says."""
+    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    return node.all_input_nodes if pointwise and _with_out(node.target) else []
+
+
+@functools.cache
+def _with_out(op: torch._ops.OpOverload) -> tuple[str, torch._ops.OpOverload] | None:
+    """The form of ``op`` that writes into a given tensor, and that argument's name; None if it has none."""
+
+    def names(form: torch._ops.OpOverload, out: bool) -> list[str]:
+        return [f"{a.name} {a.type}" for a in form._schema.arguments if a.is_out == out]
+
+    packet = op._overloadpacket
+    forms = [getattr(packet, name) for name in packet.overloads()]
+    forms = [f for f in forms if len(names(f, True)) == 1 and names(f, False) == names(op, False)]
+    return (names(forms[0], True)[0].partition(" ")[0], forms[0]) if forms else None
+
+
+def _is_free(x: Node, node: Node, owner: dict[Node, Node], last: dict[Node, Node]) -> bool:
+    """Whether ``node`` may write over its operand ``x``."""
+    mine, made, read = owner[x], node.meta.get("val"), x.meta.get("val")
+    if last.get(mine) is not node or mine.op != "call_function" or not _is_new(mine):
+        return False
+    if any(owner[n] is mine for n in node.all_input_nodes if n is not x):
+        return False  # a part of it, or its transpose: read at another place than is written
+    return isinstance(made, torch.Tensor) and isinstance(read, torch.Tensor) and _form(made) == _form(read)
+
+
+def _is_new(node: Node) -> bool:
+    """Whether a node that shares no memory with its operands has made its own."""
+    return is_fresh(node, None) or node.target is operator.getitem
+
+
+def _form(x: torch.Tensor) -> Any:
+    """What two tensors have in common if one can hold the other. A free size is its expression."""
+    sizes = [str(n) for n in x.shape]
+    strides = [str(s) for s, n in zip(x.stride(), sizes, strict=True) if n != "1"]
+    return sizes, strides, x.dtype, x.device, x.layout
