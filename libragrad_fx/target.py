@@ -170,7 +170,8 @@ def as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Inputs as (args, kwargs); tensors made in inference mode are copied, to be differentiable."""
     if isinstance(inputs, Arguments):
         return as_call(inputs.args)[0], as_call(inputs.kwargs)[1]
-    inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)
+    if any(isinstance(t, torch.Tensor) and t.is_inference() for t in pytree.tree_leaves(inputs)):
+        inputs = pytree.tree_map_only(torch.Tensor, lambda t: t.clone() if t.is_inference() else t, inputs)
     if isinstance(inputs, Mapping):
         if odd := [k for k in inputs if not isinstance(k, str)]:
             raise InputError(f"keyword arguments are named by text, not {odd[0]!r}")

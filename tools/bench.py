@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -45,7 +46,7 @@ from libragrad_fx.bench import HEAD, Cost, Side, compare, gradient, peak, race
 from libragrad_fx.coverage.check import generic
 from libragrad_fx.coverage.suites import SUITES, build
 from libragrad_fx.ops import insert
-from libragrad_fx.target import as_call, inexact, middle, select
+from libragrad_fx.target import as_call, first_tensor, inexact, middle, select
 from zoo import SAMPLE
 
 RESULTS = Path("docs/performance.jsonl")
@@ -267,8 +268,8 @@ def _transforms(model: nn.Module) -> dict[str, Side]:
     }
 
 
-def _of_sample(suite: str, name: str) -> tuple[torch.Tensor, dict[str, Side]]:
-    """A model of the coverage sample: the gradient of its target by its first float input. Numbers too
+def _of_suite(suite: str, name: str, program: bool) -> tuple[torch.Tensor, dict[str, Side]]:
+    """A model of a suite: the gradient of its target by its first float input. Numbers too
     small for a normal float are 0: random weights make some, and arithmetic with them is slow."""
     torch.set_flush_denormal(True)
     subject = build(suite, name)
@@ -285,7 +286,20 @@ def _of_sample(suite: str, name: str) -> tuple[torch.Tensor, dict[str, Side]]:
         return f
 
     gm = lg.transform(model, subject.inputs)
-    return leaves[at], {"plain": gradient(answer(model)), "balanced": gradient(answer(gm))}
+    sides = {"plain": gradient(answer(model)), "balanced": gradient(answer(gm))}
+    if program:
+        sides["program, eager"] = _program_of(gm, subject.inputs)
+    return leaves[at], sides
+
+
+def _program_of(gm: Any, inputs: Any) -> Side:
+    """The middle entry of each sample's output, by a program; all inputs get their maps."""
+    made = lg.program(gm, inputs)
+    args, kwargs = as_call(inputs)
+    sizes = first_tensor(gm(*args, **kwargs)).shape
+    place = np.unravel_index(math.prod(sizes[1:]) // 2, sizes[1:])
+    target = [tuple(map(int, place))] * sizes[0] if len(sizes) > 1 else None
+    return lambda x: made(inputs, target)
 
 
 def _apart(case: Case, options: argparse.Namespace) -> list[Cost]:
@@ -307,7 +321,7 @@ def _apart(case: Case, options: argparse.Namespace) -> list[Cost]:
 def run(case: Case, options: argparse.Namespace) -> list[Cost]:
     torch.manual_seed(0)
     if options.mode in ("sample", "suite"):
-        x, sides = _of_sample(*case.name.split("/", 1))
+        x, sides = _of_suite(*case.name.split("/", 1), options.mode == "sample")
         spent = sum(c.seconds for c in race(sides, x, 3))
         rounds = options.rounds if options.mode == "sample" else int(options.limit / 20 / spent)
         return compare(sides, x, min(options.rounds, max(rounds, 3)))

@@ -36,6 +36,12 @@ class _Kept:
     run: Runs
     difference: float
 
+    def given(self, call: Any, target: Target) -> list[torch.Tensor]:
+        """The arguments of the graph; ``target`` as indices, None for the model's own."""
+        tensors = _tensors(call)
+        index = self.flat.index(target, tensors) if self.flat.indexed else None
+        return self.flat.given(self.module, tensors, index)
+
 
 class Program:
     """An explanation as flat graphs of ATen ops: forward, balanced backward, method. ``program`` makes it.
@@ -50,6 +56,7 @@ class Program:
         self.mode: Mode = mode
         self.options = options
         self._kept: dict[Any, _Kept] = {}
+        self._keys: dict[Any, tuple[Any, Any]] = {}  # of a call: for any batch, and for its own sizes
         self._lock = threading.RLock()
 
     def __call__(self, inputs: Any, target: Target = None) -> Attribution:
@@ -66,9 +73,7 @@ class Program:
         batch = self._batch(inputs)
         kept = self.fitting(batch.call)
         meant = self._meant(batch, kept.flat, target)
-        index = kept.flat.index(meant, batch.call) if kept.flat.indexed else None
-        given = kept.flat.given(kept.module, _tensors(batch.call), index)
-        answer, chosen, _ = kept.flat.answer(kept.run(*given))
+        answer, chosen, _ = kept.flat.answer(kept.run(*kept.given(batch.call, meant)))
         if chosen is not None:
             meant = kept.flat.places(chosen)
         return named(self.model, batch, answer, self.target if meant is None else meant)
@@ -117,8 +122,7 @@ class Program:
     def _write(self, form: str, path: str | Path, inputs: Any) -> Path:
         call = self._batch(inputs).call
         kept = self.fitting(call)
-        index = kept.flat.index(None, call) if kept.flat.indexed else None
-        given = kept.flat.given(kept.module, _tensors(call), index)
+        given = kept.given(call, None)
         with torch.no_grad():
             answer, _, _ = kept.flat.answer(kept.run.eager(*given))
         given = given[len(kept.flat.paths) :]
@@ -138,7 +142,7 @@ class Program:
             found[f"input_{i + 1}" if i else "input"] = f"{str(t.dtype).removeprefix('torch.')} ({sizes})"
         if kept.flat.indexed:
             several = any("B" in form for form in found.values())
-            found["target"] = f"int64 ({'B' if several else len(kept.flat.index(None, call))})"
+            found["target"] = f"int64 ({'B' if several else len(kept.flat.index(None, tensors))})"
         return found
 
     def outputs(self, inputs: Any) -> list[str]:
@@ -150,8 +154,12 @@ class Program:
     def fitting(self, call: Any) -> _Kept:
         """The graph for a call, traced if there is none yet."""
         module = fitting(captured(self.model, call, self.policy), call)
-        keys = [_key(anchor(module), call, free) for free in (batch_axes(module, call), ())]
+        exact = _key(anchor(module), call, ())
         with self._lock:
+            keys = self._keys.get((module, exact))
+            if keys is None:
+                keys = _key(anchor(module), call, batch_axes(module, call)), exact
+                self._keys = {**dict([*self._keys.items()][-_MOST:]), (module, exact): keys}
             key = next((k for k in keys if k in self._kept and self._kept[k].module is module), None)
             found = self._traced(module, call) if key is None else self._kept.pop(key)
             self._kept[keys[found.flat.batch > 0]] = found  # the latest used is the last
@@ -163,9 +171,9 @@ class Program:
         first = shown(module, call, self.target, **self.options)
         for free in (batch_axes(module, call), ()):  # with a free batch PyTorch may choose other kernels
             made = traced(first, self.target, free)
-            index = made.index(None, call).clamp(min=0) if made.indexed else None
             run = Runs(made.graph, self.mode, len(made.paths), made.fields.index(("values", "")))
-            given = made.given(module, _tensors(call), index)
+            kept = _Kept(module, made, run, 0.0)
+            given = kept.given(call, (0,) * len(made.sizes))
             with torch.no_grad():
                 answer, _, output = made.answer(run.eager(*given))
             equal, distance, ulp = compare([output], [first.output])
@@ -179,7 +187,7 @@ class Program:
         far = require_close(answer.values, made.like.values, "the program's map", dtype)
         if self.mode != "eager":
             run(*given)
-        return _Kept(module, made, run, far)
+        return dataclasses.replace(kept, difference=far)
 
     def _batch(self, inputs: Any) -> Batch:
         (make,) = batches(self.model, inputs, self.processor, None)

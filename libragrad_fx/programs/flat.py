@@ -11,7 +11,9 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch._decomp import get_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -27,11 +29,14 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule, one_graph
 from libragrad_fx.ops import insert
 from libragrad_fx.optimise.execute import attribute
-from libragrad_fx.programs.zeros import settled, without_zeros
+from libragrad_fx.programs.settle import settled
+from libragrad_fx.programs.zeros import without_zeros
 from libragrad_fx.target import Arguments, as_call, first_tensor, rows_of
 
 Tensor = torch.Tensor
 Axes = Collection[int]
+_DECOMPOSED: Any = get_decompositions([torch.ops.aten.constant_pad_nd])
+"""Ops that PyTorch cannot run on fake tensors of a free size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,20 +73,19 @@ class Flat:
     batch: int
     like: Attribution
 
-    def index(self, target: Any, call: Any) -> Tensor:
-        """The flat index of each sample's target: -1 for None."""
-        like = next(t for t in pytree.tree_leaves(as_call(call)) if isinstance(t, Tensor))
-        batch = self.batch or like.shape[0]
+    def index(self, target: Any, tensors: Sequence[Tensor]) -> Tensor:
+        """The flat index of each sample's target: -1 for None. tensors: those of a call"""
+        batch, device = self.batch or tensors[0].shape[0], tensors[0].device
         if target is None:
-            return torch.full((batch,), -1, device=like.device)
-        rows = torch.tensor(rows_of(target, (batch, *self.sizes)), device=like.device)
-        rows = torch.where(rows < 0, rows + torch.tensor(self.sizes, device=like.device), rows)
+            return torch.full((batch,), -1, device=device)
         steps = [math.prod(self.sizes[i + 1 :]) for i in range(len(self.sizes))]
-        return (rows * torch.tensor(steps, device=like.device)).sum(1)
+        rows = rows_of(target, (batch, *self.sizes))
+        flat = [sum(i % n * step for i, n, step in zip(r, self.sizes, steps, strict=True)) for r in rows]
+        return torch.tensor(flat, device=device)
 
     def places(self, index: Tensor) -> list[Any]:
         """A flat index as a target."""
-        return [*map(tuple, torch.stack(torch.unravel_index(index, self.sizes), 1).tolist())]
+        return [*zip(*(i.tolist() for i in np.unravel_index(index.cpu().numpy(), self.sizes)), strict=True)]
 
     def given(
         self, module: CapturedModule, tensors: Sequence[Tensor], index: Tensor | None
@@ -190,7 +194,7 @@ def traced(first: Shown, target: Any, free: Sequence[Axes]) -> Flat:
         return [*named.values()]
 
     with mode:
-        graph = make_fx(explained)(*fakes)
+        graph = make_fx(explained, _DECOMPOSED)(*fakes)
         with torch.no_grad():
             graph = without_zeros(graph, fakes)
     graph = settled(graph)

@@ -19,11 +19,9 @@ from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
-from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true as known
-from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.kernels.pointwise import gelu_gate, norm_gradient
@@ -557,28 +555,6 @@ def without_zeros(traced: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
     made = make_fx(lambda *given: Zeros(traced).run(*given))(*inputs)
     made.graph.eliminate_dead_code()
     return made
-
-
-def settled(made: GraphModule) -> GraphModule:
-    """The same computation, with constants folded and laid where they are read (an index may lie on the
-    CPU, and is copied at each call), and what is computed twice computed once."""
-    for node in [n for n in made.graph.nodes if n.op == "call_function"]:
-        if (read := node.all_input_nodes) and all(n.op == "get_attr" for n in read):
-            args, kwargs = map_arg((node.args, node.kwargs), lambda n: getattr(made, str(n.target)))
-            value, name = node.target(*args, **kwargs), f"_folded_{node.name}"
-            if isinstance(value, Tensor):
-                made.register_buffer(name, value)
-                with made.graph.inserting_before(node):
-                    constant = made.graph.get_attr(name)
-                constant.meta = node.meta
-                node.replace_all_uses_with(constant)
-    for node in made.graph.find_nodes(op="get_attr"):
-        value = getattr(made, name := str(node.target))
-        devices = {u.meta["val"].device for u in node.users if isinstance(u.meta.get("val"), Tensor)}
-        if value.ndim and len(devices) == 1:
-            setattr(made, name, value.to(*devices))
-    made.graph.eliminate_dead_code()
-    return GraphModule(made, fx_graph_cse(made.graph))
 
 
 def _writes(op: Any) -> bool:

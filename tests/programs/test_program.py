@@ -250,7 +250,7 @@ def test_every_kind_is_saved(name: str, tmp_path: Path) -> None:
     program = lg.program(made.model, inputs, target=fixed)
     leaves = [t for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
     kept = program.fitting(inputs).flat
-    index = [kept.index(target, inputs)] if kept.indexed else []
+    index = [kept.index(target, leaves)] if kept.indexed else []
     found = saved(program, inputs, [*leaves, *index], tmp_path)
     want = program(inputs, target)
     top = float(want.values.abs().max())
