@@ -310,6 +310,11 @@ def preprocessing(model: Loaded) -> Callable[[Image.Image], torch.Tensor]:
     return scale
 
 
+def processor(model: Loaded) -> Callable[[Image.Image], torch.Tensor] | None:
+    """Its ``preprocessing``; None where what is published with the model says it (Hugging Face)."""
+    return None if model.source == "hf" else preprocessing(model)
+
+
 def transform_of(model: torch.nn.Module) -> Callable[[Image.Image], torch.Tensor]:
     """From a picture to the tensor (C, H, W) that ``model`` was published for, as it says itself.
 

@@ -11,12 +11,15 @@ import typer
 from torch.utils import _pytree as pytree
 
 import libragrad_fx as lg
+from libragrad_fx import models
 from libragrad_fx.attribution.formulas import method_of
 from libragrad_fx.cli.common import guessed_inputs, load_model, working
+from libragrad_fx.cli.given import items
 from libragrad_fx.cli.options import Checkpoint, Json, ModelName, Policy, Pretrained, Seed, app
 from libragrad_fx.errors import InputError
+from libragrad_fx.programs import page
 
-_FORMS = {".aoti.pt2": "package", ".pt2": "save", ".onnx": "to_onnx"}
+_FORMS = {".aoti.pt2": "package", ".pt2": "save", ".onnx": "to_onnx", page.ENDING: "to_page"}
 """The method of ``Program`` for a file's ending."""
 
 
@@ -30,7 +33,7 @@ def compile_(
             "--output",
             metavar="FILE",
             help="Its ending decides: .pt2 for PyTorch, .aoti.pt2 for PyTorch and C++, compiled, .onnx for"
-            " ONNX Runtime and browsers.",
+            " ONNX Runtime, .html for a page that explains pictures in a browser.",
         ),
     ],
     pretrained: Pretrained = False,
@@ -43,6 +46,14 @@ def compile_(
     single: Annotated[
         bool, typer.Option("--single", help="For one sample at a time, not for any batch of more.")
     ] = False,
+    runtime: Annotated[
+        Path,
+        typer.Option(metavar="FOLDER", help="Of .html: where npm install onnxruntime-web was run."),
+    ] = Path(),
+    examples: Annotated[
+        list[str] | None,
+        typer.Option(metavar="IMAGE|FOLDER|GLOB", help="Of .html: pictures to offer. May be repeated."),
+    ] = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -54,15 +65,33 @@ def compile_(
     form = next((f for ending, f in _FORMS.items() if output.name.endswith(ending)), None)
     if form is None:
         raise InputError(f"-o wants a file that ends in {', '.join(_FORMS)}, got {str(output)!r}")
+    paged = form == _FORMS[page.ENDING]
     method_of(method)  # before any work
-    module = load_model(model, pretrained, checkpoint, seed).module.requires_grad_(False)
+    if examples and not paged:
+        raise InputError(f"--examples are for a page ({page.ENDING})")
+    if paged:
+        page.require(output, runtime)
+    pictures = [models.read_image(item.value) for item in items(examples or [], False)]
+    loaded = load_model(model, pretrained, checkpoint, seed)
+    module = loaded.module.requires_grad_(False)
     with working("tracing") as say:
         inputs = guessed_inputs(module, seed)
-        if single:
+        if single or paged:
             inputs = pytree.tree_map_only(torch.Tensor, lambda t: t[:1], inputs)
-        program = lg.program(module, inputs, method=method, policy=policy, resolution=resolution)
+        processor = None
+        if paged:
+            page.require_picture(inputs)
+            processor = models.processor(loaded)
+        program = lg.program(
+            module, inputs, method=method, policy=policy, resolution=resolution, processor=processor
+        )
         say(f"writing {output}")
-        getattr(program, form)(output, inputs)
+        if paged:
+            title = model if loaded.source == "factory" else f"{model} (weights {loaded.weights})"
+            about = {"runtime": runtime, "title": title, "labels": models.categories(loaded)}
+            program.to_page(output, pictures or inputs, **about)
+        else:
+            getattr(program, form)(output, inputs)
     said: dict[str, Any] = {
         "file": str(output), "bytes": output.stat().st_size, "method": method,
         "inputs": program.signature(inputs), "outputs": program.outputs(inputs),

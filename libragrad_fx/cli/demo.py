@@ -17,6 +17,9 @@ from libragrad_fx.extras import writing
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="The page.")] = Path("out/demo.html"),
     images: Annotated[int, typer.Option(min=1, max=64, help="Pictures shown for each model.")] = 6,
+    pictures: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write the pictures too, as files.")
+    ] = None,
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
     """Write a page that shows the difference on two small trained models. Needs no network.
@@ -25,11 +28,18 @@ def demo(
     their errors, the certificates, and every change that was made to the backward.
     """
     from libragrad_fx.demo import build as builder  # here, because its dependencies are optional
+    from libragrad_fx.demo import data
 
     with working("two models") as say:
         text = builder.page(images, say)
     with writing(output):
         output.write_bytes(text.encode())
     typer.echo(f"wrote {output}")
+    if pictures is not None:
+        shown = data.scenes(builder.MEASURED, "test", builder.SEED).images[:images]
+        for i, picture in enumerate(data.as_pictures(shown)):
+            with writing(path := pictures / f"{i}.png"):
+                picture.save(path)
+        typer.echo(f"wrote {images} pictures to {pictures}")
     if show:
         webbrowser.open(output.resolve().as_uri())

@@ -98,7 +98,7 @@ def explain(
     files = places(output, [item.name for item in given])
     if any(file.suffix in (".png", ".svg", ".pdf") for file in files):
         need("matplotlib", "demo")  # fail before minutes of work, not after
-    processor = None if of_texts or loaded.source == "hf" else models.preprocessing(loaded)
+    processor = None if of_texts else models.processor(loaded)
     options = {"top": top, "processor": processor, "resolution": resolution, "seed": seed}
     targets = _targets(loaded, of_texts, target, against)
 

@@ -120,6 +120,21 @@ def load_demo_model(name: str) -> torch.nn.Module:
     return model.eval()
 
 
+def vit() -> torch.nn.Module:
+    """On the command line: ``libragrad_fx.demo:vit``."""
+    return load_demo_model("vit")
+
+
+def mixer() -> torch.nn.Module:
+    return load_demo_model("mixer")
+
+
+def as_pictures(images: torch.Tensor) -> list[Image.Image]:
+    """RGB in [0, 1], ``(n, 3, H, W)``, as pictures."""
+    levels = (images * 255).round().byte().permute(0, 2, 3, 1)
+    return [Image.fromarray(image.numpy()) for image in levels]
+
+
 def demo_model_info(name: str) -> DemoModel:
     """The facts in the metadata of the weight file."""
     with importlib.resources.as_file(_asset(name)) as path, safe_open(path, "pt") as file:
@@ -143,8 +158,8 @@ def build_model(architecture: str, kwargs: Mapping[str, Any]) -> torch.nn.Module
     ``timm.create_model`` would not do: its mixers fix their patch size, and its names promise 224 pixels.
     """
     model = getattr(need("timm.models", "demo"), architecture)(**kwargs)
-    # as on timm's own models, so that ``infer_inputs`` finds the input size
-    model.pretrained_cfg = {"input_size": (3, SIZE, SIZE), "mean": MEAN, "std": STD}
+    # as on timm's own models, so that ``infer_inputs`` finds the input size, and pictures are not cropped
+    model.pretrained_cfg = {"input_size": (3, SIZE, SIZE), "mean": MEAN, "std": STD, "crop_pct": 1.0}
     return model
 
 

@@ -115,7 +115,7 @@ def _of_tensors(inputs: Any, size: int | None) -> list[Callable[[], Batch]]:
 def _of_pictures(
     model: Any, items: Sequence[Any], processor: Any, size: int | None
 ) -> list[Callable[[], Batch]]:
-    steps = _picture_steps(model, processor)
+    steps = picture_steps(model, processor)
     places, whole = _places(len(items), size), len(items)
 
     def part(a: int, b: int) -> Batch:
@@ -126,7 +126,7 @@ def _of_pictures(
     return [lambda a=a, b=b: part(a, b) for a, b in places]
 
 
-def _picture_steps(model: Any, processor: Any) -> Callable[[Image.Image], torch.Tensor]:
+def picture_steps(model: Any, processor: Any) -> Callable[[Image.Image], torch.Tensor]:
     """From a picture to a tensor (C, H, W)."""
     if processor is None:
         return transform_of(model)

@@ -119,6 +119,28 @@ class Program:
         names. It needs the extra ``onnx``."""
         return self._write("to_onnx", path, inputs)
 
+    def to_page(
+        self, path: str | Path, inputs: Any, *, runtime: str | Path = ".", title: str = "",
+        labels: Sequence[str] = (),
+    ) -> Path:  # fmt: skip
+        """Write ``to_onnx``'s program for one picture as a page for browsers: one ``.html`` file that opens
+        from disk, without a network. A reader gives it pictures, and sees the map of each of their answers.
+
+        Args:
+            inputs: one picture or several, or their paths: the page offers them as examples. Of a tensor
+                it offers none.
+            runtime: the folder where ``npm install onnxruntime-web`` was run.
+            title: what the page calls the model.
+            labels: what its classes are called; else what the model says.
+
+        Raises:
+            InputError: the model is no classifier of pictures, or prepares them as no page can.
+            LibraGradError, VerificationError: as ``to_onnx``.
+        """
+        from libragrad_fx.programs import page  # here, so that only pages import what draws
+
+        return page.write(self, Path(path), inputs, Path(runtime), title, labels)
+
     def _write(self, form: str, path: str | Path, inputs: Any) -> Path:
         call = self._batch(inputs).call
         kept = self.fitting(call)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from libragrad_fx.cli import app
+from libragrad_fx.viz.browser import RUNTIME
 
 run = CliRunner().invoke
 
@@ -33,7 +35,9 @@ def model() -> torch.nn.Sequential:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["-o", "x.so"], "ends in .aoti.pt2, .pt2, .onnx"),
+        (["-o", "x.so"], "ends in .aoti.pt2, .pt2, .onnx, .html"),
+        (["-o", "x.html", "--runtime", "nowhere"], "npm install onnxruntime-web"),
+        (["-o", "x.pt2", "--examples", "x.png"], "--examples are for a page"),
         (["-o", "x.pt2", "--method", "nothing"], "nothing"),
         (["-o", "x.pt2", "--method", "smoothgrad"], "use attribute"),
     ],
@@ -42,3 +46,41 @@ def test_errors_are_one_line(args: list[str], says: str) -> None:
     done = run(app, ["compile", "tests.cli.test_compile:model", *args])
     assert done.exit_code == 2
     assert says in done.output
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("no/*.png", "there are no pictures"), ("no.png", "there is no image file")]
+)
+def test_examples_that_are_not_there(name: str, says: str, tmp_path: Path) -> None:
+    for part in RUNTIME:
+        (tmp_path / part).write_text("")
+    args = ["-o", str(tmp_path / "x.html"), "--runtime", str(tmp_path), "--examples", name]
+    done = run(app, ["compile", "tests.cli.test_compile:model", *args])
+    assert done.exit_code == 2
+    assert says in done.output
+
+
+def test_a_page_is_of_pictures(tmp_path: Path) -> None:
+    """Said before the model is traced."""
+    for name in RUNTIME:
+        (tmp_path / name).write_text("")
+    args = ["-o", str(tmp_path / "x.html"), "--runtime", str(tmp_path)]
+    done = run(app, ["compile", "tests.cli.test_compile:model", *args])
+    assert done.exit_code == 2
+    assert "a page explains pictures" in done.output
+    assert "this model takes float32 (1, 6)" in done.output
+
+
+def test_a_page_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    for name in RUNTIME:
+        (tmp_path / name).write_text("")
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "a.png")
+    path = tmp_path / "x.html"
+    args = ["-o", str(path), "--runtime", str(tmp_path), "--examples", str(tmp_path)]
+    done = run(app, ["compile", "tests.programs.test_page:classifier", *args, "--method", "hirescam"])
+    assert done.exit_code == 0, done.output
+    assert "takes    input: float32 (1, 3, 16, 16)" in done.stdout
+    text = path.read_text("utf-8")
+    assert "What does tests.programs.test_page:classifier look at?" in text
+    assert text.count("<img") == 1

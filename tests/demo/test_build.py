@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from libragrad_fx.cli import app
@@ -26,8 +27,12 @@ def test_demo_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(demo, "study", keep)
     file = tmp_path / "new" / "demo.html"
-    done = CliRunner().invoke(app, ["demo", "-o", str(file), "--images", "2"])
+    scenes = tmp_path / "scenes"
+    done = CliRunner().invoke(app, ["demo", "-o", str(file), "--images", "2", "--pictures", str(scenes)])
     assert done.exit_code == 0, done.output
+    assert sorted(p.name for p in scenes.iterdir()) == ["0.png", "1.png"]
+    image = demo_data.scenes(4, "test", 1).images[1].permute(1, 2, 0).numpy()
+    assert np.abs(np.asarray(Image.open(scenes / "1.png")) - 255 * image).max() < 0.51
     found = read(file.read_text("utf-8"))
     assert [s.name for s in studied] == list(demo_data.MODELS)
     for s in studied:
