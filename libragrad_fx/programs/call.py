@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,10 +37,10 @@ class _Kept:
     run: Runs
     difference: float
 
-    def given(self, call: Any, target: Target) -> list[torch.Tensor]:
-        """The arguments of the graph; ``target`` as indices, None for the model's own."""
+    def given(self, call: Any, targets: Sequence[Target]) -> list[torch.Tensor]:
+        """The arguments of the graph; targets as indices, None for the model's own."""
         tensors = _tensors(call)
-        index = self.flat.index(target, tensors) if self.flat.indexed else None
+        index = self.flat.index(targets, tensors) if self.flat.indexed else None
         return self.flat.given(self.module, tensors, index)
 
 
@@ -51,8 +52,9 @@ class Program:
     """
 
     def __init__(self, model: torch.nn.Module, policy: Policy, target: Target, processor: Any,
-                 mode: Mode, **options: Any) -> None:  # fmt: skip
+                 mode: Mode, targets: int, **options: Any) -> None:  # fmt: skip
         self.model, self.policy, self.target, self.processor = model, policy, target, processor
+        self.targets = targets
         self.mode: Mode = mode
         self.options = options
         self._kept: dict[Any, _Kept] = {}
@@ -68,15 +70,32 @@ class Program:
                 is the model's own answer (the largest entry), or the callable that the program has.
 
         Raises:
-            InputError: inputs or a target that do not fit.
+            InputError: inputs or a target that do not fit; a program of several targets.
         """
+        if self.targets != 1:
+            raise InputError(f"this program explains {self.targets} targets: call each(inputs, targets)")
+        return self.each(inputs, [target])[0]
+
+    def each(self, inputs: Any, targets: Sequence[Target] | None = None) -> list[Attribution]:
+        """The answers of ``attribute_each``, by one forward.
+
+        Args:
+            inputs: as for ``attribute``.
+            targets: as many as the program has, each as for a call. None are the largest entries of each
+                sample, in falling order.
+
+        Raises:
+            InputError: inputs or targets that do not fit.
+        """
+        targets = [None] * self.targets if targets is None else targets
+        if isinstance(targets, (str, torch.Tensor)) or len(targets) != self.targets:
+            raise InputError(f"targets is a list of {self.targets} targets, got {targets!r:.80}")
         batch = self._batch(inputs)
         kept = self.fitting(batch.call)
-        meant = self._meant(batch, kept.flat, target)
-        answer, chosen, _ = kept.flat.answer(kept.run(*kept.given(batch.call, meant)))
-        if chosen is not None:
-            meant = kept.flat.places(chosen)
-        return named(self.model, batch, answer, self.target if meant is None else meant)
+        meant = [self._meant(batch, kept.flat, target) for target in targets]
+        answers, _ = kept.flat.answers(kept.run(*kept.given(batch.call, meant)))
+        shown = [self.target if i is None else kept.flat.places(i) for _, i in answers]
+        return [named(self.model, batch, a, t) for (a, _), t in zip(answers, shown, strict=True)]
 
     def difference(self, inputs: Any) -> float:
         """How far the graph's values were from those of ``attribute`` when it was traced, relative to the
@@ -94,8 +113,9 @@ class Program:
         """Write the graph for inputs of these sizes with its parameters as a ``.pt2`` file. PyTorch loads
         it where this package is not installed: ``torch.export.load(path).module()(*inputs, target)``.
 
-        It takes the tensors of a call in their order, and ``target``, int64 (B,), behind them: the flat
-        index into a sample's output, -1 for the model's own answer. It returns the values (B, ...) first,
+        It takes the tensors of a call in their order, and ``target``, int64 (B,) or, of several targets,
+        (B, targets), behind them: the flat index into a sample's output; -1 for the model's own answer, -2
+        for its second of several. It returns the values (B, ...) first,
         then what ``Program.outputs`` names. It serves any batch of more than one, or one of one.
 
         The file is loaded and run, and its map compared.
@@ -144,9 +164,9 @@ class Program:
     def _write(self, form: str, path: str | Path, inputs: Any) -> Path:
         call = self._batch(inputs).call
         kept = self.fitting(call)
-        given = kept.given(call, None)
+        given = kept.given(call, [None] * self.targets)
         with torch.no_grad():
-            answer, _, _ = kept.flat.answer(kept.run.eager(*given))
+            ((answer, _), *_), _ = kept.flat.answers(kept.run.eager(*given))
         given = given[len(kept.flat.paths) :]
         made = leave.exported(kept.flat, kept.module, given, batch_axes(kept.module, call), form)
         names = [*self.signature(inputs)], self.outputs(inputs)
@@ -163,15 +183,22 @@ class Program:
             sizes = ", ".join("B" if a in any_size else str(n) for a, n in enumerate(t.shape))
             found[f"input_{i + 1}" if i else "input"] = f"{str(t.dtype).removeprefix('torch.')} ({sizes})"
         if kept.flat.indexed:
-            several = any("B" in form for form in found.values())
-            found["target"] = f"int64 ({'B' if several else len(kept.flat.index(None, tensors))})"
+            index = kept.flat.index([None] * self.targets, tensors)
+            sizes = (
+                "B" if any("B" in form for form in found.values()) else str(len(index)),
+                *index.shape[1:],
+            )
+            found["target"] = f"int64 ({', '.join(map(str, sizes))})"
         return found
 
     def outputs(self, inputs: Any) -> list[str]:
         """What a saved program returns, in its order: fields of ``Attribution``, then ``chosen``, the flat
-        index that was explained, and ``model``, the model's output."""
+        index that was explained, and ``model``, the model's output. Those of the second target begin with
+        ``target_2.``."""
         fields = self.fitting(self._batch(inputs).call).flat.fields
-        return [f"{field}.{key}" if key else field for field, key in fields]
+        return [
+            ".".join(filter(None, (f"target_{i + 1}" if i else "", field, key))) for i, field, key in fields
+        ]
 
     def fitting(self, call: Any) -> _Kept:
         """The graph for a call, traced if there is none yet."""
@@ -191,13 +218,16 @@ class Program:
 
     def _traced(self, module: CapturedModule, call: Any) -> _Kept:
         first = shown(module, call, self.target, **self.options)
+        entries = math.prod(first.output.shape[1:]) if first.indexed else 1
+        if not self.targets <= entries:
+            raise InputError(f"{self.targets} targets of an output with {entries} entries for each sample")
         for free in (batch_axes(module, call), ()):  # with a free batch PyTorch may choose other kernels
-            made = traced(first, self.target, free)
-            run = Runs(made.graph, self.mode, len(made.paths), made.fields.index(("values", "")))
+            made = traced(first, self.target, self.targets, free)
+            run = Runs(made.graph, self.mode, len(made.paths), made.fields.index((0, "values", "")))
             kept = _Kept(module, made, run, 0.0)
-            given = kept.given(call, (0,) * len(made.sizes))
+            given = kept.given(call, [(0,) * len(made.sizes)] * self.targets)
             with torch.no_grad():
-                answer, _, output = made.answer(run.eager(*given))
+                answers, output = made.answers(run.eager(*given))
             equal, distance, ulp = compare([output], [first.output])
             if equal:
                 break
@@ -206,7 +236,7 @@ class Program:
                 f"the traced forward differs from the model's, by {distance:.1g} at most, {ulp} ulp"
             )
         dtype = anchor(module).dtype
-        far = require_close(answer.values, made.like.values, "the program's map", dtype)
+        far = max(require_close(a.values, made.like.values, "the program's map", dtype) for a, _ in answers)
         if self.mode != "eager":
             run(*given)
         return dataclasses.replace(kept, difference=far)
@@ -243,6 +273,7 @@ def program(
     *,
     method: str = "input_x_gradient",
     target: Target = None,
+    targets: int = 1,
     policy: Policy = None,
     mode: Mode = "eager",
     layers: Layers = None,
@@ -259,6 +290,7 @@ def program(
         model, inputs, method, policy, layers, by, resolution, processor: as for ``attribute``.
         target: None: an argument of each call. A callable (``Likeness``, or your own from the output to one
             number for each sample): a part of the graph.
+        targets: how many targets of each sample a call explains, by one forward: see ``Program.each``.
         mode: ``"eager"``: op by op. ``"cuda_graph"``: all ops as one CUDA graph, on a GPU, where the host
             is what a small batch waits for. ``"compile"``: fused by TorchInductor, which takes a minute or
             more for each size of the inputs; on a GPU, one CUDA graph too. It rounds otherwise, see
@@ -273,9 +305,13 @@ def program(
         raise InputError(
             "a target is an argument of each call, prog(inputs, target); here it is a callable"
         )
+    if not isinstance(targets, int) or targets < 1 or (targets > 1 and target is not None):
+        raise InputError(
+            f"targets is how many a call explains; one if the program has its own. Got {targets!r}"
+        )
     require_device(mode, anchor(model))
     made = Program(
-        model, policy, target, processor, mode, method=method, layers=layers, by=by,
+        model, policy, target, processor, mode, targets, method=method, layers=layers, by=by,
         resolution=resolution,
     )  # fmt: skip
     made.fitting(made._batch(inputs).call)

@@ -7,6 +7,7 @@ the samples of each constant are. Then the same code runs on fake tensors, and P
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -42,17 +43,21 @@ _DECOMPOSED: Any = get_decompositions([torch.ops.aten.constant_pad_nd])
 @dataclasses.dataclass(frozen=True)
 class Chosen:
     """The numbers to explain, one a sample: of a model's output (B, ...) the entry at a flat index (B,)
-    behind the batch axis; where that is negative, the largest."""
+    behind the batch axis; where that is -1, the largest, and -2 the second of ``count``."""
 
     index: Tensor
+    count: int = 1
 
     def __call__(self, output: Any) -> Tensor:
         return first_tensor(output).flatten(1).gather(1, self.meant(output)[:, None])[:, 0]
 
     def meant(self, output: Any) -> Tensor:
-        """The flat index, the model's own answer filled in."""
-        own = first_tensor(output).detach().flatten(1).argmax(1)
-        return torch.where(self.index < 0, own, self.index)
+        """The flat index, the model's own answers filled in."""
+        entries = first_tensor(output).detach().flatten(1)
+        if self.count == 1:
+            return torch.where(self.index < 0, entries.argmax(1), self.index)
+        own = entries.topk(self.count, 1).indices
+        return torch.where(self.index < 0, own.gather(1, (~self.index).clamp(0)[:, None])[:, 0], self.index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Flat:
     """A traced explanation. ``graph`` takes the module's tensors at ``paths``, the tensors of a call and,
     if ``indexed``, the flat index of each sample's target (int64); it returns what ``fields`` names.
 
+    targets: how many it explains; of several, the index is (B, targets)
+    fields: of each result, the target's number (from 0), the field, and its key if that is a mapping
     sizes: of the model's output, behind the batch axis
     batch: how many samples it serves; 0 for as many as the first tensor of a call has
     like: an answer of the method, whose other fields are those of every answer
@@ -68,20 +75,24 @@ class Flat:
     graph: GraphModule
     paths: tuple[str, ...]
     indexed: bool
-    fields: tuple[tuple[str, str], ...]
+    targets: int
+    fields: tuple[tuple[int, str, str], ...]
     sizes: tuple[int, ...]
     batch: int
     like: Attribution
 
-    def index(self, target: Any, tensors: Sequence[Tensor]) -> Tensor:
-        """The flat index of each sample's target: -1 for None. tensors: those of a call"""
+    def index(self, targets: Sequence[Any], tensors: Sequence[Tensor]) -> Tensor:
+        """The flat index of each sample's targets. Those that are None are its largest entries, in falling
+        order: -1, -2, and so on. tensors: those of a call"""
         batch, device = self.batch or tensors[0].shape[0], tensors[0].device
-        if target is None:
-            return torch.full((batch,), -1, device=device)
+        own = itertools.count(1)
+        rows = [[-next(own)] * batch if t is None else self._index(t, batch) for t in targets]
+        return torch.tensor(rows[0] if self.targets == 1 else [*zip(*rows, strict=True)], device=device)
+
+    def _index(self, target: Any, batch: int) -> list[int]:
         steps = [math.prod(self.sizes[i + 1 :]) for i in range(len(self.sizes))]
         rows = rows_of(target, (batch, *self.sizes))
-        flat = [sum(i % n * step for i, n, step in zip(r, self.sizes, steps, strict=True)) for r in rows]
-        return torch.tensor(flat, device=device)
+        return [sum(i % n * step for i, n, step in zip(r, self.sizes, steps, strict=True)) for r in rows]
 
     def places(self, index: Tensor) -> list[Any]:
         """A flat index as a target."""
@@ -94,16 +105,18 @@ class Flat:
         state = [attribute(module, path) for path in self.paths]
         return [*state, *tensors, *([] if index is None else [index])]
 
-    def answer(self, found: Sequence[Tensor]) -> tuple[Attribution, Tensor | None, Tensor]:
-        """From what the graph returned: the answer, the chosen index and the model's output tensor."""
-        named: dict[str, Any] = {}
-        for (field, key), t in zip(self.fields, found, strict=True):
+    def answers(self, found: Sequence[Tensor]) -> tuple[list[tuple[Attribution, Tensor | None]], Tensor]:
+        """From what the graph returned: of each target the answer and the chosen index; the model's output
+        tensor."""
+        named: list[dict[str, Any]] = [{} for _ in range(self.targets)]
+        for (which, field, key), t in zip(self.fields, found, strict=True):
             if key:
-                named.setdefault(field, {})[key] = t
+                named[which].setdefault(field, {})[key] = t
             else:
-                named[field] = t
-        output, chosen = named.pop("model"), named.pop("chosen", None)
-        return dataclasses.replace(self.like, **named), chosen, output
+                named[which][field] = t
+        output, chosen = named[0].pop("model"), [each.pop("chosen", None) for each in named]
+        made = [dataclasses.replace(self.like, **each) for each in named]
+        return [*zip(made, chosen, strict=True)], output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,11 +174,12 @@ def _first(output: Any, target: Any) -> Any:
     return Chosen(torch.zeros(y.shape[0], dtype=torch.long, device=y.device))
 
 
-def traced(first: Shown, target: Any, free: Sequence[Axes]) -> Flat:
+def traced(first: Shown, target: Any, targets: int, free: Sequence[Axes]) -> Flat:
     """Trace what ``first`` has run, for inputs of its sizes; their axes in ``free`` of any size.
 
     Args:
         target: as of ``shown``.
+        targets: how many are explained, each by a backward.
         free: of each tensor of the call, see ``batch_axes``; () for none.
     """
     module, leaves, spec = _call(first)
@@ -175,21 +189,26 @@ def traced(first: Shown, target: Any, free: Sequence[Axes]) -> Flat:
     fakes = [_fake(mode, t, ()) for t in attributes.values()]
     fakes += [_fake(mode, t, axes) for t, axes in zip(tensors, free or [()] * len(tensors), strict=True)]
     if first.indexed:
-        index = torch.zeros(first.output.shape[0], dtype=torch.long, device=first.output.device)
+        shape = (first.output.shape[0], *[targets] * (targets > 1))
+        index = torch.zeros(shape, dtype=torch.long, device=first.output.device)
         fakes.append(_fake(mode, index, {0} if free else ()))
-    fields: list[tuple[str, str]] = []
+    fields: list[tuple[int, str, str]] = []
 
     def explained(*given: Tensor) -> list[Tensor]:
         state, rest = dict(zip(attributes, given, strict=False)), iter(given[len(attributes) :])
         call = pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], spec)
-        chosen: Any = Chosen(next(rest)) if first.indexed else target
         known = dataclasses.replace(first.known, attributes=state)
         asked = dataclasses.replace(first.asked, inputs=Arguments(*call), known=known)
+        chosen = _chosen(next(rest), targets) if first.indexed else [target]
         run = asked.run()
-        named = _tensors(answer(asked, run.back(chosen)))
-        named["model", ""] = first_tensor(run.output).detach()
-        if first.indexed:
-            named["chosen", ""] = chosen.meant(run.output)
+        named: dict[tuple[int, str, str], Tensor] = {}
+        for i, (mine, seen) in enumerate(zip(chosen, run.backs(chosen), strict=True)):
+            found = _tensors(answer(asked, seen))
+            if i == 0:
+                found["model", ""] = first_tensor(run.output).detach()
+            if first.indexed:
+                found["chosen", ""] = mine.meant(run.output)
+            named |= {(i, *field): t for field, t in found.items()}
         fields[:] = named
         return [*named.values()]
 
@@ -200,7 +219,11 @@ def traced(first: Shown, target: Any, free: Sequence[Axes]) -> Flat:
     graph = settled(graph)
     fixed = not free or sizes.guards  # something was decided by the size of the batch
     batch, behind = (first.output.shape[0] if fixed else 0), tuple(first.output.shape[1:])
-    return Flat(graph, tuple(attributes), first.indexed, tuple(fields), behind, batch, first.like)
+    return Flat(graph, tuple(attributes), first.indexed, targets, tuple(fields), behind, batch, first.like)
+
+
+def _chosen(index: Tensor, targets: int) -> list[Any]:
+    return [Chosen(i, targets) for i in (index.unbind(1) if targets > 1 else [index])]
 
 
 def _call(first: Shown) -> tuple[CapturedModule, list[Any], pytree.TreeSpec]:

@@ -91,13 +91,13 @@ def test_every_kind(name: str) -> None:
 
 def test_a_forward_that_differs_in_a_bit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = tiny()
-    read = Flat.answer
+    read = Flat.answers
 
     def other(*given: Any) -> Any:
-        answer, chosen, output = read(*given)
-        return answer, chosen, torch.nextafter(output, output + 1)
+        answers, output = read(*given)
+        return answers, torch.nextafter(output, output + 1)
 
-    monkeypatch.setattr(Flat, "answer", other)
+    monkeypatch.setattr(Flat, "answers", other)
     with pytest.raises(VerificationError, match=r"differs from the model's, by .* at most"):
         lg.program(model, x)
 
@@ -208,6 +208,60 @@ def test_refusals() -> None:
         program.save("program.onnx", x)
 
 
+@pytest.mark.parametrize("method", ["input_x_gradient", "fullgrad_plus", "genatt"])
+def test_several_targets_in_one_graph(method: str) -> None:
+    """As one by one: given ones, the largest entries, and both; of any batch, and of one sample."""
+    model, x = tiny()
+    program = lg.program(model, x, method=method, targets=3)
+    for batch in (x, x[:2], x[:1]):
+        ranks = model(batch).topk(3, 1).indices.T.tolist()
+        for asked, meant in ((None, ranks), ([4, -5, 2], [4, 0, 2]), ([1, None, None], [1, *ranks[:2]])):
+            found = program.each(batch, asked)
+            want = [lg.attribute(model, batch, target, method=method) for target in meant]
+            for mine, theirs in zip(found, want, strict=True):
+                alike(mine, theirs)
+            assert [f.target for f in found] == [
+                tuple((t,) for t in ([m] * len(batch) if isinstance(m, int) else m)) for m in meant
+            ]
+    assert len(program._kept) == 2
+
+
+def test_several_targets_of_more_axes() -> None:
+    made, inputs, _, _ = asked("llama")
+    program = lg.program(made.model, inputs, targets=2)
+    shape = program.fitting(inputs).flat.sizes
+    targets = [[tuple(0 for _ in shape), tuple(n - 1 for n in shape)], tuple(n // 2 for n in shape)]
+    for mine, target in zip(program.each(inputs, targets), targets, strict=True):
+        alike(mine, lg.attribute(made.model, inputs, target, method="input_x_gradient"), 1e-6)
+
+
+def test_several_targets_that_do_not_fit() -> None:
+    model, x = tiny()
+    with pytest.raises(InputError, match="6 targets of an output with 5 entries"):
+        lg.program(model, x, targets=6)
+    with pytest.raises(InputError, match="how many a call explains"):
+        lg.program(model, x, targets=0)
+    with pytest.raises(InputError, match="how many a call explains"):
+        lg.program(model, x, targets=2, target=lambda y: y[:, 0])
+    program = lg.program(model, x, targets=2)
+    with pytest.raises(InputError, match=r"call each\(inputs, targets\)"):
+        program(x, 1)
+    with pytest.raises(InputError, match="a list of 2 targets"):
+        program.each(x, [1])
+
+
+def test_several_targets_are_saved(tmp_path: Path) -> None:
+    model, x = tiny()
+    program = lg.program(model, x, method="fullgrad_plus", targets=2)
+    assert program.signature(x)["target"] == "int64 (B, 2)"
+    found = saved(program, x, [x, torch.tensor([[0, -1], [1, -2], [4, 4]])], tmp_path)
+    ranks = model(x).topk(2, 1).indices
+    meant = {"values": [0, 1, 4], "target_2.values": [int(ranks[0, 0]), int(ranks[1, 1]), 4]}
+    for values, target in meant.items():
+        want = lg.attribute(model, x, target)
+        torch.testing.assert_close(found[values], want.values, rtol=1e-12, atol=1e-14)
+
+
 BARE = """
 import sys, torch
 assert not any("libragrad" in path for path in sys.path)
@@ -250,7 +304,7 @@ def test_every_kind_is_saved(name: str, tmp_path: Path) -> None:
     program = lg.program(made.model, inputs, target=fixed)
     leaves = [t for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
     kept = program.fitting(inputs).flat
-    index = [kept.index(target, leaves)] if kept.indexed else []
+    index = [kept.index([target], leaves)] if kept.indexed else []
     found = saved(program, inputs, [*leaves, *index], tmp_path)
     want = program(inputs, target)
     top = float(want.values.abs().max())
