@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
@@ -81,14 +82,14 @@ def _torchvision(name: str) -> nn.Module:
 
 
 class _Decoder(nn.Module):
-    """A Llama of 8 layers of 512, from its input embeddings to the logits of the last token."""
+    """A Llama, from its input embeddings to the logits of the last token."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int, width: int, hidden: int, count: int, vocabulary: int) -> None:
         super().__init__()
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
-        heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8000}
+        sizes = {"hidden_size": width, "intermediate_size": hidden, "num_hidden_layers": depth}
+        heads = {"num_attention_heads": count, "num_key_value_heads": count // 2, "vocab_size": vocabulary}
         self.llama = LlamaForCausalLM(LlamaConfig(**sizes, **heads, use_cache=False))  # type: ignore[arg-type]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -107,7 +108,7 @@ def _cases() -> Iterator[Case]:
     tv = functools.partial(Case, make=lambda: _torchvision("vit_b_16"), shape=image(4))
     yield tv("torchvision/vit_b_16")
     yield tv("torchvision/vit_b_16, parameters that require grad", frozen=False)
-    yield Case("llama 8x512, 256 tokens", _Decoder, (2, 256, 512))
+    yield Case("llama 8x512, 256 tokens", lambda: _Decoder(8, 512, 1408, 8, 8000), (2, 256, 512))
     for size in (256, 512, 1024, 1440):
         tokens = (size // 16) ** 2
         make = functools.partial(
@@ -133,6 +134,8 @@ def _gpu_cases() -> Iterator[Case]:
             _timm, "vit_small_patch16_224", img_size=size, class_token=False, global_pool="avg"
         )
         yield Case(f"vit_small, {(size // 16) ** 2} tokens, batch {batch}", make, (batch, 3, size, size))
+    llama = functools.partial(_Decoder, 16, 2048, 8192, 32, 32000)  # 1.1 billion parameters
+    yield Case("llama 16x2048, 2048 tokens, batch 4", llama, (4, 2048, 2048))
 
 
 # --- the authors' arithmetic: the value of f and the gradient of g, as cst(f) + (g - cst(g))
@@ -302,6 +305,16 @@ def _program_of(gm: Any, inputs: Any) -> Side:
     return lambda x: made(inputs, target)
 
 
+def dry(case: Case, dtype: torch.dtype) -> str:
+    """A case without its device: model, input and output as shapes."""
+    with torch.device("meta"):
+        model = case.make().eval().to(dtype)
+    with torch.device("meta"), FakeTensorMode(allow_non_fake_inputs=True):
+        y = first_tensor(model(torch.empty(case.shape, dtype=dtype)))
+    weights = sum(p.numel() for p in model.parameters())
+    return f"{case.name}: {case.shape} -> {tuple(y.shape)}, {weights / 1e6:.0f} million parameters"
+
+
 def _apart(case: Case, options: argparse.Namespace) -> list[Cost]:
     """``run`` in a process of its own, which is ended when its time is up; no costs if it fails."""
     context = multiprocessing.get_context("fork")
@@ -420,6 +433,7 @@ def main() -> None:
         "--mode", choices=("eager", "compiled", "program", "transform", "sample", "suite"), default="eager"
     )
     parser.add_argument("--limit", type=int, default=120)
+    parser.add_argument("--dry", action="store_true", help="only build the cases, as shapes")
     parser.add_argument("--method", default="input_x_gradient", help="of programs")
     parser.add_argument("--compile", action="store_true", help="compiled programs and models too: minutes")
     options = parser.parse_args()
@@ -431,7 +445,9 @@ def main() -> None:
     own = _gpu_cases if options.device.startswith("cuda") else _cases
     every = of_suites if options.mode in ("sample", "suite") else own()
     cases = [c for c in every if fnmatch.fnmatch(c.name, options.only)]
-    for case in tqdm(cases, unit="case"):
+    for case in cases if options.dry else ():
+        print(dry(case, getattr(torch, options.dtype)))
+    for case in () if options.dry else tqdm(cases, unit="case"):
         costs = (_apart if options.mode == "suite" else run)(case, options)
         tqdm.write("\n".join([f"\n{case.name}", HEAD, *(c.against(costs[0]) for c in costs)]))
         mode = f"program, {options.method}" if options.mode == "program" else options.mode
