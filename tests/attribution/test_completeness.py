@@ -76,3 +76,16 @@ def test_a_batch_is_each_sample_by_every_method(name: str) -> None:
                 scale = max(float(alone.abs().max()), 1e-3)  # behind a norm, gradients add up to zero
                 assert float((alone - within).abs().max()) < SINGLE.get(name, 1e-10) * scale, (method, i)
     assert answered >= 13
+
+
+def test_the_error_of_a_llama_is_that_of_its_norms() -> None:
+    """transformers rounds to float32 inside its norms; with PyTorch's, in float64, FullGrad is complete."""
+    model, _ = made("llama")
+    for path, norm in [*model.model.named_modules()]:
+        if type(norm).__name__ == "LlamaRMSNorm":
+            own = torch.nn.RMSNorm(norm.weight.shape[0], eps=norm.variance_epsilon, dtype=norm.weight.dtype)
+            own.load_state_dict(norm.state_dict())
+            parent, _, name = path.rpartition(".")
+            setattr(model.model.get_submodule(parent), name, own)
+    found = lg.attribute(model.model.eval(), model.inputs, model.target, method="fullgrad")
+    assert float((found.completeness_error / found.expected).abs().max()) < 1e-12
