@@ -1,28 +1,35 @@
 """Backward steps that a GPU does in one kernel, as ops that a tracer sees.
 
 Each op has a form in PyTorch's own ops, its reference: compilers fuse that, exported files hold it, and
-devices without Triton run it. On an NVIDIA GPU the op is one Triton kernel (``launch``).
+devices without Triton run it. On an NVIDIA GPU the op is one Triton kernel (``launch``). Before its first
+use each kernel is tried there beside its reference. If one fails, none is used, and a warning says why.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 NAMESPACE = "libragrad_fx"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 PLAIN: dict[Any, Callable[..., torch.Tensor]] = {}
 """Each op, and its form in PyTorch's ops."""
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Trial = Callable[[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]]
+TRIALS: list[Trial] = []
+"""What a kernel gives on a device, and what it should."""
+_NEAR = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+"""How far a kernel may be from its reference, of the largest value."""
 
 
 def kernel(
     schema: str, plain: Callable[..., torch.Tensor], shape: Callable[..., torch.Tensor],
-    cpu: Callable[..., torch.Tensor] | None = None,
+    sample: Callable[[torch.Tensor], tuple[Any, ...]], cpu: Callable[..., torch.Tensor] | None = None,
 ) -> Any:  # fmt: skip
     """Register an op.
 
@@ -30,6 +37,7 @@ def kernel(
         schema: its name and arguments; the function of ``launch`` of this name is its kernel.
         plain: the same in PyTorch's ops.
         shape: an empty result, of the arguments.
+        sample: arguments to try the kernel with, made of a tensor (2, 4, 32, 16).
         cpu: what runs on other devices, if not ``plain``.
     """
     name = schema.partition("(")[0]
@@ -38,8 +46,15 @@ def kernel(
     def launched(*args: Any) -> torch.Tensor:
         from libragrad_fx.kernels import launch  # Triton, and only where there is a GPU
 
-        found: torch.Tensor = getattr(launch, name)(*args)
+        run = getattr(launch, name) if on_gpu(args[0]) else plain
+        found: torch.Tensor = run(*args)
         return found
+
+    def trial(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        from libragrad_fx.kernels import launch
+
+        args = sample(some(device, dtype))
+        return getattr(launch, name)(*args), plain(*args)
 
     LIBRARY.impl(name, cpu or plain, "CompositeExplicitAutograd")
     if _triton():
@@ -47,12 +62,45 @@ def kernel(
     torch.library.register_fake(f"{NAMESPACE}::{name}", shape, lib=LIBRARY)
     op = getattr(torch.ops.libragrad_fx, name).default
     PLAIN[op] = plain
+    TRIALS.append(trial)
     return op
+
+
+def some(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(2, 4, 32, 16), numbers between -1 and 1."""
+    return torch.arange(2 * 4 * 32 * 16, device=device).mul(0.7).sin().view(2, 4, 32, 16).to(dtype)
 
 
 def on_gpu(x: torch.Tensor) -> bool:
     """Whether there are kernels for a tensor of this device and dtype."""
-    return x.is_cuda and x.dtype in _DTYPES and _triton() and _is_recent(x.device.index or 0)
+    if not (x.is_cuda and x.dtype in _NEAR and _triton()):
+        return False
+    device = x.device.index if x.device.index is not None else torch.cuda.current_device()
+    return _is_recent(device) and works(torch.device("cuda", device), x.dtype)
+
+
+@functools.cache
+def works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether each kernel gives what it should on a device; a warning names the first that does not."""
+    for trial in TRIALS:
+        why = _tried(trial, device, dtype)
+        if why:
+            warnings.warn(
+                f"libragrad_fx runs without its kernels for {device} and {dtype}: {why}", stacklevel=2
+            )
+            return False
+    return True
+
+
+def _tried(trial: Trial, device: torch.device, dtype: torch.dtype) -> str:
+    """Why a kernel is not to be used; empty if it works."""
+    try:
+        with _disable_current_modes(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            found, want = (t.double() for t in trial(device, dtype))
+            far = float((found - want).abs().max() / want.abs().max())
+    except Exception as e:  # whatever a compiler, a driver or a device says
+        return f"{type(e).__name__}: {e}"
+    return "" if far <= _NEAR[dtype] else f"a kernel is {far:.1g} of its largest value away"
 
 
 @functools.cache

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
+from libragrad_fx.kernels import TRIALS, some
+
 aten = torch.ops.aten
 FUSED = {
     SDPBackend.FLASH_ATTENTION: aten._scaled_dot_product_flash_attention.default,
@@ -36,6 +38,23 @@ def fused(backend: SDPBackend) -> Any:
         return out, lse.flatten(2)[..., : query.shape[2]]  # padded, or with an axis of one number
 
     return forward
+
+
+def _trial(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel that PyTorch picks, by its name and as PyTorch calls it: (output, log-sum-exp)."""
+    q = some(device, dtype)
+    chosen = SDPBackend(torch._fused_sdp_choice(q, q, q))
+    if chosen not in FUSED or not q.is_cuda:
+        return q, q
+    out, lse = fused(chosen)(q, q, q)
+    want = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    scores = q.double() @ q.double().mT / math.sqrt(q.shape[-1])
+    both = [torch.cat([o.double(), s.double()[..., None]], -1) for o, s in
+            ((out, lse), (want, scores.logsumexp(-1)))]  # fmt: skip
+    return both[0], both[1]
+
+
+TRIALS.append(_trial)
 
 
 def _aligned(bias: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -95,7 +95,7 @@ def _or_gate(made: Any, op: torch._ops.OpOverload, stream: str) -> Callable[...,
 
     def either(made: Callable[..., Any]) -> Any:
         def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            return (held if on_gpu(x) and eager_or_traced(x) else made)(x, *args, **kwargs)
+            return (held if eager_or_traced(x) and on_gpu(x) else made)(x, *args, **kwargs)
 
         return functools.update_wrapper(call, made)  # with the attributes of a twin
 

@@ -161,10 +161,15 @@ def _value_shape(g: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: An
     return g.new_empty((*key.shape[:3], g.shape[-1]))
 
 
+def _value_sample(x: torch.Tensor) -> tuple[Any, ...]:
+    lse = torch.logsumexp(x.double() @ x.double().mT / math.sqrt(x.shape[-1]), -1)
+    return x, x, x, None, lse.to(torch.float32), False, None
+
+
 attention_value = kernel(
     "attention_value(Tensor g, Tensor query, Tensor key, Tensor? attn_mask, Tensor lse, bool is_causal,"
     " float? scale) -> Tensor",
-    written_out, _value_shape, cpu=_value_gradient,
+    written_out, _value_shape, _value_sample, cpu=_value_gradient,
 )  # fmt: skip
 """dV as one op: (B, key heads, keys, features of v)."""
 

@@ -45,7 +45,7 @@ def _of_input(
     g: torch.Tensor, weight: torch.Tensor | None, rstd: torch.Tensor, axes: Axes, centred: bool
 ) -> torch.Tensor:
     """The gradient of the input of a norm over the last axes."""
-    if axes == (-1,) and on_gpu(g) and g.shape[-1] <= _WIDEST and eager_or_traced(g):
+    if axes == (-1,) and g.shape[-1] <= _WIDEST and eager_or_traced(g) and on_gpu(g):
         return norm_gradient(g, weight, rstd, centred)
     u = _weighted(g, weight)
     return _pull(u, rstd, axes) if centred else times_(u, rstd)

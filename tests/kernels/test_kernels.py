@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="triton is not installed")
 
-from libragrad_fx.kernels import PLAIN, launch  # noqa: E402
+from libragrad_fx import kernels  # noqa: E402
+from libragrad_fx.kernels import PLAIN, TRIALS, launch  # noqa: E402
 from libragrad_fx.kernels.pointwise import gelu_gate, norm_gradient  # noqa: E402
 from libragrad_fx.ops.attention import attention_value  # noqa: E402
 
@@ -108,3 +110,46 @@ def test_the_log_sum_exp_is_that_of_attention(causal: bool) -> None:
     v = rand(2, 2, 24, 16).requires_grad_()
     (want,) = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=causal), v, g)
     torch.testing.assert_close(launch.attention_value(*args), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT])
+@pytest.mark.parametrize("trial", TRIALS, ids=range(len(TRIALS)))
+def test_the_trials_pass(trial: Any, dtype: torch.dtype) -> None:
+    found, want = trial(torch.device(DEVICE), dtype)
+    assert found.shape == want.shape
+    assert kernels._tried(trial, torch.device(DEVICE), dtype) == ""
+
+
+def crashes(device: torch.device, dtype: torch.dtype) -> Any:
+    raise RuntimeError("no such instruction")
+
+
+def a_wrong_one(device: torch.device, dtype: torch.dtype) -> Any:
+    x = kernels.some(device, dtype)
+    return x * 1.1, x
+
+
+def nothing(device: torch.device, dtype: torch.dtype) -> Any:
+    x = kernels.some(device, dtype)
+    return x * torch.nan, x
+
+
+@pytest.mark.parametrize(
+    ("trial", "why"),
+    [(crashes, "RuntimeError: no such instruction"), (a_wrong_one, "0.1 of its largest"), (nothing, "nan")],
+)
+def test_a_kernel_that_fails_is_not_used(trial: Any, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.works.cache_clear()
+    monkeypatch.setattr(kernels, "TRIALS", [*TRIALS, trial])
+    with pytest.warns(UserWarning, match=f"without its kernels for {DEVICE}.*{why}"):
+        assert not kernels.works(torch.device(DEVICE), torch.float32)
+    assert not kernels.works(torch.device(DEVICE), torch.float32)  # tried once, said once
+    kernels.works.cache_clear()
+    monkeypatch.undo()
+    assert kernels.works(torch.device(DEVICE), torch.float32)
+
+
+def test_a_trial_runs_on_real_tensors_under_a_tracer() -> None:
+    kernels.works.cache_clear()
+    with FakeTensorMode():
+        assert kernels.works(torch.device(DEVICE), torch.float32)
