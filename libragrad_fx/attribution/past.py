@@ -47,9 +47,13 @@ class Apart(Observer):
         self.reads, self.seen = {n: [m for k, m in reads if k is n] for n, _ in reads}, dict[Read, Any]()
 
     def run_node(self, n: Node) -> Any:
-        own = {m: y for m in self.reads.get(n, ()) if isinstance(y := self.env[m], torch.Tensor)}
+        mine, read = self.reads.get(n, ()), n.all_input_nodes
+        own = {m: y for m in mine if m in read and isinstance(y := self.env[m], torch.Tensor)}
         for m, y in own.items():
             self.seen[n, m] = self.env[m] = y.view_as(y)
         found = super().run_node(n)
         self.env.update(own)
+        for m in mine:
+            if m not in read:  # one of several tensors that a module returned: the node is ``m`` itself
+                self.seen[n, m] = found = found.view_as(found)
         return found

@@ -549,7 +549,7 @@ _LINEAR = {op for op in _RULES if op not in _ADDING}
 def without_zeros(traced: GraphModule, inputs: Sequence[Tensor]) -> GraphModule:
     """The same computation, without zeros that nobody needs. ``inputs``: fake ones, to trace it with."""
     if any(_writes(n.target) for n in traced.graph.nodes):
-        with enable_python_dispatcher():
+        with torch._C._AutoDispatchBelowAutograd(), enable_python_dispatcher():
             traced = make_fx(torch.func.functionalize(traced, remove="mutations"))(*inputs)
     traced.graph.eliminate_dead_code()
     made = make_fx(lambda *given: Zeros(traced).run(*given))(*inputs)

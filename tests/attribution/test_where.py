@@ -226,3 +226,51 @@ def test_of_a_branch_what_leads_past_it_is_known() -> None:
     torch.testing.assert_close(plain.expected, want)
     first = lg.attribute(gm, x, 1, method="fullgrad", layers=["stem"])
     assert float(first.completeness_error.max()) < 1e-12
+
+
+class Backbone(nn.Module):
+    """Two blocks; gives what is in front of them too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 8)
+        self.layers = nn.ModuleList([Residual(), Residual()])
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        early = late = self.stem(x)
+        for layer in self.layers:
+            late = layer(late)
+        return early, late
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.fc(x).relu()
+
+
+class Pyramid(nn.Module):
+    """Reads both of what its backbone gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = Backbone(), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.cat(self.backbone(x), -1).mean(1))
+
+
+def test_one_of_several_results_may_lead_past_the_blocks() -> None:
+    """FullGrad+ adds up to the output less what comes from the stem, by hand ⟨stem, ∂f/∂early⟩."""
+    model, x = Pyramid().double().eval(), torch.randn(2, 5, 4, dtype=F64)
+    gm = lg.transform(model, x)
+    stem, head = model.backbone.stem, model.head
+    past = ((x @ stem.weight.mT + stem.bias).mean(1) @ head.weight[1, :8]).detach()
+    found = lg.attribute(gm, x, 1, layers=["backbone.layers.1"])
+    torch.testing.assert_close(found.expected, (model(x)[:, 1] - past).detach())
+    torch.testing.assert_close(found.total, found.expected)
+    whole = lg.attribute(gm, x, 1)
+    torch.testing.assert_close(whole.total, whole.expected)
