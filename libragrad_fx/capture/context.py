@@ -34,21 +34,30 @@ class Call:
 
 
 @contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No logs: PyTorch's tracers log a failure with its whole graph. An error says it once."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextlib.contextmanager
 def export_state() -> Iterator[None]:
     """Grad mode on, autocast off, no fused inference path: the graph of a forward under autograd."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    quiet = logging.root.manager.disable
     torch.backends.mha.set_fastpath_enabled(False)
-    logging.disable(logging.CRITICAL)  # a failing export logs its whole graph
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(quiet())
             for device in ("cpu", "cuda"):  # a surrounding autocast's casts are not the model's
                 stack.enter_context(torch.autocast(device, enabled=False))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             yield
     finally:
-        logging.disable(quiet)
         torch.backends.mha.set_fastpath_enabled(fast)
 
 

@@ -222,7 +222,12 @@ class Program:
         if not self.targets <= entries:
             raise InputError(f"{self.targets} targets of an output with {entries} entries for each sample")
         for free in (batch_axes(module, call), ()):  # with a free batch PyTorch may choose other kernels
-            made = traced(first, self.target, self.targets, free)
+            try:
+                made = traced(first, self.target, self.targets, free)
+            except RuntimeError:  # or has none
+                if free:
+                    continue
+                raise
             run = Runs(made.graph, self.mode, len(made.paths), made.fields.index((0, "values", "")))
             kept = _Kept(module, made, run, 0.0)
             given = kept.given(call, [(0,) * len(made.sizes)] * self.targets)

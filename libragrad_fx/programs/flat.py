@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._decomp import get_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -25,6 +24,7 @@ from libragrad_fx.account.observe import source_name
 from libragrad_fx.attribution import Attribution, formulas
 from libragrad_fx.attribution.internals import Known
 from libragrad_fx.attribution.methods import Question, answer, one_of_several, questions
+from libragrad_fx.capture.context import quiet
 from libragrad_fx.capture.normal import paths_of
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule, one_graph
@@ -36,8 +36,6 @@ from libragrad_fx.target import Arguments, as_call, first_tensor, rows_of
 
 Tensor = torch.Tensor
 Axes = Collection[int]
-_DECOMPOSED: Any = get_decompositions([torch.ops.aten.constant_pad_nd])
-"""Ops that PyTorch cannot run on fake tensors of a free size."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +145,8 @@ def shown(module: CapturedModule, inputs: Any, target: Any, **options: Any) -> S
         InputError: the method, or the model, cannot be one graph of one forward and backward.
     """
     ((asked, meant, _),) = questions(module, inputs, lambda output: [_first(output, target)], **options)
+    if not isinstance(asked.module, CapturedModule):
+        raise InputError("this model is captured in several graphs: it has no program. Use attribute()")
     if asked.how.path or asked.how.terms is formulas.random:
         raise InputError(
             f"{asked.method} is no arithmetic on one forward and backward, as a program is: use"
@@ -212,8 +212,8 @@ def traced(first: Shown, target: Any, targets: int, free: Sequence[Axes]) -> Fla
         fields[:] = named
         return [*named.values()]
 
-    with mode:
-        graph = make_fx(explained, _DECOMPOSED)(*fakes)
+    with quiet(), mode:
+        graph = make_fx(explained)(*fakes)
         with torch.no_grad():
             graph = without_zeros(graph, fakes)
     graph = settled(graph)
@@ -240,6 +240,8 @@ def _attributes(module: CapturedModule) -> dict[str, Tensor]:
 
 def batch_axes(module: CapturedModule, inputs: Any) -> tuple[Axes, ...]:
     """Of each tensor of a call, its axes that are as long as the batch; () if the graph fixes that."""
+    if not isinstance(module, CapturedModule):  # several graphs: there will be no program
+        return ()
     guards = module.graph.find_nodes(op="call_function", target=insert.guard)
     shapes: dict[Any, Any] = {source_name(n): n.args[2] for n in guards}
     batch = next((s[0] for s in shapes.values() if s and isinstance(s[0], str)), None)

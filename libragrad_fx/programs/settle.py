@@ -9,6 +9,8 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from libragrad_fx.graph.schema import is_elementwise
+
 aten = torch.ops.aten
 _RESHAPES = {aten.view.default, aten._unsafe_view.default}
 _SAME = {*_RESHAPES, aten.alias.default, aten.detach.default, aten.slice.Tensor, aten.expand.default}
@@ -61,19 +63,26 @@ def _one_size(made: GraphModule) -> None:
 
 
 def _shorten(node: Node) -> None:
-    """A view of a view is one view; a view that changes nothing, or a transpose undone, is no op."""
+    """A view of a view is one view. A view that changes nothing, a transpose undone, or a copy for ops that
+    do not need it, is no op."""
     x: Any = node.args[0] if node.op == "call_function" and node.args else None
     if not isinstance(x, Node):
         return
     if node.target in _RESHAPES and x.target in _RESHAPES:
         node.args = (x := x.args[0], *node.args[1:])
+    copied = node.target is aten.clone.default and x.target is aten.expand.default
     same: Any = None
-    if node.target in _SAME and _shape(x) == _shape(node):
+    if (node.target in _SAME and _shape(x) == _shape(node)) or (copied and _only_pointwise(node)):
         same = x
     elif node.target in _TURNS and x.target is node.target:
         same = x.args[0]
     if same is not None and not any(user.op == "output" for user in node.users):
         node.replace_all_uses_with(same)
+
+
+def _only_pointwise(node: Node) -> bool:
+    """Whether a tensor is read element by element alone, so that it need not lie dense."""
+    return all(_only_pointwise(u) if u.target in _RESHAPES else is_elementwise(u) for u in node.users)
 
 
 def _shape(node: Node) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
+from torch._prims_common import suggest_memory_format
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true as known
@@ -195,10 +196,11 @@ def _plus(op: Any, a: Any, b: Any, **kwargs: Any) -> Any:
 
 @_rule(aten.addmm.default)
 def _affine(op: Any, bias: Any, a: Any, b: Any, **kwargs: Any) -> Any:
-    """A linear layer of zeros is its bias."""
+    """A linear layer of zeros is its bias. It lies in memory as the layer's result: kernels that read it
+    round by how it lies."""
     if kwargs or isinstance(bias, Part) or not any(map(_is_nothing, (a, b))):
         return None
-    return bias.expand(a.shape[0], b.shape[1])
+    return bias.expand(a.shape[0], b.shape[1]).clone(memory_format=torch.contiguous_format)
 
 
 @_rule(aten.convolution.default)
@@ -206,7 +208,10 @@ def _convolution(op: Any, x: Any, weight: Any, bias: Any, *how: Any) -> Any:
     if not _is_nothing(x) or isinstance(weight, Part):
         return None
     y = op(x.whole, weight, bias, *how)  # for its shape
-    return _nothing(y) if bias is None else bias.view(-1, *[1] * (y.ndim - 2)).expand(y.shape)
+    if bias is None:
+        return _nothing(y)
+    whole = bias.view(-1, *[1] * (y.ndim - 2)).expand(y.shape)
+    return whole.clone(memory_format=suggest_memory_format(y))
 
 
 @_rule(aten.native_layer_norm.default)

@@ -102,6 +102,68 @@ def test_a_forward_that_differs_in_a_bit_is_refused(monkeypatch: pytest.MonkeyPa
         lg.program(model, x)
 
 
+class Alibi(nn.Module):
+    """PyTorch has no ``baddbmm`` for a free size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slopes, self.head = nn.Parameter(torch.randn(1, 1, 6)), nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(2).mT.reshape(-1, 6, 4)
+        p = torch.baddbmm(self.slopes, x, x.mT, alpha=0.5).softmax(-1)
+        return self.head((p @ x).mean(1))
+
+
+class Resized(nn.Module):
+    """PyTorch writes the mean of a pool in place, and has the resize as an op and as many: other bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(36, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x.reshape(-1, 1, 4, 6)).to(memory_format=torch.channels_last)
+        pooled = nn.functional.adaptive_avg_pool2d(x, 1)
+        return self.head((nn.functional.interpolate(x, size=(3, 3), mode="bilinear") + pooled).flatten(1))
+
+
+class Queries(nn.Module):
+    """Attention to what is made of zeros, as a detector's first: its values lie dense, or bits change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.randn(5, 16))
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+        self.read, self.head = nn.Linear(4, 16), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        at = self.place.expand(len(x), -1, -1)
+        none = torch.zeros_like(at)
+        q, k, v = (f(y).unflatten(-1, (2, 8)).transpose(1, 2) for f, y in
+                   ((self.q, none + at), (self.k, none + at), (self.v, none)))  # fmt: skip
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head((y + self.read(x.flatten(2).mT.reshape(-1, 6, 4)).mean(1, keepdim=True)).mean(1))
+
+
+@pytest.mark.parametrize("kind", [Alibi, Resized, Queries])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_forms_that_a_tracer_may_change(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = kind().eval().to(dtype), torch.randn(3, 2, 3, 4, dtype=dtype)
+    for method in ("input_x_gradient", "fullgrad"):
+        program = lg.program(model, x, method=method)  # to the bit, or it is refused
+        for batch in (x, x[:2]):
+            want = lg.attribute(model, batch, 1, method=method)
+            alike(program(batch, 1), want, 1e-6 if dtype is torch.float32 else NEAR)
+
+
+def test_models_in_several_graphs_have_no_program() -> None:
+    made = small("vilt")
+    with pytest.raises(InputError, match=r"it has no program. Use attribute\(\)"):
+        lg.program(made.model, made.inputs)
+
+
 FAST_METHODS = ("input_x_gradient", "fullgrad_plus", "genatt")  # a gradient, constants, attention
 SINGLE = [name for name, how in METHODS.items() if not how.path and name != "random"]
 
