@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,12 @@ if not torch.cuda.is_available():
 
 # ``torch.manual_seed`` writes the stack down for each kind of device that is not there: milliseconds a test
 _seed_all = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: no collection of garbage has to look at these million objects again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
