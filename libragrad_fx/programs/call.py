@@ -115,6 +115,7 @@ class Program:
         return self._write("to_onnx", path, inputs)
 
     def _write(self, form: str, path: str | Path, inputs: Any) -> Path:
+        leave.require_ending(form, Path(path))  # before anything is traced
         call = self._batch(inputs).call
         kept = self.fitting(call)
         index = kept.flat.index(None, call) if kept.flat.indexed else None

@@ -18,7 +18,7 @@ from libragrad_fx.attribution import METHODS, maps
 from libragrad_fx.attribution.internals import run
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
-from tests.attribution.test_attribution import DEPTH, HEADS, SMALL, vit
+from tests.attribution.once import DEPTH, HEADS, SMALL, traced, transformed, vit
 from tests.between import fast_first
 
 F64 = torch.float64
@@ -192,8 +192,8 @@ def case(request: Any) -> tuple[CapturedModule, CapturedModule, Tensor, Seen]:
     """Written out and fused attention, of one model; and what hooks show of it."""
     torch.manual_seed(0)
     x = torch.randn(3, 3, 32, 32, dtype=F64)
-    make = lg.transform if request.param == "balanced" else lg.trace
-    written, fused = make(vit(fused=False), x), make(vit(), x)
+    make = transformed if request.param == "balanced" else traced
+    written, fused = make(fused=False), make()
     runs = vit(fused=False) if request.param == "plain" else written
     return written, fused, x, observed(vit(fused=False), x, runs)
 

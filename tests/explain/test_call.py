@@ -19,7 +19,7 @@ import libragrad_fx as lg
 from libragrad_fx.attribution import METHODS
 from libragrad_fx.errors import InputError, TargetWarning
 from libragrad_fx.explain import kept
-from tests.attribution.test_attribution import vit
+from tests.attribution.once import same_vit
 from tests.between import fast_first
 
 F64 = torch.float64
@@ -238,7 +238,7 @@ def test_a_target_that_no_map_adds_up_to_is_told(target: Any, curved: bool, imag
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    return vit()
+    return same_vit()
 
 
 @pytest.mark.parametrize("method", [*METHODS, "path_averaged(fullgrad_plus)"])

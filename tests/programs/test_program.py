@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -43,9 +44,20 @@ class Tiny(nn.Module):
         return self.head(x[:, 0])
 
 
-def tiny() -> tuple[nn.Module, torch.Tensor]:
+def fresh() -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     return Tiny().double().eval(), torch.randn(3, 3, 16, 16, dtype=F64)
+
+
+@functools.cache
+def tiny() -> tuple[nn.Module, torch.Tensor]:
+    """For tests that do not change it: it is captured once."""
+    return fresh()
+
+
+@functools.cache
+def plain() -> Program:
+    return lg.program(*tiny())
 
 
 def alike(got: lg.Attribution, want: lg.Attribution, near: float = NEAR) -> None:
@@ -150,8 +162,7 @@ def test_options(options: dict[str, Any]) -> None:
 
 
 def test_the_models_own_answer() -> None:
-    model, x = tiny()
-    program = lg.program(model, x)
+    (model, x), program = tiny(), plain()
     own = model(x).argmax(1)
     got = program(x)
     alike(got, lg.attribute(model, x, method="input_x_gradient"))
@@ -161,7 +172,7 @@ def test_the_models_own_answer() -> None:
 
 def test_parameters_are_the_models() -> None:
     """What is trained later counts, and nobody's gradients or buffers change."""
-    model, x = tiny()
+    model, x = fresh()
     program = lg.program(model, x)
     with torch.no_grad():
         model.head.weight.mul_(2)
@@ -182,8 +193,7 @@ def test_a_callable_is_part_of_the_graph() -> None:
 
 def test_one_row_is_all_that_a_class_token_costs() -> None:
     """The last block's tokenwise ops go back through one row, and attention through v alone."""
-    model, x = tiny()
-    graph = lg.program(model, x).graph(x).graph
+    graph = plain().graph(tiny()[1]).graph
     shapes = [tuple(n.meta["val"].shape) for n in graph.nodes if n.target is torch.ops.aten.mm.default]
     rows = [s[0].node.expr if isinstance(s[0], torch.SymInt) else s[0] for s in shapes]
     # the head, both layers of the MLP, attention's output
@@ -196,7 +206,7 @@ def test_refusals() -> None:
         lg.program(model, x, method="integrated_gradients")
     with pytest.raises(InputError, match="argument of each call"):
         lg.program(model, x, target=3)
-    program = lg.program(model, x)
+    program = plain()
     with pytest.raises(InputError, match="out of range"):
         program(x, 7)
     with pytest.raises(InputError, match="2 targets"):
