@@ -15,10 +15,10 @@ from libragrad_fx.errors import CutWarning
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it where it is imported
-
-
-# ``torch.manual_seed`` writes the stack down for each kind of device that is not there: milliseconds a test
-_seed_all = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+    # ``torch.manual_seed`` writes the stack down for each kind of device that is not there: a millisecond,
+    # many times a test
+    for _device in (torch.cuda.random, torch.xpu.random, torch.mtia):
+        _device._lazy_call = lambda *args, **kwargs: None
 
 
 def pytest_collection_finish() -> None:
@@ -29,7 +29,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    _seed_all(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture
