@@ -267,7 +267,7 @@ def test_what_is_returned_as_a_whole_has_all_its_rows() -> None:
     assert_same(gm, tokens())
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(place=st.integers(-N, N - 1), written=st.booleans(), post=st.booleans(), causal=st.booleans())
 def test_any_place(place: int, written: bool, post: bool, causal: bool) -> None:
     model = Reader(lambda x: x[:, place], written, post, causal, first=nn.Linear(C, C))
