@@ -22,9 +22,11 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays: no collection of garbage has to look at these million objects again."""
+    """What is imported stays: no collection of garbage has to look at these million objects again. And a
+    traced graph has so many that the usual 700 make a collection every few milliseconds."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000)
 
 
 @pytest.fixture(autouse=True)

@@ -197,8 +197,17 @@ READS = {
 
 
 @pytest.mark.parametrize(("post", "trained"), fast_first([(False, True), (True, False)], 1))
-@pytest.mark.parametrize("written", [False, True], ids=["fused", "written"])
-@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize(
+    ("read", "written"),
+    [
+        pytest.param(
+            read, written, id=f"{read}-{'written' if written else 'fused'}",
+            marks=pytest.mark.slow if written and read not in ("class token", "read twice") else (),
+        )
+        for read in READS
+        for written in (False, True)
+    ],
+)  # fmt: skip
 def test_one_token_is_read(read: str, written: bool, post: bool, trained: bool) -> None:
     """And of other batches than the example's as well."""
     model = Reader(READS[read], written, post, first=nn.Linear(C, C)).requires_grad_(trained)
