@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -14,15 +15,23 @@ from libragrad_fx.errors import CutWarning
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it where it is imported
+    # ``torch.manual_seed`` writes the stack down for each kind of device that is not there: a millisecond,
+    # many times a test
+    for _device in (torch.cuda.random, torch.xpu.random, torch.mtia):
+        _device._lazy_call = lambda *args, **kwargs: None
 
 
-# ``torch.manual_seed`` writes the stack down for each kind of device that is not there: milliseconds a test
-_seed_all = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+def pytest_collection_finish() -> None:
+    """What is imported stays: no collection of garbage has to look at these million objects again. And a
+    traced graph has so many that the usual 700 make a collection every few milliseconds."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000)
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    _seed_all(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -315,7 +315,8 @@ def _fact_row(values: dict[str, Any], where: Location) -> OpFacts:
         if not isinstance(values.get(key), (*types, type(None))) or values.get("op") is None:
             wanted = " or ".join(t.__name__ for t in types)
             raise RuleError(f"{where}: {key!r} must be of type {wanted}, got {values.get(key)!r}")
-    rest = {k: v for k, v in values.items() if k not in _LISTS}
+    said = {k: v for k, v in values.items() if v is not None or k == "why"}  # null is not said
+    rest = {k: v for k, v in said.items() if k not in _LISTS}
     row = OpFacts(**{**rest, **lists, "kind": _enum(Kind, values["kind"], where), "where": where})
     _check_schema(row)
     if row.vjp is not None and row.vjp not in TWINS:

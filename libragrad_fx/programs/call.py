@@ -162,6 +162,7 @@ class Program:
         return page.write(self, Path(path), inputs, Path(runtime), title, labels)
 
     def _write(self, form: str, path: str | Path, inputs: Any) -> Path:
+        leave.require_ending(form, Path(path))  # before anything is traced
         call = self._batch(inputs).call
         kept = self.fitting(call)
         given = kept.given(call, [None] * self.targets)

@@ -144,6 +144,11 @@ _FORMS = {
 }
 
 
+def require_ending(form: str, path: Path) -> None:
+    if path.suffix != _FORMS[form].ending:
+        raise InputError(f"{form} writes {_FORMS[form].ending}, got {path.name!r}")
+
+
 def write(
     form: str, path: Path, program: torch.export.ExportedProgram, given: Sequence[Tensor],
     want: Tensor, inputs: Sequence[str], outputs: Sequence[str],
@@ -151,12 +156,10 @@ def write(
     """Write the file, load it, run it, and compare its map with ``want``.
 
     Raises:
-        InputError: another ending, or a path that cannot be written.
+        InputError: a path that cannot be written.
         LibraGradError: an op that the format lacks, or a file that its own runtime does not load.
         VerificationError: another map than the program's.
     """
-    if path.suffix != _FORMS[form].ending:
-        raise InputError(f"{form} writes {_FORMS[form].ending}, got {path.name!r}")
     dtype = next((t.dtype for t in program.state_dict.values() if t.is_floating_point()), want.dtype)
     try:
         with writing(path):

@@ -74,11 +74,16 @@ def vit() -> tuple[torch.nn.Module, torch.Tensor]:
     return model, torch.randn(2, 3, 160, 160, dtype=torch.float64)
 
 
+@functools.cache
+def sides() -> tuple[Any, Any]:
+    """Balanced and plain; for tests that do not change them."""
+    return lg.transform(*vit()), lg.trace(*vit())
+
+
 @pytest.fixture(scope="module")
 def accounts() -> tuple[Ledger, Ledger, Certificate]:
-    model, x = vit()
-    gm = lg.transform(model, x)
-    return lg.audit(gm, x, 3), lg.audit(model, x, 3), lg.verify(model, gm, x, 3)
+    (model, x), (gm, plain) = vit(), sides()
+    return lg.audit(gm, x, 3), lg.audit(plain, x, 3), lg.verify(model, gm, x, 3)
 
 
 def test_every_row_and_every_boundary_closes(accounts: tuple[Ledger, Ledger, Certificate]) -> None:
@@ -92,7 +97,7 @@ def test_every_row_and_every_boundary_closes(accounts: tuple[Ledger, Ledger, Cer
         assert sum(r.sources for r in account.rows) == pytest.approx(account.input, abs=1e-12)
         lost = sum(r.residual for r in account.rows)
         assert account.output == pytest.approx(account.input + account.bias + lost, abs=1e-12)
-    assert [b.after for b in balanced.boundaries] == lg.blocks(lg.trace(*vit()))
+    assert [b.after for b in balanced.boundaries] == lg.blocks(sides()[1])
     assert all(b.error < 1e-12 for b in balanced.boundaries)
     assert max(b.error for b in plain.boundaries) > 1e-3
     assert certificate.boundaries == balanced.boundaries
@@ -101,8 +106,7 @@ def test_every_row_and_every_boundary_closes(accounts: tuple[Ledger, Ledger, Cer
 
 def test_the_target_is_a_row_of_the_account() -> None:
     """A probability as target is no linear reading of the outputs: its own row says so."""
-    model, x = vit()
-    account = lg.audit(lg.transform(model, x), x, lambda y: y.softmax(-1)[:, 3])
+    account = lg.audit(sides()[0], vit()[1], lambda y: y.softmax(-1)[:, 3])
     assert account.worst(1)[0].node == "output"
     assert account.rows[-1].op == "target"
 
@@ -202,8 +206,7 @@ def test_an_error_that_is_no_number_is_the_largest(accounts: tuple[Ledger, Ledge
 
 
 def test_a_broken_forward_is_measured() -> None:
-    model, x = vit()
-    gm = lg.transform(model, x)
+    (model, x), gm = vit(), sides()[0]
     with torch.no_grad():
         changed = timm.create_model("test_vit").double().eval()
         changed.load_state_dict(model.state_dict())

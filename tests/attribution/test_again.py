@@ -13,7 +13,8 @@ from torch import nn
 import libragrad_fx as lg
 from libragrad_fx.attribution import again
 from libragrad_fx.attribution.places import Locator
-from zoo.small import small
+from tests.attribution.once import captured
+from zoo.small import Small
 
 F64 = torch.float64
 
@@ -30,6 +31,12 @@ def followed(monkeypatch: pytest.MonkeyPatch) -> list[Locator]:
 
     monkeypatch.setattr(Locator, "__init__", noted)
     return found
+
+
+def swin() -> tuple[Small, Any]:
+    """A copy, which knows of no earlier test."""
+    made, gm = captured("swin")
+    return made, copy.deepcopy(gm)
 
 
 class Block(nn.Module):
@@ -99,8 +106,7 @@ def test_an_order_that_a_value_says_is_followed_anew(how: str, times: int, follo
 def test_sizes_say_where_things_lie(followed: list[Locator]) -> None:
     """The second call of a size follows nothing, and says the same to the bit; a copy starts afresh."""
     pytest.importorskip("timm")
-    made = small("swin")
-    gm = lg.transform(made.model, made.inputs)
+    made, gm = swin()
     first, second = (lg.attribute(gm, made.inputs, made.target) for _ in range(2))
     assert len(followed) == 1
     assert torch.equal(first.values, second.values)
@@ -119,8 +125,7 @@ def test_sizes_say_where_things_lie(followed: list[Locator]) -> None:
 def test_a_copy_is_explained_as_its_original(followed: list[Locator]) -> None:
     """It knows which rows are windows and which layers are stages, and keeps no places of its original."""
     pytest.importorskip("timm")
-    made = small("swin")
-    gm = lg.transform(made.model, made.inputs)
+    made, gm = swin()
     first = lg.attribute(gm, made.inputs, made.target, layers="stages")
     for count, other in enumerate((copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))), 2):
         found = lg.attribute(other, made.inputs, made.target, layers="stages")
@@ -141,8 +146,7 @@ def test_what_is_kept_does_not_grow(monkeypatch: pytest.MonkeyPatch, followed: l
 
 def test_places_in_windows_are_kept_for_one_sample() -> None:
     pytest.importorskip("timm")
-    made = small("swin")
-    gm = lg.transform(made.model, made.inputs)
+    made, gm = swin()
     many = made.inputs[:1].expand(7, -1, -1, -1)
     lg.attribute(gm, many, made.target)
     (kept,) = gm._located.values()

@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 import libragrad_fx as lg
 from libragrad_fx.attribution import maps
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.target import select_each
+from tests.attribution.once import traced, transformed
 
 F64 = torch.float64
-DEPTH, HEADS = 3, 2
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_classes": 5}
-
-
-def vit(fused: bool = True) -> nn.Module:
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", depth=DEPTH, num_heads=HEADS, **SMALL)
-    for p in model.parameters():
-        nn.init.normal_(p, 0, 0.2)
-    for block in model.blocks:
-        block.attn.fused_attn = fused
-    return model.double().eval()
 
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[CapturedModule, CapturedModule, torch.Tensor]:
-    model, x = vit(), torch.randn(3, 3, 32, 32, dtype=F64)
-    return lg.transform(model, x), lg.trace(model, x), x
+    return transformed(), traced(), torch.randn(3, 3, 32, 32, dtype=F64)
 
 
 def test_fullgrad_plus_is_complete_when_balanced(pair: tuple) -> None:

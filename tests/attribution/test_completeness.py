@@ -8,8 +8,9 @@ import torch
 import libragrad_fx as lg
 from libragrad_fx.attribution import METHODS
 from libragrad_fx.errors import InputError
+from tests.attribution.once import captured
 from tests.between import fast_first
-from zoo.small import SMALL, Small, samples, small
+from zoo.small import SMALL, Small, samples
 
 FAST = ["table", "tabular", "lstm", "gru", "series", "voxels", "shared"]
 CUT = {"vilt"}
@@ -21,10 +22,9 @@ EACH = [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in SM
 
 def made(name: str) -> tuple[Small, torch.nn.Module]:
     try:
-        found = small(name)
+        return captured(name)
     except ImportError as e:
         pytest.skip(str(e))
-    return found, lg.transform(found.model, found.inputs)
 
 
 @pytest.mark.parametrize("name", EACH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from libragrad_fx.attribution import METHODS, maps
 from libragrad_fx.attribution.internals import run
 from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule
-from tests.attribution.test_attribution import DEPTH, HEADS, SMALL, vit
+from tests.attribution.once import DEPTH, HEADS, SMALL, traced, transformed, vit
 from tests.between import fast_first
 
 F64 = torch.float64
@@ -160,14 +161,13 @@ class Tail(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
-@pytest.mark.parametrize("balanced", [False, True])
-def test_legrad_against_a_dense_reference(balanced: bool) -> None:
-    torch.manual_seed(0)
-    x, model = torch.randn(3, 3, 32, 32, dtype=F64), vit(fused=False)
-    make = lg.transform if balanced else lambda m, x: m
-    want = le_grad(model, make(model, x), make(Tail(model), torch.randn(3, TOKENS, 24, dtype=F64)), x)
-    for fused in (False, True):
-        module = (lg.transform if balanced else lg.trace)(vit(fused=fused), x)
+def test_legrad_against_a_dense_reference(case: Any) -> None:
+    written, fused, x, _ = case
+    model, tail = vit(fused=False), Tail(vit(fused=False))
+    if written.plan:
+        tail = lg.transform(tail, torch.randn(3, TOKENS, 24, dtype=F64))
+    want = le_grad(model, written if written.plan else model, tail, x)
+    for module in (written, fused):
         got = lg.attribute(module, x, TARGET, method="legrad")
         tokens = torch.cat([got.prefix, got.values.flatten(1)], 1)
         torch.testing.assert_close(tokens, want, rtol=1e-10, atol=1e-14)
@@ -192,9 +192,9 @@ def case(request: Any) -> tuple[CapturedModule, CapturedModule, Tensor, Seen]:
     """Written out and fused attention, of one model; and what hooks show of it."""
     torch.manual_seed(0)
     x = torch.randn(3, 3, 32, 32, dtype=F64)
-    make = lg.transform if request.param == "balanced" else lg.trace
-    written, fused = make(vit(fused=False), x), make(vit(), x)
-    runs = vit(fused=False) if request.param == "plain" else lg.transform(vit(fused=False), x)
+    make = transformed if request.param == "balanced" else traced
+    written, fused = make(fused=False), make()
+    runs = vit(fused=False) if request.param == "plain" else written
     return written, fused, x, observed(vit(fused=False), x, runs)
 
 
@@ -225,13 +225,12 @@ def test_fullgrad_and_skip_plus_are_sums_of_what_is_tested(case: Any) -> None:
     assert torch.equal(first.values, lg.attribute(module, x, TARGET, method="fullgrad").values)
 
 
-def test_fullgrad_is_complete_when_balanced() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(3, 3, 32, 32, dtype=F64)
-    module = lg.transform(vit(fused=False), x)
+def test_fullgrad_is_complete_when_balanced(case: Any) -> None:
+    """And only then."""
+    module, _, x, _ = case
     for method in ("fullgrad", "fullgrad_plus", "skip_plus"):
         found = lg.attribute(module, x, TARGET, method=method)
-        assert float(found.completeness_error.max()) <= 1e-11
+        assert (float(found.completeness_error.max()) <= 1e-11) is bool(module.plan)
 
 
 def test_smoothgrad_is_a_mean_of_gradients(case: Any) -> None:
@@ -277,12 +276,18 @@ class Cnn(nn.Module):
         return self.head(self.stages(self.stem(x)).mean((2, 3)))
 
 
+@functools.cache
+def cnn(balanced: bool) -> tuple[CapturedModule, Tensor]:
+    """For tests that do not change it."""
+    x = torch.randn(2, 3, 8, 8, dtype=F64)
+    return (lg.transform if balanced else lg.trace)(Cnn().double().eval(), x), x
+
+
 @pytest.mark.parametrize("name", CAPTUM)
 @pytest.mark.parametrize("balanced", [False, True])
 def test_against_captum(name: str, balanced: bool) -> None:
     """On a network without layer norms: one makes 1e4 of a rounding error near a baseline of zeros."""
-    model, x = Cnn().double().eval(), torch.randn(2, 3, 8, 8, dtype=F64)
-    module = (lg.transform if balanced else lg.trace)(model, x)
+    module, x = cnn(balanced)
     want = CAPTUM[name](module, x.clone().requires_grad_()).sum(1)
     got = lg.attribute(module, x, TARGET, method=name, resolution="pixels")
     torch.testing.assert_close(got.values, want.detach(), rtol=1e-10, atol=1e-12)
@@ -338,8 +343,7 @@ class Rest(nn.Module):
 
 @pytest.mark.parametrize("balanced", [False, True])
 def test_gradcam_against_captum(balanced: bool) -> None:
-    model, x = Cnn().double().eval(), torch.randn(2, 3, 8, 8, dtype=F64)
-    module = (lg.transform if balanced else lg.trace)(model, x)
+    module, x = cnn(balanced)
     layer = module.get_submodule("stages.1")  # its output is the input of the last block
     want = captum.attr.LayerGradCam(module, layer).attribute(x, target=TARGET)[:, 0]
     got = lg.attribute(module, x, TARGET, method="gradcam")
@@ -352,9 +356,9 @@ def test_gradcam_against_captum(balanced: bool) -> None:
 
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.attention])
 def test_a_model_without_attention_says_so(name: str) -> None:
-    model, x = Cnn().double().eval(), torch.randn(2, 3, 8, 8, dtype=F64)
+    module, x = cnn(True)
     with pytest.raises(InputError, match=f"{name} needs attention"):
-        lg.attribute(lg.transform(model, x), x, TARGET, method=name)
+        lg.attribute(module, x, TARGET, method=name)
 
 
 def test_windows_are_no_attention_over_tokens() -> None:
@@ -400,20 +404,32 @@ def test_no_such_method(name: Any, case: Any) -> None:
         lg.attribute(module, x, TARGET, method=name)
 
 
+class Layer(nn.Module):
+    """Attention and a residual: a third of the ops of PyTorch's encoder layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return x + self.proj(y.transpose(1, 2).flatten(2))
+
+
 class Reads(nn.Module):
-    """Two encoder layers, and what of their result is returned."""
+    """Two layers, and what of their result is returned."""
 
     def __init__(self, read: Callable[[Tensor], Tensor], causal: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.read, self.causal, self.head = read, causal, nn.Linear(8, 5)
-        layers = (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1) if self.causal else None
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril() if self.causal else None
         for layer in self.layers:
-            x = layer(x, src_mask=mask)
+            x = layer(x, mask)
         return self.read(self.head(x))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import libragrad_fx as lg
-from tests.attribution.test_attribution import vit
+from tests.attribution.once import vit
 
 F64 = torch.float64
 Tensor = torch.Tensor

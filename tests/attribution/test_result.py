@@ -11,7 +11,7 @@ import torch
 
 import libragrad_fx as lg
 from libragrad_fx.errors import InputError
-from tests.attribution.test_attribution import vit
+from tests.attribution.once import same_vit
 
 F64 = torch.float64
 
@@ -19,13 +19,13 @@ F64 = torch.float64
 @functools.cache
 def answer(method: str) -> lg.Attribution:
     torch.manual_seed(0)
-    return lg.attribute(vit(), torch.randn(2, 3, 32, 32, dtype=F64), [1, 0], method=method)
+    return lg.attribute(same_vit(), torch.randn(2, 3, 32, 32, dtype=F64), [1, 0], method=method)
 
 
 @pytest.fixture(scope="module")
 def found() -> lg.Attribution:
     torch.manual_seed(0)
-    return lg.attribute(vit(), torch.randn(3, 3, 32, 32, dtype=F64), [1, 0, 2])
+    return lg.attribute(same_vit(), torch.randn(3, 3, 32, 32, dtype=F64), [1, 0, 2])
 
 
 def same(a: lg.Attribution, b: lg.Attribution) -> None:

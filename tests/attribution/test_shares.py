@@ -13,8 +13,7 @@ from torch import nn
 import libragrad_fx as lg
 from libragrad_fx.attribution.internals import Run
 from libragrad_fx.errors import InputError
-from tests.attribution.test_attribution import vit
-from zoo.small import small
+from tests.attribution.once import captured, transformed
 
 F64 = torch.float64
 
@@ -80,8 +79,7 @@ SIX = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIX)
 def test_stages_and_pixels_of_the_families(name: str) -> None:
-    made = small(name)
-    gm = lg.transform(made.model, made.inputs)
+    made, gm = captured(name)
     found = lg.attribute(gm, made.inputs, made.target, method="fullgrad", layers="stages")
     assert [tuple(m.shape[1:]) for m in found.stages.values()] == SIX[name]
     for path in found.stages:
@@ -112,7 +110,7 @@ def hooked(gm: Any, paths: Sequence[str], x: torch.Tensor, target: int, given: b
 @pytest.mark.parametrize("fused", [False, True])
 def test_heads_share_what_their_attention_returns(fused: bool) -> None:
     x = torch.randn(3, 3, 32, 32, dtype=F64)
-    gm = lg.transform(vit(fused), x)
+    gm = transformed(fused)
     found = lg.attribute(gm, x, 2, by="head")
     paths = [f"blocks.{i}.attn" for i in range(3)]
     assert list(found.parts) == paths
@@ -123,8 +121,7 @@ def test_heads_share_what_their_attention_returns(fused: bool) -> None:
 
 def test_heads_of_windows_belong_to_their_samples() -> None:
     pytest.importorskip("timm")
-    made = small("swin")
-    gm = lg.transform(made.model, made.inputs)
+    made, gm = captured("swin")
     found = lg.attribute(gm, made.inputs, 1, by="head")
     paths = [f"layers.{i}.blocks.{j}.attn" for i in range(2) for j in range(2)]
     inputs = hooked(gm, [f"{p}.proj" for p in paths], made.inputs, 1, True)
@@ -135,7 +132,7 @@ def test_heads_of_windows_belong_to_their_samples() -> None:
 
 def test_blocks_add_to_the_stream() -> None:
     x = torch.randn(3, 3, 32, 32, dtype=F64)
-    gm = lg.transform(vit(), x)
+    gm = transformed()
     found = lg.attribute(gm, x, 2, by="block")
     paths = [f"blocks.{i}" for i in range(3)]
     before, behind = (hooked(gm, paths, x, 2, given) for given in (True, False))
@@ -146,7 +143,7 @@ def test_blocks_add_to_the_stream() -> None:
 @pytest.mark.parametrize("method", ["fullgrad", "fullgrad_plus", "skip_plus", "input_x_gradient"])
 def test_parts_of_modules_add_up_to_the_total(method: str) -> None:
     x = torch.randn(3, 3, 32, 32, dtype=F64)
-    gm = lg.transform(vit(), x)
+    gm = transformed()
     found = lg.attribute(gm, x, 2, method=method, by="module")
     torch.testing.assert_close(torch.stack([*found.parts.values()]).sum(0), found.total)
     assert method == "input_x_gradient" or "blocks.2.mlp.fc1" in found.parts

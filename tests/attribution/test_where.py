@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import libragrad_fx as lg
+from tests.attribution.once import captured
 from tests.between import fast_first
-from zoo.small import Recurrent, Small, samples, small
+from zoo.small import Recurrent, Small, samples
 
 F64 = torch.float64
 LIBRARIES = {"timesformer": "transformers", "videomae": "transformers", "swin": "timm"}
@@ -36,8 +37,7 @@ def alike(found: lg.Attribution, sample: int, alone: lg.Attribution) -> None:
 @pytest.mark.parametrize(("name", "method", "shape", "others"), fast_first(SHAPES, 6))
 def test_the_map_is_over_the_axes_of_the_input(name: str, method: str, shape: Any, others: Any) -> None:
     pytest.importorskip(LIBRARIES.get(name, "torch"))
-    made = small(name)
-    gm = lg.transform(made.model, made.inputs)
+    made, gm = captured(name)
     found = lg.attribute(gm, made.inputs, made.target, method=method)
     assert tuple(found.values.shape) == shape
     assert {k: tuple(v.shape) for k, v in found.others.items()} == others
@@ -76,8 +76,7 @@ def test_tokens_keep_their_places_however_deep() -> None:
 )
 def test_entries_of_the_input_by_hand(name: str) -> None:
     """Input x Gradient at the model's input, against autograd."""
-    made = small(name)
-    gm = lg.transform(made.model, made.inputs)
+    made, gm = captured(name)
     x = made.inputs if isinstance(made.inputs, torch.Tensor) else made.inputs[0]
     rest = () if isinstance(made.inputs, torch.Tensor) else made.inputs[1:]
     leaf = x.clone().requires_grad_()
@@ -124,8 +123,7 @@ def test_tokens_are_put_where_the_graph_takes_them_from() -> None:
 def test_biases_in_windows_lie_where_their_windows_do() -> None:
     """Sixteen windows of sixteen tokens look like a picture, and are none."""
     pytest.importorskip("timm")
-    made = small("swin")
-    gm = lg.transform(made.model, made.inputs)
+    made, gm = captured("swin")
     found = lg.attribute(gm, made.inputs, made.target, method="fullgrad")
     inside = lg.attribute(gm, made.inputs, made.target, method="input_x_gradient")
     shown = found.values - inside.values
@@ -171,8 +169,7 @@ def test_a_series_by_a_recurrent_network(kind: Any) -> None:
 
 
 def test_every_call_of_a_shared_tower_counts() -> None:
-    made = small("shared")
-    gm = lg.transform(made.model, made.inputs)
+    made, gm = captured("shared")
     names = ["tower.0", "tower.1", "tower.0#2", "tower.1#2"]
     assert lg.blocks(gm) == names
     found = lg.attribute(gm, made.inputs, made.target)

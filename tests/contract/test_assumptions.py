@@ -27,8 +27,10 @@ pytestmark = pytest.mark.usefixtures("dynamo_afresh")
 F64 = torch.float64
 
 
-def net() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3)).double()
+def net(norm: bool = False) -> nn.Sequential:
+    """With a norm where it matters: it takes as long to trace as all the rest."""
+    middle = nn.LayerNorm(8) if norm else nn.Identity()
+    return nn.Sequential(nn.Linear(6, 8), middle, nn.GELU(), nn.Linear(8, 3)).double()
 
 
 def rows(n: int = 4) -> torch.Tensor:
@@ -38,9 +40,9 @@ def rows(n: int = 4) -> torch.Tensor:
 class Of(nn.Module):
     """A model whose forward is ``f(net, *args)``."""
 
-    def __init__(self, f: Callable[..., Any]) -> None:
+    def __init__(self, f: Callable[..., Any], norm: bool = False) -> None:
         super().__init__()
-        self.net, self.f = net(), f
+        self.net, self.f = net(norm), f
 
     def forward(self, *args: Any) -> Any:
         return self.f(self.net, *args)
@@ -103,7 +105,7 @@ def test_a_variant_runs_on_the_modules_own_tree() -> None:
     x, calls = rows(5), []
     gm(x)
     gm.net.get_submodule("0").weight = nn.Parameter(torch.zeros(8, 6, dtype=F64))
-    gm.net.get_submodule("1").register_forward_hook(lambda *_: calls.append(1))
+    gm.net.get_submodule("2").register_forward_hook(lambda *_: calls.append(1))
     y = gm(x)
     assert torch.equal(y, y[:1].expand_as(y))
     assert len(calls) == 5
@@ -431,7 +433,7 @@ LATER: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("name", LATER)
 def test_a_change_that_cannot_take_effect_is_refused(name: str) -> None:
-    gm = lg.transform(Of(lambda f, x: f(x)).eval(), rows())
+    gm = lg.transform(Of(lambda f, x: f(x), norm=True).eval(), rows())
     copied = copy.deepcopy(gm)
     LATER[name](gm)
     with pytest.raises(ModeError, match="when the graph was captured"):
@@ -483,7 +485,7 @@ OWN = [lambda m: torch.compile(m, backend="eager"), _compiled, _part_compiled, _
 @pytest.mark.parametrize("dress", OWN)
 def test_the_result_is_called_through_its_graph(dress: Callable[[nn.Module], nn.Module]) -> None:
     torch.manual_seed(0)
-    plain, x = net(), rows()
+    plain, x = net(norm=True), rows()
     wanted = gradient(lg.transform(plain, x), x)
     assert not torch.equal(wanted, gradient(plain, x))
     gm = lg.transform(dress(copy.deepcopy(plain)), x)
@@ -497,8 +499,8 @@ def test_the_result_is_called_through_its_graph(dress: Callable[[nn.Module], nn.
 def test_a_row_that_lies_is_found_at_birth() -> None:
     lie = [{"op": "aten.gelu", "kind": "linear", "stream": ["self"], "why": "a lie"}]
     with pytest.raises(lg.errors.VerificationError, match=r"does not close.*gelu"):
-        lg.transform(net(), rows(), rules=lie)
-    lg.transform(net(), rows(), rules=lie, check=False)
+        lg.transform(net(norm=True), rows(), rules=lie)
+    lg.transform(net(norm=True), rows(), rules=lie, check=False)
 
 
 # --- containers of their own kind in a model's reach

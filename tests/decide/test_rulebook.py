@@ -247,6 +247,13 @@ def test_a_bad_mapping_in_code_says_which() -> None:
         rulebook.load(rules=[{"op": "aten.relu", "kind": "cut", "why": "w"}, {"opp": 1}])
 
 
+def test_null_is_as_if_it_were_not_said() -> None:
+    row = {"op": "aten.relu", "kind": "homogeneous", "stream": ["self"], "why": "w"}
+    nulls = dict.fromkeys(("rowwise", "fresh", "degree", "vjp"))
+    plain, with_nulls = (rulebook.load(rules=[r]).facts["aten.relu"] for r in (row, row | nulls))
+    assert with_nulls == plain
+
+
 def test_an_overload_row_comes_before_its_packet() -> None:
     import torch
 

@@ -96,7 +96,7 @@ def test_the_digest_knows_which_row_is_first(tmp_path: Path) -> None:
     ],
 )
 def test_a_row_without_a_site_is_an_error(row: str, words: str, tmp_path: Path) -> None:
-    net, file = Net(gated=False, fused=True), policy(tmp_path, row + ", optional: false")
+    net, file = Net(gated=False, fused=True, depth=1), policy(tmp_path, row + ", optional: false")
     line = file.read_text("utf-8").splitlines().index(f"- {{{row}, optional: false, cite: c}}") + 1
     for call in (lg.plan, lg.transform):
         with pytest.raises(RuleError, match=f"^{file}:{line}: {words} has no site.*\n.*'optional: true'"):
@@ -107,7 +107,7 @@ def test_a_row_without_a_site_is_an_error(row: str, words: str, tmp_path: Path) 
 def test_rows_are_not_optional_unless_they_say_so(tmp_path: Path) -> None:
     file = policy(tmp_path, base=LIBRA.replace("optional: true\n", ""))
     with pytest.raises(RuleError) as caught:
-        lg.plan(Net(gated=False, fused=True), X, policy=file)
+        lg.plan(Net(gated=False, fused=True, depth=1), X, policy=file)
     said = str(caught.value).splitlines()
     assert any("row recurrent/value" in s for s in said)
     assert not any("row gated/value" in s for s in said)

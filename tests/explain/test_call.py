@@ -19,21 +19,33 @@ import libragrad_fx as lg
 from libragrad_fx.attribution import METHODS
 from libragrad_fx.errors import InputError, TargetWarning
 from libragrad_fx.explain import kept
-from tests.attribution.test_attribution import vit
+from tests.attribution.once import same_vit
 from tests.between import fast_first
 
 F64 = torch.float64
 Tensor = torch.Tensor
 
 
+class Mix(nn.Module):
+    """A residual and an activation, which is quick to trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.activation = nn.Linear(6, 6), nn.functional.gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.activation(self.up(x))
+
+
 class Own(nn.Module):
     """A user's module: no timm, no ``blocks``."""
 
-    def __init__(self, size: int = 8) -> None:
+    def __init__(self, attends: bool = True) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.stem = nn.Conv2d(3, 6, 4, 4)
-        self.encoder = nn.TransformerEncoderLayer(6, 2, 12, batch_first=True, dropout=0.0)
+        layer = nn.TransformerEncoderLayer(6, 2, 12, batch_first=True, dropout=0.0) if attends else Mix()
+        self.encoder = layer
         self.head = nn.Linear(6, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,6 +56,13 @@ class Own(nn.Module):
 def own() -> nn.Module:
     """For tests that do not change it."""
     return Own().double().eval()
+
+
+@functools.cache
+def captured(policy: str) -> Any:
+    """The same, captured by hand."""
+    x = torch.randn(4, 3, 32, 32, dtype=F64)
+    return lg.trace(own(), x) if policy == "autograd" else lg.transform(own(), x, policy=policy)
 
 
 @pytest.fixture
@@ -58,7 +77,7 @@ def images() -> Tensor:
 def test_a_model_is_transformed_once(images: Tensor, monkeypatch: Any) -> None:
     calls = []
     monkeypatch.setattr(kept, "transform", lambda *a, **k: calls.append(a) or lg.transform(*a, **k))
-    model = Own().double().eval()
+    model = Own(attends=False).double().eval()
     first = lg.attribute(model, images, 1)
     again = lg.attribute(model, images[:2], 1)
     assert len(calls) == 1
@@ -70,7 +89,7 @@ def test_a_model_is_transformed_once(images: Tensor, monkeypatch: Any) -> None:
 
 
 def test_it_is_kept_no_longer_than_the_model(images: Tensor) -> None:
-    model = Own().double().eval()
+    model = Own(attends=False).double().eval()
     lg.attribute(model, images, 1)
     gone = weakref.ref(model)
     del model
@@ -91,7 +110,7 @@ CHANGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("change", fast_first(CHANGES, 4))
 def test_a_changed_model_is_explained_as_it_is(change: str, images: Tensor) -> None:
-    model = Own().double().eval()
+    model = Own(attends=False).double().eval()
     lg.attribute(model, images, 1)
     CHANGES[change](model)
     found = lg.attribute(model, images, 1)
@@ -101,7 +120,7 @@ def test_a_changed_model_is_explained_as_it_is(change: str, images: Tensor) -> N
 
 
 def test_a_converted_model_is_captured_again(images: Tensor) -> None:
-    model = Own().eval()
+    model = Own(attends=False).eval()
     lg.attribute(model, images.float(), 1)
     found = lg.attribute(model.double(), images, 1)
     assert float(found.completeness_error.max()) < 1e-12
@@ -117,10 +136,7 @@ def test_another_size_after_the_first(images: Tensor) -> None:
 def test_policies_by_name(policy: str | None, images: Tensor) -> None:
     model = own()
     found = lg.attribute(model, images, 1, policy=policy, method="fullgrad")
-    if policy == "autograd":
-        made = lg.trace(model, images)
-    else:
-        made = lg.transform(model, images, policy=policy or "libra")
+    made = captured(policy or "libra")
     assert torch.equal(found.values, lg.attribute(made, images, 1, method="fullgrad").values)
     assert found.policy == ("" if policy == "autograd" else policy or "libra")
     assert bool(found.digest) is (policy != "autograd")
@@ -128,14 +144,13 @@ def test_policies_by_name(policy: str | None, images: Tensor) -> None:
 
 
 def test_a_captured_module_keeps_its_policy(images: Tensor) -> None:
-    model = own()
-    module = lg.transform(model, images, policy="attn_lrp")
+    module = captured("attn_lrp")
     assert lg.attribute(module, images, 1).policy == "attn_lrp"
     assert lg.attribute(module, images, 1, policy="attn_lrp").policy == "attn_lrp"
     with pytest.raises(InputError, match="captured by attn_lrp"):
         lg.attribute(module, images, 1, policy="libra")
     with pytest.raises(InputError, match="captured by autograd"):
-        lg.attribute(lg.trace(model, images), images, 1, policy="libra")
+        lg.attribute(captured("autograd"), images, 1, policy="libra")
 
 
 @pytest.mark.parametrize("model", [None, 3, "vit", lambda x: x])
@@ -223,7 +238,7 @@ def test_a_target_that_no_map_adds_up_to_is_told(target: Any, curved: bool, imag
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    return vit()
+    return same_vit()
 
 
 @pytest.mark.parametrize("method", [*METHODS, "path_averaged(fullgrad_plus)"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -98,7 +99,9 @@ def test_both_towers_are_explained(name: str) -> None:
                 torch.testing.assert_close(answer.total, answer.output)
 
 
+@functools.cache
 def small() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """One model, which no test changes: it is captured once."""
     sizes = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
     model = prepared(image_text.build(sizes, out=8))
     ids = image_text.encoded(["a photo of a three", "the digit seven"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -60,6 +61,19 @@ def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     return randomised(model), {"x": x}
 
 
+@functools.cache
+def transformed(name: str) -> tuple[nn.Module, dict[str, torch.Tensor], Any]:
+    """Of tests that leave a model and its transform as they are."""
+    model, inputs = build(name)
+    return model, inputs, lg.transform(model, inputs)
+
+
+@functools.cache
+def traced() -> Any:
+    model, inputs, _ = transformed("vit")
+    return lg.trace(model, inputs)
+
+
 def calls(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, list[Any]]:
     """Tensor leaves of (args, kwargs, output) of every call of every submodule."""
     seen: dict[str, list[Any]] = {}
@@ -87,8 +101,7 @@ def calls(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, list[A
     ],
 )
 def test_every_submodule_sees_the_originals_tensors(name: str) -> None:
-    model, inputs = build(name)
-    gm = lg.transform(model, inputs)
+    model, inputs, gm = transformed(name)
     theirs, mine = calls(model, inputs), calls(gm, inputs)
     mine.pop("output_structure", None)  # ours: it builds the dataclass that the model returns
     assert set(theirs) - set(mine) == EXCEPTIONS[name]
@@ -102,8 +115,7 @@ def test_every_submodule_sees_the_originals_tensors(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(EXCEPTIONS)[-1:])
 def test_the_tree_has_the_old_names_and_classes(name: str) -> None:
-    model, inputs = build(name)
-    gm = lg.transform(model, inputs)
+    model, _, gm = transformed(name)
     old = {n: type(m) for n, m in model.named_modules() if n}
     new = {n: type(m) for n, m in gm.named_modules() if n}
     assert {n: new[n] for n in old} == old
@@ -120,8 +132,8 @@ def test_the_mode_may_be_set_again_to_what_it_is(training: bool) -> None:
 
 
 def test_a_hook_may_change_the_output() -> None:
-    model, inputs = build("vit")
-    gm, model = lg.transform(model, inputs), copy.deepcopy(model)
+    model, inputs, gm = transformed("vit")
+    model = copy.deepcopy(model)
     for path in ("blocks.0.attn", "blocks.1.norm1", "norm", "blocks.0"):
         outputs = []
         for m in (gm, model):
@@ -132,8 +144,7 @@ def test_a_hook_may_change_the_output() -> None:
 
 
 def test_a_pre_hook_that_changes_arguments_is_refused() -> None:
-    model, inputs = build("vit")
-    gm = lg.transform(model, inputs)
+    _, inputs, gm = transformed("vit")
     handle = gm.blocks[0].mlp.register_forward_pre_hook(lambda _m, args: (args[0] * 2,))
     with pytest.raises(ModeError, match="pre-hook"):
         gm(**inputs)
@@ -142,8 +153,7 @@ def test_a_pre_hook_that_changes_arguments_is_refused() -> None:
 
 
 def test_a_submodule_called_alone_is_refused() -> None:
-    model, inputs = build("vit")
-    gm = lg.transform(model, inputs)
+    _, inputs, gm = transformed("vit")
     with pytest.raises(ModeError, match="computes nothing when it is called alone"):
         gm.patch_embed(**inputs)
 
@@ -153,8 +163,8 @@ def patches(t: torch.Tensor) -> torch.Tensor:
 
 
 def test_captum_agrees_with_the_original_on_the_plain_trace() -> None:
-    model, inputs = build("vit")
-    x, plain, balanced = inputs["x"], lg.trace(model, inputs), lg.transform(model, inputs)
+    model, inputs, balanced = transformed("vit")
+    x, plain = inputs["x"], traced()
     for method in (attr.InputXGradient, attr.Saliency):
         mine, theirs = (method(m).attribute(x.clone(), target=2) for m in (plain, model))
         assert torch.equal(mine, theirs)
@@ -175,9 +185,9 @@ def test_grad_cam_library_runs_unmodified() -> None:
     cams = pytest.importorskip("pytorch_grad_cam", reason="needs grad-cam (extra: dev)")
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    model, inputs = build("vit")
+    model, inputs, balanced = transformed("vit")
     x, found = inputs["x"], []
-    for m in (lg.trace(model, inputs), model, lg.transform(model, inputs)):
+    for m in (traced(), model, balanced):
         layers = [m.get_submodule("blocks.1.norm1")]
         with cams.HiResCAM(model=m, target_layers=layers, reshape_transform=patches) as cam:
             found.append(
@@ -200,7 +210,6 @@ def test_methods_by_module_type_are_refused(method: str) -> None:
 
 
 def test_backward_hooks_on_submodules_are_refused() -> None:
-    model, inputs = build("vit")
-    gm = lg.transform(model, inputs)
+    _, _, gm = transformed("vit")
     with pytest.raises(ModeError, match="by module type"):
         gm.norm.register_full_backward_hook(lambda *_: None)

@@ -78,7 +78,13 @@ ACTS = {name: twin.aten_op for name, twin in ALL_TWINS.items() if hasattr(twin, 
 @pytest.mark.parametrize(
     ("name", "cut", "last"),
     [
-        *((name, cut, bool(i % 2)) for i, name in enumerate(ACTS) for cut in (None, "chunk")),
+        *(  # each activation once in the fast suite, by turns of one projection and of two
+            pytest.param(
+                name, cut, bool(i % 2), marks=() if bool(cut) is bool(i // 2 % 2) else pytest.mark.slow
+            )
+            for i, name in enumerate(ACTS)
+            for cut in (None, "chunk")
+        ),
         *(("gelu", cut, last) for cut in (None, "chunk", "interleaved") for last in (False, True)),
     ],
 )
@@ -90,8 +96,18 @@ def test_every_activation(name: str, cut: str | None, last: bool) -> None:
     assert_same(gm, x)
 
 
-@pytest.mark.parametrize("conv", [False, True])
-@pytest.mark.parametrize("cut", CUTS)
+# a convolution's features are another axis: the cut along it, and the one along what are tokens elsewhere
+CONV = {"chunk", "interleaved", "of the tokens"}
+
+
+@pytest.mark.parametrize(
+    ("cut", "conv"),
+    [
+        pytest.param(cut, conv, marks=pytest.mark.slow if conv and cut not in CONV else ())
+        for cut in CUTS
+        for conv in (False, True)
+    ],
+)
 def test_what_nobody_else_reads_is_written_over(cut: str, conv: bool) -> None:
     """And nothing else: any other way to take two factors from one projection is kept as it was."""
     how, over = CUTS[cut]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,13 @@ def single(name: str) -> tuple[torch.nn.Module, Any]:
     made = small(name)
     narrow = lambda t: t.float() if isinstance(t, torch.Tensor) and t.is_floating_point() else t  # noqa: E731
     return made.model.float(), pytree.tree_map(narrow, made.inputs)
+
+
+@functools.cache
+def plain() -> tuple[lg.Program, torch.Tensor]:
+    """For tests that change nothing."""
+    model, x = tiny()
+    return lg.program(model, x), x
 
 
 @pytest.mark.slow
@@ -110,15 +118,13 @@ def test_machine_code_runs_in_cpp(tmp_path: Path) -> None:
 
 
 def test_a_signature_says_what_a_file_takes() -> None:
-    model, x = tiny()
-    program = lg.program(model, x)
+    program, x = plain()
     assert program.signature(x) == {"input": "float32 (B, 3, 16, 16)", "target": "int64 (B)"}
     assert program.signature(x[:1]) == {"input": "float32 (1, 3, 16, 16)", "target": "int64 (1)"}
 
 
 def test_refusals(tmp_path: Path) -> None:
-    model, x = tiny()
-    program = lg.program(model, x)
+    program, x = plain()
     forms = {"save": ("x.onnx", ".pt2"), "package": ("x.so", ".pt2"), "to_onnx": ("x.pt2", ".onnx")}
     for form, (wrong, ending) in forms.items():
         with pytest.raises(InputError, match=f"{form} writes {ending}, got '{wrong}'"):

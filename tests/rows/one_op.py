@@ -145,7 +145,7 @@ def trace_call(
         tuple(v for k, v in placed.items() if k not in keyword),
         {k: v for k, v in placed.items() if k in keyword and v is not None},
     )
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         node.meta["val"] = call.op(*call.args, **call.kwargs)
     outputs: list[Node] = [] if not beside else [next(iter(moving.values()))]
     graph.output(tuple(outputs + _results(graph, node, row)))

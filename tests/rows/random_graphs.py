@@ -130,7 +130,7 @@ def recipes(draw: st.DrawFn, least: int = 1, most: int = 25) -> Recipe:
 
 def build(recipe: Recipe, static: int | None = None) -> tuple[Trace, list[torch.Tensor]]:
     """The recipe's graph and the inputs to run it on; the input ``static`` is a weight instead."""
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # before the graph: OpInfo's samples need grad mode
         found = [_samples(BOOK.facts[step.row]) for step in recipe.steps]
