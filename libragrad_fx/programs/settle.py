@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from libragrad_fx.graph.schema import is_elementwise
+from libragrad_fx.ops.binding import example
 
 aten = torch.ops.aten
 _RESHAPES = {aten.view.default, aten._unsafe_view.default}
@@ -71,8 +72,9 @@ def _shorten(node: Node) -> None:
     if node.target in _RESHAPES and x.target in _RESHAPES:
         node.args = (x := x.args[0], *node.args[1:])
     copied = node.target is aten.clone.default and x.target is aten.expand.default
+    unread = copied and _only_pointwise(node, example(x.meta["val"]))
     same: Any = None
-    if (node.target in _SAME and _shape(x) == _shape(node)) or (copied and _only_pointwise(node)):
+    if unread or (node.target in _SAME and _shape(x) == _shape(node)):
         same = x
     elif node.target in _TURNS and x.target is node.target:
         same = x.args[0]
@@ -80,9 +82,19 @@ def _shorten(node: Node) -> None:
         node.replace_all_uses_with(same)
 
 
-def _only_pointwise(node: Node) -> bool:
-    """Whether a tensor is read element by element alone, so that it need not lie dense."""
-    return all(_only_pointwise(u) if u.target in _RESHAPES else is_elementwise(u) for u in node.users)
+def _only_pointwise(node: Node, like: torch.Tensor) -> bool:
+    """Whether a tensor is read element by element alone, so that it may lie as ``like``."""
+    for user in node.users:
+        if user.target in _RESHAPES:
+            try:
+                seen = like.view(example(user.meta["val"]).shape)
+            except RuntimeError:  # it has to be dense for that
+                return False
+            if not _only_pointwise(user, seen):
+                return False
+        elif not is_elementwise(user):
+            return False
+    return True
 
 
 def _shape(node: Node) -> str:
