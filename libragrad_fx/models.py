@@ -11,7 +11,6 @@ import difflib
 import functools
 import importlib
 import inspect
-import logging
 import os
 import re
 import sys
@@ -25,7 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from libragrad_fx.capture.examples import infer_inputs
 from libragrad_fx.errors import InputError
-from libragrad_fx.extras import need
+from libragrad_fx.extras import need, quiet
 
 _IMAGENET_SIZES = (1000, 21841, 21843, 11821, 12000)
 _NESTED = ("state_dict", "model")  # where training scripts put the weights inside a checkpoint
@@ -135,16 +134,14 @@ def _hugging_face(name: str) -> Callable[[bool], torch.nn.Module]:
 
 
 def _fetch(name: str, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    logging.disable(logging.WARNING)  # the hub logs every retry; the error below says it once
     try:
-        return make()
+        with quiet():
+            return make()
     except Exception as e:  # network, hub, tag and registry errors of two libraries
         raise InputError(
             f"could not build {name}: {first_line(e)} (published weights need a network; a file you"
             " have goes to --checkpoint, a folder of Hugging Face's to hf:FOLDER)"
         ) from e
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _factory(name: str) -> Callable[[bool], torch.nn.Module]:

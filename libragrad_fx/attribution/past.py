@@ -16,6 +16,7 @@ from libragrad_fx.account.observe import Observer
 from libragrad_fx.decide.flow import reach
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.walk import origin, senders
+from libragrad_fx.ops.insert import leaf
 
 Read = tuple[Node, Node]
 """A node, and an operand of it."""
@@ -54,6 +55,6 @@ class Apart(Observer):
         found = super().run_node(n)
         self.env.update(own)
         for m in mine:
-            if m not in read:  # one of several tensors that a module returned: the node is ``m`` itself
+            if n.target is leaf and isinstance(found, torch.Tensor):  # ``m``, as a module returned it
                 self.seen[n, m] = found = found.view_as(found)
         return found

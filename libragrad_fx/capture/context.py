@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn.modules import module as _modules
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.capture.fit import library
+from libragrad_fx.extras import quiet
 from libragrad_fx.ops.insert import observe
 
 _CHECKPOINT = "torch.utils.checkpoint"
@@ -31,17 +31,6 @@ class Call:
     path: str
     arguments: tuple[list[Any], pytree.TreeSpec]
     output: tuple[list[Any], pytree.TreeSpec]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No logs: PyTorch's tracers log a failure with its whole graph. An error says it once."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 @contextlib.contextmanager

@@ -47,9 +47,12 @@ def compile_(
         bool, typer.Option("--single", help="For one sample at a time, not for any batch of more.")
     ] = False,
     runtime: Annotated[
-        Path,
-        typer.Option(metavar="FOLDER", help="Of .html: where npm install onnxruntime-web was run."),
-    ] = Path(),
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Of .html: where npm install onnxruntime-web was run; the working folder if not said.",
+        ),
+    ] = None,
     examples: Annotated[
         list[str] | None,
         typer.Option(metavar="IMAGE|FOLDER|GLOB", help="Of .html: pictures to offer. May be repeated."),
@@ -67,10 +70,10 @@ def compile_(
         raise InputError(f"-o wants a file that ends in {', '.join(_FORMS)}, got {str(output)!r}")
     paged = form == _FORMS[page.ENDING]
     method_of(method)  # before any work
-    if examples and not paged:
-        raise InputError(f"--examples are for a page ({page.ENDING})")
+    if (examples or runtime) and not paged:
+        raise InputError(f"--examples and --runtime are for a page ({page.ENDING})")
     if paged:
-        page.require(output, runtime)
+        page.require(output, runtime or Path())
     pictures = [models.read_image(item.value) for item in items(examples or [], False)]
     loaded = load_model(model, pretrained, checkpoint, seed)
     module = loaded.module.requires_grad_(False)
@@ -88,7 +91,7 @@ def compile_(
         say(f"writing {output}")
         if paged:
             title = model if loaded.source == "factory" else f"{model} (weights {loaded.weights})"
-            about = {"runtime": runtime, "title": title, "labels": models.categories(loaded)}
+            about = {"runtime": runtime or Path(), "title": title, "labels": models.categories(loaded)}
             program.to_page(output, pictures or inputs, **about)
         else:
             getattr(program, form)(output, inputs)
@@ -100,6 +103,6 @@ def compile_(
         typer.echo(json_.dumps(said))
         return
     typer.echo(f"{output}: {said['bytes'] / 2**20:.1f} MiB")
-    for name, form in said["inputs"].items():
-        typer.echo(f"takes    {name}: {form}")
+    for name, sizes in said["inputs"].items():
+        typer.echo(f"takes    {name}: {sizes}")
     typer.echo(f"returns  {', '.join(said['outputs'])}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -72,8 +72,8 @@ class Pixels:
         return image.crop((left, top, left + width, top + height))
 
 
-def pixels(steps: Callable[[Image.Image], torch.Tensor]) -> Pixels:
-    """What a preprocessing does, as numbers.
+def pixels(steps: Callable[[Image.Image], torch.Tensor], also: Sequence[Image.Image] = ()) -> Pixels:
+    """What a preprocessing does, as numbers. ``also``: more pictures that they must hold for.
 
     Raises:
         InputError: it is none that ``Pixels`` describes.
@@ -88,7 +88,7 @@ def pixels(steps: Callable[[Image.Image], torch.Tensor]) -> Pixels:
         raise _unlike("white becomes what black becomes")
     scaled = _scaled(steps, shift, whole - shift, size)
     numbers = tuple(shift.tolist()), tuple((whole - shift).tolist())
-    trials = [*_trials(*scaled)]
+    trials = [*_trials(*scaled), *also]
     wanted = [steps(t) for t in trials]
     unit = (whole - shift).abs().view(-1, 1, 1) / 255
 
@@ -134,10 +134,14 @@ def _scaled(steps: Any, shift: torch.Tensor, gain: torch.Tensor, size: tuple[int
 
 
 def _trials(height: int, width: int) -> Iterator[Image.Image]:
-    """Pictures of noise: a wide one that is made smaller, a high one that is made larger."""
+    """Pictures of noise: a wide one that is made smaller, a high one that is made larger, a strip of each
+    direction; and a pale one, each channel in its own range, for whatever stretches contrasts."""
     draw = np.random.default_rng(0).integers
-    for h, w in ((1.3 * height, 1.9 * width), (0.8 * height, 0.6 * width)):
-        yield Image.fromarray(draw(0, 256, (int(h) + 1, int(w) + 1, 3), np.uint8))
+    sizes = (1.3, 1.9), (0.8, 0.6), (1.1, 5.0), (4.5, 0.9)
+    for h, w in sizes:
+        yield Image.fromarray(draw(0, 256, (int(h * height) + 1, int(w * width) + 1, 3), np.uint8))
+    pale = draw(0, 60, (int(1.3 * height) + 1, int(1.9 * width) + 1, 3), np.uint8)
+    yield Image.fromarray(pale + np.array([60, 90, 120], np.uint8))
 
 
 def _unlike(why: str) -> InputError:

@@ -53,8 +53,6 @@ def memory(graph: Graph) -> dict[Node, Node]:
         op, shares = node.target, []
         if op is operator.getitem and not is_fresh(node.all_input_nodes[0], None):
             shares = node.all_input_nodes[:1]
-        elif op is torch.ops.aten._unsafe_view.default:  # its schema does not say that it is a view
-            shares = node.all_input_nodes
         elif isinstance(op, torch._ops.OpOverload) and any(r.alias_info for r in op._schema.returns):
             given = bind(op, node.args, node.kwargs)
             shares = [given.get(a.name) for a in op._schema.arguments if a.alias_info]

@@ -1,8 +1,9 @@
 """Backward steps that a GPU does in one kernel, as ops that a tracer sees.
 
 Each op has a form in PyTorch's own ops, its reference: compilers fuse that, exported files hold it, and
-devices without Triton run it. On an NVIDIA GPU the op is one Triton kernel (``launch``). Before its first
-use each kernel is tried there beside its reference. If one fails, none is used, and a warning says why.
+devices without Triton run it. On an NVIDIA GPU the op is one Triton kernel (``launch``). When a device is
+first used, each kernel runs there on samples, beside its reference in float64. If one fails, none is used,
+and a warning says why.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ _NEAR = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 
 def kernel(
     schema: str, plain: Callable[..., torch.Tensor], shape: Callable[..., torch.Tensor],
-    sample: Callable[[torch.Tensor], tuple[Any, ...]], cpu: Callable[..., torch.Tensor] | None = None,
+    samples: Callable[[torch.Tensor], list[tuple[Any, ...]]],
+    cpu: Callable[..., torch.Tensor] | None = None,
 ) -> Any:  # fmt: skip
     """Register an op.
 
@@ -37,7 +39,7 @@ def kernel(
         schema: its name and arguments; the function of ``launch`` of this name is its kernel.
         plain: the same in PyTorch's ops.
         shape: an empty result, of the arguments.
-        sample: arguments to try the kernel with, made of a tensor (2, 4, 32, 16).
+        samples: arguments to try the kernel with, made of a tensor (2, 4, 32, 16).
         cpu: what runs on other devices, if not ``plain``.
     """
     name = schema.partition("(")[0]
@@ -53,8 +55,10 @@ def kernel(
     def trial(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         from libragrad_fx.kernels import launch
 
-        args = sample(some(device, dtype))
-        return getattr(launch, name)(*args), plain(*args)
+        given = samples(some(device, dtype))
+        wide = [[t.double() if _is_float(t) else t for t in args] for args in given]
+        found = [getattr(launch, name)(*args).double().flatten() for args in given]
+        return torch.cat(found), torch.cat([plain(*args).flatten() for args in wide])
 
     LIBRARY.impl(name, cpu or plain, "CompositeExplicitAutograd")
     if _triton():
@@ -64,6 +68,10 @@ def kernel(
     PLAIN[op] = plain
     TRIALS.append(trial)
     return op
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
 def some(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -81,15 +89,16 @@ def on_gpu(x: torch.Tensor) -> bool:
 
 @functools.cache
 def works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether each kernel gives what it should on a device; a warning names the first that does not."""
-    for trial in TRIALS:
-        why = _tried(trial, device, dtype)
-        if why:
-            warnings.warn(
-                f"libragrad_fx runs without its kernels for {device} and {dtype}: {why}", stacklevel=2
-            )
-            return False
-    return True
+    """Whether each kernel gives what it should on a device."""
+    return passes(TRIALS, device, dtype, "its kernels")
+
+
+def passes(trials: Sequence[Trial], device: torch.device, dtype: torch.dtype, what: str) -> bool:
+    """Whether trials give what they should; a warning says why not."""
+    why = next(filter(None, (_tried(trial, device, dtype) for trial in trials)), "")
+    if why:
+        warnings.warn(f"libragrad_fx runs without {what} for {device} and {dtype}: {why}", stacklevel=2)
+    return not why
 
 
 def _tried(trial: Trial, device: torch.device, dtype: torch.dtype) -> str:
@@ -98,6 +107,8 @@ def _tried(trial: Trial, device: torch.device, dtype: torch.dtype) -> str:
         with _disable_current_modes(), torch.no_grad(), torch.autocast(device.type, enabled=False):
             found, want = (t.double() for t in trial(device, dtype))
             far = float((found - want).abs().max() / want.abs().max())
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:  # whatever a compiler, a driver or a device says
         return f"{type(e).__name__}: {e}"
     return "" if far <= _NEAR[dtype] else f"a kernel is {far:.1g} of its largest value away"

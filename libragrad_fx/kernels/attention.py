@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from libragrad_fx.kernels import TRIALS, some
+from libragrad_fx.kernels import passes, some
 
 aten = torch.ops.aten
 FUSED = {
@@ -40,21 +41,38 @@ def fused(backend: SDPBackend) -> Any:
     return forward
 
 
-def _trial(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel that PyTorch picks, by its name and as PyTorch calls it: (output, log-sum-exp)."""
-    q = some(device, dtype)
-    chosen = SDPBackend(torch._fused_sdp_choice(q, q, q))
-    if chosen not in FUSED or not q.is_cuda:
-        return q, q
-    out, lse = fused(chosen)(q, q, q)
-    want = torch.nn.functional.scaled_dot_product_attention(q, q, q)
-    scores = q.double() @ q.double().mT / math.sqrt(q.shape[-1])
-    both = [torch.cat([o.double(), s.double()[..., None]], -1) for o, s in
-            ((out, lse), (want, scores.logsumexp(-1)))]  # fmt: skip
-    return both[0], both[1]
+def called(backend: SDPBackend, like: torch.Tensor) -> bool:
+    """Whether a kernel gives by its name what it gives as PyTorch calls it, and its log-sum-exp: tried once
+    for a device and a dtype."""
+    return _is_called(backend, like.device, like.dtype)
 
 
-TRIALS.append(_trial)
+@functools.cache
+def _is_called(backend: SDPBackend, device: torch.device, dtype: torch.dtype) -> bool:
+    def trial(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        q = some(device, dtype)
+        with sdpa_kernel(backend):
+            want = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        out, lse = fused(backend)(q, q, q)
+        scores = q.double() @ q.double().mT / math.sqrt(q.shape[-1])
+        pairs = (out, lse), (want, scores.logsumexp(-1))
+        found, expected = (torch.cat([o.double(), s.double()[..., None]], -1) for o, s in pairs)
+        return found, expected
+
+    return passes([trial], device, dtype, f"{backend.name} by its name")
+
+
+def value_samples(x: torch.Tensor) -> list[tuple[Any, ...]]:
+    """Arguments of ``attention_value``: two heads share keys; with and without a mask, causal or not."""
+    return [_sampled(x, mask, causal) for mask in (None, x @ x.mT) for causal in (False, True)]
+
+
+def _sampled(x: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> tuple[Any, ...]:
+    given = x.double(), x[:, ::2].double().repeat_interleave(2, 1), None if mask is None else mask.double()
+    scores = given[0] @ given[1].mT / math.sqrt(x.shape[-1]) + (0 if given[2] is None else given[2])
+    later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+    lse = scores.masked_fill(later, -math.inf).logsumexp(-1) if causal else scores.logsumexp(-1)
+    return x, x, x[:, ::2], mask, lse.float(), causal, None
 
 
 def _aligned(bias: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

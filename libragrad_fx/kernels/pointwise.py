@@ -25,7 +25,7 @@ def _norm_gradient(
 norm_gradient = kernel(
     "norm_gradient(Tensor g, Tensor? weight, Tensor rstd, bool centred) -> Tensor",
     _norm_gradient, lambda g, *_: g.new_empty(g.shape),
-    lambda x: (x, x[0, 0, 0] + 2, wide(x[..., :1]) + 2, True),
+    lambda x: [(x, x[0, 0, 0] + 2, wide(x[..., :1]) + 2, centred) for centred in (True, False)],
 )  # fmt: skip
 """The gradient of the input of a norm over the last axis, from rstd (..., 1)."""
 
@@ -43,6 +43,6 @@ gelu_gate = kernel(
     "gelu_gate(Tensor g, Tensor x, str approximate) -> Tensor",
     _gelu_gate,
     lambda g, x, _: torch.empty_like(x),
-    lambda x: (x, 3 * x.flip(-1), "none"),
+    lambda x: [(x, 3 * x.flip(-1), how) for how in ("none", "tanh")],
 )
 """g times the gate of GELU, gelu(x) / x."""

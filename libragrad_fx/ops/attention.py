@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend
 
 from libragrad_fx.graph.schema import aten_op
 from libragrad_fx.kernels import kernel, on_gpu
-from libragrad_fx.kernels.attention import FUSED, additive, fused, is_fit
+from libragrad_fx.kernels.attention import FUSED, additive, called, fused, is_fit, value_samples
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.binding import Log
 from libragrad_fx.ops.function import traced, watched
@@ -161,15 +161,10 @@ def _value_shape(g: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: An
     return g.new_empty((*key.shape[:3], g.shape[-1]))
 
 
-def _value_sample(x: torch.Tensor) -> tuple[Any, ...]:
-    lse = torch.logsumexp(x.double() @ x.double().mT / math.sqrt(x.shape[-1]), -1)
-    return x, x, x, None, lse.to(torch.float32), False, None
-
-
 attention_value = kernel(
     "attention_value(Tensor g, Tensor query, Tensor key, Tensor? attn_mask, Tensor lse, bool is_causal,"
     " float? scale) -> Tensor",
-    written_out, _value_shape, _value_sample, cpu=_value_gradient,
+    written_out, _value_shape, value_samples, cpu=_value_gradient,
 )  # fmt: skip
 """dV as one op: (B, key heads, keys, features of v)."""
 
@@ -260,7 +255,12 @@ def scaled_dot_product_attention(
     own = dropout_p > 0 or _is_cheap(query, key) or query.device.type not in ("cpu", "cuda")
     chosen = SDPBackend.MATH if named or own else _chosen(*args, **extra)
     if not own and query.is_cuda:
-        if chosen in _balanced_fused and on_gpu(query) and is_fit(query, key, value):
+        if (
+            chosen in _balanced_fused
+            and on_gpu(query)
+            and is_fit(query, key, value)
+            and called(chosen, query)
+        ):
             return _balanced_fused[chosen](*args, **extra)
         own = True
     if own:

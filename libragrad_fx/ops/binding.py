@@ -117,7 +117,7 @@ def _is_bound(node: Node) -> bool:
     function = binding(node.target)
     assert function is not None
     try:
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: example(n.meta["val"]))
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: _example(n.meta["val"]))
     except (KeyError, TypeError):  # no traced value, or a size that depends on data
         return False
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -127,13 +127,13 @@ def _is_bound(node: Node) -> bool:
     return _tried[key]
 
 
-def example(value: Any) -> Any:
+def _example(value: Any) -> Any:
     """A concrete stand-in for a traced value: a meta tensor, a number."""
     if isinstance(value, torch.Tensor):
-        sizes, strides = ([example(n) for n in part] for part in (value.shape, value.stride()))
+        sizes, strides = ([_example(n) for n in part] for part in (value.shape, value.stride()))
         return torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
     if isinstance(value, (list, tuple)):
-        return [example(v) for v in value]
+        return [_example(v) for v in value]
     return int(value.node.hint) if isinstance(value, torch.SymInt) else value  # type: ignore[arg-type]
 
 

@@ -36,6 +36,11 @@ class _Kept:
     flat: Flat
     run: Runs
     difference: float
+    layout: tuple[Any, ...]
+
+    def is_of(self, module: CapturedModule) -> bool:
+        """Whether it is of this module, whose tensors lie in memory as they did."""
+        return self.module is module and self.layout == _layout(self.flat.state(module))
 
     def given(self, call: Any, targets: Sequence[Target]) -> list[torch.Tensor]:
         """The arguments of the graph; targets as indices, None for the model's own."""
@@ -88,14 +93,14 @@ class Program:
             InputError: inputs or targets that do not fit.
         """
         targets = [None] * self.targets if targets is None else targets
-        if isinstance(targets, (str, torch.Tensor)) or len(targets) != self.targets:
+        if isinstance(targets, str) or not isinstance(targets, Sequence) or len(targets) != self.targets:
             raise InputError(f"targets is a list of {self.targets} targets, got {targets!r:.80}")
         batch = self._batch(inputs)
         kept = self.fitting(batch.call)
         meant = [self._meant(batch, kept.flat, target) for target in targets]
         answers, _ = kept.flat.answers(kept.run(*kept.given(batch.call, meant)))
-        shown = [self.target if i is None else kept.flat.places(i) for _, i in answers]
-        return [named(self.model, batch, a, t) for (a, _), t in zip(answers, shown, strict=True)]
+        chosen = [self.target if i is None else kept.flat.places(i) for _, i in answers]
+        return [named(self.model, batch, a, t) for (a, _), t in zip(answers, chosen, strict=True)]
 
     def difference(self, inputs: Any) -> float:
         """How far the graph's values were from those of ``attribute`` when it was traced, relative to the
@@ -210,7 +215,7 @@ class Program:
             if keys is None:
                 keys = _key(anchor(module), call, batch_axes(module, call)), exact
                 self._keys = {**dict([*self._keys.items()][-_MOST:]), (module, exact): keys}
-            key = next((k for k in keys if k in self._kept and self._kept[k].module is module), None)
+            key = next((k for k in keys if k in self._kept and self._kept[k].is_of(module)), None)
             found = self._traced(module, call) if key is None else self._kept.pop(key)
             self._kept[keys[found.flat.batch > 0]] = found  # the latest used is the last
             for old in [*self._kept][:-_MOST]:
@@ -222,15 +227,16 @@ class Program:
         entries = math.prod(first.output.shape[1:]) if first.indexed else 1
         if not self.targets <= entries:
             raise InputError(f"{self.targets} targets of an output with {entries} entries for each sample")
-        for free in (batch_axes(module, call), ()):  # with a free batch PyTorch may choose other kernels
+        # for a free batch PyTorch may choose other kernels, or have none
+        for free in dict.fromkeys((batch_axes(module, call), ())):
             try:
                 made = traced(first, self.target, self.targets, free)
-            except RuntimeError:  # or has none
+            except RuntimeError:
                 if free:
                     continue
                 raise
             run = Runs(made.graph, self.mode, len(made.paths), made.fields.index((0, "values", "")))
-            kept = _Kept(module, made, run, 0.0)
+            kept = _Kept(module, made, run, 0.0, _layout(made.state(module)))
             given = kept.given(call, [(0,) * len(made.sizes)] * self.targets)
             with torch.no_grad():
                 answers, output = made.answers(run.eager(*given))
@@ -311,7 +317,7 @@ def program(
         raise InputError(
             "a target is an argument of each call, prog(inputs, target); here it is a callable"
         )
-    if not isinstance(targets, int) or targets < 1 or (targets > 1 and target is not None):
+    if type(targets) is not int or targets < 1 or (targets > 1 and target is not None):
         raise InputError(
             f"targets is how many a call explains; one if the program has its own. Got {targets!r}"
         )
@@ -328,6 +334,10 @@ def _tensors(call: Any) -> list[torch.Tensor]:
     return [t for t in pytree.tree_leaves(as_call(call)) if isinstance(t, torch.Tensor)]
 
 
+def _layout(tensors: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    return tuple(t.stride() for t in tensors)
+
+
 def _key(like: torch.Tensor, call: Any, free: Sequence[Axes]) -> Any:
     """What a graph was traced for; ``like``: of the module's dtype and device."""
     leaves, spec = pytree.tree_flatten(as_call(call))
@@ -337,6 +347,7 @@ def _key(like: torch.Tensor, call: Any, free: Sequence[Axes]) -> Any:
         if not isinstance(x, torch.Tensor):
             return repr(x)
         mine = next(axes, ())
-        return tuple("B" if a in mine and n > 1 else n for a, n in enumerate(x.shape)), x.dtype, x.device
+        sizes = tuple("B" if a in mine and n > 1 else n for a, n in enumerate(x.shape))
+        return sizes, None if x.is_contiguous() else x.stride(), x.dtype, x.device
 
     return str(spec), tuple(map(form, leaves)), like.dtype, like.device

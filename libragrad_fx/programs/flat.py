@@ -24,9 +24,9 @@ from libragrad_fx.account.observe import source_name
 from libragrad_fx.attribution import Attribution, formulas
 from libragrad_fx.attribution.internals import Known
 from libragrad_fx.attribution.methods import Question, answer, one_of_several, questions
-from libragrad_fx.capture.context import quiet
 from libragrad_fx.capture.normal import paths_of
 from libragrad_fx.errors import InputError
+from libragrad_fx.extras import quiet
 from libragrad_fx.module.captured import CapturedModule, one_graph
 from libragrad_fx.ops import insert
 from libragrad_fx.optimise.execute import attribute
@@ -100,8 +100,11 @@ class Flat:
         self, module: CapturedModule, tensors: Sequence[Tensor], index: Tensor | None
     ) -> list[Tensor]:
         """The arguments of the graph."""
-        state = [attribute(module, path) for path in self.paths]
-        return [*state, *tensors, *([] if index is None else [index])]
+        return [*self.state(module), *tensors, *([] if index is None else [index])]
+
+    def state(self, module: CapturedModule) -> list[Tensor]:
+        """The module's tensors at ``paths``."""
+        return [attribute(module, path) for path in self.paths]
 
     def answers(self, found: Sequence[Tensor]) -> tuple[list[tuple[Attribution, Tensor | None]], Tensor]:
         """From what the graph returned: of each target the answer and the chosen index; the model's output

@@ -69,7 +69,7 @@ def write(
     engine, pictures = require(path, runtime), _pictures(inputs)
     if not pictures:
         require_picture(inputs)
-    steps = pixels(picture_steps(program.model, program.processor))
+    steps = pixels(picture_steps(program.model, program.processor), pictures)
     call = steps(pictures[0])[None].to(anchor(program.model)) if pictures else _first(inputs)
     about = _about(program, call, steps, labels)
     about["title"] = title or type(program.model).__name__
@@ -112,6 +112,10 @@ def _about(program: Program, call: Any, steps: Pixels, labels: Sequence[str]) ->
         )
     if found.values.ndim != 3:
         raise InputError(f"a page draws maps (B, H, W); this one is {tuple(found.values.shape)}")
+    if isinstance(labels, str) or not all(isinstance(name, str) for name in labels):
+        raise InputError("labels are a list of texts, one for each class")
+    if len(labels) not in (0, outputs[0]):
+        raise InputError(f"{len(labels)} labels for a model of {outputs[0]} classes")
     names = [*labels] or [label_of(program.model, i) for i in range(outputs[0])]
     rules = (
         f"policy {PurePath(found.policy).name}, rules {found.digest[:12]}" if found.policy else "no policy"

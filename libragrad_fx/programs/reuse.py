@@ -16,8 +16,8 @@ from libragrad_fx.graph.alias import is_fresh, memory
 
 
 def reuse(graph: Graph) -> Graph:
-    """A copy of ``graph`` in which pointwise ops write over an operand of their shape, dtype and strides,
-    if it is memory that the graph itself has made, and they are its last reader. Bits stay the same."""
+    """A copy of a settled ``graph`` in which pointwise ops write over an operand of their shape, dtype and
+    strides, if the graph itself has made its memory and they read it last. Bits stay the same."""
     new = Graph()
     new.output(new.graph_copy(graph, {}))
     owner = memory(new)
@@ -50,7 +50,9 @@ def _with_out(op: torch._ops.OpOverload) -> tuple[str, torch._ops.OpOverload] | 
 
     packet = op._overloadpacket
     forms = [getattr(packet, name) for name in packet.overloads()]
-    forms = [f for f in forms if len(names(f, True)) == 1 and names(f, False) == names(op, False)]
+    # a generated form computes into new memory and copies
+    forms = [f for f in forms if torch.Tag.generated not in f.tags and len(names(f, True)) == 1]
+    forms = [f for f in forms if names(f, False) == names(op, False)]
     return (names(forms[0], True)[0].partition(" ")[0], forms[0]) if forms else None
 
 

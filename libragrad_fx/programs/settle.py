@@ -9,12 +9,8 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from libragrad_fx.graph.schema import is_elementwise
-from libragrad_fx.ops.binding import example
-
 aten = torch.ops.aten
-_RESHAPES = {aten.view.default, aten._unsafe_view.default}
-_SAME = {*_RESHAPES, aten.alias.default, aten.detach.default, aten.slice.Tensor, aten.expand.default}
+_SAME = {aten.view.default, aten.alias.default, aten.detach.default, aten.slice.Tensor, aten.expand.default}
 """Ops that give their operand if the shape stays the same."""
 _TURNS = {aten.t.default}
 """Ops that are undone by themselves."""
@@ -64,37 +60,23 @@ def _one_size(made: GraphModule) -> None:
 
 
 def _shorten(node: Node) -> None:
-    """A view of a view is one view. A view that changes nothing, a transpose undone, or a copy for ops that
-    do not need it, is no op."""
+    """A view of a view is one view; a view that changes nothing, or a transpose undone, is no op.
+
+    A copy of an expanded tensor stays: what reads it rounds by how it lies."""
     x: Any = node.args[0] if node.op == "call_function" and node.args else None
     if not isinstance(x, Node):
         return
-    if node.target in _RESHAPES and x.target in _RESHAPES:
+    if node.target is aten._unsafe_view.default:  # its schema does not say that it is a view
+        node.target = aten.view.default
+    if node.target is x.target is aten.view.default:
         node.args = (x := x.args[0], *node.args[1:])
-    copied = node.target is aten.clone.default and x.target is aten.expand.default
-    unread = copied and _only_pointwise(node, example(x.meta["val"]))
     same: Any = None
-    if unread or (node.target in _SAME and _shape(x) == _shape(node)):
+    if node.target in _SAME and _shape(x) == _shape(node):
         same = x
     elif node.target in _TURNS and x.target is node.target:
         same = x.args[0]
     if same is not None and not any(user.op == "output" for user in node.users):
         node.replace_all_uses_with(same)
-
-
-def _only_pointwise(node: Node, like: torch.Tensor) -> bool:
-    """Whether a tensor is read element by element alone, so that it may lie as ``like``."""
-    for user in node.users:
-        if user.target in _RESHAPES:
-            try:
-                seen = like.view(example(user.meta["val"]).shape)
-            except RuntimeError:  # it has to be dense for that
-                return False
-            if not _only_pointwise(user, seen):
-                return False
-        elif not is_elementwise(user):
-            return False
-    return True
 
 
 def _shape(node: Node) -> str:

@@ -195,6 +195,7 @@ function draw(seen, map) {
 // --- the page
 
 let session, ort, seen, input; // the program, its runtime, the picture as levels and as the model takes it
+let opened = 0; // how many pictures were chosen
 let last = Promise.resolve(); // one run after another
 
 function say(text, bad = false) {
@@ -291,14 +292,19 @@ function list({ probabilities, chosen }) {
 
 // a picture: a file, or the element of an example
 async function open(source) {
+  const mine = ++opened;
   say("Reading the picture …");
   await painted();
+  let found;
   try {
     await source.decode?.(); // an example may not be loaded yet
-    seen = cut(scaled(await raster(source)));
+    found = cut(scaled(await raster(source)));
   } catch {
+    if (mine !== opened) return;
     return say(`${source.name ? `“${source.name}”` : "This"} is no picture that this browser can read.`, true);
   }
+  if (mine !== opened) return; // another was chosen since
+  seen = found;
   input = normalised(seen);
   for (const button of buttons) button.setAttribute("aria-pressed", button.firstChild === source);
   return explain(-1);

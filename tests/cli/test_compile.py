@@ -37,7 +37,7 @@ def model() -> torch.nn.Sequential:
     [
         (["-o", "x.so"], "ends in .aoti.pt2, .pt2, .onnx, .html"),
         (["-o", "x.html", "--runtime", "nowhere"], "npm install onnxruntime-web"),
-        (["-o", "x.pt2", "--examples", "x.png"], "--examples are for a page"),
+        (["-o", "x.pt2", "--examples", "x.png"], "--examples and --runtime are for a page"),
         (["-o", "x.pt2", "--method", "nothing"], "nothing"),
         (["-o", "x.pt2", "--method", "smoothgrad"], "use attribute"),
     ],

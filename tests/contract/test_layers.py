@@ -26,6 +26,7 @@ PRIVATE = {
     "torch._C.DispatchKey.Autograd": {"pieces"},
     "torch._C.DispatchKey.CompositeExplicitAutograd": {"pieces"},
     "torch._C.DispatchKey.CompositeImplicitAutograd": {"capture"},
+    "torch._C._AutoDispatchBelowAutograd": {"programs"},
     "torch._C._TorchDispatchModeKey.PROXY": {"ops"},
     "torch._C._are_functorch_transforms_active": {"capture", "ops"},
     "torch._C._autograd._get_current_graph_task_keep_graph": {"ops"},
@@ -47,13 +48,14 @@ PRIVATE = {
     "torch._inductor.aoti_compile_and_package": {"programs"},
     "torch._inductor.aoti_load_package": {"programs"},
     "torch._inductor.compile": {"programs"},
-    "torch._prims_common.suggest_memory_format": {"ops"},
+    "torch._prims_common.suggest_memory_format": {"ops", "programs"},
     "torch._subclasses.FakeTensorMode": {"capture"},
     "torch._subclasses.fake_tensor.FakeTensor": {"account", "capture", "ops"},
     "torch._subclasses.fake_tensor.FakeTensorMode": {"programs"},
     "torch._subclasses.functional_tensor.FunctionalTensor": {"capture"},
     "torch.nn.modules.batchnorm._BatchNorm": {"coverage"},
     "torch.nn.modules.conv._ConvNd": {"capture"},
+    "torch.utils._python_dispatch._disable_current_modes": {"kernels"},
     "torch.utils._python_dispatch._get_current_dispatch_mode": {"pieces"},
     "torch.utils._sympy.printers.PythonPrinter": {"capture"},
 }
@@ -157,10 +159,11 @@ def op_names(path: Path) -> set[str]:
 
 def test_ops_are_named_in_the_rule_book_and_in_their_room() -> None:
     """What holds of an op is a key of its row; what is written for one op is in ``ops/`` and ``kernels/``.
-    The algebra of zeros, and what ONNX lacks, are about the ops of flat graphs, which have no rows."""
+    The algebra of zeros, what makes a graph shorter and what ONNX lacks are about the ops of flat graphs,
+    which have no rows."""
     apart = ("ops", "kernels")
     named = {n: found for n, p in FILES.items() if room_of(p) not in apart and (found := op_names(p))}
-    assert named.keys() == {"programs.leave", "programs.zeros"}
+    assert named.keys() == {"programs.leave", "programs.settle", "programs.zeros"}
 
 
 def test_pictures_are_imported_by_who_draws() -> None:

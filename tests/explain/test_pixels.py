@@ -54,6 +54,13 @@ def test_of_timm(given: dict[str, Any]) -> None:
     torch.testing.assert_close(pixels(steps)(PHOTO), steps(PHOTO))
 
 
+def test_given_pictures_are_tried_too() -> None:
+    red = lambda p: PLAIN(p) if p.getpixel((0, 0)) != (255, 0, 0) else -PLAIN(p)  # noqa: E731
+    assert pixels(red) == PLAIN
+    with pytest.raises(InputError, match="levels of 255 away"):
+        pixels(red, [Image.new("RGB", (50, 50), (255, 0, 0))])
+
+
 def test_of_hugging_face() -> None:
     """Their tensors are resized otherwise than pictures: by some levels of 255."""
     transformers = pytest.importorskip("transformers")
@@ -73,6 +80,8 @@ PLAIN = Pixels((48, 48), (48, 48), "edge", "bicubic", False, *MEAN)
         (lambda p: PLAIN(p) * 0, "white becomes what black becomes"),
         (lambda p: PLAIN(p)[None], "gives tensors"),
         (lambda p: PLAIN(p)[[0, 0, 0]], "levels of 255 away"),
+        (lambda p: PLAIN(ImageOps.autocontrast(p)), "levels of 255 away"),
+        (lambda p: PLAIN(p.resize((p.width, min(p.height, 3 * p.width)))), "levels of 255 away"),
     ],
 )
 def test_what_is_not_so_is_refused(steps: Callable[[Image.Image], torch.Tensor], says: str) -> None:

@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="triton is not installed")
 
 from libragrad_fx import kernels  # noqa: E402
 from libragrad_fx.kernels import PLAIN, TRIALS, launch  # noqa: E402
+from libragrad_fx.kernels.attention import called  # noqa: E402
 from libragrad_fx.kernels.pointwise import gelu_gate, norm_gradient  # noqa: E402
 from libragrad_fx.ops.attention import attention_value  # noqa: E402
 
@@ -147,6 +149,12 @@ def test_a_kernel_that_fails_is_not_used(trial: Any, why: str, monkeypatch: pyte
     kernels.works.cache_clear()
     monkeypatch.undo()
     assert kernels.works(torch.device(DEVICE), torch.float32)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a CPU has none of these kernels")
+def test_attention_that_cannot_be_called_by_name() -> None:
+    with pytest.warns(UserWarning, match="without FLASH_ATTENTION by its name for cpu"):
+        assert not called(SDPBackend.FLASH_ATTENTION, torch.ones(1))
 
 
 def test_a_trial_runs_on_real_tensors_under_a_tracer() -> None:

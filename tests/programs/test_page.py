@@ -60,6 +60,12 @@ def small() -> Any:
     return lg.program(classifier(), torch.rand(1, 3, 16, 16), method="hirescam", processor=fitted)
 
 
+@pytest.mark.parametrize("labels", [["a", "b"], "abcde", [1, 2, 3, 4, 5]])
+def test_labels_are_one_text_for_each_class(labels: Any, small: Any, engine: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="labels"):
+        small.to_page(tmp_path / "x.html", Image.new("RGB", (20, 30)), runtime=engine, labels=labels)
+
+
 def test_all_that_a_page_needs_is_in_it(small: Any, engine: Path, tmp_path: Path) -> None:
     path, photo = tmp_path / "new" / "x.html", Image.new("RGB", (20, 30), "red")
     title = "</script><b>mine"

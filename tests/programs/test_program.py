@@ -170,7 +170,21 @@ class Queries(nn.Module):
         return self.head((y + self.read(x.flatten(2).mT.reshape(-1, 6, 4)).mean(1, keepdim=True)).mean(1))
 
 
-@pytest.mark.parametrize("kind", [Alibi, Resized, Queries])
+class Spread(nn.Module):
+    """A sum that rounds by how an expanded tensor lies, and a view that only its copy allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.gate, self.head = nn.Parameter(torch.randn(40, 30)), nn.Linear(4, 24), nn.Linear(1, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        at = self.p.t()[None].expand(len(x), 30, 40).contiguous()
+        y = (at.sigmoid() * x.flatten(1)[:, :1, None]).sum((1, 2))[:, None]
+        wide = self.gate.weight[None].expand(len(x), 24, 4).reshape(len(x), 96)
+        return self.head(y + (wide.sigmoid() * x.flatten(1).repeat(1, 4)).sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("kind", [Alibi, Resized, Queries, Spread])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_forms_that_a_tracer_may_change(kind: type[nn.Module], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -179,7 +193,20 @@ def test_forms_that_a_tracer_may_change(kind: type[nn.Module], dtype: torch.dtyp
         program = lg.program(model, x, method=method)  # to the bit, or it is refused
         for batch in (x, x[:2]):
             want = lg.attribute(model, batch, 1, method=method)
-            alike(program(batch, 1), want, 1e-6 if dtype is torch.float32 else NEAR)
+            found = program(batch, 1)
+            alike(found, want, 1e-6 if dtype is torch.float32 else NEAR)
+            assert torch.equal(found.output, model(batch)[:, 1])
+
+
+def test_other_layouts_are_traced_for_themselves() -> None:
+    """Of the pictures, and of the model's own tensors."""
+    model, x = tiny()
+    program = lg.program(model, x)
+    want = lg.attribute(model, x, 1, method="input_x_gradient")
+    for other in (x.to(memory_format=torch.channels_last), x.mT.contiguous().mT):
+        alike(program(other, 1), want)
+    model.to(memory_format=torch.channels_last)
+    alike(program(x, 1), want)
 
 
 def test_models_in_several_graphs_have_no_program() -> None:
@@ -328,7 +355,11 @@ def test_several_targets_that_do_not_fit() -> None:
         lg.program(model, x, targets=0)
     with pytest.raises(InputError, match="how many a call explains"):
         lg.program(model, x, targets=2, target=lambda y: y[:, 0])
+    with pytest.raises(InputError, match="how many a call explains"):
+        lg.program(model, x, targets=True)
     program = lg.program(model, x, targets=2)
+    with pytest.raises(InputError, match="a list of 2 targets"):
+        program.each(x, 3)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"call each\(inputs, targets\)"):
         program(x, 1)
     with pytest.raises(InputError, match="a list of 2 targets"):
