@@ -14,15 +14,22 @@ from torch.fx import Graph, Node
 
 from libragrad_fx.graph.alias import is_fresh, memory
 
+aten = torch.ops.aten
+
 
 def reuse(graph: Graph) -> Graph:
     """A copy of a settled ``graph`` in which pointwise ops write over an operand of their shape, dtype and
-    strides, if the graph itself has made its memory and they read it last. Bits stay the same."""
+    strides, if the graph itself has made its memory and they read it last. Bits stay the same.
+
+    A view is a ``reshape`` there, which copies if a result lies otherwise than the traced one.
+    """
     new = Graph()
     new.output(new.graph_copy(graph, {}))
     owner = memory(new)
     last = {owner[read]: node for node in new.nodes for read in node.all_input_nodes}
     for node in new.nodes:
+        if node.target is aten.view.default:  # PyTorch's fake kernels do not know all strides
+            node.target = aten.reshape.default
         into = next((x for x in _operands(node) if _is_free(x, node, owner, last)), None)
         if into is None:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -147,6 +148,18 @@ def test_the_gelu_of_a_backward():
         return [aten.gelu_backward(g.neg(), x)]
 
     assert reused(f, X, X) == 1
+
+
+def test_a_view_of_what_lies_otherwise_than_traced() -> None:
+    """The fake backward of softplus says that it lies dense; the real one lies as the gradient."""
+    f = lambda g, x: [aten.softplus_backward(g.t(), x, 1, 20).reshape(-1).neg()]  # noqa: E731
+    g, x = torch.randn(COLUMNS, ROWS), torch.randn(ROWS, COLUMNS)
+    with FakeTensorMode() as mode:
+        made = make_fx(f)(mode.from_tensor(g), mode.from_tensor(x))
+    assert not aten.softplus_backward(g.t(), x, 1, 20).is_contiguous()
+    assert [n for n in made.graph.nodes if n.target is aten.view.default]
+    over = GraphModule(made, reuse(made.graph))
+    assert torch.equal(over(g, x)[0], f(g, x)[0])
 
 
 def test_an_interpreter_runs_it_too():
