@@ -73,7 +73,7 @@ def test_every_kind_in_onnx(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit", "mixer", "swin", "convnext", "bert", "llama"])
+@pytest.mark.parametrize("name", ["vit", "eva02", "mixer", "swin", "convnext", "bert", "llama"])
 def test_every_kind_as_machine_code(name: str, tmp_path: Path) -> None:
     """It runs in a process where this package is not imported."""
     model, inputs = single(name)
