@@ -185,7 +185,7 @@ class Spread(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Alibi, Resized, Queries, Spread])
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(F64, marks=pytest.mark.slow)])
 def test_forms_that_a_tracer_may_change(kind: type[nn.Module], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model, x = kind().eval().to(dtype), torch.randn(3, 2, 3, 4, dtype=dtype)
@@ -320,7 +320,7 @@ def test_refusals() -> None:
         program.save("program.onnx", x)
 
 
-@pytest.mark.parametrize("method", ["input_x_gradient", "fullgrad_plus", "genatt"])
+@pytest.mark.parametrize("method", fast_first(["fullgrad_plus", "input_x_gradient", "genatt"], 1))
 def test_several_targets_in_one_graph(method: str) -> None:
     """As one by one: given ones, the largest entries, and both; of any batch, and of one sample."""
     model, x = tiny()
