@@ -445,9 +445,10 @@ def main() -> None:
     own = _gpu_cases if options.device.startswith("cuda") else _cases
     every = of_suites if options.mode in ("sample", "suite") else own()
     cases = [c for c in every if fnmatch.fnmatch(c.name, options.only)]
-    for case in cases if options.dry else ():
-        print(dry(case, getattr(torch, options.dtype)))
-    for case in () if options.dry else tqdm(cases, unit="case"):
+    if options.dry:
+        print(*(dry(case, getattr(torch, options.dtype)) for case in cases), sep="\n")
+        return
+    for case in tqdm(cases, unit="case"):
         costs = (_apart if options.mode == "suite" else run)(case, options)
         tqdm.write("\n".join([f"\n{case.name}", HEAD, *(c.against(costs[0]) for c in costs)]))
         mode = f"program, {options.method}" if options.mode == "program" else options.mode

@@ -54,7 +54,7 @@ class Apart(Observer):
             self.seen[n, m] = self.env[m] = y.view_as(y)
         found = super().run_node(n)
         self.env.update(own)
-        for m in mine:
-            if n.target is leaf and isinstance(found, torch.Tensor):  # ``m``, as a module returned it
+        if n.target is leaf and isinstance(found, torch.Tensor):
+            for m in mine:  # the node itself, as a module returned it
                 self.seen[n, m] = found = found.view_as(found)
         return found

@@ -298,7 +298,8 @@ def _parse_facts(
 
 
 def _fact_row(values: dict[str, Any], where: Location) -> OpFacts:
-    _keys(values, _FIELDS, {"op", "kind", "why"}, where)
+    needed = {"op", "kind", "why"}
+    _keys(values, _FIELDS, needed, where)
     lists = {k: tuple(values[k]) for k in _LISTS if isinstance(values.get(k), (list, tuple))}
     for key in set(_LISTS) & set(values) - set(lists):
         raise RuleError(f"{where}: {key!r} must be a list, got {values[key]!r}")
@@ -315,7 +316,7 @@ def _fact_row(values: dict[str, Any], where: Location) -> OpFacts:
         if not isinstance(values.get(key), (*types, type(None))) or values.get("op") is None:
             wanted = " or ".join(t.__name__ for t in types)
             raise RuleError(f"{where}: {key!r} must be of type {wanted}, got {values.get(key)!r}")
-    said = {k: v for k, v in values.items() if v is not None or k == "why"}  # null is not said
+    said = {k: v for k, v in values.items() if v is not None or k in needed}  # null is not said
     rest = {k: v for k, v in said.items() if k not in _LISTS}
     row = OpFacts(**{**rest, **lists, "kind": _enum(Kind, values["kind"], where), "where": where})
     _check_schema(row)

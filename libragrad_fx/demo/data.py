@@ -23,6 +23,7 @@ from safetensors import safe_open
 
 from libragrad_fx.errors import InputError
 from libragrad_fx.extras import need
+from libragrad_fx.viz.heatmap import to_image
 
 Split = Literal["train", "test"]
 
@@ -131,8 +132,7 @@ def mixer() -> torch.nn.Module:
 
 def as_pictures(images: torch.Tensor) -> list[Image.Image]:
     """RGB in [0, 1], ``(n, 3, H, W)``, as pictures."""
-    levels = (images * 255).round().byte().permute(0, 2, 3, 1)
-    return [Image.fromarray(image.numpy()) for image in levels]
+    return [to_image(image.numpy()) for image in images.permute(0, 2, 3, 1)]
 
 
 def demo_model_info(name: str) -> DemoModel:

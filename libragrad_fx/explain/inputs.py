@@ -52,7 +52,7 @@ def batches(model: Any, inputs: Any, processor: Any, size: int | None) -> list[C
     """
     if isinstance(inputs, Mapping) and any(_is_raw(v) for v in inputs.values()):
         return _by_processor(model, inputs, processor, size)
-    items = _items(inputs)
+    items = items_of(inputs)
     if items is None:
         return _of_tensors(inputs, size)
     if all(isinstance(item, str) for item in items):
@@ -60,7 +60,7 @@ def batches(model: Any, inputs: Any, processor: Any, size: int | None) -> list[C
     return _of_pictures(model, items, processor, size)
 
 
-def _items(inputs: Any) -> list[Any] | None:
+def items_of(inputs: Any) -> list[Any] | None:
     """The pictures or texts of ``inputs``; None if it holds neither. A path of a file is a picture."""
     found: list[Any] = list(inputs) if isinstance(inputs, list) else [inputs]
     if not found:
@@ -119,9 +119,9 @@ def _of_pictures(
     places, whole = _places(len(items), size), len(items)
 
     def part(a: int, b: int) -> Batch:
-        opened = [_opened(item) for item in items[a:b]]
-        x = _pictures(opened, steps).to(anchor(model))
-        return Batch(x, a, b - a, whole, pictures=_seen(x, steps, opened[0].size))
+        found = [opened(item) for item in items[a:b]]
+        x = _pictures(found, steps).to(anchor(model))
+        return Batch(x, a, b - a, whole, pictures=_seen(x, steps, found[0].size))
 
     return [lambda a=a, b=b: part(a, b) for a, b in places]
 
@@ -138,7 +138,7 @@ def picture_steps(model: Any, processor: Any) -> Callable[[Image.Image], torch.T
     return steps
 
 
-def _opened(item: Any) -> Image.Image:
+def opened(item: Any) -> Image.Image:
     return item.convert("RGB") if isinstance(item, Image.Image) else read_image(item)
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from libragrad_fx.target import inexact
+
 NAMESPACE = "libragrad_fx"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 PLAIN: dict[Any, Callable[..., torch.Tensor]] = {}
@@ -56,7 +58,7 @@ def kernel(
         from libragrad_fx.kernels import launch
 
         given = samples(some(device, dtype))
-        wide = [[t.double() if _is_float(t) else t for t in args] for args in given]
+        wide = [[t.double() if inexact(t) else t for t in args] for args in given]
         found = [getattr(launch, name)(*args).double().flatten() for args in given]
         return torch.cat(found), torch.cat([plain(*args).flatten() for args in wide])
 
@@ -68,10 +70,6 @@ def kernel(
     PLAIN[op] = plain
     TRIALS.append(trial)
     return op
-
-
-def _is_float(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
 def some(device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -41,14 +41,11 @@ def fused(backend: SDPBackend) -> Any:
     return forward
 
 
-def called(backend: SDPBackend, like: torch.Tensor) -> bool:
+@functools.cache
+def called(backend: SDPBackend, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a kernel gives by its name what it gives as PyTorch calls it, and its log-sum-exp: tried once
     for a device and a dtype."""
-    return _is_called(backend, like.device, like.dtype)
 
-
-@functools.cache
-def _is_called(backend: SDPBackend, device: torch.device, dtype: torch.dtype) -> bool:
     def trial(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         q = some(device, dtype)
         with sdpa_kernel(backend):

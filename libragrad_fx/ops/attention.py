@@ -259,7 +259,7 @@ def scaled_dot_product_attention(
             chosen in _balanced_fused
             and on_gpu(query)
             and is_fit(query, key, value)
-            and called(chosen, query)
+            and called(chosen, query.device, query.dtype)
         ):
             return _balanced_fused[chosen](*args, **extra)
         own = True

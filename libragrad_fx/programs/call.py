@@ -44,7 +44,7 @@ class _Kept:
 
     def given(self, call: Any, targets: Sequence[Target]) -> list[torch.Tensor]:
         """The arguments of the graph; targets as indices, None for the model's own."""
-        tensors = _tensors(call)
+        tensors = tensors_of(call)
         index = self.flat.index(targets, tensors) if self.flat.indexed else None
         return self.flat.given(self.module, tensors, index)
 
@@ -181,7 +181,7 @@ class Program:
     def signature(self, inputs: Any) -> dict[str, str]:
         """What a saved program takes, by name: dtype and shape, B for a batch of any size."""
         call = self._batch(inputs).call
-        kept, tensors = self.fitting(call), _tensors(call)
+        kept, tensors = self.fitting(call), tensors_of(call)
         free = batch_axes(kept.module, call) or [()] * len(tensors)
         found = {}
         for i, (t, axes) in enumerate(zip(tensors, free, strict=True)):
@@ -189,12 +189,9 @@ class Program:
             sizes = ", ".join("B" if a in any_size else str(n) for a, n in enumerate(t.shape))
             found[f"input_{i + 1}" if i else "input"] = f"{str(t.dtype).removeprefix('torch.')} ({sizes})"
         if kept.flat.indexed:
-            index = kept.flat.index([None] * self.targets, tensors)
-            sizes = (
-                "B" if any("B" in form for form in found.values()) else str(len(index)),
-                *index.shape[1:],
-            )
-            found["target"] = f"int64 ({', '.join(map(str, sizes))})"
+            batch: Any = kept.flat.batch or tensors[0].shape[0]
+            batch = "B" if any("B" in form for form in found.values()) else batch
+            found["target"] = f"int64 ({batch}{f', {self.targets}' * (self.targets > 1)})"
         return found
 
     def outputs(self, inputs: Any) -> list[str]:
@@ -330,7 +327,7 @@ def program(
     return made
 
 
-def _tensors(call: Any) -> list[torch.Tensor]:
+def tensors_of(call: Any) -> list[torch.Tensor]:
     return [t for t in pytree.tree_leaves(as_call(call)) if isinstance(t, torch.Tensor)]
 
 

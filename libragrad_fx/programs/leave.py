@@ -71,8 +71,7 @@ def _package(path: Path, program: torch.export.ExportedProgram, *_: Any) -> Run:
 def _onnx(
     path: Path, program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]
 ) -> Run:
-    for module in ("onnx", "onnxscript", "onnxruntime"):
-        need(module, "onnx")
+    require_onnx()
     import onnxruntime
 
     made = torch.onnx.export(
@@ -144,9 +143,16 @@ _FORMS = {
 }
 
 
-def require_ending(form: str, path: Path) -> None:
-    if path.suffix != _FORMS[form].ending:
-        raise InputError(f"{form} writes {_FORMS[form].ending}, got {path.name!r}")
+def require_ending(form: str, path: Path, ending: str = "") -> None:
+    """``ending``: of a form that is not written here."""
+    ending = ending or _FORMS[form].ending
+    if path.suffix != ending:
+        raise InputError(f"{form} writes {ending}, got {path.name!r}")
+
+
+def require_onnx() -> None:
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        need(module, "onnx")
 
 
 def write(

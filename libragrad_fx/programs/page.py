@@ -6,24 +6,22 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import InputError
-from libragrad_fx.explain.inputs import picture_steps
+from libragrad_fx.explain.inputs import items_of, opened, picture_steps
 from libragrad_fx.explain.pixels import Pixels, pixels
 from libragrad_fx.extras import need, writing
-from libragrad_fx.models import label_of, read_image
+from libragrad_fx.models import label_of
 from libragrad_fx.module.captured import anchor
-from libragrad_fx.target import as_call
+from libragrad_fx.programs import leave
+from libragrad_fx.programs.call import Program, tensors_of
 from libragrad_fx.version import __version__
 from libragrad_fx.viz import browser, heatmap, words
-
-if TYPE_CHECKING:
-    from libragrad_fx.programs.call import Program
 
 ENDING = ".html"
 
@@ -35,13 +33,12 @@ def require(path: Path, runtime: Path) -> Path:
         InputError: another ending, a path that cannot be written, or no runtime.
         LibraGradError: a package that makes the page is not installed.
     """
-    if path.suffix != ENDING:
-        raise InputError(f"to_page writes {ENDING}, got {path.name!r}")
+    leave.require_ending("to_page", path, ENDING)
     with writing(path):
         if path.is_dir():
             raise IsADirectoryError(None, "it is a folder")
-    for module in ("jinja2", "onnx", "onnxscript", "onnxruntime"):
-        need(module, "onnx")
+    need("jinja2", "onnx")
+    leave.require_onnx()
     return browser.runtime(runtime)
 
 
@@ -51,7 +48,7 @@ def require_picture(call: Any) -> torch.Tensor:
     Raises:
         InputError: it is no picture that a page can make.
     """
-    tensors = [t for t in pytree.tree_leaves(as_call(call)) if isinstance(t, torch.Tensor)]
+    tensors = tensors_of(call)
     forms = [(t.ndim == 4 and t.shape[1] in (1, 3), t.dtype == torch.float32) for t in tensors]
     if forms != [(True, True)]:
         said = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors)
@@ -84,10 +81,7 @@ def write(
 
 def _pictures(inputs: Any) -> list[Image.Image]:
     """Pictures, or paths of them, opened; of tensors none."""
-    found = inputs if isinstance(inputs, list) else [inputs]
-    if not all(isinstance(i, (str, Path, Image.Image)) for i in found):
-        return []
-    return [i if isinstance(i, Image.Image) else read_image(i) for i in found]
+    return [*map(opened, items_of(inputs) or [])]
 
 
 def _first(inputs: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch.fx import Graph, Node
 
 from libragrad_fx.graph.alias import is_fresh, memory
+from libragrad_fx.graph.schema import is_elementwise
 
 aten = torch.ops.aten
 
@@ -44,8 +45,7 @@ def reuse(graph: Graph) -> Graph:
 
 def _operands(node: Node) -> list[Node]:
     """The operands that an op may write over, as far as its kind says."""
-    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    return node.all_input_nodes if pointwise and _with_out(node.target) else []
+    return node.all_input_nodes if is_elementwise(node) and _with_out(node.target) else []  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def _with_out(op: torch._ops.OpOverload) -> tuple[str, torch._ops.OpOverload] | 
 def _is_free(x: Node, node: Node, owner: dict[Node, Node], last: dict[Node, Node]) -> bool:
     """Whether ``node`` may write over its operand ``x``."""
     mine, made, read = owner[x], node.meta.get("val"), x.meta.get("val")
-    if last.get(mine) is not node or mine.op != "call_function" or not _is_new(mine):
+    if last.get(mine) is not node or not _is_new(mine):
         return False
     if any(owner[n] is mine for n in node.all_input_nodes if n is not x):
         return False  # a part of it, or its transpose: read at another place than is written

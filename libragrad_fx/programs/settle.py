@@ -12,8 +12,6 @@ from torch.fx.node import map_arg
 aten = torch.ops.aten
 _SAME = {aten.view.default, aten.alias.default, aten.detach.default, aten.slice.Tensor, aten.expand.default}
 """Ops that give their operand if the shape stays the same."""
-_TURNS = {aten.t.default}
-"""Ops that are undone by themselves."""
 
 
 def settled(made: GraphModule) -> GraphModule:
@@ -73,7 +71,7 @@ def _shorten(node: Node) -> None:
     same: Any = None
     if node.target in _SAME and _shape(x) == _shape(node):
         same = x
-    elif node.target in _TURNS and x.target is node.target:
+    elif node.target is x.target is aten.t.default:
         same = x.args[0]
     if same is not None and not any(user.op == "output" for user in node.users):
         node.replace_all_uses_with(same)

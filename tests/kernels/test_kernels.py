@@ -154,7 +154,7 @@ def test_a_kernel_that_fails_is_not_used(trial: Any, why: str, monkeypatch: pyte
 @pytest.mark.skipif(DEVICE == "cuda", reason="a CPU has none of these kernels")
 def test_attention_that_cannot_be_called_by_name() -> None:
     with pytest.warns(UserWarning, match="without FLASH_ATTENTION by its name for cpu"):
-        assert not called(SDPBackend.FLASH_ATTENTION, torch.ones(1))
+        assert not called(SDPBackend.FLASH_ATTENTION, torch.device(DEVICE), torch.float32)
 
 
 def test_a_trial_runs_on_real_tensors_under_a_tracer() -> None:
