@@ -78,7 +78,9 @@ def observed(model: torch.nn.Module, calls: list[Call]) -> Iterator[None]:
         if id(module) not in paths or torch._C._are_functorch_transforms_active():
             return  # inside a vmap, a module's tensors are not those of the graph
         call = len(calls)
-        sides = [pytree.tree_flatten((args, kwargs)), pytree.tree_flatten(output)]
+        size = lambda x: isinstance(x, torch.Size)  # noqa: E731 - no generated code can spell one
+        told = pytree.tree_map_only(torch.Size, tuple, ((args, kwargs), output), is_leaf=size)
+        sides = [pytree.tree_flatten(t) for t in told]
         named = [
             (t, f"{place}{i}")
             for place, (leaves, _) in zip("ao", sides, strict=True)
