@@ -15,7 +15,7 @@ import libragrad_fx
 ROOT = Path(libragrad_fx.__file__).parent
 ROOMS = [
     {"errors", "types", "version"}, {"extras", "target"}, {"kernels"}, {"graph"}, {"ops"}, {"decide"},
-    {"optimise"}, {"module"}, {"capture"}, {"rewrite"}, {"account"}, {"attribution", "stages", "viz"},
+    {"optimise"}, {"module"}, {"capture"}, {"rewrite"}, {"account"}, {"attribution", "metrics", "stages", "viz"},
     {"pieces"}, {"api"}, {"models"}, {"explain"}, {"programs"},
     {"bench", "coverage", "demo", "interop", "segments"}, {"cli"}, {"__init__", "__main__"},
 ]  # fmt: skip
@@ -183,7 +183,7 @@ def test_the_package_can_be_read_in_an_afternoon() -> None:
     """The pass itself; what stands on it (attributions, pictures, command line, demo) is apart."""
     apart = {
         "attribution", "explain", "kernels", "programs", "viz", "models", "bench", "cli", "coverage",
-        "demo", "extras", "interop", "segments", "__main__",
+        "demo", "extras", "interop", "segments", "metrics", "__main__",
     }  # fmt: skip
     lines = {
         n: len(p.read_text("utf-8").splitlines())
