@@ -63,7 +63,6 @@ def randomisation(
 
     Raises:
         InputError: no module has parameters, nan or inf in a map, or another ``order``.
-        LibraGradError: torchmetrics is not installed.
     """
     first = given.pictures(given.numbers(explain(model, inputs), "maps"), "maps")
     names, ranked, structure = [], [], []

@@ -15,8 +15,8 @@ import libragrad_fx
 ROOT = Path(libragrad_fx.__file__).parent
 ROOMS = [
     {"errors", "types", "version"}, {"extras", "target"}, {"kernels"}, {"graph"}, {"ops"}, {"decide"},
-    {"optimise"}, {"module"}, {"capture"}, {"rewrite"}, {"account"}, {"attribution", "metrics", "stages", "viz"},
-    {"pieces"}, {"api"}, {"models"}, {"explain"}, {"programs"},
+    {"optimise"}, {"module"}, {"capture"}, {"rewrite"}, {"account"},
+    {"attribution", "metrics", "stages", "viz"}, {"pieces"}, {"api"}, {"models"}, {"explain"}, {"programs"},
     {"bench", "coverage", "demo", "interop", "segments"}, {"cli"}, {"__init__", "__main__"},
 ]  # fmt: skip
 """What a room imports stands before it."""

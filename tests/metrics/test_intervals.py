@@ -156,9 +156,9 @@ def test_bad_input() -> None:
         paired(torch.tensor([1.0, math.inf]), torch.tensor([1.0, math.inf]), missing="omit")
     with pytest.raises(InputError, match=r"\(n,\), not \(3, 3\)"):
         interval(good.view(3, 3))
-    with pytest.raises(InputError, match="0.95, not 95"):
+    with pytest.raises(InputError, match=r"0\.95, not 95"):
         interval(good, level=95)
-    with pytest.raises(InputError, match="0.95, not 95"):
+    with pytest.raises(InputError, match=r"0\.95, not 95"):
         crossed(good.view(3, 3), level=95)
     with pytest.raises(InputError, match="not 9 and 8"):
         paired(good, good[:8])

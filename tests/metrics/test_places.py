@@ -99,7 +99,7 @@ def test_bad_input_is_named(name: str) -> None:
         ALL[name](maps[0], masks[0])
     with pytest.raises(InputError, match="not ndarray"):
         ALL[name](maps.numpy(), masks)
-    with pytest.raises(InputError, match="real numbers .* not torch"):
+    with pytest.raises(InputError, match=r"real numbers .* not torch"):
         ALL[name](maps.to(torch.complex64), masks)
 
 
