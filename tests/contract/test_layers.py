@@ -15,9 +15,10 @@ import libragrad_fx
 ROOT = Path(libragrad_fx.__file__).parent
 ROOMS = [
     {"errors", "types", "version"}, {"extras", "target"}, {"kernels"}, {"graph"}, {"ops"}, {"decide"},
-    {"optimise"}, {"module"}, {"capture"}, {"rewrite"}, {"account"}, {"attribution", "stages", "viz"},
-    {"perturb", "pieces"}, {"api"}, {"models"}, {"explain"}, {"programs"},
-    {"bench", "coverage", "demo", "interop", "segments"}, {"cli"}, {"__init__", "__main__"},
+    {"optimise"}, {"module"}, {"capture"}, {"rewrite"}, {"account"},
+    {"attribution", "metrics", "stages", "viz"}, {"perturb", "pieces"}, {"api"}, {"models"}, {"explain"},
+    {"programs"}, {"bench", "coverage", "demo", "evaluate", "interop", "segments"}, {"cli"},
+    {"__init__", "__main__"},
 ]  # fmt: skip
 """What a room imports stands before it."""
 STAGES = ["graph", "ops", "decide", "optimise", "module", "capture", "rewrite", "account", "pieces"]
@@ -183,7 +184,7 @@ def test_the_package_can_be_read_in_an_afternoon() -> None:
     """The pass itself; what stands on it (attributions, pictures, command line, demo) is apart."""
     apart = {
         "attribution", "explain", "kernels", "programs", "viz", "models", "bench", "cli", "coverage",
-        "demo", "extras", "interop", "perturb", "segments", "__main__",
+        "demo", "evaluate", "extras", "interop", "metrics", "perturb", "segments", "__main__",
     }  # fmt: skip
     lines = {
         n: len(p.read_text("utf-8").splitlines())

@@ -1,0 +1,303 @@
+"""FunnyBirds' scores: does a map know which parts of an object the model looks at? Hesse et al. 2023,
+section 4.
+
+For any objects made of parts that can be removed from the picture, P parts each: ``zoo/articles.py``
+draws some. A *set* of parts has a number, Σ 2^p over its parts p (``numbered``); 2^P - 1 is the whole
+object. The model's outputs are given for all 2^P sets, (B, 2^P, C), so that each score looks up what it
+removes.
+
+| score | question | needs |
+|---|---|---|
+| CSDC, controlled synthetic data check | are the important parts enough to tell the class? | classes |
+| PC, preservation check | does the prediction stay if only those are kept? | predictions of all sets |
+| DC, deletion check | does it change if those are removed? | predictions of all sets |
+| D, distractibility | is what has no effect called unimportant? | outputs without each part or object |
+| BI, background independence | does the model itself ignore the background? | outputs without each object |
+| SD, single deletion | do importances rank parts as their removal does? | outputs without each part |
+| TS, target sensitivity | are a rival's parts important in the map for it? | maps of two rivals |
+
+Completeness = ((CSDC + PC + DC) / 3 + D) / 2, correctness = SD, contrastivity = TS; BI is about the
+model. Each function returns one number a sample, nan where the protocol leaves the sample out; ``scores``
+takes means. Definitions are those of the paper and of the authors' code, ``evaluation_protocols.py`` of
+``visinf/funnybirds``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from libragrad_fx.errors import InputError
+from libragrad_fx.metrics import compare, given
+
+_EFFECT = 0.05  # of the clean output: a smaller drop is none
+_MOST_PARTS = 12  # 4096 sets
+
+# --- sets of parts
+
+
+def subsets(parts: int) -> torch.Tensor:
+    """(2^P, P) bool: all sets, in the order of their numbers."""
+    if not 1 <= parts <= _MOST_PARTS:
+        raise InputError(
+            f"objects have 1 to {_MOST_PARTS} parts, not {parts}: all sets of them are looked at"
+        )
+    return (torch.arange(2**parts)[:, None] >> torch.arange(parts) & 1).bool()
+
+
+def numbered(sets: torch.Tensor) -> torch.Tensor:
+    """(...): the number of each set of (..., P) bool."""
+    return (sets.long() << torch.arange(sets.shape[-1], device=sets.device)).sum(-1)
+
+
+def without_one(outputs: torch.Tensor) -> torch.Tensor:
+    """(B, P, ...): of outputs (B, 2^P, ...), those without part p, for each p."""
+    parts = _parts_of(outputs)
+    return outputs[:, 2**parts - 1 - (1 << torch.arange(parts, device=outputs.device))]
+
+
+def _parts_of(table: torch.Tensor) -> int:
+    parts = table.shape[1].bit_length() - 1 if table.ndim > 1 else 0
+    if parts < 1 or table.shape[1] != 2**parts:
+        raise InputError(f"a table of all sets is (B, 2^P, ...), not {tuple(table.shape)}")
+    return parts
+
+
+def sufficient(variants: torch.Tensor) -> torch.Tensor:
+    """(K, 2^P) bool: which sets of parts tell a class from all others, and no smaller set in them does.
+
+    Args:
+        variants: (K, P) int: the variant of each part that a class has.
+
+    Raises:
+        InputError: two classes are the same.
+    """
+    sets = subsets(variants.shape[1]).to(variants.device)
+    same = variants[:, None] == variants  # (K, K, P)
+    shared = (same[:, :, None] | ~sets).all(-1)  # (K, K, 2^P): another class has these parts as well
+    if bool((shared[..., -1].sum(1) > 1).any()):
+        raise InputError("two classes have the same parts: no set of parts can tell them apart")
+    enough = shared.sum(1) == 1
+    inside = (sets[:, None] | ~sets).all(-1) & ~torch.eye(len(sets), dtype=torch.bool, device=sets.device)
+    return enough & ~(enough[:, None, :] & inside).any(-1)
+
+
+def rivals(variants: torch.Tensor) -> torch.Tensor:
+    """(K, 2) long: for each class the first two others that share exactly two parts with it each, and not
+    the same ones; -1 where there are none. variants: (K, P) int. FunnyBirds has five parts."""
+    same = variants[:, None] == variants
+    two = same.sum(-1) == 2
+    found = variants.new_full((len(variants), 2), -1, dtype=torch.long)
+    for k in range(len(variants)):
+        close = two[k].nonzero().flatten()
+        apart = ~(same[k, close][:, None] & same[k, close]).any(-1)
+        pairs = apart.triu(1).nonzero()
+        if len(pairs):
+            found[k] = close[pairs[0]]
+    return found
+
+
+# --- from maps to parts
+
+
+def thresholds() -> torch.Tensor:
+    """(80,): the shares of the total that a part has to exceed, 0.01 to 0.5, as in the authors' code."""
+    return torch.linspace(0.01, 0.5, 80, dtype=torch.float64)
+
+
+def importance(maps: torch.Tensor, parts: torch.Tensor, margin: int = 2) -> torch.Tensor:
+    """(B, P): the sum of a map over each part and ``margin`` pixels around it (5 × 5, as in the authors'
+    code).
+
+    Args:
+        maps: (B, H, W), signed.
+        parts: (B, P, H, W) in bool or 0 and 1: where each part is seen. They may overlap.
+
+    Raises:
+        InputError: other shapes, nan or inf, other values in the masks.
+    """
+    found = given.pictures(given.numbers(maps, "maps"), "maps")
+    where = given.flags(parts, "parts").to(found.device)
+    if where.ndim != 4 or where.shape[0] != len(found) or where.shape[2:] != found.shape[1:]:
+        raise InputError(f"parts are (B, P, H, W), of maps {tuple(found.shape)}, not {tuple(where.shape)}")
+    if margin:
+        where = torch.nn.functional.max_pool2d(where.float(), 2 * margin + 1, 1, margin)
+    return (where.double() * found[:, None]).sum((2, 3))
+
+
+def important(importances: torch.Tensor, totals: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """(B, T, P) bool: parts (B, P) whose importance exceeds each of the shares (T,) of a map's total
+    (B,)."""
+    return importances[:, None] > totals[:, None, None] * shares.to(totals)[:, None]
+
+
+# --- completeness
+
+
+def synthetic_check(chosen: torch.Tensor, enough: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
+    """(B, T): CSDC, the largest share of a sufficient set that is among the important parts.
+
+    Args:
+        chosen: (B, T, P) bool, by ``important``, of maps for the label.
+        enough: (B, 2^P) bool: ``sufficient`` sets of each sample's class.
+        correct: (B,) bool: whether the model is right about the picture. Others are nan.
+    """
+    sets = subsets(chosen.shape[-1]).to(chosen.device).double()
+    size = sets.sum(1)
+    share = chosen.double() @ sets.T / size.clamp(min=1)
+    best = share.masked_fill(~enough[:, None], 0).amax(-1)
+    return best.where(correct[:, None], torch.nan)
+
+
+def preservation_check(chosen: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """(B, T): PC, 1 where the prediction stays if only the important parts are kept.
+
+    Args:
+        chosen: (B, T, P) bool, by ``important``, of maps for the prediction.
+        outputs: (B, 2^P, C).
+    """
+    predicted = outputs.argmax(-1)
+    return (predicted.gather(1, numbered(chosen)) == predicted[:, -1:]).double()
+
+
+def deletion_check(chosen: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """(B, T): DC, 1 where the prediction changes if the important parts are removed. As
+    ``preservation_check``."""
+    return 1 - preservation_check(~chosen, outputs)
+
+
+def distractibility(chosen: torch.Tensor, clean: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
+    """(B, T): D, 1 - the share of irrelevant parts and background objects that are called important.
+
+    Irrelevant is what changes the label's output by less than 5 %, or raises it, when it is removed.
+
+    Args:
+        chosen: (B, T, P + O) bool, by ``important``, for parts and background objects.
+        clean: (B,) the label's output.
+        without: (B, P + O) the same without each part, and without each object.
+
+    nan where nothing is irrelevant.
+    """
+    idle = ~_matters(clean, without)
+    called = (chosen & idle[:, None]).sum(-1).double()
+    return 1 - called / idle.sum(-1, keepdim=True)
+
+
+def background_independence(clean: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
+    """(B,): BI, the share of background objects without effect. clean: (B,); without: (B, O)."""
+    return 1 - _matters(clean, without).double().mean(-1)
+
+
+def _matters(clean: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
+    drop = clean[:, None] - without
+    return (drop > 0) & (drop.abs() >= _EFFECT * clean[:, None].abs())
+
+
+# --- correctness and contrastivity
+
+
+def single_deletion(importances: torch.Tensor, clean: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
+    """(B,): SD, (1 + ρ) / 2, ρ the rank correlation over parts of importances and drops of the label's
+    output.
+
+    Args:
+        importances: (B, P), by ``importance``, of maps for the label.
+        clean, without: the label's output (B,), and without each part (B, P).
+
+    nan where all importances or all drops are equal.
+    """
+    return (1 + compare.spearman(importances, clean[:, None] - without)) / 2
+
+
+def target_sensitivity(
+    importances: torch.Tensor, shared: torch.Tensor, outputs: torch.Tensor
+) -> torch.Tensor:
+    """(B,): TS. The object shares two parts with one rival class and two others with a second; each pair
+    has to be more important in the map for its own rival. 1, ½ or 0: how many of the two are.
+
+    Args:
+        importances: (B, 2, P), by ``importance``, of maps for the first rival and for the second.
+        shared: (B, 2, P) bool: the parts shared with each.
+        outputs: (B, 2^P, 2): outputs of the two rivals, for all sets of parts.
+
+    nan where the model itself disagrees: where removing a rival's parts does not lower its output by more
+    than removing the other's; and where there are no rivals (``shared`` is empty).
+    """
+    parts = _parts_of(outputs)
+    left = (2**parts - 1 - numbered(shared))[..., None].expand(-1, -1, 2)  # (B, set removed, rival)
+    removed = outputs.gather(1, left)
+    holds = (removed[:, 0, 0] < removed[:, 1, 0]) & (removed[:, 1, 1] < removed[:, 0, 1])
+    sums = importances.double() @ shared.double().transpose(1, 2)  # (B, map of rival, pair)
+    right = torch.stack((sums[:, 0, 0] > sums[:, 1, 0], sums[:, 1, 1] > sums[:, 0, 1]), 1)
+    return right.double().mean(1).where(holds & shared.any(-1).all(1), torch.nan)
+
+
+# --- together
+
+
+class Scores(NamedTuple):
+    """Means over samples that are not nan, at the best threshold. ``samples``: how many each mean is of."""
+
+    csdc: float
+    pc: float
+    dc: float
+    distractibility: float
+    background_independence: float
+    single_deletion: float
+    target_sensitivity: float
+    completeness: float
+    correctness: float
+    contrastivity: float
+    mean: float
+    threshold: float
+    samples: dict[str, int]
+
+
+def scores(
+    csdc: torch.Tensor,
+    pc: torch.Tensor,
+    dc: torch.Tensor,
+    distracted: torch.Tensor,
+    independent: torch.Tensor,
+    deleted: torch.Tensor,
+    sensitive: torch.Tensor,
+    shares: torch.Tensor,
+) -> Scores:
+    """What the paper reports of a method on a model, from numbers of each sample.
+
+    Args:
+        csdc, pc, dc, distracted: (B, T) for the thresholds ``shares`` (T,). One threshold is chosen for all
+            four, the first with the largest (CSDC + PC + DC) / 3 + D, on these samples.
+        independent, deleted, sensitive: (B,).
+
+    Raises:
+        InputError: a score is nan for all samples.
+    """
+    named = {"csdc": csdc, "pc": pc, "dc": dc, "distractibility": distracted}
+    single = {
+        "background_independence": independent,
+        "single_deletion": deleted,
+        "target_sensitivity": sensitive,
+    }
+    counted = {n: int((~v.isnan()).flatten(1).all(1).sum()) for n, v in named.items()}
+    counted |= {n: int((~v.isnan()).sum()) for n, v in single.items()}
+    if empty := [n for n, count in counted.items() if not count]:
+        raise InputError(f"nan for all samples: {', '.join(empty)}; the protocol leaves all of them out")
+    curves = {n: v.nanmean(0) for n, v in named.items()}
+    whole = (curves["csdc"] + curves["pc"] + curves["dc"]) / 3 + curves["distractibility"]
+    best = int(whole.argmax())
+    found = {n: float(v[best]) for n, v in curves.items()} | {
+        n: float(v.nanmean()) for n, v in single.items()
+    }
+    complete = float(whole[best]) / 2
+    correct, contrast = found["single_deletion"], found["target_sensitivity"]
+    return Scores(
+        **found,
+        completeness=complete,
+        correctness=correct,
+        contrastivity=contrast,
+        mean=(complete + correct + contrast) / 3,
+        threshold=float(shares[best]),
+        samples=counted,
+    )
