@@ -17,7 +17,7 @@ ROOMS = [
     {"errors", "types", "version"}, {"extras", "target"}, {"kernels"}, {"graph"}, {"ops"}, {"decide"},
     {"optimise"}, {"module"}, {"capture"}, {"rewrite"}, {"account"}, {"attribution", "stages", "viz"},
     {"pieces"}, {"api"}, {"models"}, {"explain"}, {"programs"},
-    {"bench", "coverage", "demo", "interop", "segments"}, {"cli"}, {"__init__", "__main__"},
+    {"bench", "coverage", "demo", "evaluate", "interop", "segments"}, {"cli"}, {"__init__", "__main__"},
 ]  # fmt: skip
 """What a room imports stands before it."""
 STAGES = ["graph", "ops", "decide", "optimise", "module", "capture", "rewrite", "account", "pieces"]
@@ -183,7 +183,7 @@ def test_the_package_can_be_read_in_an_afternoon() -> None:
     """The pass itself; what stands on it (attributions, pictures, command line, demo) is apart."""
     apart = {
         "attribution", "explain", "kernels", "programs", "viz", "models", "bench", "cli", "coverage",
-        "demo", "extras", "interop", "segments", "__main__",
+        "demo", "evaluate", "extras", "interop", "segments", "__main__",
     }  # fmt: skip
     lines = {
         n: len(p.read_text("utf-8").splitlines())
