@@ -307,8 +307,8 @@ def imagenet_s_of_50(root: Path) -> np.ndarray:
 def test_imagenet_s_masks_are_by_class_of_imagenet(tmp_path: Path) -> None:
     ids = imagenet_s_of_50(tmp_path)
     first, second = items(imagenet_s(tmp_path))
-    assert (first.id, first.label) == ("ILSVRC2012_val_00000001.png", 340)  # sorted by name, not by folder
-    assert (second.id, second.label) == ("ILSVRC2012_val_00000002.png", 0)
+    assert (first.id, first.label) == ("ILSVRC2012_val_00000001.JPEG", 340)  # sorted by name, not by folder
+    assert (second.id, second.label) == ("ILSVRC2012_val_00000002.JPEG", 0)
     for item in (first, second):
         assert sorted(item.masks) == [0, 340]  # neither 0 nor 1000
         for index, rows in ((0, slice(0, 2)), (340, slice(2, 5))):
@@ -322,7 +322,7 @@ def test_imagenet_s_with_pictures_elsewhere(tmp_path: Path) -> None:
     imagenet_s_of_50(tmp_path / "s")
     put(tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG", picture(3))
     (item,) = items(imagenet_s(tmp_path / "s", images=tmp_path / "val"))
-    assert item.id == "ILSVRC2012_val_00000001.png"
+    assert item.id == "ILSVRC2012_val_00000001.JPEG"
     assert np.array_equal(
         np.asarray(item.content), np.asarray(Image.open(tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG"))
     )

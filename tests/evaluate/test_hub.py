@@ -123,6 +123,9 @@ def test_splits_that_are_not_there(tmp_path: Path) -> None:
             hugging_face(tmp_path / "set", split)
     with pytest.raises(InputError, match="there is no '/nowhere/set'"):
         hugging_face("/nowhere/set")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"cannot load .*empty: .* Give a folder of Hugging Face's"):
+        hugging_face(tmp_path / "empty")
 
 
 def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

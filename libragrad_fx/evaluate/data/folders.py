@@ -88,7 +88,8 @@ def folder(
         for p in found
     ]
     get = Files(some(files, pictures, HOW["folder"]), _meaning(has_masks, values))
-    return Data(root.name, len(files), get, names, f"the folder {root.name}", get.stored)
+    name = root.resolve().name
+    return Data(name, len(files), get, names, f"the folder {name}", get.stored)
 
 
 def _meaning(has_masks: bool, values: Mapping[int, int] | None) -> Meaning | None:
@@ -241,7 +242,7 @@ def imagenet_s(
             raise InputError(f"{by_name[stem]} and {pictures / Path(*p)} have one name")
         by_name[stem] = str(pictures / Path(*p))
     files = [
-        File(p[-1], by_name[stem], known.get(p[0]), str(drawn / Path(*p)))
+        File(Path(by_name[stem]).name, by_name[stem], known.get(p[0]), str(drawn / Path(*p)))
         for p in sorted(masks, key=lambda p: p[-1])
         if (stem := Path(p[-1]).stem) in by_name
     ]

@@ -18,6 +18,13 @@ from libragrad_fx.evaluate.data.items import Data, Item, Label, Stored, checked,
 from libragrad_fx.extras import need, quiet
 from libragrad_fx.models import decoded, first_line
 
+HUB = (
+    "A set of the hub needs a network, and some a login (`hf auth login`) after their terms are accepted;"
+    " elsewhere `hf download --repo-type dataset {} --local-dir FOLDER`, and give hf:FOLDER."
+)
+LOCAL = "Give a folder of Hugging Face's save_to_disk, or one of parquet files or of pictures."
+"""How to get a set."""
+
 SECONDS = 3
 """How long the hub may take to answer at all."""
 
@@ -133,17 +140,14 @@ def _loaded(where: str, split: str | None, config: str | None) -> Any:
             if place.is_dir():
                 return datasets.load_dataset(str(place), config)
             if where.startswith((".", "/", "~")):
-                raise InputError(f"there is no {where!r}: give a folder of Hugging Face datasets")
+                raise InputError(f"there is no {where!r}. {LOCAL}")
             with _online():
                 return datasets.load_dataset(where, config, split=split)
     except InputError:
         raise
     except Exception as e:  # readers, hub and network raise types of several libraries
-        raise InputError(
-            f"cannot load {where}: {first_line(e)}. A set of the hub needs a network, and some a login"
-            f" (`hf auth login`) after their terms are accepted; elsewhere `hf download --repo-type dataset"
-            f" {where} --local-dir FOLDER`, and give hf:FOLDER"
-        ) from e
+        how = LOCAL if place.exists() else HUB.format(where)
+        raise InputError(f"cannot load {where}: {first_line(e)}. {how}") from e
 
 
 def _split(found: Any, split: str | None, where: str) -> tuple[Any, str]:
