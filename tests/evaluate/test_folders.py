@@ -223,7 +223,7 @@ def test_imagenet_in_folders_has_the_indices_of_all_1000(tmp_path: Path) -> None
     assert len(data.classes) == 1000
     assert "zebra" in data.classes[340]
     put(tmp_path / "val" / "n00000000" / "x.JPEG", picture(0))
-    with pytest.raises(InputError, match="n00000000 is no WordNet id"):
+    with pytest.raises(InputError, match="ImageNet has no class n00000000"):
         imagenet(tmp_path)
 
 
@@ -276,6 +276,11 @@ def test_imagenet_without_labels_or_at_all(tmp_path: Path) -> None:
     flat(tmp_path / "val")
     with pytest.raises(InputError, match=r"pictures and no labels.*devkit"):
         imagenet(tmp_path)
+    kit_or_list = {"ILSVRC2012_devkit_t12.tar.gz": b"no archive", "LOC_val_solution.csv": b"a,b\n1,2\n"}
+    for name, body in kit_or_list.items():
+        (tmp_path / name).write_bytes(body)
+        with pytest.raises(InputError, match=rf"cannot read .*{name}: .*image-net.org"):
+            imagenet(tmp_path)
 
 
 def test_two_pictures_of_one_name(tmp_path: Path) -> None:
@@ -381,5 +386,8 @@ def test_pet_is_what_torchvision_reads(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(item.content), np.asarray(image))
         assert item.label == label
         assert np.array_equal(item.masks[label], np.asarray(drawn) == 1)
-    with pytest.raises(InputError, match=r"OxfordIIITPet\(ROOT, download=True\)"):
-        pet(tmp_path)
+    for split, body in (("trainval", None), ("test", "Abyssinian_1 cat 1 1\n"), ("test", "# no line\n\n")):
+        if body:
+            (base / "annotations" / f"{split}.txt").write_text(body, "utf-8")
+        with pytest.raises(InputError, match=r"OxfordIIITPet\(ROOT, download=True\)"):
+            pet(tmp_path, split)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from libragrad_fx.evaluate.data.files import (
 )
 from libragrad_fx.evaluate.data.items import Data
 from libragrad_fx.extras import need
+from libragrad_fx.models import first_line
 
 HOW = {
     "folder": "Give a folder of pictures: CLASS/x.jpg, or images/CLASS/x.jpg and masks/CLASS/x.png.",
@@ -50,7 +50,6 @@ HOW = {
 }
 """How to get each set."""
 
-_WNID = re.compile(r"n\d{8}")
 _PARTS = (50, 300, 919)  # classes of the three editions of ImageNet-S
 
 
@@ -163,34 +162,44 @@ def imagenet(root: str | Path, split: str = "val") -> Data:
     for p in found:
         wnid = labels.get(Path(p[0]).stem, "") if flat else p[0]
         if wnid not in known:
-            where = (
-                f"{pictures / Path(*p)} has no label" if flat else f"{p[0]} is no WordNet id of ImageNet"
-            )
-            raise InputError(f"{where}. {HOW['imagenet']}")
+            wrong = f"{pictures / Path(*p)} has no label" if flat else f"ImageNet has no class {p[0]}"
+            raise InputError(f"{wrong}. {HOW['imagenet']}")
         files.append(File(p[-1], str(pictures / Path(*p)), known[wnid]))
     get = Files(some(files, pictures, HOW["imagenet"]))
-    origin = f"ImageNet ILSVRC2012 {split} (Russakovsky et al. 2015)"
-    return Data(
-        f"imagenet-{split}", len(files), get, tuple(_info().label_descriptions()), origin, get.stored
-    )
+    classes, origin = tuple(_info().label_descriptions()), f"ImageNet {split} (Russakovsky et al. 2015)"
+    return Data(f"imagenet-{split}", len(files), get, classes, origin, get.stored)
 
 
 def _labels(root: Path, split: str) -> dict[str, str]:
     """WordNet id by the name of a picture, for pictures that lie in one folder."""
-    places = [root, root.parent]
-    for place in places:
-        if (file := place / f"LOC_{split}_solution.csv").is_file():
-            with file.open(encoding="utf-8", newline="") as opened:
-                rows = csv.DictReader(opened)
-                return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
-    for place in places:
-        if (kit := place / "ILSVRC2012_devkit_t12").is_dir():
-            kept = {n: (kit / "data" / n).read_bytes() for n in _KIT}
-            return _kit(kept)
-        if (packed := place / "ILSVRC2012_devkit_t12.tar.gz").is_file():
-            with tarfile.open(packed) as opened:
-                return _kit({n: _member(opened, f"ILSVRC2012_devkit_t12/data/{n}") for n in _KIT})
+    for place in (root, root.parent):
+        for name, read in (
+            (f"LOC_{split}_solution.csv", _solution),
+            ("ILSVRC2012_devkit_t12", _unpacked),
+            ("ILSVRC2012_devkit_t12.tar.gz", _packed),
+        ):
+            if not (file := place / name).exists():
+                continue
+            try:
+                return read(file)
+            except (OSError, ValueError, LookupError, tarfile.TarError) as e:
+                raise InputError(f"cannot read {file}: {first_line(e)}. {HOW['imagenet']}") from e
     raise InputError(f"{root} has pictures and no labels. {HOW['imagenet']}")
+
+
+def _solution(file: Path) -> dict[str, str]:
+    with file.open(encoding="utf-8", newline="") as opened:
+        return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(opened)}
+
+
+def _unpacked(kit: Path) -> dict[str, str]:
+    return _kit({n: (kit / "data" / n).read_bytes() for n in _KIT})
+
+
+def _packed(file: Path) -> dict[str, str]:
+    with tarfile.open(file) as opened:
+        found = {n: opened.extractfile(f"ILSVRC2012_devkit_t12/data/{n}") for n in _KIT}
+        return _kit({n: member.read() for n, member in found.items() if member is not None})
 
 
 _KIT = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
@@ -202,12 +211,6 @@ def _kit(body: Mapping[str, bytes]) -> dict[str, str]:
     ids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in meta}
     lines = body[_KIT[1]].decode().split()
     return {f"ILSVRC2012_val_{n:08d}": ids[int(line)] for n, line in enumerate(lines, 1)}
-
-
-def _member(opened: tarfile.TarFile, name: str) -> bytes:
-    file = opened.extractfile(name)
-    assert file is not None
-    return file.read()
 
 
 def imagenet_s(
@@ -310,7 +313,10 @@ def pet(root: str | Path, split: str = "trainval") -> Data:
     for row in rows:
         if not row.strip() or row.startswith("#"):
             continue
-        name, label = row.split()[0], int(row.split()[1]) - 1
+        try:
+            name, label = row.split()[0], int(row.split()[1]) - 1
+        except (ValueError, IndexError) as e:
+            raise InputError(f"{split}.txt of Pet has a line {row!r:.80}. {HOW['pet']}") from e
         names[label] = name.rpartition("_")[0].replace("_", " ").title()
         mask = trimaps / f"{name}.png"
         path = base / "images" / f"{name}.jpg"
