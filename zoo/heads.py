@@ -25,6 +25,7 @@ from zoo import real
 
 SIDE = 224
 WIDTH = 768  # of a class token and a mean of patch tokens
+BLOCK = 250
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Inverse strengths of the penalty that are tried, as scikit-learn's ``C``."""
 
@@ -91,25 +92,28 @@ def fitted(x: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, tor
     return {"weight": weight.float(), "bias": intercept.float()}
 
 
-@torch.no_grad()
-def features(data: Data, batch: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """``pooled`` of every sample (N, 768), and labels int64 (N,), -1 for none. Kept in ``folder()``.
+def features(data: Data) -> tuple[torch.Tensor, torch.Tensor]:
+    """``pooled`` of every sample (N, 768), and labels int64 (N,), -1 for none.
 
-    About 10 pictures a second on two cores.
+    Each block of ``BLOCK`` samples is kept in ``folder()`` by what it contains, so that a second try goes on.
     """
-    safe = need("safetensors.torch", "real")
-    known = [real.SOURCES["dinov2"].sha256, *(data.peek(i).sha256 for i in range(data.count))]
-    file = folder() / f"features-{data.name}-{sha256([k.encode() for k in known])[:16]}.safetensors"
+    blocks = [_block(data, range(i, min(i + BLOCK, data.count))) for i in range(0, data.count, BLOCK)]
+    return torch.cat([b["features"] for b in blocks]), torch.cat([b["labels"] for b in blocks])
+
+
+@torch.no_grad()
+def _block(data: Data, indices: range, batch: int = 16) -> dict[str, torch.Tensor]:
+    known = [real.SOURCES["dinov2"].sha256, *(data.peek(i).sha256 for i in indices)]
+    name = f"{data.name}-{indices.start}-{sha256([k.encode() for k in known])[:16]}"
+    file = folder() / "features" / f"{name}.safetensors"
     if not file.is_file():
         backbone, steps = real.dinov2(), real.dinov2_steps(SIDE)
-        rows, labels = [], []
-        for start in range(0, data.count, batch):
-            items = [data.get(i) for i in range(start, min(start + batch, data.count))]
-            rows.append(pooled(backbone, torch.stack([steps(item.content) for item in items])))
-            labels += [-1 if item.label is None else item.label for item in items]
-        write({"features": torch.cat(rows), "labels": torch.tensor(labels)}, file)
-    kept = safe.load_file(file)
-    return kept["features"], kept["labels"]
+        items = [data.get(i) for i in indices]
+        x = torch.stack([steps(item.content) for item in items])
+        rows = torch.cat([pooled(backbone, part) for part in x.split(batch)])
+        labels = torch.tensor([-1 if item.label is None else item.label for item in items])
+        write({"features": rows, "labels": labels}, file)
+    return need("safetensors.torch", "real").load_file(file)
 
 
 def write(tensors: dict[str, torch.Tensor], file: Path) -> None:

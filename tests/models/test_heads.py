@@ -82,7 +82,7 @@ def test_a_classifier_of_two_photographs(tmp_path: Path, monkeypatch: pytest.Mon
     """Trained on crops of two, it knows them; features are kept; its balanced map is complete."""
     monkeypatch.setattr(heads, "folder", lambda: tmp_path)
     model = heads.dinov2_classifier(Data("crops", 12, crop, ("china", "flower")))
-    assert len([*tmp_path.glob("features-crops-*.safetensors")]) == 1
+    assert len([*tmp_path.glob("features/crops-0-*.safetensors")]) == 1
     monkeypatch.setattr(real, "dinov2", lambda: 1 / 0)
     x, labels = heads.features(Data("crops", 12, crop, ("china", "flower")))
     assert bool((model.head(x).argmax(1) == labels).all())
