@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.extras import need, quiet
 
 _IMAGENET_SIZES = (1000, 21841, 21843, 11821, 12000)
+T = TypeVar("T")
 _NESTED = ("state_dict", "model")  # where training scripts put the weights inside a checkpoint
 
 
@@ -145,24 +146,40 @@ def _fetch(name: str, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
 
 
 def _factory(name: str) -> Callable[[bool], torch.nn.Module]:
+    imported(name)
+    return lambda _: made_by(name, torch.nn.Module)
+
+
+def imported(name: str) -> Any:
+    """What ``package.module:name`` says, the working directory being searched as well.
+
+    Raises:
+        InputError: it cannot be imported.
+    """
     path, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        factory = getattr(importlib.import_module(path), attribute)
+        return getattr(importlib.import_module(path), attribute)
     except Exception as e:  # a user's module may fail in any way while it is imported
         raise InputError(f"cannot import {name}: {first_line(e)}") from e
 
-    def build(_: bool) -> torch.nn.Module:
-        try:
-            made = factory()
-        except (Exception, SystemExit) as e:
-            raise InputError(f"{name}() raised {first_line(e)}") from e
-        if not isinstance(made, torch.nn.Module):
-            raise InputError(f"{name}() returned {type(made).__name__}, not an nn.Module")
-        return made
 
-    return build
+def made_by(name: str, kind: type[T], args: Mapping[str, Any] | None = None) -> T:
+    """What the factory ``package.module:name`` returns.
+
+    Raises:
+        InputError: it cannot be imported, fails, or returns something else than a ``kind``.
+    """
+    factory = imported(name)
+    try:
+        made = factory(**(args or {}))
+    except (Exception, SystemExit) as e:
+        raise InputError(f"{name}() raised {first_line(e)}") from e
+    if not isinstance(made, kind):
+        what = f"{'an nn.' if kind is torch.nn.Module else 'a '}{kind.__name__}"
+        raise InputError(f"{name}() returned {type(made).__name__}, not {what}")
+    return made
 
 
 def _near(name: str, names: Iterable[str]) -> str:
@@ -260,6 +277,15 @@ def read_image(file: str | Path) -> Image.Image:
         known = False
     if not known:
         raise InputError(f"there is no image file {str(file)!r:.200}")
+    return decoded(file, str(file))
+
+
+def decoded(file: str | Path | BinaryIO, name: str) -> Image.Image:
+    """``read_image`` of a file that is open, or known to be there; ``name`` is what errors call it.
+
+    Raises:
+        InputError: not such a picture.
+    """
     try:
         with Image.open(file, formats=IMAGE_FORMATS) as opened:
             opened.load()
@@ -268,7 +294,7 @@ def read_image(file: str | Path) -> Image.Image:
         said = first_line(e)
         if isinstance(e, UnidentifiedImageError):
             said = f"it is none of {', '.join(IMAGE_FORMATS)}"
-        raise InputError(f"cannot read {str(file)!r} as an image: {said}") from e
+        raise InputError(f"cannot read {name!r} as an image: {said}") from e
 
 
 def _rgb(image: Image.Image) -> Image.Image:

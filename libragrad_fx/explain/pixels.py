@@ -54,10 +54,17 @@ class Pixels:
         found = levels * torch.tensor(self.gain).double() + torch.tensor(self.shift).double()
         return found.permute(2, 0, 1).float().contiguous()
 
-    def resized(self, image: Image.Image) -> Image.Image:
-        """The picture before the cut: resized once more, it stays as it is."""
+    def mask(self, mask: np.ndarray) -> np.ndarray:
+        """bool (H, W) of ``size``: a mask of a picture, bool (H, W), goes the picture's way, by the nearest
+        pixel to each new one's centre."""
+        levels = Image.fromarray(mask.astype(np.uint8) * 255)
+        cut = self.cut(self.resized(levels, Image.Resampling.NEAREST))
+        return np.array(cut.convert("L")) > 127
+
+    def resized(self, image: Image.Image, how: Image.Resampling | None = None) -> Image.Image:
+        """The picture before the cut: resized once more, it stays as it is. ``how``: by another filter."""
         image = image.convert("L" if len(self.gain) == 1 else "RGB")
-        (height, width), how = self.scaled, FILTERS[self.filter]
+        (height, width), how = self.scaled, FILTERS[self.filter] if how is None else how
         if self.way == "cover":
             return ImageOps.fit(image, (width, height), how)
         if self.way == "edge":

@@ -1,0 +1,1 @@
+"""Evaluation: models by methods by policies by metrics by data."""

