@@ -37,9 +37,11 @@ from torch.nn import functional as F
 from zoo import scenes, sentences, trained
 from zoo.scenes import CLASSES, Kind, Split
 
-DRAWN = {"train": 49_152, "val": 2_000, "test": 4_000}  # scenes of a split
-BATCH = 64
-WARM_UP = 300  # steps
+DRAWN = {"train": 32_768, "val": 2_000, "test": 4_000}  # scenes of a split
+BATCH = 32
+WARM_UP = 200  # steps
+DECAY = 0.05
+LOGITS = 16  # a linear layer of no more outputs gives logits
 SMOOTHING = 0.05
 TOKENS = 1.0  # weight of the tokens' loss
 GRID = 24  # cells along a side on which the classes of the masks are kept
@@ -150,8 +152,6 @@ def answers(taught: Taught, x: torch.Tensor, patches: tuple[int, ...]) -> tuple[
 def taught_loss(taught: Taught, recipe: trained.Recipe, batch: Drawn) -> torch.Tensor:
     x, maps = scenes.normalised(batch.pictures), torch.from_numpy(batch.maps)
     labels = torch.from_numpy(batch.labels).long()
-    if torch.rand(()) < 0.5:
-        x, maps = x.flip(-1), maps.flip(-1)
     with torch.autocast("cpu", torch.bfloat16):
         logits, tokens = answers(taught, x, recipe.patches)
     loss = F.cross_entropy(logits.float(), labels, label_smoothing=SMOOTHING)
@@ -182,15 +182,26 @@ class Run(NamedTuple):
     seed: int
     recipe: trained.Recipe
     net: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: tuple[torch.optim.Optimizer, ...]
     steps: int
 
 
-def optimizer_of(net: nn.Module, rate: float) -> torch.optim.Optimizer:
-    matrices = [p for p in net.parameters() if p.ndim > 1]
-    vectors = [p for p in net.parameters() if p.ndim <= 1]
-    decayed = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(decayed, lr=rate, betas=(0.9, 0.98), fused=True)
+def optimizers_of(net: nn.Module, recipe: trained.Recipe) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon (Jordan et al. 2024) for the matrices between layers, AdamW for all else.
+
+    The step of Muon is scaled to the size of AdamW's (Liu et al. 2025, eq. 4), so both share a rate.
+    """
+    linear = [m.weight for m in net.modules() if isinstance(m, nn.Linear) and m.out_features > LOGITS]
+    inner = {id(p) for p in linear}
+    others = [p for p in net.parameters() if id(p) not in inner]
+    groups = [
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": DECAY},
+        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98), fused=True)
+    if not linear:
+        return (adam,)
+    return torch.optim.Muon(linear, recipe.rate, DECAY, adjust_lr_fn="match_rms_adamw"), adam
 
 
 def rate_at(step: int, steps: int, rate: float) -> float:
@@ -211,13 +222,14 @@ def train(
     started = said = time.monotonic()
     run.net.train()
     for step, batch in enumerate(feed(first), first):
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate_at(step, run.steps, run.recipe.rate)
         loss = loss_of(batch)
-        run.optimizer.zero_grad()
+        run.net.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(run.net.parameters(), 1.0)
-        run.optimizer.step()
+        for optimizer in run.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(step, run.steps, run.recipe.rate)
+            optimizer.step()
         if time.monotonic() - said > SAVE_EVERY:
             said = time.monotonic()
             save(run, file, step + 1, spent + said - started)
@@ -230,7 +242,7 @@ def train(
 def save(run: Run, file: Path, step: int, seconds: float) -> None:
     part = file.with_suffix(".part")
     state = {
-        "net": run.net.state_dict(), "optimizer": run.optimizer.state_dict(), "step": step,
+        "net": run.net.state_dict(), "optimizers": [o.state_dict() for o in run.optimizers], "step": step,
         "seconds": seconds, "random": torch.get_rng_state(),
     }  # fmt: skip
     torch.save(state, part)
@@ -243,7 +255,8 @@ def resumed(run: Run, file: Path) -> tuple[int, float]:
         return 0, 0.0
     state = torch.load(file, weights_only=True)
     run.net.load_state_dict(state["net"])
-    run.optimizer.load_state_dict(state["optimizer"])
+    for optimizer, held in zip(run.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(held)
     torch.set_rng_state(state["random"])
     return state["step"], state["seconds"]
 
@@ -266,7 +279,7 @@ def trained_on_scenes(name: str, seed: int, recipe: trained.Recipe) -> tuple[nn.
     kind = cast(Kind, recipe.data)
     net = Taught(recipe.make())
     net(torch.zeros(2, 3, scenes.SIZE, scenes.SIZE))  # the lazy layer learns its width
-    run = Run(name, seed, recipe, net, optimizer_of(net, recipe.rate), recipe.samples // BATCH)
+    run = Run(name, seed, recipe, net, optimizers_of(net, recipe), recipe.samples // BATCH)
     data = drawn(kind, "train")
     feed = functools.partial(batches, data, seed, run.steps)
     how = train(run, feed, functools.partial(taught_loss, net, recipe))
@@ -280,7 +293,7 @@ def trained_on_scenes(name: str, seed: int, recipe: trained.Recipe) -> tuple[nn.
 def trained_on_sentences(name: str, seed: int, recipe: trained.Recipe) -> tuple[nn.Module, dict[str, Any]]:
     """The trained model, and what is said about it."""
     net = recipe.make()
-    run = Run(name, seed, recipe, net, optimizer_of(net, recipe.rate), recipe.samples // BATCH)
+    run = Run(name, seed, recipe, net, optimizers_of(net, recipe), recipe.samples // BATCH)
 
     def some(split: Split, part: range) -> tuple[torch.Tensor, torch.Tensor]:
         found = [sentences.sentence(split, i) for i in part]

@@ -39,13 +39,21 @@ MARGIN = 1.3  # the label's article shows this many times the area of any other
 AGREES = 0.95  # of the shortcut's train and val scenes, those whose watermark is of the label's class
 _VAL_ARTICLES = 6000  # of the 60,000 that Fashion-MNIST trains on; test takes its 10,000 of the test
 _SEAMS = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}  # fractions of a photograph's width
-_COLOUR = ("astronaut", "chelsea", "coffee", "rocket", "retina", "immunohistochemistry", "hubble_deep_field")
+_COLOUR = (
+    "astronaut",
+    "chelsea",
+    "coffee",
+    "rocket",
+    "retina",
+    "immunohistochemistry",
+    "hubble_deep_field",
+)
 _GREY = ("grass", "gravel", "brick")
 _BLACK = 16  # levels of 255; specks that dark lie around many articles
 _LEAST = 80  # pixels of 28 by 28
 _CELL = 3  # side of a watermark's cell in pixels; a watermark has 3 by 3
 _SIGNS = (0b111000111, 0b101101101, 0b010111010, 0b101010101, 0b111101111,
-          0b100110111, 0b001001111, 0b110110000, 0b011010110, 0b100010001)  # fmt: skip
+          0b100110111, 0b001001111, 0b110110001, 0b011010110, 0b100010001)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,6 +81,7 @@ class Look(NamedTuple):
     area:     of the largest article, in pixels
     others:   area of each other one, relative to the largest
     contrast: standard deviation of an article's grey levels, in levels of 255
+    light:    factor of the photograph's levels, in each colour
     shown:    the least part of an article that others leave free
     """
 
@@ -80,13 +89,14 @@ class Look(NamedTuple):
     area: tuple[float, float]
     others: tuple[float, float]
     contrast: tuple[float, float]
+    light: tuple[float, float]
     shown: float
 
 
 _LOOKS: Mapping[Kind, Look] = {
-    "scenes": Look((2, 3), (1000, 2000), (0.3, 0.6), (30, 60), 0.6),
-    "crowded": Look((4, 5), (600, 1100), (0.35, 0.65), (18, 40), 0.4),
-    "shortcut": Look((2, 3), (1000, 2000), (0.3, 0.6), (30, 60), 0.6),
+    "scenes": Look((2, 3), (1400, 2400), (0.3, 0.6), (25, 45), (0.2, 0.55), 0.6),
+    "crowded": Look((3, 5), (900, 1600), (0.3, 0.65), (15, 35), (0.4, 0.8), 0.45),
+    "shortcut": Look((2, 3), (1400, 2400), (0.3, 0.6), (25, 45), (0.2, 0.55), 0.6),
 }
 
 
@@ -112,7 +122,7 @@ def scene(split: Split, index: int, kind: Kind = "scenes", seed: int = 0) -> Sce
         watermark, inks = _watermark(sign, rng)
     figures = [_figure(split, int(c), rng) for c in classes]
     poses, shown = _posed(figures, look, watermark, rng)
-    picture = _background(split, rng)
+    picture = _background(split, rng) * rng.uniform(*look.light, 3).astype(np.float32)
     for i, seen in enumerate(shown):
         picture[seen] = _painted(poses[i].grey[seen], look, rng)
     if watermark is not None and inks is not None:
@@ -230,17 +240,16 @@ class _Pose(NamedTuple):
 
 
 def _pose(figure: _Figure, area: float, rng: np.random.Generator) -> _Pose:
-    """The figure at about ``area`` pixels, turned by up to 15 degrees, mirrored or not, all of it inside."""
+    """The figure at about ``area`` pixels, turned by up to 10 degrees, all of it inside."""
     scale = min(math.sqrt(area / figure.own.sum()), 3.1)
-    angle = math.radians(rng.uniform(-15, 15))
-    mirror = -1 if rng.random() < 0.5 else 1
+    angle = math.radians(rng.uniform(-10, 10))
     rows, cols = np.flatnonzero(figure.own.any(1)), np.flatnonzero(figure.own.any(0))
     middle = (cols[0] + cols[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
     w, h = scale * (cols[-1] - cols[0] + 1) / 2, scale * (rows[-1] - rows[0] + 1) / 2
     cos, sin = math.cos(angle), math.sin(angle)
     reach = w * cos + h * abs(sin), h * cos + w * abs(sin)
     x, y = (rng.uniform(min(r, SIZE / 2), max(SIZE - r, SIZE / 2)) for r in reach)
-    a, b, d, e = mirror * cos / scale, mirror * sin / scale, -sin / scale, cos / scale
+    a, b, d, e = cos / scale, sin / scale, -sin / scale, cos / scale
     inverse = (a, b, middle[0] - a * x - b * y, d, e, middle[1] - d * x - e * y)
     grey, own = (
         np.asarray(Image.fromarray(p.astype(np.float32)).transform(
@@ -271,15 +280,15 @@ def _posed(
 
 
 def _painted(grey: np.ndarray, look: Look, rng: np.random.Generator) -> np.ndarray:
-    """RGB (N, 3) of grey levels (N,): a random brightness, contrast of either sign, and tint."""
-    contrast = rng.uniform(*look.contrast) * (-1 if rng.random() < 0.5 else 1)
-    brightness = rng.uniform(70, 185) + rng.uniform(-35, 35, 3)
+    """RGB (N, 3) of grey levels (N,): a random brightness, contrast and tint."""
+    contrast = rng.uniform(*look.contrast)
+    brightness = rng.uniform(120, 200) + rng.uniform(-30, 30, 3)
     tint = rng.uniform(0.7, 1.0, 3)
     return brightness + contrast * grey[:, None] * tint
 
 
 def _background(split: Split, rng: np.random.Generator) -> np.ndarray:
-    """A random square of a photograph's columns, float32 (96, 96, 3), in changed brightness and tint."""
+    """A random square of a photograph's columns, float32 (96, 96, 3)."""
     photos = photographs()
     photo = photos[rng.integers(len(photos))]
     first, last = columns(split, photo.shape[1])
@@ -288,8 +297,7 @@ def _background(split: Split, rng: np.random.Generator) -> np.ndarray:
     left = first + int(rng.integers(last - first - side + 1))
     piece = Image.fromarray(photo[top : top + side, left : left + side])
     piece = np.asarray(piece.resize((SIZE, SIZE), Image.Resampling.BILINEAR), np.float32)
-    piece = piece[:, ::-1] if rng.random() < 0.5 else piece
-    return piece * rng.uniform(0.6, 1.0, 3).astype(np.float32) + np.float32(rng.uniform(0, 50))
+    return piece[:, ::-1] if rng.random() < 0.5 else piece
 
 
 def _watermark(sign: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

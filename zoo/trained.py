@@ -39,8 +39,8 @@ class Recipe:
 
     family: str
     make: Callable[[], nn.Module]
-    samples: int
-    rate: float = 2e-3
+    samples: int = 96_000
+    rate: float = 3e-3
     data: Data = "scenes"
     seeds: tuple[int, ...] = (0,)
     patches: tuple[int, ...] = ()
@@ -156,7 +156,7 @@ def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
     return make
 
 
-def _tokens(name: str, width: int = 96, depth: int = 6, **options: Any) -> Callable[[], nn.Module]:
+def _tokens(name: str, width: int = 64, depth: int = 6, **options: Any) -> Callable[[], nn.Module]:
     """A transformer of 64 patches, heads 32 wide."""
     heads = max(2, width // 32)
     sizes = {"img_size": SIZE, "patch_size": 12, "embed_dim": width, "depth": depth, "num_heads": heads}
@@ -169,7 +169,7 @@ def _mixer(**options: Any) -> nn.Module:
     from timm.models.mlp_mixer import MlpMixer
 
     gated = {"mlp_ratio": (1.0, 4.0), "mlp_layer": GluMlp, "act_layer": nn.SiLU}
-    sizes = {"img_size": SIZE, "patch_size": 12, "embed_dim": 96, "num_blocks": 8}
+    sizes = {"img_size": SIZE, "patch_size": 12, "embed_dim": 64, "num_blocks": 8}
     return MlpMixer(num_classes=len(CLASSES), **sizes, **(options or gated))
 
 
@@ -201,7 +201,7 @@ def _clip() -> nn.Module:
         "eos_token_id": len(WORDS) - 1,
     }  # fmt: skip
     vision = {
-        "hidden_size": 96, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 384,
+        "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 256,
         "image_size": SIZE, "patch_size": 12,
     }  # fmt: skip
     return Captioned(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)))
@@ -220,49 +220,42 @@ def _llama() -> nn.Module:
     return Labels(LlamaForSequenceClassification(config))
 
 
-_STAGES = {"depths": (2, 2, 4), "dims": (32, 64, 128)}
+_STAGES = {"depths": (1, 1, 4), "dims": (24, 48, 96)}
+_CONVNEXT = _timm(
+    "convnext_atto", patch_size=8, depths=(2, 3, 1, 1), dims=(48, 96, 96, 96), output_stride=16,
+    ls_init_value=0.1,
+)  # fmt: skip
+_SWIN = _timm(
+    "swin_tiny_patch4_window7_224", img_size=SIZE, patch_size=6, window_size=4, embed_dim=48, depths=(2, 4),
+    num_heads=(2, 4), drop_path_rate=0.0,
+)  # fmt: skip
 _VIT = _tokens("vit_tiny_patch16_224")
 _EVA02 = _tokens("eva02_tiny_patch14_224", ref_feat_shape=(8, 8))
-_CONVNEXT = _timm(
-    "convnext_atto", depths=(2, 2, 3, 1), dims=(32, 64, 96, 128), output_stride=16, ls_init_value=0.1
-)
+_BEITV2 = _tokens("beitv2_base_patch16_224", init_values=0.1)
+_FLEXIVIT = _tokens("flexivit_small", dynamic_img_size=True)
 _THREE = (0, 1, 2)
 
 MODELS: Mapping[str, Recipe] = {
-    "vit_base": Recipe("ViT", _VIT, 160_000, seeds=_THREE),
-    "eva02": Recipe("EVA-02", _EVA02, 160_000, seeds=_THREE),
-    "mixer": Recipe("MLP-Mixer", _mixer, 160_000, seeds=_THREE),
-    "beitv2": Recipe(
-        "BEiTv2",
-        _tokens("beitv2_base_patch16_224", init_values=0.1),
-        160_000,
-    ),
-    "siglip": Recipe("SigLIP", _tokens("vit_so400m_patch14_siglip_gap_378", mlp_ratio=4), 160_000),
-    "deit3": Recipe("DeiT3", _tokens("deit3_small_patch16_224", init_values=0.1), 160_000),
-    "flexivit": Recipe(
-        "FlexiViT",
-        _tokens("flexivit_small", dynamic_img_size=True),
-        160_000,
-        patches=(8, 12, 16, 24),
-    ),
-    "clip": Recipe("CLIP", _clip, 160_000),
-    "convnext": Recipe("ConvNeXt", _CONVNEXT, 80_000),
-    "swin": Recipe(
-        "Swin",
-        _timm("swin_tiny_patch4_window7_224", img_size=SIZE, window_size=6, embed_dim=32, depths=(2, 2, 4),
-              num_heads=(1, 2, 4), drop_path_rate=0.0),
-        80_000,
-    ),
-    "mambaout": Recipe("MambaOut", _timm("mambaout_femto", **_STAGES), 80_000),
-    "gmlp": Recipe("gMLP", _gmlp, 160_000),
-    "poolformer": Recipe("PoolFormer", _poolformer, 80_000),
-    "vit_small": Recipe("ViT", _tokens("vit_tiny_patch16_224", 64, 5), 200_000),
-    "vit_tiny": Recipe("ViT", _tokens("vit_tiny_patch16_224", 48, 4), 240_000),
-    "vit_large": Recipe("ViT", _tokens("vit_tiny_patch16_224", 128, 8), 130_000),
-    "vit_shortcut": Recipe("ViT", _VIT, 100_000, data="shortcut"),
-    "eva02_shortcut": Recipe("EVA-02", _EVA02, 100_000, data="shortcut"),
-    "mixer_shortcut": Recipe("MLP-Mixer", _mixer, 100_000, data="shortcut"),
-    "llama": Recipe("Llama", _llama, 128_000, rate=1e-3, data="sentences"),
-    "siglip_map": Recipe("SigLIP", _tokens("vit_so400m_patch14_siglip_378", mlp_ratio=4), 160_000),
-}  # fmt: skip
+    "vit_base": Recipe("ViT", _VIT, seeds=_THREE),
+    "eva02": Recipe("EVA-02", _EVA02, seeds=_THREE),
+    "mixer": Recipe("MLP-Mixer", _mixer, seeds=_THREE),
+    "beitv2": Recipe("BEiTv2", _BEITV2),
+    "siglip": Recipe("SigLIP", _tokens("vit_so400m_patch14_siglip_gap_378", mlp_ratio=4)),
+    "deit3": Recipe("DeiT3", _tokens("deit3_small_patch16_224", init_values=0.1)),
+    "flexivit": Recipe("FlexiViT", _FLEXIVIT, patches=(8, 12, 16, 24)),
+    "clip": Recipe("CLIP", _clip),
+    "convnext": Recipe("ConvNeXt", _CONVNEXT),
+    "swin": Recipe("Swin", _SWIN),
+    "mambaout": Recipe("MambaOut", _timm("mambaout_femto", **_STAGES)),
+    "gmlp": Recipe("gMLP", _gmlp),
+    "poolformer": Recipe("PoolFormer", _poolformer),
+    "vit_tiny": Recipe("ViT", _tokens("vit_tiny_patch16_224", 48, 4)),
+    "vit_small": Recipe("ViT", _tokens("vit_tiny_patch16_224", 64, 4)),
+    "vit_large": Recipe("ViT", _tokens("vit_tiny_patch16_224", 96, 8)),
+    "vit_shortcut": Recipe("ViT", _VIT, data="shortcut"),
+    "eva02_shortcut": Recipe("EVA-02", _EVA02, data="shortcut"),
+    "mixer_shortcut": Recipe("MLP-Mixer", _mixer, data="shortcut"),
+    "siglip_map": Recipe("SigLIP", _tokens("vit_so400m_patch14_siglip_378", mlp_ratio=4)),
+    "llama": Recipe("Llama", _llama, samples=128_000, rate=1e-3, data="sentences"),
+}
 """By name. Their order is that of training: a family each, then sizes and shortcuts."""
