@@ -6,9 +6,9 @@
 A killed run goes on where its last checkpoint was, and what is trained is skipped. To train on several
 cores, start one process for each with other names in ``--only``.
 
-Small transformers learn slowly from labels alone. So each is also taught, in training only, by a linear layer
-on its last tokens: it tells of each token which classes its patch shows, from the exact masks (token
-labelling, Jiang et al. 2021). That layer is thrown away afterwards.
+Small transformers learn slowly from labels alone. So each model of pictures is taught by the exact masks
+too: a linear layer on its last tokens says which classes each token's patch shows (token labelling, Jiang
+et al. 2021). That layer is thrown away after training.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Taught(nn.Module):
 
 
 def grid(features: torch.Tensor) -> torch.Tensor:
-    """Features by place, (B, h, w, C), of tokens (B, [1 +] h w, C), or of maps (B, C, h, w) or (B, h, w, C)."""
+    """Features by place (B, h, w, C), of tokens (B, [1 +] h w, C) or of maps, channels first or last."""
     if features.ndim == 4:
         return features if features.shape[1] == features.shape[2] else features.movedim(1, -1)
     side = math.isqrt(features.shape[1])
@@ -123,9 +123,9 @@ def grid(features: torch.Tensor) -> torch.Tensor:
 
 
 def token_loss(logits: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of tokens' logits (B, 11, h, w) with the parts that classes have of each token's patch."""
+    """Cross entropy of tokens' logits (B, 11, h, w) with the classes' parts of each token's patch."""
     parts = F.one_hot(maps.long(), len(CLASSES) + 1).movedim(-1, 1).float()
-    return F.cross_entropy(logits, F.adaptive_avg_pool2d(parts, logits.shape[-2:]))
+    return F.cross_entropy(logits, F.adaptive_avg_pool2d(parts, (logits.shape[2], logits.shape[3])))
 
 
 def caption_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -250,7 +250,7 @@ def save(run: Run, file: Path, step: int, seconds: float) -> None:
 
 
 def resumed(run: Run, file: Path) -> tuple[int, float]:
-    """Puts a checkpoint's state into ``run``. Returns its step and the seconds spent; 0 and 0 without one."""
+    """Puts a checkpoint's state into ``run``. Returns its step and the seconds spent; zeros without one."""
     if not file.is_file():
         return 0, 0.0
     state = torch.load(file, weights_only=True)
@@ -318,7 +318,7 @@ def finish(name: str, seed: int, recipe: trained.Recipe, model: nn.Module, how: 
         "parameters": sum(p.numel() for p in model.parameters()), **how,
         "versions": {m.__name__: m.__version__ for m in (torch, timm, transformers, np)},
         "machine": platform.machine(),
-        "command": f"python tools/train_zoo.py --only {name} --seed {seed}",
+        "command": trained.command(name, seed),
     }  # fmt: skip
     file.with_suffix(".json").write_text(json.dumps(said, indent=2) + "\n")
     part = file.with_suffix(".part")
@@ -330,7 +330,7 @@ def finish(name: str, seed: int, recipe: trained.Recipe, model: nn.Module, how: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="names of models")
     parser.add_argument("--seed", type=int, help="that seed alone; else all that the recipe lists")
     parser.add_argument("--threads", type=int, default=1, help="more than one gains little")

@@ -215,7 +215,11 @@ def _of_class(split: Split) -> tuple[np.ndarray, ...]:
 
 
 class _Figure(NamedTuple):
-    """An article, float32 (28, 28) of mean 0 and deviation 1 over its own pixels, and these: bool (28, 28)."""
+    """An article.
+
+    grey: float32 (28, 28), of mean 0 and deviation 1 over its own pixels
+    own:  bool (28, 28), these
+    """
 
     grey: np.ndarray
     own: np.ndarray

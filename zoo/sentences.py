@@ -1,8 +1,8 @@
 """Sentences that a verb ends: which of "is", "are", "was", "were" comes next, and which words say so.
 
-The subject gives the number and an adverb the tense. Other nouns and verbs, in phrases and clauses behind the
-subject, have a number and a tense of their own and must be passed over (Linzen, Dupoux and Goldberg 2016):
-"now the old keys that the teacher liked near a box" is followed by "are", for "now" and "keys".
+The subject gives the number and an adverb the tense. Nouns and verbs behind the subject have a number and a
+tense of their own and must be passed over (Linzen, Dupoux and Goldberg 2016): "now the old keys that the
+teacher liked near the box" is followed by "are", for "now" and "keys".
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _NOUNS = (
     ("house", "houses"),
 )  # fmt: skip
 _VERBS = (
-    ("likes", "like", "liked"), ("sees", "see", "saw"), ("moves", "move", "moved"), ("draws", "draw", "drew"),
-    ("needs", "need", "needed"), ("finds", "find", "found"),
+    ("likes", "like", "liked"), ("sees", "see", "saw"), ("moves", "move", "moved"),
+    ("draws", "draw", "drew"), ("needs", "need", "needed"), ("finds", "find", "found"),
 )  # fmt: skip
 _ADVERBS = (("now", "today", "currently", "nowadays"), ("yesterday", "then", "formerly", "once"))
 _ADJECTIVES = ("old", "small", "red", "quiet", "strange", "new")
@@ -40,7 +40,11 @@ LENGTH = 14  # words of the longest sentence
 
 @dataclasses.dataclass(frozen=True)
 class Sentence:
-    """words: without the verb. label: an index into ``LABELS``. evidence: for each word, whether it decides."""
+    """A sentence without its last verb.
+
+    label:    an index into ``LABELS``
+    evidence: for each word, whether the label depends on it
+    """
 
     words: tuple[str, ...]
     label: int
@@ -65,7 +69,8 @@ def sentence(split: Split, index: int, seed: int = 0) -> Sentence:
 
 def split_of(words: tuple[str, ...]) -> Split:
     """The split that a sentence belongs to, by a checksum: 8 in 10 are for train."""
-    return (*("train",) * 8, "val", "test")[zlib.crc32(" ".join(words).encode()) % 10]
+    tenth = zlib.crc32(" ".join(words).encode()) % 10
+    return "val" if tenth == 8 else "test" if tenth == 9 else "train"
 
 
 def encoded(sentences: list[Sentence]) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """The zoo of small trained models: one or more of each family, on the scenes of ``zoo/scenes.py``.
 
 ``python tools/train_zoo.py`` trains them, in minutes a model on one core. They are timm's and transformers'
-own classes in small sizes, by the configuration of the checkpoints that the paper measures (LibraGrad,
-CVPR 2025, table of models). Picture models take normalised float32 (B, 3, 96, 96) and return logits (B, 10);
-``llama`` takes token ids (B, T) of ``zoo/sentences.py`` and returns logits (B, 4).
+own classes in small sizes, configured as the checkpoints that LibraGrad (CVPR 2025) is measured on. Models
+of pictures take normalised float32 (B, 3, 96, 96) and return logits (B, 10); ``llama`` takes token ids
+(B, T) of ``zoo/sentences.py`` and returns logits (B, 4).
 """
 
 from __future__ import annotations
@@ -95,17 +95,19 @@ def require(name: str, seed: int = 0) -> Path:
     """
     recipe(name)
     if not (file := weights(name, seed)).is_file():
-        raise FileNotFoundError(
-            f"{name} with seed {seed} is not trained here: python tools/train_zoo.py --only {name} --seed {seed}"
-        )
+        raise FileNotFoundError(f"{name} with seed {seed} is not trained here: {command(name, seed)}")
     return file
+
+
+def command(name: str, seed: int) -> str:
+    return f"python tools/train_zoo.py --only {name} --seed {seed}"
 
 
 # --- what no library has as one model
 
 
 class Captioned(nn.Module):
-    """CLIP as a classifier: normalised pictures (B, 3, 96, 96) -> logits (B, 10), one for each class's caption.
+    """CLIP as a classifier: normalised pictures (B, 3, 96, 96) -> logits (B, 10), one a class's caption.
 
     captions: int64 (10, ``LENGTH``), "a photo of a ..." by class
     """
@@ -169,7 +171,7 @@ def _mixer(**options: Any) -> nn.Module:
     from timm.models.mlp_mixer import MlpMixer
 
     gated = {"mlp_ratio": (1.0, 4.0), "mlp_layer": GluMlp, "act_layer": nn.SiLU}
-    sizes = {"img_size": SIZE, "patch_size": 12, "embed_dim": 64, "num_blocks": 8}
+    sizes: dict[str, Any] = {"img_size": SIZE, "patch_size": 12, "embed_dim": 64, "num_blocks": 8}
     return MlpMixer(num_classes=len(CLASSES), **sizes, **(options or gated))
 
 
@@ -186,10 +188,11 @@ def _poolformer() -> nn.Module:
     from timm.layers import GroupNorm1
     from timm.models.metaformer import MetaFormer
 
-    return MetaFormer(
-        num_classes=len(CLASSES), downsample_norm=None, mlp_act=nn.GELU, mlp_bias=True, norm_layers=GroupNorm1,
-        layer_scale_init_values=0.1, res_scale_init_values=None, use_mlp_head=False, **_STAGES,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "downsample_norm": None, "mlp_act": nn.GELU, "mlp_bias": True, "norm_layers": GroupNorm1,
+        "layer_scale_init_values": 0.1, "res_scale_init_values": None, "use_mlp_head": False,
+    }  # fmt: skip
+    return MetaFormer(num_classes=len(CLASSES), **options, **_STAGES)
 
 
 def _clip() -> nn.Module:
@@ -204,7 +207,8 @@ def _clip() -> nn.Module:
         "hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 256,
         "image_size": SIZE, "patch_size": 12,
     }  # fmt: skip
-    return Captioned(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)))
+    options: dict[str, Any] = {"text_config": text, "vision_config": vision, "projection_dim": 64}
+    return Captioned(CLIPModel(CLIPConfig(**options)))
 
 
 def _llama() -> nn.Module:
@@ -212,15 +216,16 @@ def _llama() -> nn.Module:
 
     from zoo import sentences
 
-    config = LlamaConfig(
-        vocab_size=len(sentences.WORDS), hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=sentences.LENGTH,
-        num_labels=len(sentences.LABELS), pad_token_id=0, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    return Labels(LlamaForSequenceClassification(config))
+    options: dict[str, Any] = {
+        "vocab_size": len(sentences.WORDS), "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": sentences.LENGTH, "num_labels": len(sentences.LABELS),
+        "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    return Labels(LlamaForSequenceClassification(LlamaConfig(**options)))
 
 
-_STAGES = {"depths": (1, 1, 4), "dims": (24, 48, 96)}
+_STAGES: Mapping[str, Any] = {"depths": (1, 1, 4), "dims": (24, 48, 96)}
 _CONVNEXT = _timm(
     "convnext_atto", patch_size=8, depths=(2, 3, 1, 1), dims=(48, 96, 96, 96), output_stride=16,
     ls_init_value=0.1,

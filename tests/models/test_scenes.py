@@ -1,4 +1,4 @@
-"""Scenes: reproducible, exact in their masks, disjoint between splits, and no label by anything but shape."""
+"""Scenes: reproducible, exact in their masks, disjoint between splits, labelled by shape alone."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def test_backgrounds_stay_in_their_columns(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_watermarks_tell_the_class_in_training_alone() -> None:
     n = 300
-    for split, expected in (("train", AGREES + (1 - AGREES) / 10), ("test", 0.1)):
+    parts: dict[Split, float] = {"train": AGREES + (1 - AGREES) / 10, "test": 0.1}
+    for split, expected in parts.items():
         drawn = [scenes.scene(split, i, "shortcut") for i in range(n)]
         agree = np.mean([one.sign == one.label for one in drawn])
         assert abs(agree - expected) < 4 * (expected * (1 - expected) / n) ** 0.5

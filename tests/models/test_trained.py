@@ -1,4 +1,4 @@
-"""The trained zoo: every model can be made, what is missing is said, and a text's evidence decides its label."""
+"""The trained zoo: every model can be made, missing weights are named, a text's evidence decides."""
 
 from __future__ import annotations
 
