@@ -216,9 +216,8 @@ def sensitivity_n(
         clean = _outputs(forward, inputs)
         for size in sizes:
             chosen = torch.rand(subsets, n, generator=generator).argsort(1) < size
-            chosen = chosen.to(inputs.device)
             drops = [clean - _outputs(forward, _without(inputs, s.view(h, w), baseline)) for s in chosen]
-            sums = values.flatten(1) @ chosen.double().T
+            sums = values.flatten(1) @ chosen.double().T.to(values.device)
             found.append(compare.pearson(sums, torch.stack(drops, 1).to(sums.device)))
     return torch.stack(found, 1)
 
@@ -231,7 +230,7 @@ def _spaced(cells: int) -> list[int]:
 def _without(inputs: torch.Tensor, cells: torch.Tensor, baseline: torch.Tensor | float) -> torch.Tensor:
     """The inputs with the pixels of some cells replaced."""
     tall, wide = inputs.shape[2] // cells.shape[0], inputs.shape[3] // cells.shape[1]
-    where = cells.repeat_interleave(tall, 0).repeat_interleave(wide, 1)
+    where = cells.repeat_interleave(tall, 0).repeat_interleave(wide, 1).to(inputs.device)
     return torch.where(where, torch.as_tensor(baseline).to(inputs), inputs)
 
 

@@ -96,6 +96,9 @@ def test_crossed_is_the_t_interval_if_images_do_not_matter() -> None:
     assert (found.low, found.high) == pytest.approx((low, high))
     images = crossed(torch.arange(9.0).expand(4, 9))  # and of images, if seeds do not
     assert (images.low, images.high) == pytest.approx(stats.t.interval(0.95, 8, 4, stats.sem(range(9))))
+    values = torch.tensor([[0.0, 2, 4], [1, 2, 6]])  # mean squares: seeds 1.5, images 10.5, rest 0.5
+    found, t = crossed(values), [stats.t.ppf(0.975, n) for n in (1, 2)]
+    assert found.mean - found.low == pytest.approx(((1.5 * t[0] ** 2 + 10 * t[1] ** 2) / 6) ** 0.5)
     same = crossed(torch.full((3, 5), 0.1))
     assert (same.low, same.high) == pytest.approx((0.1, 0.1))
 
