@@ -126,6 +126,15 @@ def test_many_values_take_percentiles() -> None:
     assert found.high - found.low == pytest.approx(2 * 1.96 / 5001**0.5, rel=0.15)
 
 
+@settings(max_examples=40, deadline=None)
+@given(values=st.lists(st.sampled_from([-3.0, 0.0, 0.25, 1.0, 1.0, 50.0]), min_size=2, max_size=12))
+def test_few_values_with_ties_have_an_interval_around_the_mean(values: list[float]) -> None:
+    for found in (interval(torch.tensor(values), resamples=200), interval(torch.tensor(values) * 1e-9)):
+        slack = 1e-12 * abs(found.mean) + 1e-30
+        assert found.low <= found.mean + slack
+        assert found.high >= found.mean - slack
+
+
 def test_what_does_not_vary_has_no_width() -> None:
     assert interval(torch.full((9,), 0.3, dtype=F64))[:3] == (0.3, 0.3, 0.3)
     assert interval(torch.full((9,), 0.3)).method == "constant"

@@ -206,6 +206,8 @@ def test_bad_input() -> None:
         metrics.randomisation(small(), lambda m, x: x, INPUTS)
     with pytest.raises(InputError, match="maps hold nan or inf in samples 0, 1"):
         metrics.max_sensitivity(small(), lambda m, x: x.sum(1) * torch.nan, INPUTS)
+    with pytest.raises(InputError, match=r"floating point inputs, not to torch\.int64"):
+        metrics.max_sensitivity(small(), gradient, INPUTS.long())
     with pytest.raises(InputError, match="positive, not 0 and 10"):
         metrics.max_sensitivity(small(), gradient, INPUTS, radius=0)
     maps = INPUTS.sum(1)
