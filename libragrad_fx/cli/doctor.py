@@ -44,6 +44,8 @@ _EXTRAS = (
     Extra("graphviz", "graphviz", "graph", "static pictures of a graph"),
     Extra("open_clip", "open_clip_torch", "coverage", "libragrad coverage --suite openclip"),
     Extra("psutil", "psutil", "coverage", "libragrad coverage"),
+    Extra("scipy", "scipy", "evaluate", "intervals of metrics"),
+    Extra("ot", "POT", "evaluate", "metrics.emd_score"),
     Extra("captum", "captum", "dev", "Captum's methods on a balanced graph"),
     Extra("pytorch_grad_cam", "grad-cam", "dev", "pytorch-grad-cam on a balanced graph"),
     Extra("model_explorer", "ai-edge-model-explorer", "dev", "tests of its format"),

@@ -18,7 +18,7 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.extras import need
 
 Missing = Literal["error", "omit"]
-_MOST_BCA = 5000  # values; the jackknife of BCa takes n² steps, and corrects by 1/√n
+_MOST_BCA = 5000  # values; BCa's jackknife takes n² steps, and by then it corrects little
 _AT_ONCE = 10**6  # resampled values in memory
 
 
@@ -120,12 +120,12 @@ def crossed(values: torch.Tensor, *, level: float = 0.95, missing: Missing = "er
 
     For the mean over new images *and* new seeds, which are random effects of a two-way layout. The mean
     square of the seeds, M_s / (seeds · n), and that of the images without the rest, (M_i - M_rest) /
-    (seeds · n), are squared standard errors; each is taken times its own t, and half of the width is the
-    root of the sum (Zou and Donner 2008). In simulations with 2, 3 and 5 seeds these intervals hold the
-    mean at least as often as they say,
-    and with two or three they are wide, for good reason: a bootstrap of three seeds is too narrow by a
-    third, and one of images alone says nothing about another seed. For this one set of models, use
-    ``interval(values.mean(0))``. A difference of two sides: ``crossed(a - b)``.
+    (seeds · n), are squared standard errors; each is taken times the square of its own t, and half of the
+    width is the root of the sum (Zou and Donner 2008). In the tests' simulations with 2, 3 and 5 seeds
+    these intervals hold the mean at least as often as they say. With two or three seeds they are wide, for
+    good reason: a bootstrap of three seeds has two thirds of the variance, and one of images alone says
+    nothing about another seed. For this one set of models, use ``interval(values.mean(0))``. A difference
+    of two sides: ``crossed(a - b)``.
 
     Args:
         missing: what to do about an image that is nan for a seed: refuse, or leave it out for all.

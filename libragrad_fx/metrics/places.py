@@ -111,8 +111,7 @@ def iou(maps: torch.Tensor, masks: torch.Tensor, quantile: float | None = None) 
     Args:
         quantile: of each map's N values, the threshold is number floor(quantile · N) from below, counted
             from 0 (the largest for 1): without ties the N - floor(quantile · N) most relevant pixels are
-            taken. None:
-            the best threshold of each image, which is chosen with the mask: an upper bound.
+            taken. None: the best threshold of each image. It is chosen with the mask: an upper bound.
 
     Raises:
         InputError: also for a quantile outside of [0, 1].
@@ -131,8 +130,7 @@ def iou(maps: torch.Tensor, masks: torch.Tensor, quantile: float | None = None) 
 
 
 def _end(order: _Order, count: torch.Tensor) -> torch.Tensor:
-    """(B,): the place at which the threshold cuts that takes the first ``count`` pixels, and their
-    equals."""
+    """(B,): where the threshold cuts that takes the first ``count`` pixels, and their equals."""
     reached = order.last & (order.count >= count[:, None])
     return reached.int().argmax(1)
 
@@ -143,8 +141,7 @@ def _end(order: _Order, count: torch.Tensor) -> torch.Tensor:
 def pointing_game(maps: torch.Tensor, masks: torch.Tensor, tolerance: int = 0) -> torch.Tensor:
     """1 if the most relevant pixel lies in the mask, or at most ``tolerance`` pixels from it; else 0.
 
-    The distance is Euclidean, between centres of pixels. Zhang et al. 2018 use 15 pixels on images of
-    about 500.
+    The distance is Euclidean, between centres of pixels. Zhang et al. 2018, section 4.2, allow 15 pixels.
     Of several most relevant pixels the share that hits: the expectation if one of them is drawn. Quantus's
     ``PointingGame`` says 1 if any of them hits, so that a constant map is perfect, and has no tolerance.
 
@@ -171,8 +168,7 @@ def _grown(masks: torch.Tensor, radius: int) -> torch.Tensor:
 def relevance_mass(
     maps: torch.Tensor, masks: torch.Tensor, *, pooling: Pooling = "positive"
 ) -> torch.Tensor:
-    """The share of the relevance that lies in the mask. CLEVR-XAI's relevance mass accuracy, Arras et al.
-    2022.
+    """The share of the relevance that lies in the mask: CLEVR-XAI's mass accuracy, Arras et al. 2022.
 
     Relevance has to be positive. ``pooling`` says how: "positive" drops the negative ("sum,pos" in the
     authors' code), "absolute" takes |r| ("sum,abs"; of one channel also "max-norm" and "l1-norm"),
@@ -210,10 +206,9 @@ def precision_at_k(
 ) -> torch.Tensor:
     """Of the k most important pixels the share in the mask. XAI-TRIS's precision, Clark et al. 2024.
 
-    The mask is F⁺, the pixels that depend on the class by construction. All others count against the map,
-    and
-    among them suppressors: pixels that a model needs to cancel noise, and that by themselves say nothing
-    about the class.
+    The mask is F⁺, the pixels that depend on the class by construction. All others count against the map.
+    Suppressors are among them: pixels that a model needs to cancel noise, and that by themselves say
+    nothing about the class.
 
     Args:
         k: pixels that are taken; None: as many as F⁺ has, as in the paper.
@@ -245,8 +240,7 @@ def _pooled(maps: torch.Tensor, pooling: Pooling) -> torch.Tensor:
 
 
 def _taken(order: _Order, count: torch.Tensor) -> torch.Tensor:
-    """(B,): how many of the first ``count`` pixels lie in the mask, expected over all orders of equal
-    ones."""
+    """(B,): how many of the first ``count`` pixels are in the mask, expected over orders of equal ones."""
     end = _end(order, count)[:, None]
     until = order.hits.gather(1, end)[:, 0]
     before = _before(order).gather(1, end)[:, 0]
@@ -279,7 +273,8 @@ def emd_score(
 
     Args:
         grid: (h, w), divisors of (H, W): importance is summed over cells first, and distances are those of
-            cells. For large maps: the table of distances has up to (H · W)² / 4 entries.
+            cells. For large maps: the table of distances has up to (H · W)² / 4 entries, and the time
+            grows faster than that.
 
     nan if a map has no importance.
 

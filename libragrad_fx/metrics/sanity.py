@@ -138,15 +138,17 @@ def max_sensitivity(
 ) -> torch.Tensor:
     """(B,): max over δ of ‖Φ(x + δ) - Φ(x)‖ / ‖Φ(x)‖, Φ the map. Yeh et al. 2019, definition 2.
 
-    δ is drawn uniformly from [-radius, radius] for each entry of the input, ``samples`` times, the same
-    for all
-    samples of the batch: a lower bound of the maximum. Norms are Euclidean. Relative, as in Captum's
+    δ is drawn uniformly from [-radius, radius] for each entry of the input, ``samples`` times, the same for
+    the whole batch: a lower bound of the maximum. Norms are Euclidean. Relative, as in Captum's
     ``sensitivity_max`` and Quantus's ``MaxSensitivity``, whose noise is of another radius (0.2) by default;
     nan for a map of zeros.
 
     Raises:
-        InputError: nan or inf in a map, a radius or a number of samples that is not positive.
+        InputError: inputs that are not floating point, nan or inf in a map, a radius or a number of samples
+            that is not positive.
     """
+    if not inputs.is_floating_point():
+        raise InputError(f"noise is added to floating point inputs, not to {inputs.dtype}")
     if radius <= 0 or samples < 1:
         raise InputError(f"a radius and samples are positive, not {radius} and {samples}")
     first = given.numbers(explain(model, inputs), "maps").flatten(1)
@@ -158,8 +160,7 @@ def max_sensitivity(
 
 
 def _noise(inputs: torch.Tensor, radius: float, samples: int, seed: int) -> Iterator[torch.Tensor]:
-    """For one sample each (1, ...): drawn on the CPU in float64, so that devices and dtypes see the
-    same."""
+    """(1, ...) each, for all samples: drawn on the CPU in float64, the same for all devices and dtypes."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(samples):
         drawn = torch.rand(1, *inputs.shape[1:], dtype=torch.float64, generator=generator)
@@ -179,16 +180,17 @@ def sensitivity_n(
     baseline: torch.Tensor | float = 0.0,
     seed: int = 0,
 ) -> torch.Tensor:
-    """(B, len(sizes)): for each n the correlation, over random sets S of n cells of the map, of Σ_{i∈S}
-    R_i with f(x) - f(x without S). Ancona et al. 2018, section 4: 1 for all n if f is linear and the map
-    complete.
+    """Do relevances of n cells add up to what their removal costs? Ancona et al. 2018, section 4.
+
+    (B, len(sizes)): for each n the correlation, over random sets S of n cells of the map, of Σ_{i∈S} R_i
+    with f(x) - f(x without S). It is 1 for all n if f is linear and the map complete.
 
     Args:
         inputs: (B, C, H, W).
         maps: (B, h, w), h and w divisors of H and W: a cell is a pixel, or a patch of them.
         sizes: how many cells are removed; None: up to 16 numbers from 1 to 80 % of the cells, evenly
             spaced in logarithm.
-        subsets: sets for each n, the same for all samples.
+        subsets: sets for each n, the same for all samples; a forward of the batch for each.
         baseline: what removed pixels become; a number, or a tensor that broadcasts to the inputs.
 
     nan where the map or the output does not vary. Quantus's ``SensitivityN`` is another number: it
@@ -216,9 +218,8 @@ def sensitivity_n(
         clean = _outputs(forward, inputs)
         for size in sizes:
             chosen = torch.rand(subsets, n, generator=generator).argsort(1) < size
-            chosen = chosen.to(inputs.device)
             drops = [clean - _outputs(forward, _without(inputs, s.view(h, w), baseline)) for s in chosen]
-            sums = values.flatten(1) @ chosen.double().T
+            sums = values.flatten(1) @ chosen.double().T.to(values.device)
             found.append(compare.pearson(sums, torch.stack(drops, 1).to(sums.device)))
     return torch.stack(found, 1)
 
@@ -231,7 +232,7 @@ def _spaced(cells: int) -> list[int]:
 def _without(inputs: torch.Tensor, cells: torch.Tensor, baseline: torch.Tensor | float) -> torch.Tensor:
     """The inputs with the pixels of some cells replaced."""
     tall, wide = inputs.shape[2] // cells.shape[0], inputs.shape[3] // cells.shape[1]
-    where = cells.repeat_interleave(tall, 0).repeat_interleave(wide, 1)
+    where = cells.repeat_interleave(tall, 0).repeat_interleave(wide, 1).to(inputs.device)
     return torch.where(where, torch.as_tensor(baseline).to(inputs), inputs)
 
 

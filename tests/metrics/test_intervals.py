@@ -96,6 +96,9 @@ def test_crossed_is_the_t_interval_if_images_do_not_matter() -> None:
     assert (found.low, found.high) == pytest.approx((low, high))
     images = crossed(torch.arange(9.0).expand(4, 9))  # and of images, if seeds do not
     assert (images.low, images.high) == pytest.approx(stats.t.interval(0.95, 8, 4, stats.sem(range(9))))
+    values = torch.tensor([[0.0, 2, 4], [1, 2, 6]])  # mean squares: seeds 1.5, images 10.5, rest 0.5
+    found, t = crossed(values), [stats.t.ppf(0.975, n) for n in (1, 2)]
+    assert found.mean - found.low == pytest.approx(((1.5 * t[0] ** 2 + 10 * t[1] ** 2) / 6) ** 0.5)
     same = crossed(torch.full((3, 5), 0.1))
     assert (same.low, same.high) == pytest.approx((0.1, 0.1))
 
@@ -121,6 +124,15 @@ def test_many_values_take_percentiles() -> None:
     found = interval(torch.randn(5001), resamples=500)
     assert found.method == "percentile"
     assert found.high - found.low == pytest.approx(2 * 1.96 / 5001**0.5, rel=0.15)
+
+
+@settings(max_examples=40, deadline=None)
+@given(values=st.lists(st.sampled_from([-3.0, 0.0, 0.25, 1.0, 1.0, 50.0]), min_size=2, max_size=12))
+def test_few_values_with_ties_have_an_interval_around_the_mean(values: list[float]) -> None:
+    for found in (interval(torch.tensor(values), resamples=200), interval(torch.tensor(values) * 1e-9)):
+        slack = 1e-12 * abs(found.mean) + 1e-30
+        assert found.low <= found.mean + slack
+        assert found.high >= found.mean - slack
 
 
 def test_what_does_not_vary_has_no_width() -> None:

@@ -206,6 +206,8 @@ def test_bad_input() -> None:
         metrics.randomisation(small(), lambda m, x: x, INPUTS)
     with pytest.raises(InputError, match="maps hold nan or inf in samples 0, 1"):
         metrics.max_sensitivity(small(), lambda m, x: x.sum(1) * torch.nan, INPUTS)
+    with pytest.raises(InputError, match=r"floating point inputs, not to torch\.int64"):
+        metrics.max_sensitivity(small(), gradient, INPUTS.long())
     with pytest.raises(InputError, match="positive, not 0 and 10"):
         metrics.max_sensitivity(small(), gradient, INPUTS, radius=0)
     maps = INPUTS.sum(1)
@@ -336,11 +338,11 @@ def test_max_sensitivity_is_quantus_and_captums_of_the_same_noise(quantus: Any, 
         perturb_func=lambda arr, indices, **_: arr + next(noise).flatten(1).numpy(),
     )  # fmt: skip
     np.testing.assert_allclose(ours, theirs(metric, model), rtol=1e-9)
-    want = captum.sensitivity_max(  # it repeats each sample for all its draws
-        lambda x: gradient(model, x[0] if isinstance(x, tuple) else x)[:, None], INPUTS[:1],
-        perturb_func=lambda x, _: x + torch.cat(drawn), n_perturb_samples=4,
+    want = captum.sensitivity_max(  # repeats each sample for its draws; a tuple comes in, one goes out
+        lambda x: (gradient(model, x[0]),) if isinstance(x, tuple) else gradient(model, x), INPUTS,
+        perturb_func=lambda x, _: x + torch.cat(drawn).repeat(2, 1, 1, 1), n_perturb_samples=4,
     )  # fmt: skip
-    np.testing.assert_allclose(ours[:1], want.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(ours, want.numpy(), rtol=1e-6)
 
 
 def test_sensitivity_1_of_a_linear_model_is_1_by_quantus_too(quantus: Any) -> None:
