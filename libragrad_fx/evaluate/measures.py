@@ -1,0 +1,230 @@
+"""What is measured of one batch: rows of numbers, one or more for each sample and map.
+
+A metric gets a ``Case``, all that is known of the batch, and the attribution of one method. It gives
+``Row``s. The clean forward and the search for tokens are done once for all methods.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from libragrad_fx import metrics, perturb
+from libragrad_fx.attribution import Attribution, blocks
+from libragrad_fx.errors import TargetWarning, InputError, LibraGradError
+from libragrad_fx.evaluate.config import CompletenessSpec, MethodSpec, PixelsSpec, PlacesSpec, TokensSpec
+from libragrad_fx.evaluate.data import covering, largest
+from libragrad_fx.evaluate.subject import Subject
+from libragrad_fx.explain.call import attribute
+from libragrad_fx.explain.kept import AUTOGRAD, captured
+from libragrad_fx.metrics import faithfulness
+from libragrad_fx.target import first_tensor
+
+Tensor = torch.Tensor
+
+
+class Row(NamedTuple):
+    """A number of one sample. how: what was done to the model ("removed"; "zeroed: why")."""
+
+    sample: int
+    measure: str
+    value: float
+    how: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Probability:
+    """(B,): the softmax probability of a class of each sample; of one logit, that of [0, z]."""
+
+    classes: Tensor
+
+    def __call__(self, output: Any) -> Tensor:
+        logits = faithfulness.two_sided(first_tensor(output)).softmax(-1)
+        return logits.gather(1, self.classes[:, None])[:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Logit:
+    """(B,): the logit of a class of each sample; of one logit, z for class 1 and -z for class 0."""
+
+    classes: Tensor
+
+    def __call__(self, output: Any) -> Tensor:
+        logits = first_tensor(output)
+        if logits.shape[1] == 1:
+            return logits[:, 0] * (2 * self.classes - 1)
+        return logits.gather(1, self.classes[:, None])[:, 0]
+
+
+_SCALARS: Mapping[str, Callable[[Tensor], Callable[[Any], Tensor]]] = {
+    "logit": Logit, "probability": Probability
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One batch of prepared pictures (B, C, H, W), with labels and masks by class (H, W)."""
+
+    subject: Subject
+    inputs: Tensor
+    labels: Sequence[int | None]
+    masks: Sequence[Mapping[int, Tensor]]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @functools.cached_property
+    def module(self) -> Any:
+        """The captured model, with autograd's backward: what forwards run on."""
+        return captured(self.subject.module, self.inputs, AUTOGRAD)
+
+    @functools.cached_property
+    def logits(self) -> Tensor:
+        """(B, classes) of the whole pictures."""
+        with torch.no_grad():
+            return faithfulness.two_sided(first_tensor(self.subject.module(self.inputs))).detach()
+
+    @functools.cached_property
+    def seen(self) -> perturb.Seen:
+        """The run on all tokens. Raises ``InputError`` if the model has none."""
+        return tokens_of(self.subject, self.inputs).seen(self.inputs)
+
+    def target(self, kind: str, least: float = 0.0) -> Tensor:
+        """(B,) int64, the class to explain; -1 of samples that have none."""
+        if kind == "predicted":
+            return self.logits.argmax(1)
+        found = self.labels if kind == "label" else [largest(covering(m, least)) for m in self.masks]
+        return torch.tensor([-1 if t is None else t for t in found], device=self.inputs.device)
+
+    def attribution(
+        self, method: MethodSpec, policy: str, classes: Tensor, scalar: str, **more: Any
+    ) -> Attribution:
+        """Explain ``classes``; samples that have none are explained for class 0, to be left out."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TargetWarning)
+            return attribute(
+                self.subject.module, self.inputs, _SCALARS[scalar](classes.clamp(min=0)), method=method.method,
+                policy=policy, steps=method.steps, baseline=method.baseline, seed=method.seed, **more,
+            )  # fmt: skip
+
+
+_TOKENS: dict[tuple[str, tuple[int, ...]], perturb.Tokens | LibraGradError] = {}
+
+
+def tokens_of(subject: Subject, inputs: Tensor) -> perturb.Tokens:
+    """The tokens of a model, looked for once for each size of picture."""
+    key = (subject.weights, tuple(inputs.shape[1:]))
+    if key not in _TOKENS:
+        two = inputs if len(inputs) > 1 else torch.cat([inputs, inputs])
+        try:
+            _TOKENS[key] = perturb.tokens(captured(subject.module, two, AUTOGRAD), two)
+        except LibraGradError as e:
+            _TOKENS[key] = e
+    found = _TOKENS[key]
+    if isinstance(found, LibraGradError):
+        raise found
+    return found
+
+
+# --- metrics
+
+
+def tokens(case: Case, found: Attribution, classes: Tensor, spec: TokensSpec) -> Iterator[Row]:
+    """Faithfulness on tokens."""
+    seen = case.seen
+    removes = seen.tokens.plan is not None and not spec.zero
+    how = "removed" if removes else f"zeroed: {'as asked' if spec.zero else seen.tokens.why}"
+    free = torch.tensor(seen.tokens.cells, device=case.inputs.device)
+    order = free[faithfulness.ranked(on_grid(found, seen.tokens.grid).flatten(1)[:, free])]
+    without = seen.kept if removes else seen.zeroed
+    yield from _curves(faithfulness.curves(without, seen.logits, order, spec.ratios), classes, how)
+
+
+def pixels(case: Case, found: Attribution, classes: Tensor, spec: PixelsSpec) -> Iterator[Row]:
+    """Faithfulness on pixels, on the grid of the model's tokens; of one without tokens, of the map."""
+    try:
+        grid = tokens_of(case.subject, case.inputs).grid
+    except LibraGradError:
+        grid = found.grid
+    if grid is None or len(grid) != 2:
+        raise InputError(f"a map over {tuple(found.values.shape[1:])} is over no picture")
+
+    def without(cells: Tensor) -> Tensor:
+        with torch.no_grad():
+            masked = perturb.masked(case.inputs, cells, grid, spec.fill)
+            return first_tensor(case.subject.module(masked)).detach()
+
+    order = faithfulness.ranked(on_grid(found, grid))
+    yield from _curves(
+        faithfulness.curves(without, case.logits, order, spec.ratios), classes, f"{spec.fill} pixels"
+    )
+
+
+def _curves(found: faithfulness.Curves, classes: Tensor, how: str) -> Iterator[Row]:
+    known = classes.clamp(min=0)
+    for name, values in faithfulness.scores(found, known).items():
+        yield from _rows(name, values, classes, how)
+    for order, logits in (("mif", found.mif), ("lif", found.lif)):
+        right = faithfulness.agreement(logits, known)
+        drop = faithfulness.probability_drop(found.clean, logits, known)
+        for i, ratio in enumerate(found.ratios):
+            yield from _rows(f"{order}_accuracy@{ratio:g}", right[:, i], classes, how)
+            yield from _rows(f"{order}_drop@{ratio:g}", drop[:, i], classes, how)
+
+
+def places(case: Case, found: Attribution, classes: Tensor, spec: PlacesSpec) -> Iterator[Row]:
+    """Maps against the masks of the classes that are explained."""
+    size = tuple(case.inputs.shape[-2:])
+    masks = [m.get(int(c)) for m, c in zip(case.masks, classes, strict=True)]
+    at = [i for i, m in enumerate(masks) if m is not None and m.any() and not m.all()]
+    if not at:
+        return
+    maps = metrics.enlarged(on_grid(found, found.grid or ())[at], (size[0], size[1]))
+    marked = torch.stack([masks[i] for i in at]).to(maps.device)  # type: ignore[misc]
+    each = {
+        "ap": metrics.segmentation_ap(maps, marked), "iou": metrics.iou(maps, marked),
+        "pointing": metrics.pointing_game(maps, marked), "mass": metrics.relevance_mass(maps, marked),
+        "rank": metrics.relevance_rank(maps, marked),
+    }  # fmt: skip
+    for name, values in each.items():
+        yield from (Row(i, name, float(v)) for i, v in zip(at, values, strict=True))
+
+
+def completeness(case: Case, found: Attribution, classes: Tensor, spec: CompletenessSpec) -> Iterator[Row]:
+    """What a sum misses of what it promises, and of the logit; nothing of methods that promise none."""
+    if not bool(found.expected.isfinite().all()):
+        return
+    logit = found.output.double().abs()
+    yield from _rows("error", found.completeness_error, classes)
+    yield from _rows("relative_error", found.completeness_error / logit, classes)
+    if not spec.layers or found.method != "fullgrad":
+        return
+    for i, path in enumerate(blocks(case.module)):
+        policy = found.policy or AUTOGRAD
+        one = case.attribution(MethodSpec(method="fullgrad"), policy, classes, "logit", layers=[path])
+        yield from _rows(f"relative_error@{i}", one.completeness_error / logit, classes)
+
+
+def on_grid(found: Attribution, grid: Sequence[int]) -> Tensor:
+    """(B, *grid): a map at a grid; bicubic where it is over another, as CAMs of deep layers are."""
+    if tuple(found.values.shape[1:]) == tuple(grid):
+        return found.values
+    if found.grid is None or len(found.grid) != len(grid):
+        raise InputError(f"a map over {tuple(found.values.shape[1:])} does not fit a grid of {tuple(grid)}")
+    return found.upsample(grid).values
+
+
+def _rows(name: str, values: Tensor, classes: Tensor, how: str = "") -> Iterator[Row]:
+    """One for each sample that has a class to explain."""
+    pairs = zip(values.double().tolist(), classes.tolist(), strict=True)
+    yield from (Row(i, name, v, how) for i, (v, c) in enumerate(pairs) if c >= 0)
+
+
+METRICS: Mapping[str, Callable[[Case, Attribution, Tensor, Any], Iterator[Row]]] = {
+    "tokens": tokens, "pixels": pixels, "places": places, "completeness": completeness,
+}  # fmt: skip
