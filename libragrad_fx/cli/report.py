@@ -1,0 +1,25 @@
+"""``libragrad report``: the tables and curves of an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from libragrad_fx.cli.options import app
+
+
+@app.command(short_help="Write tables and curves of an evaluation as a page.")
+def report(
+    results: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that `evaluate` wrote.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="HTML that stands alone, or .md.")
+    ] = Path("out/report.html"),
+    base: Annotated[str, typer.Option(metavar="POLICY", help="What is compared with.")] = "autograd",
+    policy: Annotated[str, typer.Option(metavar="POLICY", help="What is compared.")] = "libra",
+) -> None:
+    """Write a report: losses first, then a table for each measure, with paired intervals."""
+    from libragrad_fx.evaluate import report as reporting
+
+    typer.echo(f"wrote {reporting.report(results, output, (base, policy))}")
