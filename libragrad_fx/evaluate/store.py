@@ -101,7 +101,10 @@ class Store:
     def withdraw(self) -> None:
         """Remove what was collected before: it is of another config, or of another state of things."""
         for name in (RESULTS, RUNS):
-            (self.folder / name).unlink(missing_ok=True)
+            try:
+                (self.folder / name).unlink(missing_ok=True)
+            except OSError as e:
+                raise InputError(f"cannot write in {str(self.folder)!r}: {e.strerror or e}") from e
 
     def forget_failures(self, units: Iterable[Unit]) -> int:
         """Remove units in which something failed, to be tried again; how many."""

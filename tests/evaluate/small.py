@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,23 @@ from tests.evaluate.pictures import mask, picture, put
 CLASSES = ("cat", "dog", "owl")
 
 
+@functools.cache
 def vit(act: str = "gelu") -> torch.nn.Module:
+    """The same module at each call: it is captured once for all tests."""
     torch.manual_seed(0)
     return VisionTransformer(
         img_size=24, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3, act_layer=act
-    )
+    )  # fmt: skip
 
 
+@functools.cache
+def net() -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 8, 8, 8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(8, 3))
+
+
+@functools.cache
 def mixer() -> torch.nn.Module:
     torch.manual_seed(0)
     return MlpMixer(img_size=24, patch_size=8, embed_dim=32, num_blocks=2, num_classes=3)
@@ -49,14 +60,19 @@ def pictures(root: Path, count: int = 12, masks: bool = True) -> Path:
 
 
 def config(root: Path, **changed: Any) -> dict[str, Any]:
-    """Two models, two policies, two methods, two metrics; chunks of four, batches of three."""
-    model = {"load": "tests.evaluate.small:vit", "steps": "tests.evaluate.small:fitted"}
+    """A model, a policy, two methods, two metrics; chunks of three samples, batches of two."""
     found = {
-        "models": {"vit": model, "mixer": {**model, "load": "tests.evaluate.small:mixer"}},
+        "models": {"net": NET},
         "data": {"animals": {"load": f"folder:{root}", "seed": 1}},
-        "policies": ["autograd", "libra"],
+        "policies": ["autograd"],
         "methods": ["random", "input_x_gradient"],
-        "metrics": {"tokens": {"ratios": [0.3, 0.6]}, "places": {}},
-        "batch": 3, "chunk": 4, "threads": 1,
+        "metrics": {"pixels": {"ratios": [0.3, 0.6]}, "places": {}},
+        "batch": 2, "chunk": 3, "threads": 1,
     }  # fmt: skip
     return {**found, **changed}
+
+
+NET, VIT, MIXER = (
+    {"load": f"tests.evaluate.small:{name}", "steps": "tests.evaluate.small:fitted"}
+    for name in ("net", "vit", "mixer")
+)

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import yaml
 
-pytest.importorskip("pydantic", reason="pydantic is not installed")
-
 from libragrad_fx.errors import InputError
 from libragrad_fx.evaluate.config import Config
 from tests.evaluate import small
@@ -34,11 +32,11 @@ def changed(**said: Any) -> dict[str, Any]:
     ("said", "place", "why"),
     [
         ({"metrix": 1}, "metrix", "no such field"),
-        ({"models__vit__wights": 1}, "models.vit.wights", "no such field"),
+        ({"models__net__wights": 1}, "models.net.wights", "no such field"),
         ({"models": {}}, "models", "at least 1"),
-        ({"models": {"../up": GOOD["models"]["vit"]}}, "models.../up", "pattern"),
-        ({"models": {"..": GOOD["models"]["vit"]}}, "models", "pattern"),
-        ({"models__vit": {}}, "models.vit.load", "is missing"),
+        ({"models": {"../up": GOOD["models"]["net"]}}, "models.../up", "pattern"),
+        ({"models": {"..": GOOD["models"]["net"]}}, "models", "pattern"),
+        ({"models__net": {}}, "models.net.load", "is missing"),
         ({"data__animals__count": 0}, "data.animals.count", "greater than"),
         ({"methods": ["gradcamm"]}, "methods.0.method", "gradcamm"),
         ({"methods": "random"}, "methods", "tuple"),
@@ -52,9 +50,9 @@ def changed(**said: Any) -> dict[str, Any]:
         ({"batch": "many"}, "batch", "integer"),
         ({"batch": 5, "chunk": 4}, "", "smaller than a batch"),
         ({"metrics": {}}, "", "names none"),
-        ({"metrics__tokens": {"ratios": [0.5, 1.5]}}, "metrics.tokens.ratios.1", "less than 1"),
-        ({"metrics__tokens": {"ratios": [0.5, 0.5]}}, "metrics.tokens.ratios", "0.5 is there twice"),
-        ({"metrics__tokens": {"targets": ["predictd"]}}, "metrics.tokens.targets.0", "'predicted'"),
+        ({"metrics__pixels": {"ratios": [0.5, 1.5]}}, "metrics.pixels.ratios.1", "less than 1"),
+        ({"metrics__pixels": {"ratios": [0.5, 0.5]}}, "metrics.pixels.ratios", "0.5 is there twice"),
+        ({"metrics__pixels": {"targets": ["predictd"]}}, "metrics.pixels.targets.0", "'predicted'"),
         ({"metrics__places": {"targets": ["mask", "mask"]}}, "metrics.places.targets", "is there twice"),
     ],
 )
