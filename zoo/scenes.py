@@ -134,9 +134,9 @@ def scene(split: Split, index: int, kind: Kind = "scenes", seed: int = 0) -> Sce
 def normalised(pictures: np.ndarray | torch.Tensor) -> torch.Tensor:
     """float32 (..., 3, H, W), as the models take it, of RGB bytes (..., H, W, 3)."""
     x = pictures if isinstance(pictures, torch.Tensor) else torch.tensor(pictures)
-    x = x.movedim(-1, -3).float() / 255
-    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (MEAN, STD))
-    return (x - mean) / std
+    x = x.movedim(-1, -3).float().contiguous()
+    mean, std = (torch.tensor(c, device=x.device).view(3, 1, 1) for c in (MEAN, STD))
+    return (x / 255 - mean) / std
 
 
 class Scenes(Dataset):
