@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import torch
 from PIL import Image
 
 from libragrad_fx.errors import InputError
 from libragrad_fx.evaluate.data import Data, Item
 from libragrad_fx.extras import need
 from zoo import real
-from zoo.scenes import CLASSES, KINDS, SPLITS, Kind, Split, scene
+from zoo.scenes import CLASSES, KINDS, SIZE, SPLITS, Kind, Split, normalised, scene
 
 PHOTOS = (
     "astronaut", "brick", "chelsea", "coffee", "coins", "grass", "gravel", "horse", "hubble_deep_field",
@@ -71,3 +72,8 @@ def scenes(split: Split = "test", count: int = 1000, kind: Kind = "scenes", seed
     real.require("fashion-mnist")
     origin = f"zoo/scenes.py: {kind}, {split}, seed {seed}; articles of Fashion-MNIST"
     return Data(f"{kind}-{split}", count, Scenes(split, kind, seed), CLASSES, origin)
+
+
+def steps(picture: Image.Image) -> torch.Tensor:
+    """A picture as the models of ``zoo/trained.py`` take it: float32 (3, 96, 96)."""
+    return normalised(np.array(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
