@@ -1,7 +1,7 @@
 """Runs an evaluation: finds what is not done, does it, and writes each result at once.
 
 Work is cut into chunks of samples, the same for any number of processes. Process r of W takes every W-th
-chunk; nobody waits for another. What exists is skipped. The process that finds all done writes all results
+chunk of all models and sets; nobody waits for another. What exists is skipped. The process that finds all done writes all results
 as one file.
 """
 
@@ -162,7 +162,7 @@ def evaluate(
         InputError: a model or a set that cannot be opened.
     """
     share, bench, store = share or Share(), Bench(config), Store(Path(folder))
-    mine = [(m, d, c) for m, d, c in jobs(bench) if c % share.world == share.rank]
+    mine = jobs(bench)[share.rank :: share.world]
     if retry:
         for job in mine:
             store.forget_failures(bench.units(*job))
