@@ -72,10 +72,10 @@ def summary(found: Results, made: Sequence[Table], policies: tuple[str, str]) ->
 
 
 def markdown(found: Results, made: Sequence[Table], policies: tuple[str, str]) -> str:
-    parts = [*summary(found, made, policies), "", "## Where balancing is worse", "", _losses(made), ""]
+    parts = [*summary(found, made, policies), "", "## Where balancing is worse", "", losses_of(made), ""]
     parts += ["## Counts", "", _counts(made), ""]
     for table in made:
-        parts += [f"### {table.measure.title}; {table.data}, target {table.target}", "", _grid(table), ""]
+        parts += [f"### {table.measure.title}; {table.data}, target {table.target}", "", grid(table), ""]
     others = [p for p in found.config["policies"] if p not in policies]
     if others:
         parts += ["## Other policies", "", *_others(found, made)]
@@ -87,7 +87,7 @@ def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(r)} |" for r in (head, ["---"] * len(head), *rows))
 
 
-def _losses(made: Sequence[Table]) -> str:
+def losses_of(made: Sequence[Table]) -> str:
     rows = [
         [f"`{method}`", family, t.measure.title, f"{t.data}, {t.target}", f"{number(c.base, t.measure.scale)} → "
          f"{number(c.other, t.measure.scale)}", spread(c, t.measure.scale)]
@@ -107,7 +107,7 @@ def _counts(made: Sequence[Table]) -> str:
     return _lines(["measure", "better", "even", "worse"], rows)
 
 
-def _grid(table: Table) -> str:
+def grid(table: Table) -> str:
     scale, rows = table.measure.scale, []
     for method in table.methods:
         row = [f"`{method}`"]

@@ -170,8 +170,8 @@ def _cell(
     images = sorted(set.intersection(*({*p[base]} & {*p[other]} for p in both.values())))
     if len(images) < 2:
         return None
-    values = torch.tensor([[[p[side][i] for i in images] for side in policies] for p in both.values()])
-    values = values.double()
+    each = [[[p[side][i] for i in images] for side in policies] for p in both.values()]
+    values = torch.tensor(each, dtype=torch.float64)
     a, b = values[:, 0], values[:, 1]
     pair = paired(b.mean(0), a.mean(0), missing="omit", resamples=2000)
     difference = crossed(b - a, missing="omit") if len(both) > 1 else pair.difference
