@@ -45,7 +45,11 @@ class Loaded:
 
 
 def resolve(
-    name: str, pretrained: bool = False, checkpoint: str | Path | None = None, seed: int = 0
+    name: str,
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    args: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Build a model in eval mode.
 
@@ -55,16 +59,20 @@ def resolve(
         pretrained: download the published weights (timm and torchvision).
         checkpoint: a safetensors file or a torch state dict; it must fit exactly.
         seed: of random weights.
+        args: of a factory, by name.
 
     Raises:
-        InputError: no such model or file, weights that do not fit, or a factory that fails.
+        InputError: no such model or file, weights that do not fit, a factory that fails, or arguments for
+            a model that is no factory.
     """
     if pretrained and checkpoint is not None:
         raise InputError("give --pretrained or --checkpoint, not both")
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise InputError(f"there is no checkpoint file {str(checkpoint)!r}")
     torch.manual_seed(seed)
-    source, build = _builder(name)
+    source, build = _builder(name, args or {})
+    if args and source != "factory":
+        raise InputError(f"args are of a factory package.module:function, and {name!r} is none")
     if source == "factory" and pretrained:
         raise InputError(f"{name} is your own factory: load its weights there, or pass --checkpoint")
     module = build(pretrained).eval()
@@ -79,12 +87,12 @@ def resolve(
     return Loaded(name, source, module, "pretrained" if published else "random")
 
 
-def _builder(name: str) -> tuple[str, Callable[[bool], torch.nn.Module]]:
+def _builder(name: str, args: Mapping[str, Any]) -> tuple[str, Callable[[bool], torch.nn.Module]]:
     head, colon, tail = name.partition(":")
     if not colon:
         return "timm", _timm(name)
     known = {"torchvision": _torchvision, "hf": _hugging_face}
-    return (head, known[head](tail)) if head in known else ("factory", _factory(name))
+    return (head, known[head](tail)) if head in known else ("factory", _factory(name, args))
 
 
 def _timm(name: str) -> Callable[[bool], torch.nn.Module]:
@@ -145,9 +153,9 @@ def _fetch(name: str, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
         ) from e
 
 
-def _factory(name: str) -> Callable[[bool], torch.nn.Module]:
+def _factory(name: str, args: Mapping[str, Any]) -> Callable[[bool], torch.nn.Module]:
     imported(name)
-    return lambda _: made_by(name, torch.nn.Module)
+    return lambda _: made_by(name, torch.nn.Module, args)
 
 
 def imported(name: str) -> Any:

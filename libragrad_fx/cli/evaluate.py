@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -38,37 +41,49 @@ def evaluate(
     """Do what is not done of an evaluation. It goes on where it was stopped, however that was.
 
     Results: DIR/results.parquet, a row for each number, and DIR/runs.parquet, what each was made by.
+    What fails is a row with an error. The exit code is 1 if there is no number at all.
     """
-    from libragrad_fx import evaluate as evaluating
-    from libragrad_fx.evaluate import cluster
+    from libragrad_fx.evaluate.config import Config
+    from libragrad_fx.evaluate.runner import Share
+    from libragrad_fx.evaluate.runner import evaluate as run
+    from libragrad_fx.evaluate.store import Store
 
-    asked, console = evaluating.Config.load(config), Console(stderr=True)
+    asked, start = Config.load(config), time.monotonic()
+    with _counting() as told:
+        if engine == "ray":
+            from libragrad_fx.evaluate import cluster
+
+            done = cluster.evaluate(asked, output, workers=workers, retry=retry, **told)
+        else:
+            done = run(asked, output, share=Share.found(rank, world), retry=retry, **told)
+    took = f"{time.monotonic() - start:.0f} s"
+    if done is None:
+        typer.echo(f"this share is done ({took}); others have work left in {output}")
+        return
+    numbers, failures = Store(output).counted()
+    typer.echo(f"wrote {done}: {numbers} numbers, {failures} failures ({took})")
+    if numbers == 0:
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _counting() -> Iterator[dict[str, Any]]:
+    """A progress bar on a terminal; each failure of a model is printed once."""
+    console, said = Console(stderr=True), set[str]()
     columns = (
-        TextColumn("evaluating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    failures: dict[str, int] = {}
+        TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.description}"),
+    )  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
 
-        def seen(unit: object, failed: object) -> None:
-            bar.update(task, advance=1)
-            for why in failed:  # type: ignore[attr-defined]
-                line = f"{unit.model} {unit.method} {unit.metric}: {one_line(why)[:200]}"  # type: ignore[attr-defined]
-                if failures.setdefault(line, 0) == 0:
-                    console.print(line, markup=False, highlight=False, soft_wrap=True)
-                failures[line] += 1
+        def seen(unit: Any, failed: Sequence[str]) -> None:
+            bar.update(task, advance=1, description=f"{unit.model} {unit.method}")
+            for why in failed:
+                line = f"{unit.model} on {unit.data}: {one_line(why)[:200]}"
+                if line not in said:
+                    said.add(line)
+                    text = f"{line} (first in {unit.metric} of {unit.method}, {unit.policy})"
+                    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-        told = {"seen": seen, "total": lambda n: bar.update(task, total=n), "retry": retry}
-        if engine == "ray":
-            done = cluster.evaluate(asked, output, workers=workers, **told)
-        else:
-            share = evaluating.Share.found(rank, world)
-            done = evaluating.evaluate(asked, output, share=share, **told)
-    if done is None:
-        typer.echo(f"this share is done; others have work left in {output}")
-    else:
-        typer.echo(f"wrote {done}")
+        yield {"seen": seen, "total": lambda n: bar.update(task, total=n)}

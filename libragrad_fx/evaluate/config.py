@@ -15,24 +15,43 @@ metrics:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-import pydantic
 import torch
 import yaml
 
 from libragrad_fx.attribution.formulas import method_of
 from libragrad_fx.decide import rulebook
-from libragrad_fx.errors import InputError
+from libragrad_fx.errors import InputError, LibraGradError
 from libragrad_fx.explain.kept import AUTOGRAD
+from libragrad_fx.extras import need
 from libragrad_fx.metrics.faithfulness import RATIOS
 from libragrad_fx.perturb.pixels import Fill
 
+try:
+    import pydantic
+except ImportError:
+    need("pydantic", "evaluate")  # says how to get it
+    raise
+
+T = TypeVar("T")
 TargetKind = Literal["predicted", "label", "mask"]
 """The class that is explained: the model's own answer, the label, or that of the largest mask."""
 Scalar = Literal["logit", "probability"]
 Ratio = Annotated[float, pydantic.Field(gt=0, lt=1)]
-Name = Annotated[str, pydantic.Field(pattern=r"^[\w.+-]+$")]
+
+
+def _once(found: tuple[T, ...]) -> tuple[T, ...]:
+    twice = sorted({str(x) for x in found if found.count(x) > 1})
+    if not found or twice:
+        raise ValueError(f"{', '.join(twice)} is there twice" if twice else "names none")
+    return found
+
+
+Targets = Annotated[tuple[TargetKind, ...], pydantic.AfterValidator(_once)]
+Ratios = Annotated[tuple[Ratio, ...], pydantic.AfterValidator(_once)]
+Name = Annotated[str, pydantic.Field(pattern=r"^\w[\w.+-]*$")]
+"""Of a model or a set: results are in folders of that name."""
 
 
 class _Said(pydantic.BaseModel):
@@ -58,7 +77,7 @@ class ModelSpec(_Said):
 
 
 class DataSpec(_Said):
-    """A set (``evaluate.data``), and which of its samples: ``count`` of them in an order drawn by ``seed``."""
+    """A set (``evaluate.data``), and ``count`` of its samples, in an order drawn by ``seed``."""
 
     load: str
     args: dict[str, Any] = {}
@@ -68,7 +87,10 @@ class DataSpec(_Said):
 
 
 class MethodSpec(_Said):
-    """A method of ``attribute``, and its options; ``name`` tells two of one method apart."""
+    """A method of ``attribute``, and its options; ``name`` tells two of one method apart.
+
+    seed: what is drawn (noise, a random map) is drawn anew for each batch, from this and the samples' ids.
+    """
 
     method: str
     name: str = ""
@@ -76,34 +98,38 @@ class MethodSpec(_Said):
     baseline: float = 0.0
     seed: int = 0
 
-    @pydantic.model_validator(mode="after")
-    def _known(self) -> MethodSpec:
-        method_of(self.method)
-        return self
+    @pydantic.field_validator("method")
+    @classmethod
+    def _known(cls, found: str) -> str:
+        try:
+            method_of(found)
+        except LibraGradError as e:
+            raise ValueError(str(e)) from e
+        return found
 
 
 class TokensSpec(_Said):
     """Faithfulness on tokens: removed where the model can run on fewer, else zeroed."""
 
-    targets: tuple[TargetKind, ...] = ("predicted",)
+    targets: Targets = ("predicted",)
     scalar: Scalar = "probability"
-    ratios: tuple[Ratio, ...] = RATIOS
+    ratios: Ratios = RATIOS
     zero: bool = False
 
 
 class PixelsSpec(_Said):
     """Faithfulness on pixels, cell by cell of the map's grid."""
 
-    targets: tuple[TargetKind, ...] = ("predicted",)
+    targets: Targets = ("predicted",)
     scalar: Scalar = "probability"
-    ratios: tuple[Ratio, ...] = RATIOS
+    ratios: Ratios = RATIOS
     fill: Fill = "mean"
 
 
 class PlacesSpec(_Said):
     """Maps against masks. least: the share of the picture that a mask covers, or it is left out."""
 
-    targets: tuple[TargetKind, ...] = ("mask",)
+    targets: Targets = ("mask",)
     scalar: Scalar = "probability"
     least: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.05
 
@@ -111,7 +137,7 @@ class PlacesSpec(_Said):
 class CompletenessSpec(_Said):
     """Sums against logits. layers: of fullgrad, also at each block."""
 
-    targets: tuple[TargetKind, ...] = ("predicted",)
+    targets: Targets = ("predicted",)
     scalar: Literal["logit"] = "logit"
     layers: bool = False
 
@@ -129,17 +155,24 @@ class MetricsSpec(_Said):
 
 
 class Config(_Said):
-    """See the module. batch: samples in one forward; chunk: samples whose results are one file."""
+    """See the module.
+
+    batch:   samples in one forward
+    chunk:   samples whose results are one file: what a process does at once
+    threads: of a process, on CPU; torch's choice if none. The last bits of sums depend on it: say it where
+        numbers of several machines are to be equal to the bit.
+    """
 
     models: Annotated[dict[Name, ModelSpec], pydantic.Field(min_length=1)]
     data: Annotated[dict[Name, DataSpec], pydantic.Field(min_length=1)]
     methods: Annotated[tuple[MethodSpec, ...], pydantic.Field(min_length=1)]
     metrics: MetricsSpec
-    policies: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = (AUTOGRAD, "libra")
+    policies: Annotated[tuple[str, ...], pydantic.AfterValidator(_once)] = (AUTOGRAD, "libra")
     batch: Annotated[int, pydantic.Field(ge=1)] = 16
     chunk: Annotated[int, pydantic.Field(ge=1)] = 64
     device: str = "cpu"
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    threads: Annotated[int, pydantic.Field(ge=1)] | None = None
 
     @pydantic.field_validator("methods", mode="before")
     @classmethod
@@ -154,8 +187,20 @@ class Config(_Said):
     @classmethod
     def _loads(cls, found: tuple[str, ...]) -> tuple[str, ...]:
         for policy in found:
-            if policy != AUTOGRAD:
-                rulebook.load(policy)
+            try:
+                if policy != AUTOGRAD:
+                    rulebook.load(policy)
+            except LibraGradError as e:
+                raise ValueError(str(e)) from e
+        return found
+
+    @pydantic.field_validator("device")
+    @classmethod
+    def _is_one(cls, found: str) -> str:
+        try:
+            torch.device(found)
+        except RuntimeError as e:
+            raise ValueError(f"there is no device {found!r}: say cpu, cuda, cuda:1, mps") from e
         return found
 
     @pydantic.model_validator(mode="after")
@@ -168,10 +213,6 @@ class Config(_Said):
             raise ValueError("metrics names none: tokens, pixels, places or completeness")
         if self.batch > self.chunk:
             raise ValueError(f"a chunk of {self.chunk} is smaller than a batch of {self.batch}")
-        try:
-            torch.device(self.device)
-        except RuntimeError as e:
-            raise ValueError(f"no device {self.device!r}") from e
         return self
 
     @staticmethod
@@ -182,11 +223,14 @@ class Config(_Said):
             InputError: no such file, no YAML, or a field that is wrong; with its place.
         """
         try:
-            found = yaml.safe_load(Path(file).read_text("utf-8"))
+            text = Path(file).read_text("utf-8")
+            found, twice = yaml.safe_load(text), _twice(yaml.compose(text, yaml.SafeLoader))
         except OSError as e:
             raise InputError(f"cannot read {str(file)!r}: {e.strerror}") from e
-        except yaml.YAMLError as e:
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
             raise InputError(f"{str(file)!r} is no YAML: {' '.join(str(e).split())}") from e
+        if twice:
+            raise InputError(f"{file}: {twice}")
         return Config.of(found, str(file))
 
     @staticmethod
@@ -196,11 +240,37 @@ class Config(_Said):
         Raises:
             InputError: a field that is wrong; with its place.
         """
+        if not isinstance(found, dict):
+            raise InputError(f"{called}: says no models, data, methods and metrics, but {found!r:.40}")
         try:
             return Config.model_validate(found)
         except pydantic.ValidationError as e:
-            said = [f"{'.'.join(map(str, x['loc'])) or 'config'}: {x['msg']}" for x in e.errors()]
-            raise InputError(f"{called}: {'; '.join(said[:4])}") from e
+            said = [_said(error) for error in e.errors()]
+            more = f"; and {len(said) - 4} more" if len(said) > 4 else ""
+            raise InputError(f"{called}: {'; '.join(said[:4])}{more}") from e
+
+
+def _said(error: Any) -> str:
+    """An error of pydantic, with its place."""
+    place = ".".join(map(str, error["loc"]))
+    plain = {"extra_forbidden": "there is no such field", "missing": "is missing"}
+    said = plain.get(error["type"]) or str(error["msg"]).removeprefix("Value error, ")
+    return f"{place}: {' '.join(said.split())}" if place else said
+
+
+def _twice(node: yaml.Node | None) -> str:
+    """The first key that a mapping has twice, and its line; YAML takes the last without a word."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                return f"line {key.start_mark.line + 1}: {key.value} is there twice"
+            seen.add(str(key.value))
+            if said := _twice(value):
+                return said
+    elif isinstance(node, yaml.SequenceNode):
+        return next(filter(None, map(_twice, node.value)), "")
+    return ""
 
 
 def name_of(method: MethodSpec) -> str:

@@ -8,21 +8,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from libragrad_fx import metrics, perturb
 from libragrad_fx.attribution import Attribution, blocks
-from libragrad_fx.errors import TargetWarning, InputError, LibraGradError
+from libragrad_fx.errors import InputError, LibraGradError, TargetWarning
 from libragrad_fx.evaluate.config import CompletenessSpec, MethodSpec, PixelsSpec, PlacesSpec, TokensSpec
 from libragrad_fx.evaluate.data import covering, largest
 from libragrad_fx.evaluate.subject import Subject
 from libragrad_fx.explain.call import attribute
-from libragrad_fx.explain.kept import AUTOGRAD, captured
-from libragrad_fx.metrics import faithfulness
+from libragrad_fx.explain.kept import AUTOGRAD
+from libragrad_fx.metrics import (
+    enlarged,
+    faithfulness,
+    iou,
+    pointing_game,
+    relevance_mass,
+    relevance_rank,
+    segmentation_ap,
+)  # fmt: skip
+from libragrad_fx.perturb import Seen, Tokens, masked
 from libragrad_fx.target import first_tensor
 
 Tensor = torch.Tensor
@@ -68,9 +78,14 @@ _SCALARS: Mapping[str, Callable[[Tensor], Callable[[Any], Tensor]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One batch of prepared pictures (B, C, H, W), with labels and masks by class (H, W)."""
+    """One batch of prepared pictures (B, C, H, W), with labels and masks by class (H, W).
+
+    ids: of the samples. With the seed of a method they are the seed of what it draws: another map for
+        another batch, and the same one in any process.
+    """
 
     subject: Subject
+    ids: Sequence[str]
     inputs: Tensor
     labels: Sequence[int | None]
     masks: Sequence[Mapping[int, Tensor]]
@@ -81,7 +96,7 @@ class Case:
     @functools.cached_property
     def module(self) -> Any:
         """The captured model, with autograd's backward: what forwards run on."""
-        return captured(self.subject.module, self.inputs, AUTOGRAD)
+        return self.subject.captured(self.inputs.shape[1:], AUTOGRAD)
 
     @functools.cached_property
     def logits(self) -> Tensor:
@@ -90,9 +105,14 @@ class Case:
             return faithfulness.two_sided(first_tensor(self.subject.module(self.inputs))).detach()
 
     @functools.cached_property
-    def seen(self) -> perturb.Seen:
+    def seen(self) -> Seen:
         """The run on all tokens. Raises ``InputError`` if the model has none."""
-        return tokens_of(self.subject, self.inputs).seen(self.inputs)
+        return self.tokens.seen(self.inputs)
+
+    @property
+    def tokens(self) -> Tokens:
+        """Raises ``LibraGradError`` if the model has none."""
+        return self.subject.tokens(self.inputs.shape[1:])
 
     def target(self, kind: str, least: float = 0.0) -> Tensor:
         """(B,) int64, the class to explain; -1 of samples that have none."""
@@ -105,30 +125,14 @@ class Case:
         self, method: MethodSpec, policy: str, classes: Tensor, scalar: str, **more: Any
     ) -> Attribution:
         """Explain ``classes``; samples that have none are explained for class 0, to be left out."""
+        module = self.subject.captured(self.inputs.shape[1:], policy)
+        drawn = hashlib.sha256(json.dumps([method.seed, *self.ids]).encode()).digest()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TargetWarning)
             return attribute(
-                self.subject.module, self.inputs, _SCALARS[scalar](classes.clamp(min=0)), method=method.method,
-                policy=policy, steps=method.steps, baseline=method.baseline, seed=method.seed, **more,
+                module, self.inputs, _SCALARS[scalar](classes.clamp(min=0)), method=method.method,
+                steps=method.steps, baseline=method.baseline, seed=int.from_bytes(drawn[:4]), **more,
             )  # fmt: skip
-
-
-_TOKENS: dict[tuple[str, tuple[int, ...]], perturb.Tokens | LibraGradError] = {}
-
-
-def tokens_of(subject: Subject, inputs: Tensor) -> perturb.Tokens:
-    """The tokens of a model, looked for once for each size of picture."""
-    key = (subject.weights, tuple(inputs.shape[1:]))
-    if key not in _TOKENS:
-        two = inputs if len(inputs) > 1 else torch.cat([inputs, inputs])
-        try:
-            _TOKENS[key] = perturb.tokens(captured(subject.module, two, AUTOGRAD), two)
-        except LibraGradError as e:
-            _TOKENS[key] = e
-    found = _TOKENS[key]
-    if isinstance(found, LibraGradError):
-        raise found
-    return found
 
 
 # --- metrics
@@ -148,7 +152,7 @@ def tokens(case: Case, found: Attribution, classes: Tensor, spec: TokensSpec) ->
 def pixels(case: Case, found: Attribution, classes: Tensor, spec: PixelsSpec) -> Iterator[Row]:
     """Faithfulness on pixels, on the grid of the model's tokens; of one without tokens, of the map."""
     try:
-        grid = tokens_of(case.subject, case.inputs).grid
+        grid = case.tokens.grid
     except LibraGradError:
         grid = found.grid
     if grid is None or len(grid) != 2:
@@ -156,8 +160,8 @@ def pixels(case: Case, found: Attribution, classes: Tensor, spec: PixelsSpec) ->
 
     def without(cells: Tensor) -> Tensor:
         with torch.no_grad():
-            masked = perturb.masked(case.inputs, cells, grid, spec.fill)
-            return first_tensor(case.subject.module(masked)).detach()
+            shown = masked(case.inputs, cells, grid, spec.fill)
+            return first_tensor(case.subject.module(shown)).detach()
 
     order = faithfulness.ranked(on_grid(found, grid))
     yield from _curves(
@@ -180,16 +184,16 @@ def _curves(found: faithfulness.Curves, classes: Tensor, how: str) -> Iterator[R
 def places(case: Case, found: Attribution, classes: Tensor, spec: PlacesSpec) -> Iterator[Row]:
     """Maps against the masks of the classes that are explained."""
     size = tuple(case.inputs.shape[-2:])
-    masks = [m.get(int(c)) for m, c in zip(case.masks, classes, strict=True)]
+    masks = [covering(m, spec.least).get(int(c)) for m, c in zip(case.masks, classes, strict=True)]
     at = [i for i, m in enumerate(masks) if m is not None and m.any() and not m.all()]
     if not at:
         return
-    maps = metrics.enlarged(on_grid(found, found.grid or ())[at], (size[0], size[1]))
+    maps = enlarged(on_grid(found, found.grid or ())[at], (size[0], size[1]))
     marked = torch.stack([masks[i] for i in at]).to(maps.device)  # type: ignore[misc]
     each = {
-        "ap": metrics.segmentation_ap(maps, marked), "iou": metrics.iou(maps, marked),
-        "pointing": metrics.pointing_game(maps, marked), "mass": metrics.relevance_mass(maps, marked),
-        "rank": metrics.relevance_rank(maps, marked),
+        "ap": segmentation_ap(maps, marked), "iou": iou(maps, marked),
+        "pointing": pointing_game(maps, marked), "mass": relevance_mass(maps, marked),
+        "rank": relevance_rank(maps, marked),
     }  # fmt: skip
     for name, values in each.items():
         yield from (Row(i, name, float(v)) for i, v in zip(at, values, strict=True))

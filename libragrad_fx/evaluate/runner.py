@@ -1,15 +1,17 @@
 """Runs an evaluation: finds what is not done, does it, and writes each result at once.
 
-Work is cut into chunks of samples, the same for any number of processes. Process r of W takes every W-th
-chunk of all models and sets; nobody waits for another. What exists is skipped. The process that finds all done writes all results
-as one file.
+Work is cut into jobs: a chunk of the samples of a set, by one model. Jobs and the batches in them are the
+same for any number of processes. Process r of W takes every W-th job; nobody waits for another. What exists
+is skipped. The process that finds all done writes all results as one file.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib.metadata
+import math
 import os
 import platform
 import time
@@ -19,19 +21,29 @@ from typing import Any
 
 import torch
 
+import libragrad_fx
 from libragrad_fx.decide import rulebook
-from libragrad_fx.errors import InputError, LibraGradError
+from libragrad_fx.errors import InputError
 from libragrad_fx.evaluate.config import Config, MethodSpec, name_of
-from libragrad_fx.evaluate.data import Data, Item, Selection, open_data, prepared, selected
-from libragrad_fx.evaluate.measures import METRICS, Case
+from libragrad_fx.evaluate.data import LOADERS, Data, Item, Selection, open_data, prepared, selected
+from libragrad_fx.evaluate.data.items import sha256
+from libragrad_fx.evaluate.measures import METRICS, Case, Row
 from libragrad_fx.evaluate.store import Store, Unit
-from libragrad_fx.evaluate.subject import Subject, loaded
+from libragrad_fx.evaluate.subject import Identity, Subject, loaded, place
 from libragrad_fx.explain.kept import AUTOGRAD
 from libragrad_fx.models import first_line
 from libragrad_fx.version import __version__
 
 Seen = Callable[[Unit, Sequence[str]], None]
 """Called with each unit that is done, and what failed in it."""
+Job = tuple[str, str, int]
+"""(model, data, chunk)"""
+_APART = {
+    "__main__.py", "bench.py", "cli", "coverage", "demo", "interop.py", "viz", "evaluate/__init__.py",
+    "evaluate/cluster.py", "evaluate/report.py", "evaluate/search.py", "evaluate/store.py",
+    "evaluate/tables.py",
+}  # fmt: skip
+"""Files and folders of this package on which no number depends."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,30 +59,49 @@ class Share:
 
     @staticmethod
     def found(rank: int | None = None, world: int | None = None) -> Share:
-        """As given, or as ``torchrun``, a SLURM array or a Kubernetes indexed job says.
+        """As given, or as ``torchrun``, a SLURM array (``0-31``) or a Kubernetes indexed job says; the last
+        does not say ``world``.
 
         Raises:
             InputError: one of the two is known, and the other is not.
         """
-        of = os.environ
-        for r, w in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")):
-            if rank is None and r in of:
-                rank = int(of[r]) - int(of.get("SLURM_ARRAY_TASK_MIN", 0) if r.startswith("SLURM") else 0)
-                world = int(of[w]) if world is None and w in of else world
-        if rank is None and "JOB_COMPLETION_INDEX" in of:
-            rank = int(of["JOB_COMPLETION_INDEX"])
+        if rank is None and "RANK" in os.environ:
+            rank, world = _said("RANK"), world or _said("WORLD_SIZE")
+        elif rank is None and "SLURM_ARRAY_TASK_ID" in os.environ:
+            first, step = _said("SLURM_ARRAY_TASK_MIN") or 0, _said("SLURM_ARRAY_TASK_STEP") or 1
+            rank = ((_said("SLURM_ARRAY_TASK_ID") or 0) - first) // step
+            world = world or _said("SLURM_ARRAY_TASK_COUNT")
+        elif rank is None and "JOB_COMPLETION_INDEX" in os.environ:
+            rank = _said("JOB_COMPLETION_INDEX")
         if rank is None and world in (None, 1):
             return Share()
         if rank is None or world is None:
-            raise InputError(f"rank {rank} of {world} processes: give both --rank and --world")
+            known = f"this is process {rank}" if world is None else f"there are {world} processes"
+            raise InputError(f"{known}, and nothing says {'of how many' if world is None else 'which'}:"
+                             " give --rank and --world")  # fmt: skip
         return Share(rank, world)
+
+
+def _said(name: str) -> int | None:
+    """A number that the environment says."""
+    value = os.environ.get(name)
+    try:
+        return None if value is None else int(value)
+    except ValueError as e:
+        raise InputError(f"the environment says {name}={value!r}, which is no number") from e
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """A config at work: its models and sets, opened when they are first needed. One model is held."""
+    """A config at work: its models and sets, opened when they are first needed. One model is held.
+
+    device: where models run; what the config says if none.
+    """
 
     config: Config
+    device: torch.device | None = None
+    _held: dict[str, Subject] = dataclasses.field(default_factory=dict)
+    _known: dict[str, Identity] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def data(self) -> dict[str, tuple[Data, Selection]]:
@@ -84,25 +115,45 @@ class Bench:
         return -(-len(self.data[data][1]) // self.config.chunk)
 
     def subject(self, model: str) -> Subject:
-        held: dict[str, Subject] = self.__dict__.setdefault("_held", {})
-        if model not in held:
-            held.clear()
-            held[model] = loaded(self.config.models[model], self.config.device, self.config.dtype)
-        return held[model]
+        if model not in self._held:
+            self._held.clear()
+            device = self.device or place(self.config.device)
+            self._held[model] = loaded(self.config.models[model], device, self.config.dtype)
+            self._known[model] = self._held[model].identity
+        return self._held[model]
+
+    def identity(self, model: str) -> Identity:
+        return self._known[model] if model in self._known else self.subject(model).identity
+
+    def jobs(self) -> list[Job]:
+        """All work: a model's jobs one after another.
+
+        Raises:
+            InputError: a model or a set cannot be opened.
+        """
+        for model in self.config.models:
+            self.identity(model)
+        return [(m, d, c) for m in self.config.models for d in self.data for c in range(self.chunks(d))]
 
     def units(self, model: str, data: str, chunk: int) -> list[Unit]:
-        """The work on one chunk, in the order in which it is done."""
+        """A job's work, in the order in which it is done."""
         config, (_, chosen) = self.config, self.data[data]
-        part = slice(chunk * config.chunk, (chunk + 1) * config.chunk)
+        part, source = slice(chunk * config.chunk, (chunk + 1) * config.chunk), config.data[data]
+        loader = source.load.partition(":")[0]
+        samples = [*chosen.ids[part], *chosen.hashes[part]]
         shared = {
-            "weights": self.subject(model).weights, "model": config.models[model].model_dump(mode="json"),
-            "samples": [*zip(chosen.ids[part], chosen.hashes[part], strict=True)], "batch": config.batch,
-            "device": _device(config.device), "dtype": config.dtype, "versions": versions(),
+            **dataclasses.asdict(self.identity(model)),
+            "model": config.models[model].model_dump(mode="json", exclude={"family", "seed"}),
+            "data": [loader if loader in LOADERS else source.load, source.args],
+            "samples": sha256([text.encode() for text in samples]), "batch": config.batch,
+            "device": torch.device(config.device).type, "dtype": config.dtype,
+            "precision": torch.get_float32_matmul_precision(), "versions": versions(),
         }  # fmt: skip
         return [
             Unit(model, data, chunk, policy, name_of(method), metric, target, {
-                **shared, "policy": _digest(policy), "method": method.model_dump(mode="json"), "metric": metric,
-                "options": spec.model_dump(mode="json", exclude={"targets"}), "target": target,
+                **shared, "policy": [policy, _digest(policy)], "method": method.model_dump(mode="json"),
+                "metric": metric, "options": spec.model_dump(mode="json", exclude={"targets"}),
+                "target": target,
             })
             for policy in config.policies
             for method in config.methods
@@ -111,31 +162,35 @@ class Bench:
         ]  # fmt: skip
 
     def all_units(self) -> Iterator[Unit]:
-        for model in self.config.models:
-            for data in self.data:
-                for chunk in range(self.chunks(data)):
-                    yield from self.units(model, data, chunk)
+        return (unit for job in self.jobs() for unit in self.units(*job))
 
 
 def _digest(policy: str) -> str:
     return AUTOGRAD if policy == AUTOGRAD else rulebook.load(policy).digest
 
 
-def _device(name: str) -> str:
-    device = torch.device(name)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of all that numbers depend on."""
+    """Of all that numbers depend on. code: SHA-256 of this package's source, but what ``_APART`` names."""
     found = {"python": platform.python_version(), "libragrad-fx": __version__, "torch": torch.__version__}
-    for name in ("timm", "transformers", "torchvision", "numpy", "scipy"):
+    for name in ("timm", "transformers", "torchvision", "numpy", "scipy", "scikit-learn", "pillow"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return {**found, "code": code()}
+
+
+@functools.cache
+def code() -> str:
+    """SHA-256 of the source files of this package on which numbers depend."""
+    root, found = Path(libragrad_fx.__file__).parent, hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        name = file.relative_to(root)
+        if name.parts[0] not in _APART and name.as_posix() not in _APART:
+            body = file.read_bytes()
+            found.update(f"{name.as_posix()} {len(body)}\n".encode() + body)
+    return found.hexdigest()
 
 
 # --- the work
@@ -153,118 +208,174 @@ def evaluate(
         share: this process's; all of it by default.
         seen: is told each unit that is done.
         total: is told how many units there are to do, once that is known.
-        retry: try again what failed.
+        retry: do again each unit (a chunk by one method and metric) in which something failed.
 
     Returns:
         The file of all results; None while other processes have work to do.
 
     Raises:
-        InputError: a model or a set that cannot be opened.
+        InputError: a model or a set that cannot be opened, before any work.
     """
     share, bench, store = share or Share(), Bench(config), Store(Path(folder))
-    mine = jobs(bench)[share.rank :: share.world]
-    if retry:
-        for job in mine:
-            store.forget_failures(bench.units(*job))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    mine = bench.jobs()[share.rank :: share.world]
+    begin(bench, store, mine, retry)
     if total is not None:
-        total(len(mine) * per_chunk(config))
+        total(len(mine) * per_job(config))
     for job in mine:
-        work(bench, store, *job, seen=seen)
+        work(bench, store, job, seen)
     return store.collect(bench.all_units(), config.model_dump(mode="json"))
 
 
-def jobs(bench: Bench) -> list[tuple[str, str, int]]:
-    """(model, data, chunk): a model's one after another."""
-    return [(m, d, c) for m in bench.config.models for d in bench.data for c in range(bench.chunks(d))]
+def begin(bench: Bench, store: Store, mine: Sequence[Job], retry: bool) -> None:
+    """Before work: forget what failed, if asked, and take away results of an earlier state."""
+    if retry:
+        store.forget_failures(unit for job in mine for unit in bench.units(*job))
+    if not all(store.has(unit) for job in mine for unit in bench.units(*job)):
+        store.withdraw()
 
 
-def per_chunk(config: Config) -> int:
-    """The units of one chunk."""
+def per_job(config: Config) -> int:
+    """The units of one job."""
     targets = sum(len(spec.targets) for spec in config.metrics.asked.values())
     return len(config.policies) * len(config.methods) * targets
 
 
-def work(bench: Bench, store: Store, model: str, data: str, chunk: int, seen: Seen | None = None) -> None:
-    """Do what is not done of one chunk, and write it unit by unit."""
+def work(bench: Bench, store: Store, job: Job, seen: Seen | None = None) -> None:
+    """Do what is not done of a job, and write it unit by unit."""
     seen = seen or (lambda unit, failed: None)
-    units = bench.units(model, data, chunk)
-    for unit in units:
+    left = []
+    for unit in bench.units(*job):
         if store.has(unit):
             seen(unit, ())
-    left = [u for u in units if not store.has(u)]
+        else:
+            left.append(unit)
     if not left:
         return
-    batches = _Batches(bench, model, data, chunk)
+    batches = _Batches(bench, *job)
     methods = {name_of(m): m for m in bench.config.methods}
     for unit in left:
         rows, seconds = batches.measured(unit, methods[unit.method])
-        store.write(unit, rows, seconds)
-        seen(unit, sorted({r["error"] for r in rows if r["error"]}))
+        store.write(
+            unit, rows, {"seconds": seconds, "threads": torch.get_num_threads(), "device": batches.device}
+        )
+        seen(unit, sorted({r["error"] for r in rows if "error" in r}))
 
 
 class _Batches:
-    """The batches of a chunk, with the maps that several metrics share."""
+    """The batches of a job, with the maps that several metrics share.
+
+    A batch has pictures of one size: a chunk with several sizes has batches of each, in the samples' order.
+    A picture that cannot be read or prepared is in none.
+    """
 
     def __init__(self, bench: Bench, model: str, data: str, chunk: int) -> None:
-        self.bench, self.config, self.model = bench, bench.config, model
-        subject, (source, chosen) = bench.subject(model), bench.data[data]
+        self.config, subject, (source, chosen) = bench.config, bench.subject(model), bench.data[data]
+        self.device = _named(subject.device)
         size = self.config.chunk
         self.bad: list[tuple[str, str]] = []
         self.cases: list[tuple[list[Item], Case]] = []
-        items = []
+        self.maps: dict[tuple[Any, ...], Any] = {}
+        sizes: dict[tuple[int, ...], list[tuple[Item, torch.Tensor, Mapping[int, torch.Tensor]]]] = {}
         for i, name in [*zip(chosen.indices, chosen.ids, strict=True)][chunk * size : (chunk + 1) * size]:
             try:
                 item = source.get(i)
-                items.append((item, *prepared(item, subject.steps)))
-            except (LibraGradError, OSError) as e:
+                x, masks = prepared(item, subject.steps)
+                sizes.setdefault(tuple(x.shape), []).append((item, x, masks))
+            except Exception as e:  # loaders and steps of users fail in any way
+                if not recorded(e):
+                    raise
                 self.bad.append((name, first_line(e)))
-        for start in range(0, len(items), self.config.batch):
-            part = items[start : start + self.config.batch]
-            inputs = subject.batch([x for _, x, _ in part])
-            case = Case(subject, inputs, [i.label for i, *_ in part], [m for *_, m in part])
-            self.cases.append(([i for i, *_ in part], case))
-        self.maps: dict[tuple[Any, ...], Any] = {}
+        for items in sizes.values():
+            for start in range(0, len(items), self.config.batch):
+                part = items[start : start + self.config.batch]
+                of, inputs = [item for item, *_ in part], subject.batch([x for _, x, _ in part])
+                labels, masks = [item.label for item in of], [m for *_, m in part]
+                self.cases.append((of, Case(subject, [item.id for item in of], inputs, labels, masks)))
 
     def measured(self, unit: Unit, method: MethodSpec) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        """The rows of a unit. What fails is a row with an error: of a sample, or of a batch's samples."""
+        """The rows of a unit, and seconds by what took them.
+
+        A sample whose picture or label is of no use is a row with an error. Where a method, a metric or
+        memory fails, each sample of the batch is. A sample without the label or mask that is asked for has
+        no row, nor a method for which a metric is not defined. A number that is not defined (nan) is null.
+        """
         spec = self.config.metrics.asked[unit.metric]
         seconds = {"attribution": 0.0, "metric": 0.0}
         rows = [self._row(unit, None, image=name, error=why) for name, why in self.bad]
         for n, (items, case) in enumerate(self.cases):
             try:
-                classes = case.target(unit.target, getattr(spec, "least", 0.0))
-                found, took = self._map(unit, method, n, case, classes, spec.scalar)
-                seconds["attribution"] += took
-                start = time.perf_counter()
-                numbers = [*METRICS[unit.metric](case, found, classes, spec)]
-                seconds["metric"] += time.perf_counter() - start
-            except (LibraGradError, RuntimeError, ValueError, IndexError, TypeError) as e:
+                asked = case.target(unit.target, getattr(spec, "least", 0.0))
+                unknown = asked >= case.logits.shape[1]
+                classes = asked.masked_fill(unknown, -1)
+                numbers = self._numbers(unit, method, n, classes, seconds)
+            except Exception as e:  # a model, a method or a metric fails in any way
+                if not recorded(e):
+                    raise
                 rows += [self._row(unit, item, error=first_line(e)) for item in items]
                 continue
+            for i in unknown.nonzero()[:, 0].tolist():
+                said = f"class {int(asked[i])} of a model of {case.logits.shape[1]}"
+                rows.append(self._row(unit, items[i], error=said))
             for r in numbers:
-                more = {"measure": r.measure, "value": r.value, "how": r.how}
+                value = None if math.isnan(r.value) else r.value
+                more = {"measure": r.measure, "value": value, "how": r.how}
                 rows.append(self._row(unit, items[r.sample], explained=int(classes[r.sample]), **more))
         return rows, seconds
 
+    def _numbers(
+        self, unit: Unit, method: MethodSpec, n: int, classes: torch.Tensor, seconds: dict[str, float]
+    ) -> list[Row]:
+        """What a metric says of a batch; its time is added to ``seconds``."""
+        if bool((classes < 0).all()):
+            return []
+        case, spec = self.cases[n][1], self.config.metrics.asked[unit.metric]
+        found, took = self._map(unit, method, n, classes, spec.scalar)
+        numbers, measuring = _timed(lambda: [*METRICS[unit.metric](case, found, classes, spec)], case)
+        seconds["attribution"] += took
+        seconds["metric"] += measuring
+        return numbers
+
     def _map(
-        self, unit: Unit, method: MethodSpec, n: int, case: Case, classes: torch.Tensor, scalar: str
+        self, unit: Unit, method: MethodSpec, n: int, classes: torch.Tensor, scalar: str
     ) -> tuple[Any, float]:
         """An attribution and how long it took; kept for the next metric of the method."""
         key = (unit.policy, unit.method, n, tuple(classes.tolist()), scalar)
         if key not in self.maps:
             if self.maps and next(iter(self.maps))[:2] != key[:2]:
                 self.maps.clear()
-            start = time.perf_counter()
-            found = case.attribution(method, unit.policy, classes, scalar)
-            self.maps[key] = found, time.perf_counter() - start
+            case = self.cases[n][1]
+            case.subject.captured(case.inputs.shape[1:], unit.policy)  # takes time of its own, once
+            self.maps[key] = _timed(lambda: case.attribution(method, unit.policy, classes, scalar), case)
         return self.maps[key]
 
     def _row(self, unit: Unit, item: Item | None, **said: Any) -> dict[str, Any]:
-        spec = self.config.models[self.model]
         row: Mapping[str, Any] = {
-            "model": unit.model, "family": spec.family or unit.model, "seed": spec.seed, "data": unit.data,
-            "policy": unit.policy, "method": unit.method, "metric": unit.metric, "target": unit.target,
-            "image": item.id if item else None, "label": item.label if item else None, "run": unit.key,
+            "model": unit.model, "data": unit.data, "policy": unit.policy, "method": unit.method,
+            "metric": unit.metric, "target": unit.target, "image": item.id if item else None,
+            "label": item.label if item else None, "run": unit.key,
         }  # fmt: skip
-        empty = {"explained": None, "measure": None, "value": None, "how": None, "error": None}
-        return {**row, **empty, **said}
+        return {**row, **said}
+
+
+def recorded(error: Exception) -> bool:
+    """Whether a failure is a result: of a sample, a method or a model. Too little memory is one. What is
+    not installed is none, nor a GPU that answers nothing more: they would fail everywhere."""
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+    lacks = isinstance(error, ImportError) or isinstance(error.__cause__, ImportError)
+    return not (lacks or isinstance(error, torch.AcceleratorError))
+
+
+def _timed(do: Callable[[], Any], case: Case) -> tuple[Any, float]:
+    """What it gives, and seconds."""
+    start = time.perf_counter()
+    found = do()
+    if case.inputs.device.type != "cpu":
+        torch.accelerator.synchronize(case.inputs.device)
+    return found, time.perf_counter() - start
+
+
+def _named(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
