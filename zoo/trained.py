@@ -173,9 +173,11 @@ def _waves(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
         from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 
         model: Any = make()
-        clip = isinstance(model, Captioned)
-        table = model.clip.vision_model.embeddings.position_embedding.weight if clip else model.pos_embed[0]
-        places = table[-64:]
+        clip = getattr(model, "clip", None)
+        table = (
+            model.pos_embed[0] if clip is None else clip.vision_model.embeddings.position_embedding.weight
+        )
+        places = table[-64:]  # before them, the class token's
         with torch.no_grad():
             places.copy_(build_sincos2d_pos_embed([8, 8], dim=places.shape[1]) / 2)
         return model
