@@ -39,7 +39,9 @@ def main() -> None:
         try:
             return write(Results(asked.results / name))
         except InputError:
-            return f"Not run yet: `libragrad evaluate zoo/evaluations/{name}.yaml -o out/evaluations/{name}`."
+            return (
+                f"Not run yet: `libragrad evaluate zoo/evaluations/{name}.yaml -o out/evaluations/{name}`."
+            )
 
     fill("results.md", {
         "versions": versions(paper), "machine": machine(paper), "reading": reading(paper), "models": models(paper),
@@ -53,7 +55,9 @@ def main() -> None:
 def versions(found: Results) -> str:
     (made_by,) = found.rows("SELECT any_value(made_by) FROM runs")[0]
     told = json.loads(made_by)["versions"]
-    return ", ".join(f"{k} {told[k].partition('+')[0]}" for k in ("python", "torch", "timm", "transformers") if k in told)
+    return ", ".join(
+        f"{k} {told[k].partition('+')[0]}" for k in ("python", "torch", "timm", "transformers") if k in told
+    )
 
 
 def machine(found: Results) -> str:
@@ -76,14 +80,18 @@ def models(found: Results) -> str:
     rows = []
     for name, spec in found.config["models"].items():
         said = trained.about(spec["args"]["name"], spec["args"]["seed"])
-        how = found.rows("SELECT any_value(how) FROM results WHERE metric = 'tokens' AND model = ?", name)[0][0]
+        how = found.rows("SELECT any_value(how) FROM results WHERE metric = 'tokens' AND model = ?", name)[
+            0
+        ][0]
         accuracy = [f"{100 * said['accuracy'][k]:.1f}" for k in ("scenes/test", "crowded/test")]
         rows.append([f"`{name}`", spec["family"], f"{said['parameters']:,}", *accuracy, how or "–"])
     return table(["model", "family", "parameters", "scenes, %", "crowded, %", "tokens are"], rows)
 
 
 def counts(made: Sequence) -> str:
-    rows = [[title, *(str(of[v]) for v in ("better", "even", "worse"))] for title, of in counted(made).items()]
+    rows = [
+        [title, *(str(of[v]) for v in ("better", "even", "worse"))] for title, of in counted(made).items()
+    ]
     return table(["measure", "better", "even", "worse"], rows)
 
 
@@ -164,7 +172,9 @@ def real(found: Results) -> str:
 def search(folder: Path) -> str:
     file = folder / "found.json"
     if not file.is_file():
-        return "Not run yet: `libragrad search-policy zoo/evaluations/search.yaml -o out/evaluations/search`."
+        return (
+            "Not run yet: `libragrad search-policy zoo/evaluations/search.yaml -o out/evaluations/search`."
+        )
     said = json.loads(file.read_text("utf-8"))
     rows = []
     for model, pair in said["compared"].items():

@@ -33,7 +33,7 @@ from libragrad_fx.errors import InputError, LibraGradError
 from libragrad_fx.evaluate import measures
 from libragrad_fx.evaluate.config import DataSpec, MethodSpec, ModelSpec, Name, TokensSpec
 from libragrad_fx.evaluate.data import open_data, prepared, selected
-from libragrad_fx.evaluate.subject import Subject, loaded
+from libragrad_fx.evaluate.subject import Subject, loaded, place
 from libragrad_fx.extras import need, writing
 from libragrad_fx.metrics.intervals import Paired, paired
 
@@ -48,7 +48,13 @@ SITES: Mapping[str, tuple[str, ...]] = {
 """What may be chosen, for each half of the blocks. attention: what q and k get. value: what v gets. product:
 of several values that are multiplied. A number scales the gradient; ``libra`` is the choice that the paper
 makes: stop, keep, freeze_scale, secant, scale."""
-PAPER = {"attention": "stop", "value": "keep", "norm": "freeze_scale", "activation": "secant", "product": "scale"}
+PAPER = {
+    "attention": "stop",
+    "value": "keep",
+    "norm": "freeze_scale",
+    "activation": "secant",
+    "product": "scale",
+}
 HALVES = ("early", "late")
 Choice = Mapping[str, str]
 """By ``half.site``, what is done there."""
@@ -73,6 +79,7 @@ class SearchConfig(pydantic.BaseModel):
     trials: Annotated[int, pydantic.Field(ge=1)] = 60
     seed: int = 0
     batch: Annotated[int, pydantic.Field(ge=2)] = 32
+    device: str = "cpu"
 
     @pydantic.model_validator(mode="after")
     def _known(self) -> SearchConfig:
@@ -81,7 +88,9 @@ class SearchConfig(pydantic.BaseModel):
             if unknown:
                 raise ValueError(f"no model or set is called {', '.join(sorted(unknown))}")
         if self.search.data == self.held_out.data:
-            raise ValueError("search and held_out are on the same set: a policy is compared on other samples")
+            raise ValueError(
+                "search and held_out are on the same set: a policy is compared on other samples"
+            )
         return self
 
     @staticmethod
@@ -142,7 +151,8 @@ def policy_text(choice: Choice, paths: Sequence[str]) -> str:
     ]  # fmt: skip
     weights = [{"kind": "attention", "site": "weights", "action": "keep", "cite": cite}]
     return yaml.safe_dump(
-        {"policy": "found", "optional": True, "rows": [*rows, *book["rows"], *behind, *weights]}, sort_keys=False
+        {"policy": "found", "optional": True, "rows": [*rows, *book["rows"], *behind, *weights]},
+        sort_keys=False,
     )
 
 
@@ -175,14 +185,15 @@ class _Ground:
 def _ground(config: SearchConfig, model: str, data: str) -> _Ground:
     spec = config.data[data]
     source = open_data({"load": spec.load, "args": spec.args} if spec.args else spec.load)
-    chosen, subject = selected(source, spec.count, spec.seed, spec.keep), loaded(config.models[model], "cpu", "float32")
+    chosen = selected(source, spec.count, spec.seed, spec.keep)
+    subject = loaded(config.models[model], place(config.device), "float32")
     items = [source.get(i) for i in chosen.indices]
     tensors = [prepared(item, subject.steps)[0] for item in items]
     cases = []
     for start in range(0, len(items), config.batch):
         part = slice(start, start + config.batch)
-        labels = [i.label for i in items[part]]
-        cases.append(measures.Case(subject, subject.batch(tensors[part]), labels, [{} for _ in labels]))
+        ids, labels = [i.id for i in items[part]], [i.label for i in items[part]]
+        cases.append(measures.Case(subject, ids, subject.batch(tensors[part]), labels, [{} for _ in ids]))
     return _Ground(subject, cases, blocks(cases[0].module))
 
 
