@@ -18,8 +18,8 @@ from pathlib import Path
 from pages import fill, table
 
 from libragrad_fx.errors import InputError
-from libragrad_fx.evaluate.report import grid, losses_of, number, spread
-from libragrad_fx.evaluate.tables import MEASURES, Measure, Results, counted, policies_of, tables
+from libragrad_fx.evaluate.report import grid, losses_of, number
+from libragrad_fx.evaluate.tables import MEASURES, Results, counted, policies_of, tables
 from zoo import trained
 
 ROOT = Path(__file__).parent.parent
@@ -44,10 +44,12 @@ def main() -> None:
             )
 
     fill("results.md", {
-        "versions": versions(paper), "machine": machine(paper), "reading": reading(paper), "models": models(paper),
-        "losses": losses_of(made), "counts": counts(made), "families": str(len({f for t in made for f in t.families})),
-        "means": means(paper), "paper": each_table(made), "seeds": of("seeds", lambda r: each_table(tables(r))),
-        "ablations": of("ablations", ablations), "shortcut": of("shortcut", shortcut), "real": of("real", real),
+        "versions": versions(paper), "machine": machine(paper), "reading": reading(paper),
+        "models": models(paper), "losses": losses_of(made), "counts": counts(made),
+        "families": str(len({f for t in made for f in t.families})), "means": means(paper),
+        "paper": each_table(made), "seeds": of("seeds", lambda r: each_table(tables(r))),
+        "ablations": of("ablations", ablations), "shortcut": of("shortcut", shortcut),
+        "real": of("real", real),
         "search": search(asked.results / "search"), "failures": failures(paper), "cost": cost(paper),
     }, asked.page)  # fmt: skip
 
@@ -69,9 +71,12 @@ def machine(found: Results) -> str:
 def reading(found: Results) -> str:
     sizes = {spec["count"] for spec in found.config["data"].values()}
     return (
-        f"A cell says autograd → libra, over the same {' or '.join(map(str, sizes))} scenes. ▲ better, ▼ worse: the"
-        " 95 % interval of the paired difference leaves zero out (BCa bootstrap over scenes; of several seeds, for new"
-        " seeds and scenes). · otherwise. No correction is made for the number of cells: of a hundred cells without a"
+        f"A cell says autograd → libra, over the same {' or '.join(map(str, sizes))} scenes. ▲ better, ▼"
+        " worse: the"
+        " 95 % interval of the paired difference leaves zero out (BCa bootstrap over scenes; of several"
+        " seeds, for new"
+        " seeds and scenes). · otherwise. No correction is made for the number of cells: of a hundred"
+        " cells without a"
         " difference, five are expected to be marked."
     )
 
@@ -124,8 +129,8 @@ def ablations(found: Results) -> str:
     parts = []
     for model in found.config["models"]:
         for metric, name, target in (
-            ("tokens", "mif_accuracy", "predicted"), ("tokens", "mif_accuracy", "label"), ("tokens", "srg", "predicted"),
-            ("places", "ap", "mask"),
+            ("tokens", "mif_accuracy", "predicted"), ("tokens", "mif_accuracy", "label"),
+            ("tokens", "srg", "predicted"), ("places", "ap", "mask"),
         ):  # fmt: skip
             measure = next(m for m in MEASURES if (m.metric, m.name) == (metric, name))
             parts.append((model, measure, target))
@@ -133,7 +138,8 @@ def ablations(found: Results) -> str:
     for model, measure, target in parts:
         for method in found.methods:
             of = dict(found.rows(
-                "SELECT policy, avg(value) FROM results WHERE model = ? AND metric = ? AND measure = ? AND target = ?"
+                "SELECT policy, avg(value) FROM results WHERE model = ? AND metric = ? AND measure = ?"
+                " AND target = ?"
                 " AND method = ? AND value IS NOT NULL GROUP BY policy",
                 model, measure.metric, measure.name, target, method,
             ))  # fmt: skip
@@ -148,9 +154,12 @@ def shortcut(found: Results) -> str:
     """In how many images a map's most relevant pixel lies in the watermark, where the model follows it."""
     rows = []
     followed = (
-        "SELECT m.model, m.policy, m.method, avg(m.value), count(*) FROM results m JOIN (SELECT DISTINCT model, image,"
-        " explained FROM results WHERE metric = 'tokens' AND explained IS NOT NULL) t ON m.model = t.model AND m.image"
-        " = t.image AND m.explained = t.explained WHERE m.metric = 'places' AND m.measure = ? AND m.label <>"
+        "SELECT m.model, m.policy, m.method, avg(m.value), count(*) FROM results m JOIN (SELECT DISTINCT"
+        " model, image,"
+        " explained FROM results WHERE metric = 'tokens' AND explained IS NOT NULL) t ON m.model ="
+        " t.model AND m.image"
+        " = t.image AND m.explained = t.explained WHERE m.metric = 'places' AND m.measure = ? AND"
+        " m.label <>"
         " m.explained GROUP BY ALL"
     )
     for measure in ("pointing", "mass"):
@@ -180,12 +189,16 @@ def search(folder: Path) -> str:
     for model, pair in said["compared"].items():
         d = dict(zip(("mean", "low", "high"), pair["difference"][:3], strict=True))
         searched = "yes" if model in said["config"]["search"]["models"] else "no"
-        rows.append([f"`{model}`", searched, f"{100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]",
-                     f"{pair['wins']} : {pair['losses']}", f"{pair['p']:.3f}"])  # fmt: skip
+        told = f"{100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
+        rows.append(
+            [f"`{model}`", searched, told, f"{pair['wins']} : {pair['losses']}", f"{pair['p']:.3f}"]
+        )
     choice = ", ".join(f"{k} {v}" for k, v in said["choice"].items())
     return (
-        f"{said['trials']} trials; on the search set the best has an SRG of {100 * said['value']:.1f}, libra"
-        f" {100 * said['libra']:.1f}. The best: {choice}.\n\nOn scenes that were not searched, found policy - libra:\n\n"
+        f"{said['trials']} trials; on the search set the best has an SRG of {100 * said['value']:.1f},"
+        " libra"
+        f" {100 * said['libra']:.1f}. The best: {choice}.\n\nOn scenes that were not searched, found"
+        " policy - libra:\n\n"
         + table(["model", "searched", "difference of SRG [95 %]", "wins : losses", "p"], rows)
     )
 
@@ -200,8 +213,10 @@ def failures(found: Results) -> str:
 
 def cost(found: Results) -> str:
     rows = found.rows(
-        "SELECT r.metric, sum(r.seconds), sum(r.attribution_seconds), (SELECT count(DISTINCT (model, data, policy,"
-        " method, image)) FROM results x WHERE x.metric = r.metric AND value IS NOT NULL) FROM runs r GROUP BY r.metric"
+        "SELECT r.metric, sum(r.seconds), sum(r.attribution_seconds), (SELECT count(DISTINCT (model,"
+        " data, policy,"
+        " method, image)) FROM results x WHERE x.metric = r.metric AND value IS NOT NULL) FROM runs r"
+        " GROUP BY r.metric"
         " ORDER BY r.metric"
     )
     said = [[m, f"{s:.0f}", f"{a:.0f}", f"{n:,}", f"{1000 * s / max(n, 1):.0f}"] for m, s, a, n in rows]

@@ -20,5 +20,6 @@ def autolrp(
 ) -> torch.Tensor:
     """autoLRP 0.2 with its defaults: relevance of pixels, channels summed."""
     x = need("autolrp", "rivals").tensor(inputs)
-    scalar(module(x)).sum().lrp()
+    total: Any = scalar(module(x)).sum()
+    total.lrp()
     return torch.Tensor(x.relevance).sum(1)

@@ -83,7 +83,8 @@ class Watermarks:
 
     def __call__(self, index: int) -> Item:
         found = scene(self.split, index, "shortcut", self.seed)
-        assert found.watermark is not None and found.sign is not None
+        assert found.watermark is not None
+        assert found.sign is not None
         name = f"shortcut/{self.split}/{self.seed}/{index}"
         return Item(name, Image.fromarray(found.picture), found.label, {found.sign: found.watermark})
 

@@ -90,8 +90,8 @@ class DataSpec(_Said):
 class MethodSpec(_Said):
     """A method of ``attribute``, and its options; ``name`` tells two of one method apart.
 
-    method: or ``package.module:function``, from a module, inputs (B, C, H, W), and a function from the module's
-            output to (B,) scalars, to maps (B, *grid). The module has the policy's backward.
+    method: or ``package.module:function``, from a module, inputs (B, C, H, W), and a function from the
+            module's output to (B,) scalars, to maps (B, *grid). The module has the policy's backward.
     seed: what is drawn (noise, a random map) is drawn anew for each batch, from this and the samples' ids.
     """
 

@@ -245,8 +245,8 @@ def completeness(case: Case, found: Attribution, classes: Tensor, spec: Complete
 
 
 def on_grid(found: Attribution, grid: Sequence[int]) -> Tensor:
-    """(B, *grid): a map at a grid. One that is finer, as over pixels, is summed in each cell; a coarser one, as
-    a CAM of a deep layer, is enlarged, bicubic."""
+    """(B, *grid): a map at a grid. One that is finer, as over pixels, is summed in each cell. A coarser
+    one, as a CAM of a deep layer, is enlarged, bicubic."""
     if tuple(found.values.shape[1:]) == tuple(grid):
         return found.values
     if found.grid is None or len(found.grid) != len(grid):

@@ -46,8 +46,7 @@ SITES: Mapping[str, tuple[str, ...]] = {
     "product": ("scale", "0.25", "keep"),
 }
 """What may be chosen, for each half of the blocks. attention: what q and k get. value: what v gets. product:
-of several values that are multiplied. A number scales the gradient; ``libra`` is the choice that the paper
-makes: stop, keep, freeze_scale, secant, scale."""
+what values get that are multiplied. A number scales the gradient."""
 PAPER = {
     "attention": "stop",
     "value": "keep",
@@ -145,8 +144,8 @@ def policy_text(choice: Choice, paths: Sequence[str]) -> str:
     behind = [
         {"kind": kind, "site": "behind", "action": action, "cite": "as at the site value"}
         for kind, action in (
-            ("normaliser", "freeze_scale"), ("gated", "secant"), ("product", "scale"), ("gate_source", "keep"),
-            ("recurrent", "secant"),
+            ("normaliser", "freeze_scale"), ("gated", "secant"), ("product", "scale"),
+            ("gate_source", "keep"), ("recurrent", "secant"),
         )
     ]  # fmt: skip
     weights = [{"kind": "attention", "site": "weights", "action": "keep", "cite": cite}]
@@ -227,7 +226,8 @@ def search(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     grounds = [_ground(config, m, config.search.data) for m in config.search.models]
     study = optuna.create_study(
-        direction="maximize", storage=f"sqlite:///{folder / 'study.db'}", study_name="policy", load_if_exists=True,
+        direction="maximize", storage=f"sqlite:///{folder / 'study.db'}", study_name="policy",
+        load_if_exists=True,
         sampler=optuna.samplers.TPESampler(seed=config.seed),
     )  # fmt: skip
     paper = {f"{half}.{site}": PAPER[site] for half in HALVES for site in SITES}

@@ -44,7 +44,8 @@ def net(seed: int = 0) -> Net:
 
 
 def steps(image: Image.Image) -> torch.Tensor:
-    return torch.tensor(np.array(image.resize((8, 8), Image.Resampling.BICUBIC)) / 255).permute(2, 0, 1).float()
+    small = image.resize((8, 8), Image.Resampling.BICUBIC)
+    return torch.tensor(np.array(small) / 255).permute(2, 0, 1).float()
 
 
 def noise(seed: int = 0, count: int = 8) -> Data:

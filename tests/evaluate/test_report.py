@@ -17,9 +17,11 @@ from libragrad_fx.evaluate.tables import Results, counted, losses, tables
 pytest.importorskip("duckdb", reason="pip install 'libragrad-fx[evaluate]'")
 N = 40
 CONFIG = Config.of({
-    "models": {"a": {"load": "x:a", "family": "A", "seed": 0}, "b0": {"load": "x:b", "family": "B", "seed": 0},
+    "models": {"a": {"load": "x:a", "family": "A", "seed": 0},
+               "b0": {"load": "x:b", "family": "B", "seed": 0},
                "b1": {"load": "x:b", "family": "B", "seed": 1}},
-    "data": {"d": {"load": "x:d", "count": N}}, "methods": ["random", "fullgrad_plus"], "policies": ["autograd", "libra"],
+    "data": {"d": {"load": "x:d", "count": N}},
+    "methods": ["random", "fullgrad_plus"], "policies": ["autograd", "libra"],
     "metrics": {"tokens": {}, "completeness": {}},
 })  # fmt: skip
 
@@ -42,8 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for method in ("random", "fullgrad_plus"):
                 for metric, measure in (("tokens", "srg"), ("completeness", "relative_error")):
                     made = {"model": CONFIG.models[model].model_dump(), "policy": policy, "method": method,
-                            "metric": metric, "name": model, "weights": "0" * 64, "device": "cpu", "dtype": "float32",
-                            "versions": {"torch": "2"}}  # fmt: skip
+                            "metric": metric, "name": model, "weights": "0" * 64, "device": "cpu",
+                            "dtype": "float32", "versions": {"torch": "2"}}  # fmt: skip
                     unit = Unit(model, "d", 0, policy, method, metric, "predicted", made)
                     rows = [row(unit, measure, i) for i in range(N)]
                     if (model, method) == ("a", "random"):
@@ -59,7 +61,8 @@ def row(unit: Unit, measure: str, i: int) -> dict[str, object]:
     return {
         "model": unit.model, "family": spec.family, "seed": spec.seed, "data": "d", "policy": unit.policy,
         "method": unit.method, "metric": unit.metric, "target": "predicted", "image": f"i{i}", "label": 1,
-        "explained": 1, "measure": measure, "value": value(unit.model, unit.policy, unit.method, measure, i),
+        "explained": 1, "measure": measure,
+        "value": value(unit.model, unit.policy, unit.method, measure, i),
         "how": "removed", "error": None, "run": unit.key,
     }  # fmt: skip
 
