@@ -45,7 +45,7 @@ def train(kind: Kind, count: int, held: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains linear heads on frozen DINOv2 features.")
     parser.add_argument("kinds", nargs="+", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
-    parser.add_argument("--count", type=int, default=2000, help="scenes to train on")
+    parser.add_argument("--count", type=int, default=4000, help="scenes to train on")
     parser.add_argument(
         "--held", type=int, default=500, help="scenes to measure on, of val and of test each"
     )

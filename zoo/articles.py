@@ -1,5 +1,4 @@
-"""Insects drawn from five parts, for FunnyBirds' scores (``libragrad_fx.metrics.parts``; Hesse et al.
-2023).
+"""Insects drawn from five parts, for FunnyBirds' scores (``metrics.parts``; Hesse et al. 2023).
 
 A class is one variant of each part: antennae, wings, legs, spots and tail. Body and head are the same for
 all. Pictures are 96 x 96, over a ground with six objects on it. Every part and every object can be left
@@ -190,7 +189,7 @@ class Scenes:
 
 
 def scenes(variants: Tensor, count: int, seed: int = 0) -> Scenes:
-    """Draw ``count`` scenes of classes (K, 5), their labels in turn."""
+    """Draw ``count`` scenes of classes (K, 5), their labels in turn. Another count is another draw."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: float, high: float, *shape: int) -> Tensor:
@@ -229,21 +228,16 @@ def measured(
 ) -> dict[str, Tensor]:
     """FunnyBirds' numbers of each scene, by the names of the arguments of ``parts.scores``.
 
-    Args:
-        forward: from pictures (B, 3, 96, 96) to outputs (B, K).
-        explain: from pictures and targets (B,) to maps (B, 96, 96).
-        variants: (K, 5), the classes.
-        margin: of ``parts.importance``.
-
-    Batches are put together by ``torch.cat`` of each number.
+    forward goes from pictures (B, 3, 96, 96) to outputs (B, K), explain from pictures and targets (B,) to
+    maps (B, 96, 96); variants (K, 5) are the classes, margin is that of ``parts.importance``. Batches are
+    put together by ``torch.cat`` of each number.
     """
     x, where, around = pictures(seen), masks(seen), object_masks(seen)
     shares, labels = protocol.thresholds(), seen.labels
     table, cleared = outputs(forward, seen)
     predicted = table[:, -1].argmax(1)
-    mine, without = (
-        t.gather(2, labels.view(-1, 1, 1).expand(-1, t.shape[1], 1))[..., 0] for t in (table, cleared)
-    )
+    rows = torch.arange(len(seen))
+    mine, without = table[rows, :, labels], cleared[rows, :, labels]
     clean, alone = mine[:, -1], protocol.without_one(mine)
 
     def of(targets: Tensor, areas: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,14 +245,14 @@ def measured(
         return protocol.importance(maps, areas, margin), maps.flatten(1).sum(1)
 
     known, total = of(labels, torch.cat((where, around), 1))
-    guessed, sum_of_guess = of(predicted, where)
-    kept = protocol.important(guessed, sum_of_guess, shares)
-    both = protocol.rivals(variants)[labels]
-    against = torch.stack([of(both[:, i].clamp(min=0), where)[0] for i in (0, 1)], 1)
-    shared = (variants[both] == seen.variants[:, None]) & (both >= 0)[..., None]
-    theirs = table.gather(2, both.clamp(min=0)[:, None].expand(-1, table.shape[1], 2))
+    kept = protocol.important(*of(predicted, where), shares)
     chosen = protocol.important(known, total, shares)
     own = chosen[..., : len(PARTS)]
+    both = protocol.rivals(variants)[labels]
+    shared = (variants[both] == seen.variants[:, None]) & (both >= 0)[..., None]
+    both = both.clamp(min=0)
+    against = torch.stack([of(rival, where)[0] for rival in both.unbind(1)], 1)
+    theirs = table.gather(2, both[:, None].expand(-1, table.shape[1], 2))
     return {
         "csdc": protocol.synthetic_check(own, protocol.sufficient(variants)[labels], predicted == labels),
         "pc": protocol.preservation_check(kept, table),

@@ -95,7 +95,7 @@ def fitted(x: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, tor
 def features(data: Data) -> tuple[torch.Tensor, torch.Tensor]:
     """``pooled`` of every sample (N, 768), and labels int64 (N,), -1 for none.
 
-    Each block of ``BLOCK`` samples is kept in ``folder()`` by what it contains, so that a second try goes on.
+    Each block of ``BLOCK`` samples is kept in ``folder()`` by what it contains: a second try goes on.
     """
     blocks = [_block(data, range(i, min(i + BLOCK, data.count))) for i in range(0, data.count, BLOCK)]
     return torch.cat([b["features"] for b in blocks]), torch.cat([b["labels"] for b in blocks])

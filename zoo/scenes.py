@@ -123,8 +123,8 @@ def scene(split: Split, index: int, kind: Kind = "scenes", seed: int = 0) -> Sce
     figures = [_figure(split, int(c), rng) for c in classes]
     poses, shown = _posed(figures, look, watermark, rng)
     picture = _background(split, rng) * rng.uniform(*look.light, 3).astype(np.float32)
-    for i, seen in enumerate(shown):
-        picture[seen] = _painted(poses[i].grey[seen], look, rng)
+    for figure, pose, seen in zip(figures, poses, shown, strict=True):
+        picture[seen] = _painted(_put(figure.grey, pose.inverse)[seen], look, rng)
     if watermark is not None and inks is not None:
         picture[watermark] = inks[watermark]
     masks = {int(c): seen for c, seen in zip(classes, shown, strict=True)}
@@ -133,9 +133,10 @@ def scene(split: Split, index: int, kind: Kind = "scenes", seed: int = 0) -> Sce
 
 def normalised(pictures: np.ndarray | torch.Tensor) -> torch.Tensor:
     """float32 (..., 3, H, W), as the models take it, of RGB bytes (..., H, W, 3)."""
-    x = torch.as_tensor(pictures).movedim(-1, -3).float() / 255
-    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (MEAN, STD))
-    return (x - mean) / std
+    x = pictures if isinstance(pictures, torch.Tensor) else torch.tensor(pictures)
+    x = x.movedim(-1, -3).float().contiguous()
+    mean, std = (torch.tensor(c, device=x.device).view(3, 1, 1) for c in (MEAN, STD))
+    return (x / 255 - mean) / std
 
 
 class Scenes(Dataset):
@@ -237,10 +238,21 @@ def _figure(split: Split, c: int, rng: np.random.Generator) -> _Figure:
 
 
 class _Pose(NamedTuple):
-    """A figure in its place: grey float32 (96, 96) and its pixels, bool (96, 96)."""
+    """Where a figure is put.
 
-    grey: np.ndarray
+    inverse: the affine map from a place in the picture to one in the figure, row by row
+    own:     the figure's pixels, bool (96, 96)
+    """
+
+    inverse: tuple[float, ...]
     own: np.ndarray
+
+
+def _put(values: np.ndarray, inverse: tuple[float, ...]) -> np.ndarray:
+    """Values (28, 28) in their place, float32 (96, 96), interpolated."""
+    image = Image.fromarray(values.astype(np.float32))
+    way = Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR
+    return np.asarray(image.transform((SIZE, SIZE), *way))
 
 
 def _pose(figure: _Figure, area: float, rng: np.random.Generator) -> _Pose:
@@ -255,13 +267,7 @@ def _pose(figure: _Figure, area: float, rng: np.random.Generator) -> _Pose:
     x, y = (rng.uniform(min(r, SIZE / 2), max(SIZE - r, SIZE / 2)) for r in reach)
     a, b, d, e = cos / scale, sin / scale, -sin / scale, cos / scale
     inverse = (a, b, middle[0] - a * x - b * y, d, e, middle[1] - d * x - e * y)
-    grey, own = (
-        np.asarray(Image.fromarray(p.astype(np.float32)).transform(
-            (SIZE, SIZE), Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR
-        ))
-        for p in figure
-    )  # fmt: skip
-    return _Pose(grey, own >= 0.5)
+    return _Pose(inverse, _put(figure.own, inverse) >= 0.5)
 
 
 def _posed(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import torch
 from PIL import Image
 
 from libragrad_fx.errors import InputError
 from libragrad_fx.evaluate.data import Data, Item
 from libragrad_fx.extras import need
 from zoo import real
-from zoo.scenes import CLASSES, KINDS, SPLITS, Kind, Split, scene
+from zoo.scenes import CLASSES, KINDS, SIZE, SPLITS, Kind, Split, normalised, scene
 
 PHOTOS = (
     "astronaut", "brick", "chelsea", "coffee", "coins", "grass", "gravel", "horse", "hubble_deep_field",
@@ -71,3 +72,37 @@ def scenes(split: Split = "test", count: int = 1000, kind: Kind = "scenes", seed
     real.require("fashion-mnist")
     origin = f"zoo/scenes.py: {kind}, {split}, seed {seed}; articles of Fashion-MNIST"
     return Data(f"{kind}-{split}", count, Scenes(split, kind, seed), CLASSES, origin)
+
+
+@dataclasses.dataclass(frozen=True)
+class Watermarks:
+    """Scenes with a watermark, as ``Data.get``; its place is the one mask, of the class it stands for."""
+
+    split: Split
+    seed: int
+
+    def __call__(self, index: int) -> Item:
+        found = scene(self.split, index, "shortcut", self.seed)
+        assert found.watermark is not None
+        assert found.sign is not None
+        name = f"shortcut/{self.split}/{self.seed}/{index}"
+        return Item(name, Image.fromarray(found.picture), found.label, {found.sign: found.watermark})
+
+
+def watermarks(split: Split = "test", count: int = 1000, seed: int = 0) -> Data:
+    """The first scenes of a split with a watermark. Its class is the label's in some of them.
+
+    Raises:
+        InputError: no such split.
+        FileNotFoundError: Fashion-MNIST is not here; with the command.
+    """
+    if split not in SPLITS:
+        raise InputError(f"no split {split!r}: {', '.join(SPLITS)} are there")
+    real.require("fashion-mnist")
+    origin = f"zoo/scenes.py: shortcut, {split}, seed {seed}; articles of Fashion-MNIST"
+    return Data(f"watermarks-{split}", count, Watermarks(split, seed), CLASSES, origin)
+
+
+def steps(picture: Image.Image) -> torch.Tensor:
+    """A picture as the models of ``zoo/trained.py`` take it: float32 (3, 96, 96)."""
+    return normalised(np.array(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))

@@ -165,6 +165,26 @@ def _tokens(name: str, width: int = 64, depth: int = 6, **options: Any) -> Calla
     return _timm(name, **(sizes | options))
 
 
+def _waves(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """The model, its learned positions begun as sines and cosines: small ones learn sooner so (Beyer et al.
+    2022, "Better plain ViT baselines")."""
+
+    def made() -> nn.Module:
+        from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+
+        model: Any = make()
+        clip = getattr(model, "clip", None)
+        table = (
+            model.pos_embed[0] if clip is None else clip.vision_model.embeddings.position_embedding.weight
+        )
+        places = table[-64:]  # before them, the class token's
+        with torch.no_grad():
+            places.copy_(build_sincos2d_pos_embed([8, 8], dim=places.shape[1]) / 2)
+        return model
+
+    return made
+
+
 def _mixer(**options: Any) -> nn.Module:
     """As gmixer_24_224, with gated (SwiGLU) MLPs; ``options`` make another of timm's mixers of it."""
     from timm.layers import GluMlp
@@ -234,10 +254,13 @@ _SWIN = _timm(
     "swin_tiny_patch4_window7_224", img_size=SIZE, patch_size=6, window_size=4, embed_dim=48, depths=(2, 4),
     num_heads=(2, 4), drop_path_rate=0.0,
 )  # fmt: skip
-_VIT = _tokens("vit_tiny_patch16_224")
+_VIT = _waves(_tokens("vit_tiny_patch16_224"))
 _EVA02 = _tokens("eva02_tiny_patch14_224", ref_feat_shape=(8, 8))
 _BEITV2 = _tokens("beitv2_base_patch16_224", init_values=0.1)
-_FLEXIVIT = _tokens("flexivit_small", dynamic_img_size=True)
+_DEIT3 = _waves(_tokens("deit3_small_patch16_224", init_values=0.1))
+_FLEXIVIT = _waves(_tokens("flexivit_small", dynamic_img_size=True))
+_SIGLIP = _waves(_tokens("vit_so400m_patch14_siglip_gap_378", mlp_ratio=4))
+_SIGLIP_MAP = _waves(_tokens("vit_so400m_patch14_siglip_378", mlp_ratio=4))
 _THREE = (0, 1, 2)
 
 MODELS: Mapping[str, Recipe] = {
@@ -245,22 +268,22 @@ MODELS: Mapping[str, Recipe] = {
     "eva02": Recipe("EVA-02", _EVA02, seeds=_THREE),
     "mixer": Recipe("MLP-Mixer", _mixer, seeds=_THREE),
     "beitv2": Recipe("BEiTv2", _BEITV2),
-    "siglip": Recipe("SigLIP", _tokens("vit_so400m_patch14_siglip_gap_378", mlp_ratio=4)),
-    "deit3": Recipe("DeiT3", _tokens("deit3_small_patch16_224", init_values=0.1)),
+    "siglip": Recipe("SigLIP", _SIGLIP),
+    "deit3": Recipe("DeiT3", _DEIT3),
     "flexivit": Recipe("FlexiViT", _FLEXIVIT, patches=(8, 12, 16, 24)),
-    "clip": Recipe("CLIP", _clip),
+    "clip": Recipe("CLIP", _waves(_clip)),
     "convnext": Recipe("ConvNeXt", _CONVNEXT),
     "swin": Recipe("Swin", _SWIN),
     "mambaout": Recipe("MambaOut", _timm("mambaout_femto", **_STAGES)),
     "gmlp": Recipe("gMLP", _gmlp),
     "poolformer": Recipe("PoolFormer", _poolformer),
-    "vit_tiny": Recipe("ViT", _tokens("vit_tiny_patch16_224", 48, 4)),
-    "vit_small": Recipe("ViT", _tokens("vit_tiny_patch16_224", 64, 4)),
-    "vit_large": Recipe("ViT", _tokens("vit_tiny_patch16_224", 96, 8)),
-    "vit_shortcut": Recipe("ViT", _VIT, data="shortcut"),
-    "eva02_shortcut": Recipe("EVA-02", _EVA02, data="shortcut"),
-    "mixer_shortcut": Recipe("MLP-Mixer", _mixer, data="shortcut"),
-    "siglip_map": Recipe("SigLIP", _tokens("vit_so400m_patch14_siglip_378", mlp_ratio=4)),
+    "vit_tiny": Recipe("ViT", _waves(_tokens("vit_tiny_patch16_224", 48, 4))),
+    "vit_small": Recipe("ViT", _waves(_tokens("vit_tiny_patch16_224", 64, 4))),
+    "vit_large": Recipe("ViT", _waves(_tokens("vit_tiny_patch16_224", 96, 8))),
+    "vit_shortcut": Recipe("ViT", _VIT, samples=64_000, data="shortcut"),
+    "eva02_shortcut": Recipe("EVA-02", _EVA02, samples=64_000, data="shortcut"),
+    "mixer_shortcut": Recipe("MLP-Mixer", _mixer, samples=64_000, data="shortcut"),
+    "siglip_map": Recipe("SigLIP", _SIGLIP_MAP),
     "llama": Recipe("Llama", _llama, samples=128_000, rate=1e-3, data="sentences"),
 }
 """By name. Their order is that of training: a family each, then sizes and shortcuts."""

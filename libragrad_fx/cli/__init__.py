@@ -19,12 +19,13 @@ from libragrad_fx.cli.bench import bench
 from libragrad_fx.cli.coverage import coverage
 from libragrad_fx.cli.evaluate import evaluate
 from libragrad_fx.cli.report import report
+from libragrad_fx.cli.search import search_policy
 from libragrad_fx.cli.doctor import doctor
 from libragrad_fx.cli.options import app
 
 __all__ = [
     "app", "audit", "bench", "compile_", "coverage", "demo", "doctor", "evaluate", "explain", "graph",
-    "main", "methods", "plan", "report", "verify",
+    "main", "methods", "plan", "report", "search_policy", "verify",
 ]  # fmt: skip
 
 

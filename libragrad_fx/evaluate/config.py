@@ -26,6 +26,7 @@ from libragrad_fx.errors import InputError, LibraGradError
 from libragrad_fx.explain.kept import AUTOGRAD
 from libragrad_fx.extras import need
 from libragrad_fx.metrics.faithfulness import RATIOS
+from libragrad_fx.models import imported
 from libragrad_fx.perturb.pixels import Fill
 
 try:
@@ -89,6 +90,8 @@ class DataSpec(_Said):
 class MethodSpec(_Said):
     """A method of ``attribute``, and its options; ``name`` tells two of one method apart.
 
+    method: or ``package.module:function``, from a module, inputs (B, C, H, W), and a function from the
+            module's output to (B,) scalars, to maps (B, *grid). The module has the policy's backward.
     seed: what is drawn (noise, a random map) is drawn anew for each batch, from this and the samples' ids.
     """
 
@@ -102,7 +105,7 @@ class MethodSpec(_Said):
     @classmethod
     def _known(cls, found: str) -> str:
         try:
-            method_of(found)
+            imported(found) if ":" in found else method_of(found)
         except LibraGradError as e:
             raise ValueError(str(e)) from e
         return found
@@ -274,4 +277,4 @@ def _twice(node: yaml.Node | None) -> str:
 
 
 def name_of(method: MethodSpec) -> str:
-    return method.name or method.method
+    return method.name or method.method.rpartition(":")[2]

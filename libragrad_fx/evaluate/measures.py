@@ -32,6 +32,7 @@ from libragrad_fx.metrics import (
     relevance_rank,
     segmentation_ap,
 )  # fmt: skip
+from libragrad_fx.models import imported
 from libragrad_fx.perturb import Seen, Tokens, masked
 from libragrad_fx.target import first_tensor
 
@@ -125,7 +126,10 @@ class Case:
         self, method: MethodSpec, policy: str, classes: Tensor, scalar: str, **more: Any
     ) -> Attribution:
         """Explain ``classes``; samples that have none are explained for class 0, to be left out."""
-        module = self.subject.captured(self.inputs.shape[1:], policy)
+        own = ":" in method.method and policy == AUTOGRAD
+        module = self.subject.module if own else self.subject.captured(self.inputs.shape[1:], policy)
+        if ":" in method.method:
+            return _by_function(method.method, module, self.inputs, _SCALARS[scalar](classes.clamp(min=0)))
         drawn = hashlib.sha256(json.dumps([method.seed, *self.ids]).encode()).digest()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TargetWarning)
@@ -133,6 +137,32 @@ class Case:
                 module, self.inputs, _SCALARS[scalar](classes.clamp(min=0)), method=method.method,
                 steps=method.steps, baseline=method.baseline, seed=int.from_bytes(drawn[:4]), **more,
             )  # fmt: skip
+
+
+def _by_function(name: str, module: Any, inputs: Tensor, scalar: Callable[[Any], Tensor]) -> Attribution:
+    """What a function of somebody else says; of its map, that it adds up to the scalar is not promised, and
+    measured.
+
+    Raises:
+        InputError: it gives no map of each sample.
+    """
+    values = imported(name)(module, inputs, scalar)
+    if not isinstance(values, Tensor) or values.ndim < 2 or len(values) != len(inputs):
+        raise InputError(
+            f"{name} gives maps (B, *grid), not {getattr(values, 'shape', type(values).__name__)}"
+        )
+    values = values.detach().double()
+    with torch.no_grad():
+        output = scalar(module(inputs)).detach()
+    total, none = (
+        values.flatten(1).sum(1),
+        torch.zeros(len(inputs), dtype=torch.float64, device=values.device),
+    )
+    return Attribution(
+        values=values, prefix=None, unplaced=none, others={}, output=output, total=total,
+        expected=output.double(), completeness_error=(total - output).abs(), positional=none, method=name,
+        layers=(),
+    )  # fmt: skip
 
 
 # --- metrics
@@ -215,11 +245,16 @@ def completeness(case: Case, found: Attribution, classes: Tensor, spec: Complete
 
 
 def on_grid(found: Attribution, grid: Sequence[int]) -> Tensor:
-    """(B, *grid): a map at a grid; bicubic where it is over another, as CAMs of deep layers are."""
+    """(B, *grid): a map at a grid. One that is finer, as over pixels, is summed in each cell. A coarser
+    one, as a CAM of a deep layer, is enlarged, bicubic."""
     if tuple(found.values.shape[1:]) == tuple(grid):
         return found.values
     if found.grid is None or len(found.grid) != len(grid):
         raise InputError(f"a map over {tuple(found.values.shape[1:])} does not fit a grid of {tuple(grid)}")
+    sizes = [*zip(found.grid, grid, strict=True)]
+    if len(grid) == 2 and all(fine % n == 0 for fine, n in sizes):
+        (h, n), (w, m) = sizes
+        return found.values.unflatten(2, (m, w // m)).unflatten(1, (n, h // n)).sum((2, 4))
     return found.upsample(grid).values
 
 

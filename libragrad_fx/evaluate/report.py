@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from libragrad_fx.evaluate.tables import (
-    MEASURES, Cell, Results, Table, counted, curves, losses, policies_of, tables,
+    MEASURES,
+    Cell,
+    Results,
+    Table,
+    counted,
+    curves,
+    losses,
+    policies_of,
+    tables,
 )  # fmt: skip
 from libragrad_fx.explain.kept import AUTOGRAD
 from libragrad_fx.extras import need, writing
@@ -47,6 +55,11 @@ def number(value: float, scale: float) -> str:
     return f"{scale * value:.1f}" if scale != 1 else f"{value:.1e}"
 
 
+def both(cell: Cell, scale: float) -> str:
+    """The two means."""
+    return f"{number(cell.base, scale)} → {number(cell.other, scale)}"
+
+
 def spread(cell: Cell, scale: float) -> str:
     """The difference and its interval."""
     d = cell.difference
@@ -60,9 +73,11 @@ def summary(found: Results, made: Sequence[Table], policies: tuple[str, str]) ->
     config = found.config
     sizes = [f"{name} ({spec['count'] or 'all'} samples)" for name, spec in config["data"].items()]
     return [
-        f"{len(config['models'])} models, {len(found.methods)} methods, policies {', '.join(config['policies'])};"
+        f"{len(config['models'])} models, {len(found.methods)} methods, policies"
+        f" {', '.join(config['policies'])};"
         f" data: {', '.join(sizes)}.",
-        f"Cells say {policies[0]} → {policies[1]}; ▲ better, ▼ worse where the 95 % interval of the difference"
+        f"Cells say {policies[0]} → {policies[1]}; ▲ better, ▼ worse where the 95 % interval of the"
+        " difference"
         " over the same samples leaves zero out (bootstrap over samples; of several seeds, over seeds and"
         " samples), · otherwise.",
     ]
@@ -72,10 +87,10 @@ def summary(found: Results, made: Sequence[Table], policies: tuple[str, str]) ->
 
 
 def markdown(found: Results, made: Sequence[Table], policies: tuple[str, str]) -> str:
-    parts = [*summary(found, made, policies), "", "## Where balancing is worse", "", _losses(made), ""]
+    parts = [*summary(found, made, policies), "", "## Where balancing is worse", "", losses_of(made), ""]
     parts += ["## Counts", "", _counts(made), ""]
     for table in made:
-        parts += [f"### {table.measure.title}; {table.data}, target {table.target}", "", _grid(table), ""]
+        parts += [f"### {table.measure.title}; {table.data}, target {table.target}", "", grid(table), ""]
     others = [p for p in found.config["policies"] if p not in policies]
     if others:
         parts += ["## Other policies", "", *_others(found, made)]
@@ -87,10 +102,10 @@ def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(r)} |" for r in (head, ["---"] * len(head), *rows))
 
 
-def _losses(made: Sequence[Table]) -> str:
+def losses_of(made: Sequence[Table]) -> str:
     rows = [
-        [f"`{method}`", family, t.measure.title, f"{t.data}, {t.target}", f"{number(c.base, t.measure.scale)} → "
-         f"{number(c.other, t.measure.scale)}", spread(c, t.measure.scale)]
+        [f"`{method}`", family, t.measure.title, f"{t.data}, {t.target}", both(c, t.measure.scale),
+         spread(c, t.measure.scale)]
         for t, method, family, c in losses(made)
     ]  # fmt: skip
     return (
@@ -107,14 +122,13 @@ def _counts(made: Sequence[Table]) -> str:
     return _lines(["measure", "better", "even", "worse"], rows)
 
 
-def _grid(table: Table) -> str:
+def grid(table: Table) -> str:
     scale, rows = table.measure.scale, []
     for method in table.methods:
         row = [f"`{method}`"]
         for family in table.families:
             cell = table.cells.get((method, family))
-            row.append("–" if cell is None else
-                       f"{number(cell.base, scale)} → {number(cell.other, scale)} {_MARKS[cell.verdict]}")  # fmt: skip
+            row.append("–" if cell is None else f"{both(cell, scale)} {_MARKS[cell.verdict]}")
         rows.append(row)
     return _lines(["method", *table.families], rows)
 
@@ -158,9 +172,9 @@ def page(found: Results, made: Sequence[Table], policies: tuple[str, str]) -> st
     targets = {(t.data, t.target) for t in made}
     return template.render(
         summary=summary(found, made, policies), policies=policies, counts=counted(made), marks=_MARKS,
-        losses=losses(made), tables=made, number=number, spread=spread, query=query, anchor=anchor,
+        losses=losses(made), tables=made, both=both, spread=spread, query=query, anchor=anchor,
         others=_policy_tables(found, made, policies), failures=found.failures(), runs=_runs(found),
-        charts=[c for data, target in sorted(targets) for c in _charts(found, made, data, target, policies)],
+        charts=[c for of in sorted(targets) for c in _charts(found, made, *of, policies)],
         config=json.dumps(found.config, indent=1),
     )  # fmt: skip
 
@@ -172,8 +186,10 @@ def anchor(model: str, data: str) -> str:
 def query(table: Table, method: str, family: str) -> str:
     """SQL that gives the two means of a cell again."""
     return (
-        f"SELECT policy, avg(value), count(*) FROM 'results.parquet' WHERE metric = '{table.measure.metric}' AND"
-        f" measure = '{table.measure.name}' AND data = '{table.data}' AND target = '{table.target}' AND method ="
+        "SELECT policy, avg(value), count(*) FROM 'results.parquet' WHERE metric ="
+        f" '{table.measure.metric}' AND"
+        f" measure = '{table.measure.name}' AND data = '{table.data}' AND target = '{table.target}' AND"
+        " method ="
         f" '{method}' AND family = '{family}' GROUP BY policy"
     )
 
@@ -201,7 +217,8 @@ def _policy_tables(
 def _runs(found: Results) -> list[dict[str, Any]]:
     """What numbers were made by: one entry for each model and set, and the policies and keys in it."""
     rows = found.rows(
-        "SELECT model, data, any_value(made_by), count(*), sum(seconds), string_agg(DISTINCT policy, ', ') FROM runs"
+        "SELECT model, data, any_value(made_by), count(*), sum(seconds), string_agg(DISTINCT policy, ',"
+        " ') FROM runs"
         " GROUP BY model, data ORDER BY model, data"
     )
     shown = []
@@ -270,7 +287,8 @@ def _against(
         " 'relative_error' AND data = ? AND value IS NOT NULL GROUP BY ALL", faithful.data,
     )}  # fmt: skip
     cost = {(m, p): v for m, p, v in found.rows(
-        "SELECT method, policy, sum(attribution_seconds) / count(*) FROM runs WHERE metric = 'tokens' AND target"
+        "SELECT method, policy, sum(attribution_seconds) / count(*) FROM runs WHERE metric = 'tokens'"
+        " AND target"
         " = ? AND data = ? GROUP BY ALL", faithful.target, faithful.data,
     )}  # fmt: skip
     drawn = []

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import libragrad_fx
+from libragrad_fx.attribution.formulas import method_of
 from libragrad_fx.decide import rulebook
 from libragrad_fx.errors import InputError
 from libragrad_fx.evaluate.config import Config, MethodSpec, name_of
@@ -328,7 +329,7 @@ class _Batches:
         self, unit: Unit, method: MethodSpec, n: int, classes: torch.Tensor, seconds: dict[str, float]
     ) -> list[Row]:
         """What a metric says of a batch; its time is added to ``seconds``."""
-        if bool((classes < 0).all()):
+        if bool((classes < 0).all()) or (unit.metric == "completeness" and not _adds_up(method.method)):
             return []
         case, spec = self.cases[n][1], self.config.metrics.asked[unit.metric]
         found, took = self._map(unit, method, n, classes, spec.scalar)
@@ -357,6 +358,14 @@ class _Batches:
             "label": item.label if item else None, "run": unit.key,
         }  # fmt: skip
         return {**row, **said}
+
+
+def _adds_up(method: str) -> bool:
+    """Whether a method promises a sum; of a function that nobody knows, it is asked."""
+    if ":" in method:
+        return True
+    known = method_of(method)
+    return known.sums or known.path == "line"
 
 
 def recorded(error: Exception) -> bool:

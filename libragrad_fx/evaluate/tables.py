@@ -121,7 +121,8 @@ class Results:
     def failures(self) -> list[tuple[Any, ...]]:
         """(model, data, policy, method, metric, error, samples) of what failed."""
         return self.rows(
-            "SELECT model, data, policy, method, metric, error, count(DISTINCT coalesce(image, '')) FROM results"
+            "SELECT model, data, policy, method, metric, error, count(DISTINCT coalesce(image, '')) FROM"
+            " results"
             " WHERE error IS NOT NULL GROUP BY ALL ORDER BY ALL"
         )
 
@@ -131,7 +132,8 @@ def tables(found: Results, policies: tuple[str, str] = (AUTOGRAD, "libra")) -> l
     made = []
     for measure in MEASURES:
         kinds = found.rows(
-            "SELECT DISTINCT data, target FROM results WHERE metric = ? AND measure = ? ORDER BY data, target DESC",
+            "SELECT DISTINCT data, target FROM results WHERE metric = ? AND measure = ? ORDER BY data,"
+            " target DESC",
             measure.metric, measure.name,
         )  # fmt: skip
         for data, target in kinds:
@@ -141,7 +143,8 @@ def tables(found: Results, policies: tuple[str, str] = (AUTOGRAD, "libra")) -> l
 
 def _table(found: Results, measure: Measure, data: str, target: str, policies: tuple[str, str]) -> Table:
     rows = found.rows(
-        "SELECT family, method, model, policy, image, value, how FROM results WHERE metric = ? AND measure = ?"
+        "SELECT family, method, model, policy, image, value, how FROM results WHERE metric = ? AND"
+        " measure = ?"
         " AND data = ? AND target = ? AND value IS NOT NULL ORDER BY family, method, model, image",
         measure.metric, measure.name, data, target,
     )  # fmt: skip
@@ -170,8 +173,8 @@ def _cell(
     images = sorted(set.intersection(*({*p[base]} & {*p[other]} for p in both.values())))
     if len(images) < 2:
         return None
-    values = torch.tensor([[[p[side][i] for i in images] for side in policies] for p in both.values()])
-    values = values.double()
+    each = [[[p[side][i] for i in images] for side in policies] for p in both.values()]
+    values = torch.tensor(each, dtype=torch.float64)
     a, b = values[:, 0], values[:, 1]
     pair = paired(b.mean(0), a.mean(0), missing="omit", resamples=2000)
     difference = crossed(b - a, missing="omit") if len(both) > 1 else pair.difference
@@ -207,7 +210,8 @@ def losses(found: Iterable[Table]) -> list[tuple[Table, str, str, Cell]]:
 def curves(found: Results, model: str, data: str, method: str, target: str = "predicted") -> dict[str, Any]:
     """By policy and order ("mif", "lif"), the shares taken and the mean accuracies behind them."""
     rows = found.rows(
-        "SELECT policy, measure, avg(value) FROM results WHERE metric = 'tokens' AND model = ? AND data = ? AND"
+        "SELECT policy, measure, avg(value) FROM results WHERE metric = 'tokens' AND model = ? AND data"
+        " = ? AND"
         " method = ? AND target = ? AND measure LIKE '%accuracy@%' GROUP BY ALL ORDER BY ALL",
         model, data, method, target,
     )  # fmt: skip
@@ -223,7 +227,8 @@ def policies_of(
 ) -> tuple[Sequence[str], dict[Any, Any]]:
     """The methods, and by (method, policy) the mean over families of one measure: for ablations."""
     rows = found.rows(
-        "SELECT method, policy, avg(v), count(*) FROM (SELECT method, policy, model, avg(value) v FROM results"
+        "SELECT method, policy, avg(v), count(*) FROM (SELECT method, policy, model, avg(value) v FROM"
+        " results"
         " WHERE metric = ? AND measure = ? AND data = ? AND target = ? AND value IS NOT NULL GROUP BY ALL)"
         " GROUP BY ALL",
         measure.metric, measure.name, data, target,

@@ -84,8 +84,11 @@ def sufficient(variants: torch.Tensor) -> torch.Tensor:
 
 
 def rivals(variants: torch.Tensor) -> torch.Tensor:
-    """(K, 2) long: for each class the first two others that share exactly two parts with it each, and not
-    the same ones; -1 where there are none. variants: (K, P) int. FunnyBirds has five parts."""
+    """(K, 2) long: for each class the first two others that target sensitivity can ask about.
+
+    Each shares exactly two parts with the class, and not the same ones; -1 where there are none. FunnyBirds
+    has five parts. variants: (K, P) int.
+    """
     same = variants[:, None] == variants
     two = same.sum(-1) == 2
     found = variants.new_full((len(variants), 2), -1, dtype=torch.long)
@@ -107,12 +110,12 @@ def thresholds() -> torch.Tensor:
 
 
 def importance(maps: torch.Tensor, parts: torch.Tensor, margin: int = 2) -> torch.Tensor:
-    """(B, P): the sum of a map over each part and ``margin`` pixels around it (5 × 5, as in the authors'
-    code).
+    """(B, P): the sum of a map over each part, and over ``margin`` pixels around it.
 
     Args:
         maps: (B, H, W), signed.
         parts: (B, P, H, W) in bool or 0 and 1: where each part is seen. They may overlap.
+        margin: 2 is the 5 × 5 dilation of the authors' code.
 
     Raises:
         InputError: other shapes, nan or inf, other values in the masks.
@@ -127,8 +130,7 @@ def importance(maps: torch.Tensor, parts: torch.Tensor, margin: int = 2) -> torc
 
 
 def important(importances: torch.Tensor, totals: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """(B, T, P) bool: parts (B, P) whose importance exceeds each of the shares (T,) of a map's total
-    (B,)."""
+    """(B, T, P) bool: where importances (B, P) exceed each of the shares (T,) of a map's total (B,)."""
     return importances[:, None] > totals[:, None, None] * shares.to(totals)[:, None]
 
 
@@ -162,8 +164,7 @@ def preservation_check(chosen: torch.Tensor, outputs: torch.Tensor) -> torch.Ten
 
 
 def deletion_check(chosen: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-    """(B, T): DC, 1 where the prediction changes if the important parts are removed. As
-    ``preservation_check``."""
+    """(B, T): DC, 1 where the prediction changes if the important parts are removed. Arguments as of PC."""
     return 1 - preservation_check(~chosen, outputs)
 
 
@@ -198,8 +199,7 @@ def _matters(clean: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
 
 
 def single_deletion(importances: torch.Tensor, clean: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
-    """(B,): SD, (1 + ρ) / 2, ρ the rank correlation over parts of importances and drops of the label's
-    output.
+    """(B,): SD, (1 + ρ) / 2, ρ the rank correlation over parts of importances and drops of the output.
 
     Args:
         importances: (B, P), by ``importance``, of maps for the label.
@@ -213,8 +213,9 @@ def single_deletion(importances: torch.Tensor, clean: torch.Tensor, without: tor
 def target_sensitivity(
     importances: torch.Tensor, shared: torch.Tensor, outputs: torch.Tensor
 ) -> torch.Tensor:
-    """(B,): TS. The object shares two parts with one rival class and two others with a second; each pair
-    has to be more important in the map for its own rival. 1, ½ or 0: how many of the two are.
+    """(B,): TS, 1, ½ or 0: how many of two pairs of parts matter more in the map for their own rival.
+
+    The object shares one pair with one rival class, and another pair with a second.
 
     Args:
         importances: (B, 2, P), by ``importance``, of maps for the first rival and for the second.
@@ -274,26 +275,16 @@ def scores(
     Raises:
         InputError: a score is nan for all samples.
     """
-    named = {"csdc": csdc, "pc": pc, "dc": dc, "distractibility": distracted}
-    single = {
-        "background_independence": independent,
-        "single_deletion": deleted,
-        "target_sensitivity": sensitive,
-    }
-    counted = {n: int((~v.isnan()).flatten(1).all(1).sum()) for n, v in named.items()}
-    counted |= {n: int((~v.isnan()).sum()) for n, v in single.items()}
+    numbers = (csdc, pc, dc, distracted, independent, deleted, sensitive)
+    counted = {n: int((~v.isnan()).sum(0).amax()) for n, v in zip(Scores._fields[:7], numbers, strict=True)}
     if empty := [n for n, count in counted.items() if not count]:
         raise InputError(f"nan for all samples: {', '.join(empty)}; the protocol leaves all of them out")
-    curves = {n: v.nanmean(0) for n, v in named.items()}
-    whole = (curves["csdc"] + curves["pc"] + curves["dc"]) / 3 + curves["distractibility"]
+    means = [v.nanmean(0) for v in numbers]
+    whole = (means[0] + means[1] + means[2]) / 3 + means[3]
     best = int(whole.argmax())
-    found = {n: float(v[best]) for n, v in curves.items()} | {
-        n: float(v.nanmean()) for n, v in single.items()
-    }
-    complete = float(whole[best]) / 2
-    correct, contrast = found["single_deletion"], found["target_sensitivity"]
+    complete, correct, contrast = float(whole[best]) / 2, float(means[5]), float(means[6])
     return Scores(
-        **found,
+        **{n: float(m[best] if m.ndim else m) for n, m in zip(counted, means, strict=True)},
         completeness=complete,
         correctness=correct,
         contrastivity=contrast,

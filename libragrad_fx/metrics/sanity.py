@@ -201,14 +201,9 @@ def sensitivity_n(
         InputError: maps that do not divide the inputs, sizes outside of 1 to the cells, outputs that are
             not (B,).
     """
-    values = given.pictures(given.numbers(maps, "maps"), "maps")
+    values = _on(inputs, maps)
     h, w = values.shape[1:]
     n = h * w
-    if inputs.ndim != 4 or len(inputs) != len(values) or inputs.shape[2] % h or inputs.shape[3] % w:
-        raise InputError(
-            f"maps of {tuple(values.shape)} do not divide inputs of {tuple(inputs.shape)}: "
-            "inputs are (B, C, H, W), and maps (B, h, w) with h and w divisors of H and W"
-        )
     sizes = list(sizes) if sizes is not None else _spaced(n)
     if any(not 1 <= size <= n for size in sizes):
         raise InputError(f"sizes are between 1 and the {n} cells of a map, not {sizes}")
@@ -222,6 +217,18 @@ def sensitivity_n(
             sums = values.flatten(1) @ chosen.double().T.to(values.device)
             found.append(compare.pearson(sums, torch.stack(drops, 1).to(sums.device)))
     return torch.stack(found, 1)
+
+
+def _on(inputs: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Maps (B, h, w) in float64, if their cells divide the inputs."""
+    values = given.pictures(given.numbers(maps, "maps"), "maps")
+    h, w = values.shape[1:]
+    if inputs.ndim != 4 or len(inputs) != len(values) or inputs.shape[2] % h or inputs.shape[3] % w:
+        raise InputError(
+            f"maps of {tuple(values.shape)} do not divide inputs of {tuple(inputs.shape)}: "
+            "inputs are (B, C, H, W), and maps (B, h, w) with h and w divisors of H and W"
+        )
+    return values
 
 
 def _spaced(cells: int) -> list[int]:

@@ -56,7 +56,8 @@ def test_hidden_files_are_none_and_an_empty_class_keeps_its_place(tmp_path: Path
     put(tmp_path / "z" / "x.png", picture(0))
     (tmp_path / "z" / "._x.png").write_bytes(b"Mac OS X")
     (tmp_path / "z" / "notes.txt").write_text("no picture", "utf-8")
-    (tmp_path / ".ipynb_checkpoints").mkdir()
+    put(tmp_path / ".ipynb_checkpoints" / "x.png", picture(0))
+    put(tmp_path / "z" / ".thumbnails" / "x.png", picture(0))
     (tmp_path / "m").mkdir()
     data = folder(tmp_path)
     assert data.classes == ("m", "z")
@@ -337,13 +338,17 @@ def test_imagenet_s_with_pictures_elsewhere(tmp_path: Path) -> None:
 
 
 def test_imagenet_s_ids_are_not_guessed_from_a_part(tmp_path: Path) -> None:
-    put(tmp_path / "validation-segmentation" / WNIDS[1] / "a.png", mask(np.full(SHAPE, 2)))
+    put(tmp_path / "validation-segmentation" / WNIDS[1] / "a.png", mask(np.full(SHAPE, 1)))
     put(tmp_path / "validation" / WNIDS[1] / "a.JPEG", picture(0))
     with pytest.raises(InputError, match=r"folders of 50, 300, 919 classes, not 1: give categories"):
         imagenet_s(tmp_path)
     (tmp_path / "ids.txt").write_text("\n".join(reversed(WNIDS)), "utf-8")
     (item,) = items(imagenet_s(tmp_path, categories=tmp_path / "ids.txt"))
-    assert [*item.masks] == [340]
+    assert [*item.masks] == [0]  # by sorted ids, whatever order the file has
+    (tmp_path / "ids.txt").write_text("\n".join([*synsets()][:300]), "utf-8")
+    put(tmp_path / "validation-segmentation" / WNIDS[1] / "a.png", mask(np.full(SHAPE, 290)))
+    (item,) = items(imagenet_s(tmp_path, categories=tmp_path / "ids.txt"))
+    assert [*item.masks] == [289]
     with pytest.raises(InputError, match=r"LUSSeg/ImageNet-S"):
         imagenet_s(tmp_path / "nowhere")
 

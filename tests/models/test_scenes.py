@@ -10,19 +10,18 @@ from hypothesis import strategies as st
 
 from libragrad_fx.errors import InputError
 from zoo import real, scenes
-from zoo.scenes import AGREES, KINDS, MARGIN, SPLITS, Kind, Scene, Split
+from zoo.scenes import AGREES, KINDS, MARGIN, SPLITS, Kind, Split
 
 pytestmark = pytest.mark.skipif(not real.fetched("fashion-mnist"), reason=real.missing("fashion-mnist"))
 pytest.importorskip("skimage", reason="scikit-image is not installed: pip install scikit-image")
 
-any_scene = st.builds(
-    scenes.scene, st.sampled_from(SPLITS), st.integers(0, 10**9), st.sampled_from(KINDS), st.integers(0, 5)
-)
+asked = given(st.sampled_from(SPLITS), st.integers(0, 10**9), st.sampled_from(KINDS), st.integers(0, 5))
 
 
 @settings(max_examples=40, deadline=None)
-@given(any_scene)
-def test_the_label_is_of_the_largest_mask_by_the_margin(one: Scene) -> None:
+@asked
+def test_the_label_is_of_the_largest_mask(split: Split, index: int, kind: Kind, seed: int) -> None:
+    one = scenes.scene(split, index, kind, seed)
     sizes = {c: int(mask.sum()) for c, mask in one.masks.items()}
     largest = sizes.pop(one.label)
     assert largest >= MARGIN * max(sizes.values())
@@ -30,14 +29,15 @@ def test_the_label_is_of_the_largest_mask_by_the_margin(one: Scene) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(any_scene)
-def test_masks_are_disjoint(one: Scene) -> None:
+@asked
+def test_masks_are_disjoint(split: Split, index: int, kind: Kind, seed: int) -> None:
+    one = scenes.scene(split, index, kind, seed)
     layers = [*one.masks.values()] + ([] if one.watermark is None else [one.watermark])
     assert np.sum(layers, axis=0).max() == 1
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from(SPLITS), st.integers(0, 10**9), st.sampled_from(KINDS), st.integers(0, 5))
+@asked
 def test_reproducible(split: Split, index: int, kind: Kind, seed: int) -> None:
     first, second = (scenes.scene(split, index, kind, seed) for _ in range(2))
     np.testing.assert_array_equal(first.picture, second.picture)
@@ -85,7 +85,7 @@ def test_backgrounds_stay_in_their_columns(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_watermarks_tell_the_class_in_training_alone() -> None:
-    n = 300
+    n = 200
     parts: dict[Split, float] = {"train": AGREES + (1 - AGREES) / 10, "test": 0.1}
     for split, expected in parts.items():
         drawn = [scenes.scene(split, i, "shortcut") for i in range(n)]
@@ -104,21 +104,22 @@ def test_signs_differ_also_when_light_and_dark_are_swapped() -> None:
 
 def test_a_crowd_has_more_and_smaller_articles() -> None:
     few, many = ([scenes.scene("test", i, kind) for i in range(40)] for kind in ("scenes", "crowded"))
-    assert max(len(one.masks) for one in few) < min(len(one.masks) for one in many)
+    assert {len(one.masks) for one in few} == {2, 3}
+    assert {len(one.masks) for one in many} == {3, 4, 5}
     area_few, area_many = (np.mean([one.masks[one.label].sum() for one in s]) for s in (few, many))
     assert area_many < 0.75 * area_few
 
 
 def test_labels_are_even_and_apart_from_size_and_brightness() -> None:
-    drawn = [scenes.scene("train", i) for i in range(600)]
+    drawn = [scenes.scene("train", i) for i in range(400)]
     labels = np.array([one.label for one in drawn])
     counts = np.bincount(labels, minlength=10)
-    assert ((counts - 60) ** 2 / 60).sum() < 30  # chi squared with 9 degrees: 27.9 in 1 of 1,000
+    assert ((counts - 40) ** 2 / 40).sum() < 30  # chi squared with 9 degrees: 27.9 in 1 of 1,000
     size = np.array([one.masks[one.label].sum() for one in drawn], float)
     light = np.array([one.picture[one.masks[one.label]].mean() for one in drawn])
     for value in (size, light):
         between = sum(c * (value[labels == k].mean() - value.mean()) ** 2 for k, c in enumerate(counts))
-        assert between / (value.var() * len(value)) < 0.05  # of the variance, by class; 0.015 by chance
+        assert between / (value.var() * len(value)) < 0.06  # of the variance, by class; 0.023 by chance
 
 
 def test_dataset() -> None:

@@ -112,8 +112,8 @@ def _apart(codes: list[dict[str, Any]], pixels: int, least: float, overlap: floa
     """Whether each covers enough of the picture, and no two lie over each other."""
     library = need("pycocotools.mask", "data")
     areas = [int(library.area(code)) for code in codes]
-    if min(areas) <= least * pixels:
+    if min(areas) / pixels <= least:
         return False
     pairs = itertools.combinations(range(len(codes)), 2)
     common = {(i, j): int(library.area(library.merge([codes[i], codes[j]], True))) for i, j in pairs}
-    return all(n < overlap * min(areas[i], areas[j]) for (i, j), n in common.items())
+    return all(n / min(areas[i], areas[j]) < overlap for (i, j), n in common.items())

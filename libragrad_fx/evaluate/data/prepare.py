@@ -58,7 +58,7 @@ def prepared(
 
 def covering(masks: Mapping[int, torch.Tensor], least: float = 0.05) -> dict[int, torch.Tensor]:
     """The masks that cover at least a share of the transformed picture; 5 % in LibraGrad's protocol."""
-    return {c: mask for c, mask in masks.items() if int(mask.sum()) >= least * mask.numel()}
+    return {c: mask for c, mask in masks.items() if int(mask.sum()) / mask.numel() >= least}
 
 
 def largest(masks: Mapping[int, torch.Tensor]) -> int | None:

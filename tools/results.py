@@ -1,0 +1,227 @@
+"""Writes docs/results.md from the results of the evaluations in ``zoo/evaluations/``.
+
+    for name in paper seeds ablations shortcut real; do
+      libragrad evaluate zoo/evaluations/$name.yaml -o out/evaluations/$name; done
+    libragrad search-policy zoo/evaluations/search.yaml -o out/evaluations/search
+    python tools/results.py
+
+What is not there yet is said to be missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pages import fill, table
+
+from libragrad_fx.errors import InputError
+from libragrad_fx.evaluate.report import grid, losses_of, number
+from libragrad_fx.evaluate.tables import MEASURES, Results, counted, policies_of, tables
+from zoo import trained
+
+ROOT = Path(__file__).parent.parent
+SHOWN = [m for m in MEASURES if m.name in ("srg", "mif_accuracy", "ap", "pointing", "relative_error")]
+"""The measures whose tables are printed; the report of a folder has all."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=ROOT / "out/evaluations")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md")
+    asked = parser.parse_args()
+    paper = Results(asked.results / "paper")
+    made = tables(paper)
+
+    def of(name: str, write: Callable[[Results], str]) -> str:
+        try:
+            return write(Results(asked.results / name))
+        except InputError:
+            return (
+                f"Not run yet: `libragrad evaluate zoo/evaluations/{name}.yaml -o out/evaluations/{name}`."
+            )
+
+    fill("results.md", {
+        "versions": versions(paper), "machine": machine(paper), "reading": reading(paper),
+        "models": models(paper), "losses": losses_of(made), "counts": counts(made),
+        "families": str(len({f for t in made for f in t.families})), "means": means(paper),
+        "paper": each_table(made), "seeds": of("seeds", lambda r: each_table(tables(r))),
+        "ablations": of("ablations", ablations), "shortcut": of("shortcut", shortcut),
+        "real": of("real", real),
+        "search": search(asked.results / "search"), "failures": failures(paper), "cost": cost(paper),
+    }, asked.page)  # fmt: skip
+
+
+def versions(found: Results) -> str:
+    (made_by,) = found.rows("SELECT any_value(made_by) FROM runs")[0]
+    told = json.loads(made_by)["versions"]
+    return ", ".join(
+        f"{k} {told[k].partition('+')[0]}" for k in ("python", "torch", "timm", "transformers") if k in told
+    )
+
+
+def machine(found: Results) -> str:
+    (made_by,) = found.rows("SELECT any_value(made_by) FROM runs")[0]
+    told = json.loads(made_by)
+    return f"Computed in {told['dtype']} on {told['device']}."
+
+
+def reading(found: Results) -> str:
+    sizes = {spec["count"] for spec in found.config["data"].values()}
+    return (
+        f"A cell says autograd → libra, over the same {' or '.join(map(str, sizes))} scenes. ▲ better, ▼"
+        " worse: the"
+        " 95 % interval of the paired difference leaves zero out (BCa bootstrap over scenes; of several"
+        " seeds, for new"
+        " seeds and scenes). · otherwise. No correction is made for the number of cells: of a hundred"
+        " cells without a"
+        " difference, five are expected to be marked."
+    )
+
+
+def models(found: Results) -> str:
+    rows = []
+    for name, spec in found.config["models"].items():
+        said = trained.about(spec["args"]["name"], spec["args"]["seed"])
+        how = found.rows("SELECT any_value(how) FROM results WHERE metric = 'tokens' AND model = ?", name)[
+            0
+        ][0]
+        accuracy = [f"{100 * said['accuracy'][k]:.1f}" for k in ("scenes/test", "crowded/test")]
+        rows.append([f"`{name}`", spec["family"], f"{said['parameters']:,}", *accuracy, how or "–"])
+    return table(["model", "family", "parameters", "scenes, %", "crowded, %", "tokens are"], rows)
+
+
+def counts(made: Sequence) -> str:
+    rows = [
+        [title, *(str(of[v]) for v in ("better", "even", "worse"))] for title, of in counted(made).items()
+    ]
+    return table(["measure", "better", "even", "worse"], rows)
+
+
+def means(found: Results) -> str:
+    """By method, each measure's mean over models, on each set."""
+    parts = []
+    for data in found.config["data"]:
+        head, rows = ["method"], {f"`{m}`": list[str]() for m in found.methods}
+        for measure in SHOWN:
+            target = "mask" if measure.metric == "places" else "predicted"
+            _, of = policies_of(found, measure, data, target)
+            head.append(f"{measure.metric} {measure.name}")
+            for m in found.methods:
+                pair = [of.get((m, p)) for p in ("autograd", "libra")]
+                said = " → ".join("–" if v is None else number(v[0], measure.scale) for v in pair)
+                rows[f"`{m}`"].append(said)
+        parts += [f"On `{data}`:", "", table(head, [[m, *r] for m, r in rows.items()]), ""]
+    return "\n".join(parts)
+
+
+def each_table(made: Sequence) -> str:
+    parts = []
+    for t in made:
+        if t.measure in SHOWN:
+            parts += [f"### {t.measure.title}; `{t.data}`", "", grid(t), ""]
+    return "\n".join(parts)
+
+
+def ablations(found: Results) -> str:
+    parts = []
+    for model in found.config["models"]:
+        for metric, name, target in (
+            ("tokens", "mif_accuracy", "predicted"), ("tokens", "mif_accuracy", "label"),
+            ("tokens", "srg", "predicted"), ("places", "ap", "mask"),
+        ):  # fmt: skip
+            measure = next(m for m in MEASURES if (m.metric, m.name) == (metric, name))
+            parts.append((model, measure, target))
+    rows = []
+    for model, measure, target in parts:
+        for method in found.methods:
+            of = dict(found.rows(
+                "SELECT policy, avg(value) FROM results WHERE model = ? AND metric = ? AND measure = ?"
+                " AND target = ?"
+                " AND method = ? AND value IS NOT NULL GROUP BY policy",
+                model, measure.metric, measure.name, target, method,
+            ))  # fmt: skip
+            rows.append([
+                f"`{model}`", f"`{method}`", f"{measure.metric} {measure.name}, {target}",
+                *(number(of[p], measure.scale) if p in of else "–" for p in found.config["policies"]),
+            ])  # fmt: skip
+    return table(["model", "method", "measure", *found.config["policies"]], rows)
+
+
+def shortcut(found: Results) -> str:
+    """In how many images a map's most relevant pixel lies in the watermark, where the model follows it."""
+    rows = []
+    followed = (
+        "SELECT m.model, m.policy, m.method, avg(m.value), count(*) FROM results m JOIN (SELECT DISTINCT"
+        " model, image,"
+        " explained FROM results WHERE metric = 'tokens' AND explained IS NOT NULL) t ON m.model ="
+        " t.model AND m.image"
+        " = t.image AND m.explained = t.explained WHERE m.metric = 'places' AND m.measure = ? AND"
+        " m.label <>"
+        " m.explained GROUP BY ALL"
+    )
+    for measure in ("pointing", "mass"):
+        of = {(m, k, p): (v, n) for m, p, k, v, n in found.rows(followed, measure)}
+        for model in found.config["models"]:
+            for method in found.methods:
+                pair = [of.get((model, method, p)) for p in ("autograd", "libra")]
+                if None not in pair:
+                    n = pair[0][1]
+                    said = " → ".join(f"{100 * v:.0f} %" for v, _ in pair)
+                    rows.append([f"`{model}`", f"`{method}`", measure, said, str(n)])
+    return table(["model", "method", "measure", "autograd → libra", "images"], rows)
+
+
+def real(found: Results) -> str:
+    return each_table(tables(found))
+
+
+def search(folder: Path) -> str:
+    file = folder / "found.json"
+    if not file.is_file():
+        return (
+            "Not run yet: `libragrad search-policy zoo/evaluations/search.yaml -o out/evaluations/search`."
+        )
+    said = json.loads(file.read_text("utf-8"))
+    rows = []
+    for model, pair in said["compared"].items():
+        d = dict(zip(("mean", "low", "high"), pair["difference"][:3], strict=True))
+        searched = "yes" if model in said["config"]["search"]["models"] else "no"
+        told = f"{100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
+        rows.append(
+            [f"`{model}`", searched, told, f"{pair['wins']} : {pair['losses']}", f"{pair['p']:.3f}"]
+        )
+    choice = ", ".join(f"{k} {v}" for k, v in said["choice"].items())
+    return (
+        f"{said['trials']} trials; on the search set the best has an SRG of {100 * said['value']:.1f},"
+        " libra"
+        f" {100 * said['libra']:.1f}. The best: {choice}.\n\nOn scenes that were not searched, found"
+        " policy - libra:\n\n"
+        + table(["model", "searched", "difference of SRG [95 %]", "wins : losses", "p"], rows)
+    )
+
+
+def failures(found: Results) -> str:
+    by: dict[tuple[str, str, str], set[str]] = {}
+    for model, _, _, method, metric, why, _ in found.failures():
+        by.setdefault((method, metric, why.partition(":")[2].strip()[:140]), set()).add(model)
+    rows = [[f"`{m}`", k, ", ".join(sorted(v)), why] for (m, k, why), v in sorted(by.items())]
+    return table(["method", "metric", "models", "why"], rows) if rows else "Nothing."
+
+
+def cost(found: Results) -> str:
+    rows = found.rows(
+        "SELECT r.metric, sum(r.seconds), sum(r.attribution_seconds), (SELECT count(DISTINCT (model,"
+        " data, policy,"
+        " method, image)) FROM results x WHERE x.metric = r.metric AND value IS NOT NULL) FROM runs r"
+        " GROUP BY r.metric"
+        " ORDER BY r.metric"
+    )
+    said = [[m, f"{s:.0f}", f"{a:.0f}", f"{n:,}", f"{1000 * s / max(n, 1):.0f}"] for m, s, a, n in rows]
+    return table(["metric", "seconds in all", "of which attribution", "maps scored", "ms a map"], said)
+
+
+if __name__ == "__main__":
+    main()
