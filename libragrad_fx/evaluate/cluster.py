@@ -93,6 +93,7 @@ def _rows(ray: Any, config: Config, store: Store, jobs: Any, workers: int) -> An
 def _start(ray: Any, workers: int) -> None:
     """Ray, where none runs: a cluster that the environment names, else this machine, with a CPU for each
     worker and one more. Workers import what this process can."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data gives workers what Ray warns of
     path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
     here = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": max(workers + 1, os.cpu_count() or 1)}
     ray.init(

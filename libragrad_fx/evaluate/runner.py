@@ -30,7 +30,7 @@ from libragrad_fx.evaluate.data import LOADERS, Data, Item, Selection, open_data
 from libragrad_fx.evaluate.data.items import sha256
 from libragrad_fx.evaluate.measures import METRICS, Case, Row
 from libragrad_fx.evaluate.store import Store, Unit
-from libragrad_fx.evaluate.subject import Identity, Subject, loaded, place
+from libragrad_fx.evaluate.subject import Identity, Subject, loaded, place, sources_of
 from libragrad_fx.explain.kept import AUTOGRAD
 from libragrad_fx.models import first_line
 from libragrad_fx.version import __version__
@@ -152,7 +152,8 @@ class Bench:
         }  # fmt: skip
         return [
             Unit(model, data, chunk, policy, name_of(method), metric, target, {
-                **shared, "policy": [policy, _digest(policy)], "method": method.model_dump(mode="json"),
+                **shared, "policy": [policy, _digest(policy)],
+                "method": [method.model_dump(mode="json"), _source(method.method)],
                 "metric": metric, "options": spec.model_dump(mode="json", exclude={"targets"}),
                 "target": target,
             })
@@ -164,6 +165,12 @@ class Bench:
 
     def all_units(self) -> Iterator[Unit]:
         return (unit for job in self.jobs() for unit in self.units(*job))
+
+
+def _source(method: str) -> str:
+    """SHA-256 of the file of a method that is a function; "" of one of this package."""
+    module, colon, _ = method.rpartition(":")
+    return sha256(sources_of([module])) if colon else ""
 
 
 def _digest(policy: str) -> str:
@@ -347,7 +354,8 @@ class _Batches:
             if self.maps and next(iter(self.maps))[:2] != key[:2]:
                 self.maps.clear()
             case = self.cases[n][1]
-            case.subject.captured(case.inputs.shape[1:], unit.policy)  # takes time of its own, once
+            if ":" not in method.method:
+                case.subject.captured(case.inputs.shape[1:], unit.policy)  # takes time of its own, once
             self.maps[key] = _timed(lambda: case.attribution(method, unit.policy, classes, scalar), case)
         return self.maps[key]
 

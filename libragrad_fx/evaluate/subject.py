@@ -103,7 +103,7 @@ def loaded(spec: ModelSpec, device: torch.device, dtype: str) -> Subject:
     sources = [type(m).__module__ for m in module.modules()]
     if found.source == "factory":
         sources.append(spec.load.partition(":")[0])
-    code = sha256([_printed(module), *_files(sources)])
+    code = sha256([_printed(module), *sources_of(sources)])
     identity = Identity(hashed(module), code, sha256(_of_steps(steps)))
     return Subject(module.to(device), steps, device, kind, identity)
 
@@ -158,7 +158,7 @@ def _of_steps(steps: Steps) -> list[bytes]:
     if not torch.equal(one, other):
         raise InputError("the preparation of pictures is random: it makes two tensors of one picture")
     said = f"{tuple(one.shape)} {float(one.mean()):.3f} {float(one.std()):.3f}"
-    return [_printed(steps), said.encode(), *_files([str(getattr(steps, "__module__", ""))])]
+    return [_printed(steps), said.encode(), *sources_of([str(getattr(steps, "__module__", ""))])]
 
 
 def _printed(found: Any) -> bytes:
@@ -166,7 +166,7 @@ def _printed(found: Any) -> bytes:
     return re.sub(r"0x[0-9a-fA-F]+", "", repr(found)).encode()
 
 
-def _files(modules: Sequence[str]) -> list[bytes]:
+def sources_of(modules: Sequence[str]) -> list[bytes]:
     """The source of Python modules by name; of one without a file, its name."""
     found = []
     for name in sorted({*modules}):
