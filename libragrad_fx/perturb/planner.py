@@ -199,8 +199,9 @@ class _Planner:
         of = [] if is_elementwise(node) else [b]
         if of and fact is not None and fact.kind in (Kind.LINEAR, Kind.PRODUCT):  # terms may cancel
             of += [t for n in node.all_input_nodes if n in self.axes for t in tensors(self.env[n])]
+        least = torch.finfo(a.dtype).tiny  # below, halves are not exact
         scale = max((_largest(t) for t in of), default=0.0)
-        return torch.allclose(a, b, rtol=near, atol=near * scale, equal_nan=True)
+        return torch.allclose(a, b, rtol=near, atol=near * scale + least, equal_nan=True)
 
     # --- what the axes of a result are
 
@@ -389,7 +390,7 @@ def _range(node: Node, places: Tensor) -> tuple[int | None, int, int, int, int]:
     first, last = int(places.min()), int(places.max()) + 1
     if not axes:
         return None, first, last, 1, 1
-    line = places.movedim(axes[0], 0).flatten(1)[:, 0]
+    line = places.movedim(axes[0], 0).reshape(places.shape[axes[0]], -1)[:, 0]
     inner = int((line != line[0]).nonzero()[0])
     outer = len(line) // (inner * (last - first))
     told = torch.arange(first, last).repeat_interleave(inner).repeat(outer)

@@ -89,7 +89,7 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """One run on all tokens. logits: the first tensor a model returns, (B, classes) of a classifier."""
+    """One run on all tokens. logits: the first tensor of the output, (B, classes) of a classifier."""
 
     tokens: Tokens
     whole: Whole
@@ -163,7 +163,7 @@ def tokens(module: InGraphs, inputs: Any) -> Tokens:
         inputs: at least two samples, as the module takes them.
 
     Raises:
-        InputError: a model in train mode or without blocks; tokens lie nowhere, or a path leads past them.
+        InputError: a model in train mode, without blocks, with tokens that lie nowhere, or a path past them.
     """
     module = one_graph(module)
     if module.record.training:
