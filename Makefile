@@ -11,7 +11,7 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/$(VENV)/cache/inductor
 export TRITON_CACHE_DIR := $(CURDIR)/$(VENV)/cache/triton
 export HF_HOME := $(CURDIR)/$(VENV)/cache/huggingface
 
-.PHONY: demo test lint pictures sweep language image-text coverage clean
+.PHONY: demo test lint pictures sweep language image-text zoo coverage clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python >= 3.11 is needed: make PYTHON=python3.12')"
@@ -48,6 +48,12 @@ language: $(VENV)/installed
 image-text: $(VENV)/installed
 	$(RUN) tools/image_text.py --train
 	$(RUN) tools/image_text.py
+
+# hours, into the same folder; it goes on where it was stopped
+zoo: $(VENV)/installed
+	$(RUN) -m pip install --quiet --editable ".[real]"
+	$(RUN) tools/fetch.py fashion-mnist
+	$(RUN) tools/train_zoo.py
 
 # hours; it goes on where it was stopped
 coverage: $(VENV)/installed

@@ -45,8 +45,8 @@ SITES: Mapping[str, tuple[str, ...]] = {
     "activation": ("secant", "keep"),
     "product": ("scale", "0.25", "keep"),
 }
-"""What may be chosen, for each half of the blocks. attention: what q and k get. value: what v gets. product:
-what values get that are multiplied. A number scales the gradient."""
+"""What may be chosen, for each half of the blocks. attention: what q and k get. value: what v gets.
+product: what values get that are multiplied. A number scales the gradient."""
 PAPER = {
     "attention": "stop",
     "value": "keep",

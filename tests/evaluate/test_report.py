@@ -50,7 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     rows = [row(unit, measure, i) for i in range(N)]
                     if (model, method) == ("a", "random"):
                         rows = [{**r, "value": None, "error": "InputError: no <b>blocks</b>"} for r in rows]
-                    store.write(unit, rows, {"attribution": 1.0, "metric": 2.0})
+                    ran = {"seconds": {"attribution": 1.0, "metric": 2.0}, "threads": 1, "device": "cpu"}
+                    store.write(unit, rows, ran)
                     units.append(unit)
     assert store.collect(units, CONFIG.model_dump(mode="json"))
     return store.folder
