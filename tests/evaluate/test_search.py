@@ -39,7 +39,9 @@ def test_the_papers_choice_is_libra(net: Net, tmp_path: Path) -> None:
     assert torch.equal(gradient(mine, x), gradient(libra, x))
 
 
-@pytest.mark.parametrize("key", [*LIBRA])
+@pytest.mark.parametrize("key", [
+    k if k.startswith("early") else pytest.param(k, marks=pytest.mark.slow) for k in LIBRA
+])
 def test_every_other_choice_changes_the_gradient(net: Net, key: str, tmp_path: Path) -> None:
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     other = next(a for a in SITES[key.partition(".")[2]] if a != LIBRA[key])
@@ -60,6 +62,7 @@ def test_any_choice_is_a_policy(choice: dict[str, str]) -> None:
         rulebook.load(file)
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     """On pictures of noise: the law here is that trials are kept, and that nothing is compared on what was
     searched."""
