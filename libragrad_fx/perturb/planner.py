@@ -24,7 +24,7 @@ import torch
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.graph.schema import bind, is_elementwise, members, spread
+from libragrad_fx.graph.schema import bind, is_elementwise, operands, spread
 from libragrad_fx.perturb.kept import Axes, Ends, Kept, Part, shapes_of, tensors
 from libragrad_fx.perturb.shorter import (
     Plan,
@@ -131,8 +131,12 @@ class _Planner:
 
     # --- running an op on other tokens
 
-    def _on(self, step: Step, kept: Kept) -> Any:
+    def _on(self, step: Step, kept: Kept, offsets: float = 0.0) -> Any:
         env = {n: self._of(n, kept) for n in step.node.all_input_nodes}
+        if offsets and (fact := self.facts(step.node)) is not None and fact.kind is Kind.PRODUCT:
+            given = [n for _, n in operands(step.node, fact.stream)]
+            learned = [n for n in given if isinstance(env[n], torch.nn.Parameter)]
+            env |= {n: env[n] * 2**offsets for n in learned}
         return computed(self.interpreter, step, env, self.whole, kept, self.axes)
 
     def _of(self, node: Node, kept: Kept) -> Any:
@@ -166,20 +170,29 @@ class _Planner:
         still = not any(axes for n in mine for axes in self.axes[n])
         if still and not any(d for n in mine for d in self.degrees[n]):
             return (0.0,) * len(y)
-        found: list[float | str] = [0.0] * len(y)
+        found: list[float | str] = self._powers(step)
+        lowest = min((d for n in mine for d in self.degrees[n] if not isinstance(d, str)), default=0.0)
+        if isinstance(found[0], str) and lowest < 0:
+            found = self._powers(step, lowest)
         for kept in () if still else self.orders:
             other = tensors(self._on(step, kept))
             for i, (a, b, axes) in enumerate(zip(other, y, step.axes, strict=True)):
                 if not self._alike(step, a, kept.of(b, axes)):
                     found[i] = f"{node.name} depends on the order of the tokens"
-        other = tensors(self._on(step, self.twice))
-        for i, (a, b, axes) in enumerate(zip(other, y, step.axes, strict=True)):
-            b = self.twice.of(b, axes)
-            fits = (d for d in _DEGREES if self._alike(step, a, b * 2**d if d else b))
-            found[i] = next(fits, self._counts(node)) if found[i] == 0 else found[i]
         if len(found) == 1 and isinstance(found[0], str):
             raise Refused(found[0])
         return tuple(found)
+
+    def _powers(self, step: Step, offsets: float = 0.0) -> list[float | str]:
+        """The degree of each result where its operands have theirs, and learned offsets (a linear layer's
+        bias) have ``offsets``. Offsets of weights, which shrink with the number of tokens, may stay as they
+        are: no constant that divides by it is among what was learned."""
+        other, found = tensors(self._on(step, self.twice, offsets)), list[float | str]()
+        for a, b, axes in zip(other, tensors(self.env[step.node]), step.axes, strict=True):
+            b = self.twice.of(b, axes)
+            fits = (d for d in _DEGREES if self._alike(step, a, b * 2**d if d else b))
+            found.append(next(fits, self._counts(step.node)))
+        return found
 
     def _counts(self, node: Node) -> str:
         for n in node.all_input_nodes:
@@ -362,7 +375,7 @@ def _largest(t: Tensor) -> float:
 
 def _listed(node: Node, fact: OpFacts) -> list[Node]:
     """The operands that an op takes as a list."""
-    return [n for k, n in members(node, fact.stream) if "[" in k]
+    return [n for k, n in operands(node, fact.stream) if "[" in k]
 
 
 def _require_whole(node: Node, parts: Sequence[Part], ends: Ends, tokens: int) -> None:
