@@ -103,7 +103,7 @@ def subsets(draw: st.DataObject) -> Tensor:
     names=st.lists(st.sampled_from([*LAYERS]), min_size=1, max_size=3), pool=st.sampled_from([*POOLS]),
     front=st.integers(0, 2), behind=st.integers(0, 1), draw=st.data(),
 )  # fmt: skip
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_a_shorter_sequence_is_that_of_the_code_itself(
     names: list[str], pool: str, front: int, behind: int, draw: st.DataObject
 ) -> None:
