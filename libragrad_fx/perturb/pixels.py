@@ -30,26 +30,34 @@ def masked(
             normalised. ``mean``: the picture's own mean, of each channel. ``blur``: the picture behind a
             Gaussian of standard deviation min(H, W) / 8 pixels. ``inpaint``: noisy linear imputation (Rong
             et al. 2022, "A Consistent and Efficient Evaluation Strategy for Attribution Methods", §4): the
-            weighted mean of the eight neighbours, 1/6 and on diagonals 1/12, plus noise of 0.01.
+            weighted mean of the eight neighbours, 1/6 and on diagonals 1/12, plus noise of 0.01. Where
+            nothing is seen, the picture's mean and noise.
         seed: of that noise; each picture gets the same.
 
     Raises:
-        InputError: another fill, a grid that does not fit, or no such cells.
+        InputError: another fill, pictures that are no numbers, a grid that does not fit, or no such cells.
         LibraGradError: blur needs torchvision, inpaint needs scipy.
     """
-    if pictures.ndim != 4:
-        raise InputError(f"pictures are (B, C, H, W), got {tuple(pictures.shape)}")
+    if pictures.ndim != 4 or not pictures.is_floating_point():
+        raise InputError(
+            f"pictures are (B, C, H, W) in floating point, got {tuple(pictures.shape)} {pictures.dtype}"
+        )
+    if not bool(pictures.isfinite().all()):
+        raise InputError("pictures hold nan or inf, which would be what stands in for others")
     if fill not in get_args(Fill):
         raise InputError(f"fill is one of {', '.join(get_args(Fill))}; got {fill!r}")
-    seen = visible(cells, grid, pictures.shape[-2:])
+    seen = visible(cells, grid, pictures.shape[-2:]).to(pictures.device)
+    if len(seen) != len(pictures):
+        raise InputError(f"cells are of {len(seen)} pictures, got {len(pictures)}")
     return torch.where(seen[:, None], pictures, _FILLS[fill](pictures, seen, seed))
 
 
 def visible(cells: torch.Tensor, grid: Sequence[int], size: Sequence[int]) -> torch.Tensor:
     """(B, H, W) bool: the pixels of the cells (B, K) of a grid, as of ``masked``."""
-    (h, w), (height, width) = grid, size
-    if not (0 < h <= height and 0 < w <= width):
+    height, width = size
+    if len(grid) != 2 or not (0 < grid[0] <= height and 0 < grid[1] <= width):
         raise InputError(f"a grid of {tuple(grid)} does not fit a picture of {tuple(size)}")
+    h, w = grid
     if cells.ndim != 2 or cells.dtype is not torch.int64:
         raise InputError(f"cells is (B, K) int64, got {tuple(cells.shape)} {cells.dtype}")
     if cells.numel() and not 0 <= int(cells.min()) <= int(cells.max()) < h * w:
@@ -79,7 +87,7 @@ def _blur(pictures: torch.Tensor, seen: torch.Tensor, seed: int) -> torch.Tensor
 
 
 def _inpaint(pictures: torch.Tensor, seen: torch.Tensor, seed: int) -> torch.Tensor:
-    filled = [_imputed(x, s) for x, s in zip(pictures.cpu().double(), seen.cpu(), strict=True)]
+    filled = [_imputed(x, s) for x, s in zip(pictures.detach().cpu().double(), seen.cpu(), strict=True)]
     draw = torch.Generator().manual_seed(seed)
     noise = _NOISE * torch.randn(pictures.shape[1:], generator=draw, dtype=torch.float64)
     return (torch.stack(filled) + noise).to(pictures)
@@ -89,6 +97,8 @@ def _imputed(picture: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     """One picture (C, H, W): each pixel that is not seen is the weighted mean of its neighbours, all at
     once. Weights are shared among the neighbours that are in the picture."""
     sparse, linalg = need("scipy.sparse", "evaluate"), need("scipy.sparse.linalg", "evaluate")
+    if bool(seen.all()):
+        return picture
     if not bool(seen.any()):
         return picture.mean((1, 2), keepdim=True).expand_as(picture)
     h, w = seen.shape
