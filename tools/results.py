@@ -51,6 +51,7 @@ def main() -> None:
         "ablations": of("ablations", ablations), "shortcut": of("shortcut", shortcut),
         "real": of("real", real),
         "search": search(asked.results / "search"), "failures": failures(paper), "cost": cost(paper),
+        "complete": complete(paper),
     }, asked.page)  # fmt: skip
 
 
@@ -209,6 +210,18 @@ def failures(found: Results) -> str:
         by.setdefault((method, metric, why.partition(":")[2].strip()[:140]), set()).add(model)
     rows = [[f"`{m}`", k, ", ".join(sorted(v)), why] for (m, k, why), v in sorted(by.items())]
     return table(["method", "metric", "models", "why"], rows) if rows else "Nothing."
+
+
+def complete(found: Results) -> str:
+    """The largest error of balanced FullGrad, of all samples, models and layers."""
+    largest, middle, count = found.rows(
+        "SELECT max(value), median(value), count(*) FROM results WHERE metric = 'completeness' AND method ="
+        " 'fullgrad' AND policy = 'libra' AND measure LIKE 'relative_error%'"
+    )[0]
+    return (
+        f"FullGrad with `libra`, float32, at the input of every block: of {count:,} sums the largest error is"
+        f" {largest:.1e} of the logit, the median {middle:.1e}."
+    )
 
 
 def cost(found: Results) -> str:

@@ -45,7 +45,8 @@ def test_each_pixel_is_in_the_cell_of_its_centre(h: int, w: int, tall: int, wide
     assert bool(on.flatten(1).any(1).all())  # and none is empty
     for c in range(h):
         rows = on[c * w : (c + 1) * w].any(0).any(1).nonzero()[:, 0].tolist()
-        assert rows == [y for y in range(size[0]) if c * 2 * size[0] <= (2 * y + 1) * h < (c + 1) * 2 * size[0]]
+        height = 2 * size[0]
+        assert rows == [y for y in range(size[0]) if c * height <= (2 * y + 1) * h < (c + 1) * height]
     for c in range(w):
         columns = on[c::w].any(0).any(0).nonzero()[:, 0].tolist()
         at = [x for x in range(size[1]) if c * 2 * size[1] <= (2 * x + 1) * w < (c + 1) * 2 * size[1]]
@@ -139,7 +140,7 @@ def test_inpainting_continues_a_ramp(noiseless: None) -> None:
 
 
 def test_inpainting_solves_its_equation(noiseless: None) -> None:
-    """At borders too: a pixel is the mean of the neighbours in the picture, 2 for sides and 1 for corners."""
+    """At borders too: a pixel is the mean of its neighbours, 2 for sides and 1 for corners."""
     x, shown = pictures(1), cells([1, 4])
     found = masked(x, shown, (3, 2), "inpaint")[0]
     kernel = torch.tensor([[1.0, 2, 1], [2, 0, 2], [1, 2, 1]], dtype=F64)[None, None]
