@@ -219,8 +219,8 @@ def complete(found: Results) -> str:
         " 'fullgrad' AND policy = 'libra' AND measure LIKE 'relative_error%'"
     )[0]
     return (
-        f"FullGrad with `libra`, float32, at the input of every block: of {count:,} sums the largest error is"
-        f" {largest:.1e} of the logit, the median {middle:.1e}."
+        f"FullGrad with `libra`, float32, at the input of every block: of {count:,} sums the largest error"
+        f" is {largest:.1e} of the logit, the median {middle:.1e}."
     )
 
 
