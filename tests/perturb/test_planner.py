@@ -21,10 +21,11 @@ from libragrad_fx.perturb import planner, shorter
 from libragrad_fx.perturb.kept import Ends, Kept, shapes_of
 from libragrad_fx.perturb.shorter import Plan, Refused, Whole
 from tests.perturb import tails
-from tests.perturb.tails import C, F64, LAYERS, N, POOLS, REFUSED, Tail, head
+from tests.perturb.tails import F64, LAYERS, POOLS, REFUSED, C, N, Tail, head
 
 BATCH = 5  # no other axis is as long
 FACTS = rulebook.load().fact
+NONE = Ends(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Made:
         return shorter.run(self.interpreter, plan, self.whole(*inputs), Kept(at, N))
 
 
-def inputs(ends: Ends = Ends(0, 0), seed: int = 0) -> tuple[Tensor, ...]:
+def inputs(ends: Ends = NONE, seed: int = 0) -> tuple[Tensor, ...]:
     """h, t, w, bias"""
     draw = torch.Generator().manual_seed(seed)
     n = ends.front + N + ends.behind
@@ -64,7 +65,7 @@ def inputs(ends: Ends = Ends(0, 0), seed: int = 0) -> tuple[Tensor, ...]:
     )
 
 
-def made(tail: Callable[..., Tensor], ends: Ends = Ends(0, 0), dtype: torch.dtype = F64) -> Made:
+def made(tail: Callable[..., Tensor], ends: Ends = NONE, dtype: torch.dtype = F64) -> Made:
     body = make_fx(tail, pre_dispatch=True)(*(t.to(dtype) for t in inputs(ends)))
     start = next(n for n in body.graph.nodes if n.op == "placeholder")
     run = Interpreter(body, garbage_collect_values=False)
