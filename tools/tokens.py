@@ -55,10 +55,11 @@ def built(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
     """The model in eval mode and two pictures for it, as small as it takes them."""
     import timm
 
+    create: Any = timm.create_model
     for options in SMALLER:
         torch.manual_seed(0)
         try:
-            model: Any = timm.create_model(name, **options).eval()
+            model = create(name, **options).eval()
             full = (model.pretrained_cfg or {}).get("input_size", (3, 224, 224))
             sides = [options["img_size"]] * 2 if "img_size" in options else full[1:]
             randomise(model)
@@ -179,7 +180,7 @@ def grouped(zeroed: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[], help="modules of timm to look at, again")
     parser.add_argument("--seconds", type=float, default=600, help="for each model")
     parser.add_argument("--page", action="store_true", help="write the page alone")

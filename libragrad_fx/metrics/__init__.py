@@ -8,6 +8,7 @@
 | ``relevance_mass``, ``relevance_rank`` | maps, masks | ``places``: CLEVR-XAI (Arras et al. 2022) |
 | ``precision_at_k``, ``emd_score`` | maps, masks | ``places``: XAI-TRIS (Clark et al. 2024) |
 | ``enlarged`` | maps | ``places``: bicubic, to the size of masks |
+| ``faithfulness`` | a model without cells | MIF, LIF: accuracy, AOPC, log-odds, SRG (Mehri et al. 2025) |
 | ``parts`` | maps, part masks, outputs | the seven part scores of FunnyBirds (Hesse et al. 2023) |
 | ``completeness`` | totals, outputs | does a map add up, at each layer (Sundararajan et al. 2017) |
 | ``randomisation`` | a model | ``sanity``: cascading parameter randomisation (Adebayo et al. 2018) |
@@ -23,7 +24,7 @@ says that a metric is not defined for a sample, and ``interval(..., missing="omi
 
 from __future__ import annotations
 
-from libragrad_fx.metrics import parts
+from libragrad_fx.metrics import faithfulness, parts
 from libragrad_fx.metrics.completeness import Completeness, completeness
 from libragrad_fx.metrics.intervals import Interval, Paired, crossed, interval, paired
 from libragrad_fx.metrics.places import (
@@ -54,6 +55,7 @@ __all__ = [
     "crossed",
     "emd_score",
     "enlarged",
+    "faithfulness",
     "interval",
     "iou",
     "max_sensitivity",

@@ -1,8 +1,8 @@
 """Faithfulness: what happens to a model's answer when what a map calls relevant is taken from it.
 
-A map decides what is taken: its most relevant cells first (MIF, most important first), or its least
-relevant (LIF). The protocol is LibraGrad's (Mehri et al. 2025, and its released code): the map is of the
-whole input, and a share of cells goes at once.
+The order of a map decides what is taken: first its most relevant cells (MIF, most important first), or
+first its least relevant (LIF). The protocol is LibraGrad's (Mehri et al. 2025, §5 and the released code):
+the map is of the whole input, and a share of cells goes at once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 
 from libragrad_fx.errors import InputError
+from libragrad_fx.metrics.given import named
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 Order = Literal["mif", "lif"]
@@ -33,12 +34,14 @@ def ranked(maps: torch.Tensor, seed: int = 0) -> torch.Tensor:
         (B, N) int64, cells counted row by row.
 
     Raises:
-        InputError: a map that is not finite.
+        InputError: a map that is not finite, or no maps.
     """
+    if maps.ndim < 2:
+        raise InputError(f"maps are (B, *grid), got {tuple(maps.shape)}")
     flat = maps.flatten(1)
     if not bool(flat.isfinite().all()):
         wrong = (~flat.isfinite()).any(1).nonzero()[:, 0].tolist()
-        raise InputError(f"maps {wrong} hold nan or inf: their cells have no order")
+        raise InputError(f"maps hold nan or inf in {named(wrong)}: their cells have no order")
     draw = torch.Generator().manual_seed(seed)
     mixed = torch.randperm(flat.shape[1], generator=draw).to(flat.device)
     return mixed[flat[:, mixed].argsort(dim=1, descending=True, stable=True)]
@@ -56,6 +59,9 @@ def staying(order: torch.Tensor, ratio: float, how: Order) -> torch.Tensor:
 
     Returns:
         (B, K) int64, in rising order.
+
+    Raises:
+        InputError: another order, or no share.
     """
     if how not in get_args(Order):
         raise InputError(f"the order is one of {', '.join(get_args(Order))}; got {how!r}")
@@ -95,12 +101,36 @@ def curves(
         without: the model on some cells: ``Seen.kept``, ``Seen.zeroed`` or a function of masked pixels.
         clean: (B, classes) logits of the whole input.
         order: (B, N), the most relevant cell first: see ``ranked``.
+
+    Raises:
+        InputError: no shares, logits of other samples or classes than the clean ones, or nan among them.
     """
+    if not ratios:
+        raise InputError("there are no shares of cells to take away")
+    clean = _finite(two_sided(clean), "of the whole input")
+    if len(order) != len(clean):
+        raise InputError(f"an order is of {len(order)} samples, the clean logits of {len(clean)}")
     mif, lif = (
-        torch.stack([two_sided(without(staying(order, r, how))) for r in ratios], 1)
-        for how in ("mif", "lif")
+        torch.stack([_answers(without, clean, staying(order, r, how), r, how) for r in ratios], 1)
+        for how in get_args(Order)
     )
-    return Curves(tuple(ratios), two_sided(clean), mif, lif)
+    return Curves(tuple(ratios), clean, mif, lif)
+
+
+def _answers(
+    without: Without, clean: torch.Tensor, cells: torch.Tensor, ratio: float, how: Order
+) -> torch.Tensor:
+    found = _finite(two_sided(without(cells)), f"without {ratio:g} of the cells, {how},")
+    if found.shape != clean.shape:
+        raise InputError(f"logits are {tuple(clean.shape)} of the whole input, else {tuple(found.shape)}")
+    return found
+
+
+def _finite(logits: torch.Tensor, what: str) -> torch.Tensor:
+    """Logits, of which nan would count as the largest."""
+    if bool((wrong := logits.isnan().any(1)).any()):
+        raise InputError(f"logits {what} are nan in {named(wrong.nonzero()[:, 0].tolist())}")
+    return logits
 
 
 def two_sided(logits: torch.Tensor) -> torch.Tensor:
@@ -116,7 +146,7 @@ def two_sided(logits: torch.Tensor) -> torch.Tensor:
 def agreement(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """(B, R) 1 where the largest logit is the target's. Its mean over samples is accuracy where the target
     is the label, and agreement with the clean answer where the target is that."""
-    return (logits.argmax(-1) == target[:, None]).double()
+    return (logits.argmax(-1) == _classes(logits, target)[:, None]).double()
 
 
 def probability_drop(clean: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -137,7 +167,24 @@ def logit_drop(clean: torch.Tensor, logits: torch.Tensor, target: torch.Tensor) 
 
 
 def _of(values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    target = _classes(values, target)
     return values.gather(-1, target.view(-1, 1, 1).expand(-1, values.shape[1], 1))[..., 0]
+
+
+def _classes(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The target, if it names a class of each sample.
+
+    Raises:
+        InputError: it does not.
+    """
+    if logits.ndim != 3 or target.shape != logits.shape[:1] or target.dtype is not torch.int64:
+        raise InputError(
+            f"a target is (B,) int64 for logits (B, R, classes), got {tuple(target.shape)} {target.dtype}"
+            f" for {tuple(logits.shape)}"
+        )
+    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[2]:
+        raise InputError(f"classes are 0 to {logits.shape[2] - 1}, got {target.tolist()}")
+    return target.to(logits.device)
 
 
 # --- one number a sample

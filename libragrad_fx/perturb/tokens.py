@@ -163,7 +163,8 @@ def tokens(module: InGraphs, inputs: Any) -> Tokens:
         inputs: at least two samples, as the module takes them.
 
     Raises:
-        InputError: a model in train mode or without blocks; tokens lie nowhere, or a path leads past them.
+        InputError: a model in train mode, without blocks, whose tokens lie nowhere, or with a path past
+            them.
     """
     module = one_graph(module)
     if module.record.training:

@@ -129,8 +129,7 @@ def with_class(h: Tensor, t: Tensor, w: Tensor, bias: Tensor) -> Tensor:
 LAYERS: Mapping[str, Tail] = {
     f.__name__: f for f in (
         eager, fused, causal, masked, talking, merged, by_hand, linear_attention, crossed, responses,
-        grouped,
-        excited, tables, rotated, pointwise, with_class,
+        grouped, excited, tables, rotated, pointwise, with_class,
     )
 }  # fmt: skip
 
@@ -156,21 +155,23 @@ POOLS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 # --- what must be refused: for each, words of the reason
 
+
+def convolved(x: Tensor, padding: int = 0) -> Tensor:
+    return F.conv1d(x.transpose(1, 2), KERNEL, padding=padding, groups=C).mean(2)
+
+
+def off_by_one(e: Tensor, x: Tensor) -> Tensor:
+    return e / (1 + e.sum(-1, keepdim=True)) @ x
+
+
+
 ORDER, NUMBER, ALL = "the order of the tokens", "the number of", "needs all tokens"
 REFUSED: Mapping[str, tuple[Callable[..., Any], str]] = {
     "token mixing": (lambda x, *_: (x.transpose(1, 2) @ MIXED[: x.shape[1], :N]).mean(2), ALL),
     "a gate over tokens": (lambda x, *_: (x * (x[..., 0] @ MIXED[:N, :N])[..., None]).mean(1), ALL),
-    "a convolution": (
-        lambda x, *_: F.conv1d(x.transpose(1, 2), KERNEL, padding=1, groups=C).mean(2), ORDER,
-    ),
-    "a small convolution": (
-        lambda x, *_: x.mean(1) + 1e-12 * F.conv1d(x.transpose(1, 2), KERNEL, padding=1, groups=C).mean(2),
-        ORDER,
-    ),
-    "a causal convolution": (
-        lambda x, *_: F.conv1d(F.pad(x.transpose(1, 2), (2, 0)), KERNEL, groups=C).mean(2),
-        "one token less",
-    ),
+    "a convolution": (lambda x, *_: convolved(x, padding=1), ORDER),
+    "a small convolution": (lambda x, *_: x.mean(1) + 1e-12 * convolved(x, padding=1), ORDER),
+    "a causal convolution": (lambda x, *_: convolved(F.pad(x, (0, 0, 2, 0))), "one token less"),
     "cumsum": (lambda x, *_: x.cumsum(1).mean(1), ORDER),
     "the last of a cumsum": (lambda x, *_: x.cumsum(1)[:, -1] / N, ORDER),
     "flip": (lambda x, *_: (x * x.flip(1)).mean(1), ORDER),
@@ -192,10 +193,7 @@ REFUSED: Mapping[str, tuple[Callable[..., Any], str]] = {
     "a sum of products": (lambda x, *_: (x.transpose(1, 2) @ x / N).mean(1), NUMBER),
     "linear attention over N": (lambda x, *_: (x @ (x.transpose(1, 2) @ x) / N).mean(1), NUMBER),
     "attention of relu over N": (lambda x, *_: ((x @ x.transpose(1, 2)).relu() @ x / N).mean(1), NUMBER),
-    "softmax off by one": (
-        lambda x, *_: (lambda e: (e / (1 + e.sum(-1, keepdim=True)) @ x).mean(1))((x @ x.mT / 4).exp()),
-        NUMBER,
-    ),
+    "softmax off by one": (lambda x, *_: off_by_one((x @ x.mT / 4).exp(), x).mean(1), NUMBER),
     "unit length over tokens": (lambda x, *_: F.normalize(x, dim=1).mean(1), NUMBER),
     "length": (lambda x, *_: x.norm(dim=1), NUMBER),
     "variance of n - 1": (lambda x, *_: x.var(1), NUMBER),
