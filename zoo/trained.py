@@ -254,7 +254,7 @@ _SWIN = _timm(
     "swin_tiny_patch4_window7_224", img_size=SIZE, patch_size=6, window_size=4, embed_dim=48, depths=(2, 4),
     num_heads=(2, 4), drop_path_rate=0.0,
 )  # fmt: skip
-_VIT = _tokens("vit_tiny_patch16_224")  # its positions begin as timm draws them, unlike the other sizes'
+_VIT = _waves(_tokens("vit_tiny_patch16_224"))
 _EVA02 = _tokens("eva02_tiny_patch14_224", ref_feat_shape=(8, 8))
 _BEITV2 = _tokens("beitv2_base_patch16_224", init_values=0.1)
 _DEIT3 = _waves(_tokens("deit3_small_patch16_224", init_values=0.1))
@@ -280,7 +280,7 @@ MODELS: Mapping[str, Recipe] = {
     "vit_tiny": Recipe("ViT", _waves(_tokens("vit_tiny_patch16_224", 48, 4))),
     "vit_small": Recipe("ViT", _waves(_tokens("vit_tiny_patch16_224", 64, 4))),
     "vit_large": Recipe("ViT", _waves(_tokens("vit_tiny_patch16_224", 96, 8))),
-    "vit_shortcut": Recipe("ViT", _waves(_VIT), samples=64_000, data="shortcut"),
+    "vit_shortcut": Recipe("ViT", _VIT, samples=64_000, data="shortcut"),
     "eva02_shortcut": Recipe("EVA-02", _EVA02, samples=64_000, data="shortcut"),
     "mixer_shortcut": Recipe("MLP-Mixer", _mixer, samples=64_000, data="shortcut"),
     "siglip_map": Recipe("SigLIP", _SIGLIP_MAP),
