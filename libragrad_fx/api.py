@@ -145,8 +145,7 @@ def _one_graph(
     for name in made.analysis.gate_heads:
         text = next(n for n in made.plan.notes if name in n)
         warnings.warn(text, GateOutputWarning, stacklevel=3)
-    vars(module)["origin"] = Origin(_Recapture(lambda: model, Tree(model), dynamic, options))
-    return module
+    return _recapturable(module, model, lambda m, call: _one_graph(m, call, dynamic, **options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,15 +154,14 @@ class _Recapture:
 
     original: Callable[[], torch.nn.Module | None]
     tree: Tree
-    dynamic: Mapping[str, Any]
-    options: Mapping[str, Any]
+    capture: Callable[[torch.nn.Module, Any], CapturedModule]
 
     def __call__(self, args: Any, kwargs: Any) -> CapturedModule:
         model = self.original()
         if model is None:
             raise InputError("the original model is gone")
         self.tree.require_unchanged()
-        return _one_graph(model, Arguments(tuple(args), kwargs), self.dynamic, **self.options)
+        return self.capture(model, Arguments(tuple(args), kwargs))
 
     def weakly(self) -> _Recapture:
         """The same, but it does not keep the original in memory."""
@@ -171,11 +169,15 @@ class _Recapture:
         return self if model is None else dataclasses.replace(self, original=weakref.ref(model))
 
 
+def _recapturable(module: CapturedModule, model: torch.nn.Module, capture: Any) -> CapturedModule:
+    vars(module)["origin"] = Origin(_Recapture(lambda: model, Tree(model), capture))
+    return module
+
+
 def _again(module: Any, policy: str | Path, on_unknown: str, rules: Any) -> Any:
     """A balanced module is returned if the policy is the same; for another, the original is needed."""
     made: Plan | None = module.plan
-    same = made is not None and made.policy == policy and rules is None
-    if same and on_unknown in ("raise", "keep"):
+    if made is not None and (made.policy, rules) == (policy, None) and on_unknown in ("raise", "keep"):
         return module
     raise InputError(
         f"this module was captured already (policy {made.policy if made else None});"
@@ -185,7 +187,7 @@ def _again(module: Any, policy: str | Path, on_unknown: str, rules: Any) -> Any:
 
 
 def trace(model: torch.nn.Module, example_inputs: Any = None, *, rules: Any = None) -> CapturedModule:
-    """The captured model with autograd's own backward: the plain side of every comparison.
+    """The captured model with autograd's own backward, for any call: the plain side of every comparison.
 
     Raises:
         CaptureError: as ``transform``; and where the model is no single graph.
@@ -193,10 +195,8 @@ def trace(model: torch.nn.Module, example_inputs: Any = None, *, rules: Any = No
     try:
         made = decide(model, example_inputs, "libra", "keep", rules)
     except ExportError as e:
-        raise ExportError(
-            f"{e}\n  transform() may balance it in several graphs; a trace is one graph."
-        ) from e
-    return plain(made)
+        raise ExportError(f"{e}\n  transform() may balance it in several graphs; a trace is one.") from e
+    return _recapturable(plain(made), model, lambda m, call: trace(m, call, rules=rules))
 
 
 def plan(

@@ -14,14 +14,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from libragrad_fx.api import unbalanced
 from libragrad_fx.errors import InputError, LibraGradError
 from libragrad_fx.evaluate.config import ModelSpec
 from libragrad_fx.evaluate.data.items import sha256
 from libragrad_fx.explain.kept import AUTOGRAD, captured
 from libragrad_fx.models import first_line, imported, preprocessing, resolve
-from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.module.variants import fits
+from libragrad_fx.module.variants import fitting
 from libragrad_fx.perturb import Tokens
 from libragrad_fx.perturb import tokens as tokens_of
 
@@ -63,10 +61,7 @@ class Subject:
         key = (policy, *size)
         if key not in self._found:
             noise = self._noise(size)
-            made = captured(self.module, noise, policy)
-            if isinstance(made, CapturedModule) and made.origin is None and not fits(made, [noise], {}):
-                made = unbalanced(self.module, noise)  # what is kept is of another size
-            self._found[key] = made
+            self._found[key] = fitting(captured(self.module, noise, policy), noise)
         return self._found[key]
 
     def tokens(self, size: Sequence[int]) -> Tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import warnings
@@ -126,10 +127,13 @@ def test_a_converted_model_is_captured_again(images: Tensor) -> None:
     assert float(found.completeness_error.max()) < 1e-12
 
 
-def test_another_size_after_the_first(images: Tensor) -> None:
-    model = own()
-    lg.attribute(model, images, 1)
-    assert lg.attribute(model, torch.randn(2, 3, 48, 32, dtype=F64), 1).grid == (48, 32)
+@pytest.mark.parametrize("policy", ["libra", "autograd"])
+def test_another_size_after_the_first(policy: str, images: Tensor) -> None:
+    model, other = own(), torch.randn(2, 3, 48, 32, dtype=F64)
+    lg.attribute(model, images, 1, policy=policy)
+    found = lg.attribute(model, other, 1, policy=policy)
+    assert found.grid == (48, 32)
+    assert torch.equal(found.values, lg.attribute(copy.deepcopy(model), other, 1, policy=policy).values)
 
 
 @pytest.mark.parametrize("policy", [None, "libra", "attn_lrp", "autograd"])
