@@ -1,21 +1,23 @@
-"""Writes docs/results.md from the results of the evaluations in ``zoo/evaluations/``.
+"""Writes the tables of docs/results.md from the results of the evaluations in ``zoo/evaluations/``.
 
     for name in paper seeds ablations shortcut real; do
       libragrad evaluate zoo/evaluations/$name.yaml -o out/evaluations/$name; done
     libragrad search-policy zoo/evaluations/search.yaml -o out/evaluations/search
     python tools/results.py
 
-What is not there yet is said to be missing.
+A table stands between ``<!-- NAME.PART -->`` and ``<!-- end -->``. The tables of an evaluation that is not
+in the folder stay as they are: each may be run on a machine of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+import subprocess
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pages import fill, table
+from pages import refill, table
 
 from libragrad_fx.errors import InputError
 from libragrad_fx.evaluate.report import grid, losses_of, number
@@ -32,54 +34,28 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "out/evaluations")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md")
     asked = parser.parse_args()
-    paper = Results(asked.results / "paper")
-    made = tables(paper)
-
-    def of(name: str, write: Callable[[Results], str]) -> str:
+    for name, parts in PARTS.items():
         try:
-            return write(Results(asked.results / name))
-        except InputError:
-            return (
-                f"Not run yet: `libragrad evaluate zoo/evaluations/{name}.yaml -o out/evaluations/{name}`."
-            )
-
-    fill("results.md", {
-        "versions": versions(paper), "machine": machine(paper), "reading": reading(paper),
-        "models": models(paper), "losses": losses_of(made), "counts": counts(made),
-        "families": str(len({f for t in made for f in t.families})), "means": means(paper),
-        "paper": each_table(made), "seeds": of("seeds", lambda r: each_table(tables(r))),
-        "ablations": of("ablations", ablations), "shortcut": of("shortcut", shortcut),
-        "real": of("real", real),
-        "search": search(asked.results / "search"), "failures": failures(paper), "cost": cost(paper),
-        "complete": complete(paper),
-    }, asked.page)  # fmt: skip
+            found = Results(asked.results / name)
+        except InputError as e:
+            print(f"{name} stays as it is: {e}")
+            continue
+        refill(asked.page, {f"{name}.{part}": write(found) for part, write in parts.items()})
+    if (file := asked.results / "search" / "found.json").is_file():
+        refill(asked.page, {"search.tables": search(json.loads(file.read_text("utf-8")))})
 
 
-def versions(found: Results) -> str:
-    (made_by,) = found.rows("SELECT any_value(made_by) FROM runs")[0]
-    told = json.loads(made_by)["versions"]
-    return ", ".join(
-        f"{k} {told[k].partition('+')[0]}" for k in ("python", "torch", "timm", "transformers") if k in told
+def made(found: Results) -> str:
+    """Of what code, how many samples, and where."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE
     )
-
-
-def machine(found: Results) -> str:
-    (made_by,) = found.rows("SELECT any_value(made_by) FROM runs")[0]
-    told = json.loads(made_by)
-    return f"Computed in {told['dtype']} on {told['device']}."
-
-
-def reading(found: Results) -> str:
-    sizes = {spec["count"] for spec in found.config["data"].values()}
-    return (
-        f"A cell says autograd → libra, over the same {' or '.join(map(str, sizes))} scenes. ▲ better, ▼"
-        " worse: the"
-        " 95 % interval of the paired difference leaves zero out (BCa bootstrap over scenes; of several"
-        " seeds, for new"
-        " seeds and scenes). · otherwise. No correction is made for the number of cells: of a hundred"
-        " cells without a"
-        " difference, five are expected to be marked."
-    )
+    told = json.loads(found.rows("SELECT any_value(made_by) FROM runs")[0][0])
+    names = [k for k in ("python", "torch", "timm", "transformers") if k in told["versions"]]
+    versions = ", ".join(f"{k} {told['versions'][k].partition('+')[0]}" for k in names)
+    counts = ", ".join(f"{spec['count']} of {name}" for name, spec in found.config["data"].items())
+    code = commit.stdout.strip()
+    return f"Code {code}; {counts}; {told['dtype']} on {told['device']}; {versions}."
 
 
 def models(found: Results) -> str:
@@ -94,9 +70,10 @@ def models(found: Results) -> str:
     return table(["model", "family", "parameters", "scenes, %", "crowded, %", "tokens are"], rows)
 
 
-def counts(made: Sequence) -> str:
+def counts(found: Results) -> str:
     rows = [
-        [title, *(str(of[v]) for v in ("better", "even", "worse"))] for title, of in counted(made).items()
+        [title, *(str(of[v]) for v in ("better", "even", "worse"))]
+        for title, of in counted(tables(found)).items()
     ]
     return table(["measure", "better", "even", "worse"], rows)
 
@@ -118,9 +95,13 @@ def means(found: Results) -> str:
     return "\n".join(parts)
 
 
-def each_table(made: Sequence) -> str:
+def losses(found: Results) -> str:
+    return losses_of(tables(found))
+
+
+def each_table(found: Results) -> str:
     parts = []
-    for t in made:
+    for t in tables(found):
         if t.measure in SHOWN:
             parts += [f"### {t.measure.title}; `{t.data}`", "", grid(t), ""]
     return "\n".join(parts)
@@ -175,17 +156,7 @@ def shortcut(found: Results) -> str:
     return table(["model", "method", "measure", "autograd → libra", "images"], rows)
 
 
-def real(found: Results) -> str:
-    return each_table(tables(found))
-
-
-def search(folder: Path) -> str:
-    file = folder / "found.json"
-    if not file.is_file():
-        return (
-            "Not run yet: `libragrad search-policy zoo/evaluations/search.yaml -o out/evaluations/search`."
-        )
-    said = json.loads(file.read_text("utf-8"))
+def search(said: Mapping) -> str:
     rows = []
     for model, pair in said["compared"].items():
         d = dict(zip(("mean", "low", "high"), pair["difference"][:3], strict=True))
@@ -234,6 +205,19 @@ def cost(found: Results) -> str:
     )
     said = [[m, f"{s:.0f}", f"{a:.0f}", f"{n:,}", f"{1000 * s / max(n, 1):.0f}"] for m, s, a, n in rows]
     return table(["metric", "seconds in all", "of which attribution", "maps scored", "ms a map"], said)
+
+
+PARTS: Mapping[str, Mapping[str, Callable[[Results], str]]] = {
+    "paper": {
+        "made": made, "models": models, "losses": losses, "counts": counts, "means": means,
+        "tables": each_table, "failures": failures, "complete": complete, "cost": cost,
+    },
+    "seeds": {"made": made, "models": models, "losses": losses, "tables": each_table},
+    "ablations": {"made": made, "tables": ablations},
+    "shortcut": {"made": made, "tables": shortcut},
+    "real": {"made": made, "losses": losses, "tables": each_table},
+}  # fmt: skip
+"""By evaluation, its parts of the page."""
 
 
 if __name__ == "__main__":
