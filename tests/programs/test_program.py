@@ -366,15 +366,17 @@ def test_several_targets_that_do_not_fit() -> None:
         program.each(x, [1])
 
 
-def test_several_targets_are_saved(tmp_path: Path) -> None:
+def test_several_targets_are_saved_for_any_batch(tmp_path: Path) -> None:
     model, x = tiny()
     program = lg.program(model, x, method="fullgrad_plus", targets=2)
     assert program.signature(x)["target"] == "int64 (B, 2)"
-    found = saved(program, x, [x, torch.tensor([[0, -1], [1, -2], [4, 4]])], tmp_path)
-    ranks = model(x).topk(2, 1).indices
-    meant = {"values": [0, 1, 4], "target_2.values": [int(ranks[0, 0]), int(ranks[1, 1]), 4]}
+    more = torch.randn(4, 3, 16, 16, dtype=F64)
+    found = saved(program, x, [more, torch.tensor([[0, -1], [1, -2], [4, 4], [2, 0]])], tmp_path)
+    ranks = model(more).topk(2, 1).indices
+    meant = {"values": [0, 1, 4, 2], "target_2.values": [int(ranks[0, 0]), int(ranks[1, 1]), 4, 0]}
+    assert torch.equal(found["model"], model(more))
     for values, target in meant.items():
-        want = lg.attribute(model, x, target)
+        want = lg.attribute(model, more, target)
         torch.testing.assert_close(found[values], want.values, rtol=1e-12, atol=1e-14)
 
 
@@ -402,6 +404,7 @@ def saved(
     return dict(zip(program.outputs(inputs), torch.load(paths[2]), strict=True))
 
 
+@pytest.mark.slow
 def test_saved_for_any_batch(tmp_path: Path) -> None:
     model, x = tiny()
     program = lg.program(model, x, method="fullgrad_plus")
