@@ -11,7 +11,7 @@ from libragrad_fx.cli.common import guessed_inputs, load_model, target_of, worki
 from libragrad_fx.cli.options import Checkpoint, Json, ModelName, Pretrained, Seed, TargetIndex, app
 
 
-@app.command(short_help="Show which nodes create or destroy attribution.")
+@app.command()
 def audit(
     model: ModelName,
     balanced: Annotated[bool, typer.Option("--balanced", help="Audit the balanced backward.")] = False,

@@ -15,7 +15,7 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.target import middle, select
 
 
-@app.command(short_help="Time the balanced backward against autograd's.")
+@app.command()
 def bench(
     model: ModelName,
     batch: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 4,

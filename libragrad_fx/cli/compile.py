@@ -23,7 +23,7 @@ _FORMS = {".aoti.pt2": "package", ".pt2": "save", ".onnx": "to_onnx", page.ENDIN
 """The method of ``Program`` for a file's ending."""
 
 
-@app.command("compile", short_help="Write an explanation as a file that runs without this package.")
+@app.command("compile")
 def compile_(
     model: ModelName,
     output: Annotated[

@@ -18,7 +18,7 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.extras import writing
 
 
-@app.command(short_help="Check whole model libraries, model by model.")
+@app.command()
 def coverage(
     suite: Annotated[
         Literal["timm", "timm-all", "torchvision", "hf", "openclip", "community"] | None,

@@ -13,7 +13,7 @@ from libragrad_fx.cli.options import app
 from libragrad_fx.extras import writing
 
 
-@app.command(short_help="Write a page that shows the difference; offline.")
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="The page.")] = Path("out/demo.html"),
     images: Annotated[int, typer.Option(min=1, max=64, help="Pictures shown for each model.")] = 6,

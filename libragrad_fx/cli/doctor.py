@@ -65,7 +65,7 @@ class Finding:
     hint: str = ""
 
 
-@app.command(short_help="Say what is installed, what is missing, and how to get it.")
+@app.command()
 def doctor(json: Json = False) -> None:
     """Say which versions are installed, whether optional packages can be imported, which devices there are,
     and whether the real weights and data are here that tools and tests use.

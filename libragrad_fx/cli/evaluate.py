@@ -22,7 +22,7 @@ from rich.progress import (
 from libragrad_fx.cli.options import app, one_line
 
 
-@app.command(short_help="Measure explanations of models on data, from one file.")
+@app.command()
 def evaluate(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Models, data, methods, metrics.")],
     output: Annotated[

@@ -29,7 +29,7 @@ _POLICIES = {"plain": "autograd", "balanced": "libra"}  # other names of policie
 Grid = list[list[lg.Attribution]]
 
 
-@app.command(short_help="Draw what speaks for an answer in pictures and texts.")
+@app.command()
 def explain(
     inputs: Annotated[
         list[str],

@@ -13,7 +13,7 @@ from libragrad_fx.cli.options import Checkpoint, ModelName, Pretrained, Seed, Ta
 from libragrad_fx.errors import InputError
 
 
-@app.command(short_help="Draw where a backward creates or destroys attribution.")
+@app.command()
 def graph(
     model: ModelName,
     out: Annotated[

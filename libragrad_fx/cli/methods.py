@@ -13,7 +13,7 @@ from libragrad_fx.cli.options import Json, ModelName, Policy, Seed, app, one_lin
 from libragrad_fx.viz.text import table
 
 
-@app.command(short_help="List the methods that a model supports, and why not the rest.")
+@app.command()
 def methods(model: ModelName, policy: Policy = "libra", seed: Seed = 0, json: Json = False) -> None:
     """Try every attribution method on a model, and say which it supports: of the others why not, and what
     to use instead."""

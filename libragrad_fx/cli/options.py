@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import traceback
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
-import torch
 import typer
 from typer.core import TyperGroup
 
-import libragrad_fx as lg
 from libragrad_fx.errors import CustomBackwardWarning, CutWarning, GateOutputWarning, LibraGradError
+from libragrad_fx.version import __version__
+
+COMMANDS = {
+    "demo": "Write a page that shows the difference; offline.",
+    "explain": "Draw what speaks for an answer in pictures and texts.",
+    "methods": "List the methods that a model supports, and why not the rest.",
+    "plan": "List what would change in the backward, and why.",
+    "compile": "Write an explanation as a file that runs without this package.",
+    "verify": "Check every promise; print the certificate.",
+    "audit": "Show which nodes create or destroy attribution.",
+    "graph": "Draw where a backward creates or destroys attribution.",
+    "bench": "Time the balanced backward against autograd's.",
+    "coverage": "Check whole model libraries, model by model.",
+    "evaluate": "Measure explanations of models on data, from one file.",
+    "report": "Write tables and curves of an evaluation as a page.",
+    "search-policy": "Search for a policy by faithfulness, and compare it.",
+    "doctor": "Say what is installed, what is missing, and how to get it.",
+}
+"""What the help page says of each command, in its order."""
 
 
-class _OneLineErrors(TyperGroup):
-    """Prints the library's errors in one line, with exit code 2; ``--debug`` adds the traceback."""
+class _Commands(TyperGroup):
+    """Imports the module of a command when it is called. Prints the library's errors in one line, with exit
+    code 2; ``--debug`` adds the traceback."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*COMMANDS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in COMMANDS:
+            importlib.import_module(f"libragrad_fx.cli.{cmd_name.partition('-')[0]}")
+        return cast(TyperGroup, typer.main.get_command(app)).commands.get(cmd_name)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([*COMMANDS.items()])
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -40,9 +72,8 @@ def one_line(message: Any) -> str:
 
 
 app = typer.Typer(
-    cls=_OneLineErrors,
+    cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -51,7 +82,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"libragrad {lg.__version__} (torch {torch.__version__})")
+        typer.echo(f"libragrad {__version__} (torch {importlib.metadata.version('torch')})")
         raise typer.Exit
 
 

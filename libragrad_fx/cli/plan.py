@@ -12,7 +12,7 @@ from libragrad_fx.cli.options import Json, ModelName, Policy, Rules, app
 from libragrad_fx.errors import InputError
 
 
-@app.command(short_help="List what would change in the backward, and why.")
+@app.command()
 def plan(
     model: ModelName,
     policy: Policy = "libra",

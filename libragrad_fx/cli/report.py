@@ -10,7 +10,7 @@ import typer
 from libragrad_fx.cli.options import app
 
 
-@app.command(short_help="Write tables and curves of an evaluation as a page.")
+@app.command()
 def report(
     results: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that `evaluate` wrote.")],
     output: Annotated[

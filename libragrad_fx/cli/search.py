@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from libragrad_fx.cli.options import app
 
 
-@app.command("search-policy", short_help="Search for a policy by faithfulness, and compare it.")
+@app.command("search-policy")
 def search_policy(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Models, data, and the two sides.")],
     output: Annotated[

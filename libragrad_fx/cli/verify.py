@@ -22,7 +22,7 @@ from libragrad_fx.cli.options import (
 )
 
 
-@app.command(short_help="Check every promise; print the certificate.")
+@app.command()
 def verify(
     model: ModelName,
     pretrained: Pretrained = False,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from typer.testing import CliRunner, Result
 import libragrad_fx as lg
 from libragrad_fx import models
 from libragrad_fx.cli import app
+from libragrad_fx.cli.options import COMMANDS
 
 SIDE = 32
 
@@ -310,3 +313,16 @@ def test_bench_is_a_table_of_both_sides() -> None:
     assert result.exit_code == 0, result.output
     rows = [r.split("|")[1].strip() for r in result.stdout.splitlines() if r.startswith("|")]
     assert rows == ["backward", "---", "plain", "balanced"]
+
+
+def test_help_imports_no_torch_and_names_every_command() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from libragrad_fx.cli import app;"
+        "print(CliRunner().invoke(app, ['--help']).output); print('torch' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines()[-1] == "False"
+    files = (Path(lg.__file__).parent / "cli").glob("*.py")
+    there = {p.stem for p in files if "@app.command" in p.read_text("utf-8")}
+    assert {name.partition("-")[0] for name in COMMANDS} == there
+    assert all(re.search(rf"^  {name} ", said.stdout, re.MULTILINE) for name in COMMANDS)

@@ -18,12 +18,10 @@ import torch
 from typer.testing import CliRunner
 
 import libragrad_fx as lg
-from libragrad_fx.cli import app
-from libragrad_fx.cli import doctor as command
+from libragrad_fx.cli import app, doctor
 from zoo import real
 
 ROOT = Path(lg.__file__).parents[1]
-doctor = sys.modules[command.__module__]
 EXTRAS = doctor._EXTRAS
 NONE = (doctor.Extra("no_such_module", "no-such-package", "demo", "nothing"),)
 

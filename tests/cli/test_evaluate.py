@@ -128,7 +128,7 @@ try:
 except libragrad_fx.errors.LibraGradError as e:
     print(e)
 del sys.modules["pydantic"]
-import libragrad_fx.cli
+import libragrad_fx.cli.evaluate, libragrad_fx.cli.report, libragrad_fx.cli.search
 print([n for n in ("pyarrow", "duckdb", "optuna", "ray") if n in sys.modules])
 print("libragrad_fx.evaluate.config" in sys.modules)
 """

@@ -171,6 +171,7 @@ def test_ops_are_named_in_the_rule_book_and_in_their_room() -> None:
 def test_pictures_are_imported_by_who_draws() -> None:
     code = (
         "import sys, libragrad_fx;"
+        "[getattr(libragrad_fx, name) for name in libragrad_fx.__all__];"
         "print([m for m in sys.modules if m == 'networkx' or m.startswith('libragrad_fx.viz')])"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
