@@ -11,7 +11,7 @@ export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/$(VENV)/cache/inductor
 export TRITON_CACHE_DIR := $(CURDIR)/$(VENV)/cache/triton
 export HF_HOME := $(CURDIR)/$(VENV)/cache/huggingface
 
-.PHONY: demo test lint pictures sweep language image-text zoo coverage clean
+.PHONY: demo test site lint pictures sweep language image-text zoo coverage clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python >= 3.11 is needed: make PYTHON=python3.12')"
@@ -26,6 +26,11 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(RUN) -m pytest -n 2 --dist loadscope -m "not slow"
+
+# the documentation, with notebooks that are run: out/site/index.html
+site: $(VENV)/installed
+	$(RUN) -m pip install --quiet --editable ".[docs]"
+	PYTHONPATH=. $(RUN) -m mkdocs build --strict
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -65,6 +65,20 @@ class Action(enum.StrEnum):
     BOX = "box"
 
 
+class Told:
+    """Prints itself as lines and tables, and shows them in notebooks."""
+
+    def __str__(self) -> str:
+        from libragrad_fx.viz import text
+
+        return text.as_text(self)
+
+    def _repr_html_(self) -> str:
+        from libragrad_fx.viz import text
+
+        return text.as_html(self)
+
+
 @dataclasses.dataclass(frozen=True)
 class Location:
     """Where a rule was written: a file and a line, or the code that added it."""
@@ -323,7 +337,7 @@ class Site:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Told):
     """Everything the pass will do, decided before any node moves. Prints as a table.
 
     unmatched: rows of the policy that are not optional and have no site here
@@ -349,11 +363,6 @@ class Plan:
     def to_json(self) -> str:
         body = {k: v for k, v in dataclasses.asdict(self).items() if k != "why"}
         return json.dumps(body, indent=2)
-
-    def __str__(self) -> str:
-        from libragrad_fx.viz.text import plan_text
-
-        return plan_text(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,7 +462,7 @@ class Boundary:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ledger:
+class Ledger(Told):
     """The per-node account of one backward; ``output = input + bias + Σ residual``."""
 
     rows: tuple[LedgerRow, ...]
@@ -483,11 +492,6 @@ class Ledger:
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
-    def __str__(self) -> str:
-        from libragrad_fx.viz.text import ledger_text
-
-        return ledger_text(self)
-
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
@@ -506,7 +510,7 @@ class Proof:
 
 
 @dataclasses.dataclass(frozen=True)
-class Certificate:
+class Certificate(Told):
     """What was checked of one transform, on one input, and what came out.
 
     forward_equal, max_abs_difference, max_ulp: the outputs against the model's, under grad mode with
@@ -606,8 +610,3 @@ class Certificate:
         except (TypeError, KeyError) as e:
             raise ValueError(f"this JSON is not a certificate: {e}") from e
         return Certificate(**body, **lists, rows=tuple(rows), boundaries=tuple(boundaries))
-
-    def __str__(self) -> str:
-        from libragrad_fx.viz.text import certificate_text
-
-        return certificate_text(self)

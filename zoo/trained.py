@@ -21,6 +21,7 @@ from libragrad_fx.errors import InputError
 from zoo import real
 from zoo.scenes import CLASSES, SIZE
 
+KEPT = Path(__file__).parent / "kept"
 Data = Literal["scenes", "shortcut", "sentences"]
 
 
@@ -77,13 +78,15 @@ def recipe(name: str) -> Recipe:
 
 
 def folder() -> Path:
-    """Where the weights lie."""
+    """Where weights lie that were trained here."""
     return real.folder() / "zoo"
 
 
 def weights(name: str, seed: int = 0) -> Path:
-    """The file of the weights; the same name with ``.json`` says how they were trained."""
-    return folder() / f"{name}-{seed}.safetensors"
+    """The file of the weights: in ``zoo/kept`` where they came with the checkout, else in ``folder()``. The
+    same name with ``.json`` says how they were trained."""
+    kept = KEPT / f"{name}-{seed}.safetensors"
+    return kept if kept.is_file() else folder() / kept.name
 
 
 def require(name: str, seed: int = 0) -> Path:

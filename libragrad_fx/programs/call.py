@@ -26,6 +26,7 @@ from libragrad_fx.programs import leave
 from libragrad_fx.programs.flat import Axes, Flat, batch_axes, shown, traced
 from libragrad_fx.programs.modes import Mode, Runs, require_close, require_device
 from libragrad_fx.target import Target, as_call
+from libragrad_fx.types import Told
 
 _MOST = 16  # the most graphs that are kept; the least recently used one is dropped
 
@@ -49,7 +50,7 @@ class _Kept:
         return self.flat.given(self.module, tensors, index)
 
 
-class Program:
+class Program(Told):
     """An explanation as flat graphs of ATen ops: forward, balanced backward, method. ``program`` makes it.
 
     A graph serves any batch of more than one sample. A batch of one, and other sizes, are traced when they
@@ -101,6 +102,19 @@ class Program:
         answers, _ = kept.flat.answers(kept.run(*kept.given(batch.call, meant)))
         chosen = [self.target if i is None else kept.flat.places(i) for _, i in answers]
         return [named(self.model, batch, a, t) for (a, _), t in zip(answers, chosen, strict=True)]
+
+    def said(self) -> list[str]:
+        """What prints: what is explained, and the graphs traced so far."""
+        of = self.options.get("method") or "fullgrad_plus"
+        under = self.policy or "libra"
+        lines = [f"program: {of} of {type(self.model).__name__}, policy {under}, mode {self.mode}"]
+        for kept in self._kept.values():
+            rows = f"{kept.flat.batch} samples" if kept.flat.batch else "any batch of more than one"
+            count = sum(n.op == "call_function" for n in kept.flat.graph.graph.nodes)
+            lines.append(
+                f"  {count} ops for {rows}; values differ from attribute's by {kept.difference:.1e}"
+            )
+        return lines
 
     def difference(self, inputs: Any) -> float:
         """How far the graph's values were from those of ``attribute`` when it was traced, relative to the

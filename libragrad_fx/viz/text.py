@@ -1,10 +1,56 @@
-"""Plans, ledgers and certificates as text, for ``print``."""
+"""What plans, ledgers and certificates say: lines and tables, as text for ``print`` and as HTML for
+notebooks."""
 
 from __future__ import annotations
 
+import functools
+import html
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from libragrad_fx.types import Action, Certificate, Edit, Ledger, Plan
+
+_BOX = "font:13px/1.5 system-ui,sans-serif;overflow-x:auto"
+_LINE = "margin:0;white-space:pre-wrap"
+_CELL = "padding:1px 12px 1px 0;text-align:left;white-space:nowrap"
+
+
+class Table(NamedTuple):
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+Part = str | Table
+"""A line, or a table."""
+
+
+@functools.singledispatch
+def parts(shown: Any) -> list[Part]:
+    """What is said of it, in order; of classes that do not stand here, what they say themselves."""
+    return shown.said()
+
+
+def as_text(shown: Any) -> str:
+    lines = []
+    for part in parts(shown):
+        lines += [part] if isinstance(part, str) else table(part.head, [*part.rows])
+    return "\n".join(lines)
+
+
+def as_html(shown: Any) -> str:
+    """One ``<div>`` without scripts or links."""
+    said = (
+        f'<p style="{_LINE}">{html.escape(part) or "&nbsp;"}</p>' if isinstance(part, str) else _grid(part)
+        for part in parts(shown)
+    )
+    return f'<div style="{_BOX}">{"".join(said)}</div>'
+
+
+def _grid(part: Table) -> str:
+    lines = [("th", part.head), *(("td", row) for row in part.rows)]
+    cells = ("".join(f'<{t} style="{_CELL}">{html.escape(c)}</{t}>' for c in row) for t, row in lines)
+    return f"<table>{''.join(f'<tr>{c}</tr>' for c in cells)}</table>" if part.rows else ""
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
@@ -17,14 +63,15 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return [cells[0].rstrip(), line, *(c.rstrip() for c in cells[1:])]
 
 
-def plan_text(plan: Plan) -> str:
+@parts.register
+def _plan(plan: Plan) -> list[Part]:
     head = ("node", "module", "source", "action", "rule", "reason")
     rows = [(e.node, e.module, e.source, _verb(e), e.rule, e.reason) for e in plan.edits]
-    lines = [f"plan: policy {plan.policy} ({plan.digest[:12]}), {len(plan.edits)} edits"]
-    lines += table(head, rows)
+    said = f"plan: policy {plan.policy} ({plan.digest[:12]}), {len(plan.edits)} edits"
+    lines: list[Part] = [said, Table(head, rows)]
     for title, findings in (("no rule", plan.unknown), ("left unbalanced", plan.unbalanced)):
         lines += [f"{title}: {f}" for f in findings]
-    return "\n".join([*lines, *(f"note: {n}" for n in plan.notes)])
+    return [*lines, *(f"note: {n}" for n in plan.notes)]
 
 
 def _verb(edit: Edit) -> str:
@@ -41,15 +88,16 @@ def _verb(edit: Edit) -> str:
     return f"{edit.action} ({edit.twin})"
 
 
-def ledger_text(account: Ledger) -> str:
+@parts.register
+def _ledger(account: Ledger) -> list[Part]:
     percent = lambda x: f"{100 * x / (account.output or 1.0):.3g} %"  # noqa: E731
-    lines = [
+    return [
         f"output {account.output:.6g} = input {account.input:.6g} + bias {account.bias:.6g}"
         f" + residuals {account.output - account.input - account.bias:.3g}"
         f" (completeness error {account.completeness_error:.3g}); {len(account.rows)} live nodes",
         "",
         "what the backward loses and creates, by op, in % of the output",
-        *table(
+        Table(
             ("op", "nodes", "lost", "created"),
             [
                 (op, str(n), *(percent(math.copysign(m, account.output)) for m in moved))
@@ -58,7 +106,7 @@ def ledger_text(account: Ledger) -> str:
         ),
         "",
         "nodes, the largest residual first",
-        *table(
+        Table(
             ("node", "op", "module", "residual", "% of output", "⟨y,g⟩", "to streams", "to input",
              "to bias", "source"),
             [
@@ -68,15 +116,15 @@ def ledger_text(account: Ledger) -> str:
             ],
         ),
     ]  # fmt: skip
-    return "\n".join(lines)
 
 
-def certificate_text(c: Certificate) -> str:
+@parts.register
+def _certificate(c: Certificate) -> list[Part]:
     def mark(good: bool) -> str:
         return "ok  " if good else "FAIL"
 
     tol, proved = c.tolerance, sum(c.proof.values())
-    lines = [
+    return [
         f"certificate: {'balanced' if c.ok else 'NOT BALANCED'}"
         f" (policy {c.policy}, rules {c.digest[:12]}, {c.dtype} on {c.device})",
         f"  {mark(c.forward_equal)} forward equal to the bit"
@@ -101,4 +149,3 @@ def certificate_text(c: Certificate) -> str:
         *(f"       cut: {c}; a gate that crosses it is taken for a value" for c in c.cuts),
         f"       the input carries {c.input_fraction:.1%} of what the account moves",
     ]  # fmt: skip
-    return "\n".join(lines)
