@@ -22,9 +22,11 @@ from typing import Any
 import torch
 
 import libragrad_fx
+from libragrad_fx.attribution import Attribution
 from libragrad_fx.attribution.formulas import method_of
 from libragrad_fx.decide import rulebook
 from libragrad_fx.errors import InputError
+from libragrad_fx.evaluate.again import AGAIN
 from libragrad_fx.evaluate.config import Config, MethodSpec, name_of
 from libragrad_fx.evaluate.data import LOADERS, Data, Item, Selection, open_data, prepared, selected
 from libragrad_fx.evaluate.data.items import sha256
@@ -340,7 +342,16 @@ class _Batches:
             return []
         case, spec = self.cases[n][1], self.config.metrics.asked[unit.metric]
         found, took = self._map(unit, method, n, classes, spec.scalar)
-        numbers, measuring = _timed(lambda: [*METRICS[unit.metric](case, found, classes, spec)], case)
+
+        def explain(other: Case, known: torch.Tensor) -> Attribution:
+            return other.attribution(method, unit.policy, known, spec.scalar)
+
+        def measured() -> list[Row]:
+            if unit.metric in METRICS:
+                return [*METRICS[unit.metric](case, found, classes, spec)]
+            return [*AGAIN[unit.metric](case, found, classes, spec, explain)]
+
+        numbers, measuring = _timed(measured, case)
         seconds["attribution"] += took
         seconds["metric"] += measuring
         return numbers

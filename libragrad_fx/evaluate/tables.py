@@ -38,8 +38,14 @@ MEASURES = (
     Measure("pixels", "mif_accuracy", "Faithfulness on pixels: most relevant first, 100 - accuracy"),
     Measure("places", "ap", "Localisation: average precision over pixels"),
     Measure("places", "pointing", "Localisation: pointing game"),
+    Measure("places", "pointing_cell", "Localisation: does the most relevant cell overlap the mask"),
     Measure("places", "mass", "Localisation: relevance mass in the mask"),
     Measure("places", "rank", "Localisation: relevance rank accuracy"),
+    Measure("places", "precision", "Localisation: precision at as many pixels as the mask has"),
+    Measure("places", "emd", "Localisation: 1 - Earth Mover's Distance to the mask"),
+    Measure("sensitivity_n", "correlation", "Sensitivity-n: correlation of sums with drops of the output"),
+    Measure("randomisation", "spearman", "Randomised parameters: likeness of maps", up=False),
+    Measure("max_sensitivity", "max_sensitivity", "Noise: largest relative change of the map", 1.0, False),
     Measure("completeness", "relative_error", "Completeness: error, as a share of the logit", 1.0, False),
 )
 """What tables are made of, where results have it."""

@@ -1,5 +1,4 @@
-"""FunnyBirds' scores: does a map know which parts of an object the model looks at? Hesse et al. 2023,
-section 4.
+"""FunnyBirds' scores: does a map know which parts of an object the model looks at? Hesse et al. 2023.
 
 For any objects made of parts that can be removed from the picture, P parts each: ``zoo/articles.py``
 draws some. A *set* of parts has a number, Σ 2^p over its parts p (``numbered``); 2^P - 1 is the whole
