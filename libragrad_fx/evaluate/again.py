@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from libragrad_fx.attribution import Attribution, blocks
-from libragrad_fx.evaluate.config import MaxSensitivitySpec, RandomisationSpec
-from libragrad_fx.evaluate.measures import Case, Row, rows
-from libragrad_fx.metrics import sanity
+from libragrad_fx.evaluate.config import MaxSensitivitySpec, PartsSpec, RandomisationSpec
+from libragrad_fx.evaluate.measures import Case, Row, on_grid, rows
+from libragrad_fx.metrics import enlarged, sanity
+from libragrad_fx.metrics import parts as protocol
 from libragrad_fx.module.captured import CapturedModule
 from libragrad_fx.module.walk import path_of
 
@@ -73,6 +74,44 @@ def max_sensitivity(
     yield from rows("max_sensitivity", values, classes)
 
 
+def parts(
+    case: Case, found: Attribution, classes: Tensor, spec: PartsSpec, explain: Explain
+) -> Iterator[Row]:
+    """FunnyBirds' scores of each picture (``metrics.parts``), from 2^P + O forwards of the batch, shared by
+    methods and policies, and maps of the prediction and of two rivals.
+
+    | measure | score |
+    |---|---|
+    | ``csdc@t``, ``preservation@t``, ``deletion@t``, ``distractibility@t`` | at the threshold t |
+    | ``csdc``, ``preservation``, ``deletion``, ``distractibility`` | means over the thresholds |
+    | ``background_independence``, ``single_deletion``, ``target_sensitivity`` | they have no threshold |
+
+    The paper takes the one threshold that is best on average over the pictures: ``metrics.parts.scores``.
+    """
+    size = (case.inputs.shape[-2], case.inputs.shape[-1])
+    seen = case.removed
+
+    def maps(targets: Tensor) -> Tensor:
+        one = found if torch.equal(targets, classes) else explain(case, targets)
+        return enlarged(on_grid(one, one.grid or ()), size)
+
+    shares = protocol.thresholds(spec.thresholds)
+    numbers = protocol.measured(seen, maps, shares, margin=spec.margin)
+    for name, key in _SCORES.items():
+        values = numbers[key]
+        if values.ndim == 1:
+            yield from rows(name, values, classes)
+            continue
+        yield from rows(name, values.mean(1), classes)
+        for i, share in enumerate(shares.tolist()):
+            yield from rows(f"{name}@{share:.3g}", values[:, i], classes)
+
+
+_SCORES = {
+    "csdc": "csdc", "preservation": "pc", "deletion": "dc", "distractibility": "distracted",
+    "background_independence": "independent", "single_deletion": "deleted",
+    "target_sensitivity": "sensitive",
+}  # fmt: skip
 AGAIN: Mapping[str, Callable[[Case, Attribution, Tensor, Any, Explain], Iterator[Row]]] = {
-    "randomisation": randomisation, "max_sensitivity": max_sensitivity,
+    "randomisation": randomisation, "max_sensitivity": max_sensitivity, "parts": parts,
 }  # fmt: skip

@@ -219,7 +219,7 @@ class PartsSpec(_Said):
     """
 
     targets: Annotated[tuple[Literal["label"], ...], pydantic.AfterValidator(_once)] = ("label",)
-    scalar: Scalar = "logit"
+    scalar: Literal["logit"] = "logit"
     thresholds: Annotated[int, pydantic.Field(ge=2)] = 8
     margin: Annotated[int, pydantic.Field(ge=0)] = 2
 

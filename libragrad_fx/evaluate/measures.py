@@ -27,7 +27,8 @@ from libragrad_fx.evaluate.config import (
     SensitivityNSpec,
     TokensSpec,
 )
-from libragrad_fx.evaluate.data import covering, largest
+from libragrad_fx.evaluate.data import Parts, covering, largest
+from libragrad_fx.evaluate.removal import removed
 from libragrad_fx.evaluate.subject import Subject
 from libragrad_fx.explain.call import attribute
 from libragrad_fx.explain.kept import AUTOGRAD
@@ -43,6 +44,7 @@ from libragrad_fx.metrics import (
     relevance_rank,
     segmentation_ap,
 )
+from libragrad_fx.metrics.parts import Removed
 from libragrad_fx.metrics.sanity import sensitivity_n as correlations
 from libragrad_fx.models import imported
 from libragrad_fx.perturb import Seen, Tokens, masked
@@ -91,7 +93,7 @@ _SCALARS: Mapping[str, Callable[[Tensor], Callable[[Any], Tensor]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One batch of prepared pictures (B, C, H, W), with labels and masks by class (H, W).
+    """One batch of prepared pictures (B, C, H, W), with labels and masks by class (H, W), and with parts.
 
     ids: of the samples. With the seed of a method they are the seed of what it draws: another map for
         another batch, and the same one in any process.
@@ -102,6 +104,7 @@ class Case:
     inputs: Tensor
     labels: Sequence[int | None]
     masks: Sequence[Mapping[int, Tensor]]
+    parts: Sequence[Parts | None] = ()
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -121,6 +124,11 @@ class Case:
     def seen(self) -> Seen:
         """The run on all tokens. Raises ``InputError`` if the model has none."""
         return self.tokens.seen(self.inputs)
+
+    @functools.cached_property
+    def removed(self) -> Removed:
+        """What the model answers without parts. Raises ``InputError`` if the pictures have none."""
+        return removed(self.subject, self.parts, self.labels)
 
     @property
     def tokens(self) -> Tokens:

@@ -302,7 +302,9 @@ class _Batches:
                 part = items[start : start + self.config.batch]
                 of, inputs = [item for item, *_ in part], subject.batch([x for _, x, _ in part])
                 labels, masks = [item.label for item in of], [m for *_, m in part]
-                self.cases.append((of, Case(subject, [item.id for item in of], inputs, labels, masks)))
+                parts = [item.parts for item in of]
+                case = Case(subject, [item.id for item in of], inputs, labels, masks, parts)
+                self.cases.append((of, case))
 
     def measured(self, unit: Unit, method: MethodSpec) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """The rows of a unit, and seconds by what took them.

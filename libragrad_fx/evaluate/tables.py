@@ -46,6 +46,12 @@ MEASURES = (
     Measure("sensitivity_n", "correlation", "Sensitivity-n: correlation of sums with drops of the output"),
     Measure("randomisation", "spearman", "Randomised parameters: likeness of maps", up=False),
     Measure("max_sensitivity", "max_sensitivity", "Noise: largest relative change of the map", 1.0, False),
+    Measure("parts", "csdc", "Parts: controlled synthetic data check"),
+    Measure("parts", "preservation", "Parts: preservation check"),
+    Measure("parts", "deletion", "Parts: deletion check"),
+    Measure("parts", "distractibility", "Parts: distractibility"),
+    Measure("parts", "single_deletion", "Parts: single deletion"),
+    Measure("parts", "target_sensitivity", "Parts: target sensitivity"),
     Measure("completeness", "relative_error", "Completeness: error, as a share of the logit", 1.0, False),
 )
 """What tables are made of, where results have it."""

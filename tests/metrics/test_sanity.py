@@ -182,7 +182,7 @@ def test_a_parameter_without_a_reset_is_permuted() -> None:
     seen: list[Tensor] = []
 
     def spy(given: nn.Module, x: Tensor) -> Tensor:
-        seen.append(given.get_submodule("0").shift.detach().flatten())
+        seen.append(given.get_parameter("0.shift").detach().flatten())
         return x.sum(1)
 
     metrics.randomisation(model, spy, INPUTS)
