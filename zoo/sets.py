@@ -14,6 +14,7 @@ from libragrad_fx.evaluate.data import Data, Item, Parts
 from libragrad_fx.extras import need
 from zoo import articles as insects
 from zoo import real
+from zoo import tris as tetrominoes
 from zoo.scenes import CLASSES, KINDS, SIZE, SPLITS, Kind, Split, normalised, scene
 
 PHOTOS = (
@@ -120,7 +121,7 @@ class Articles:
         whole = draw(np.ones(len(where), bool), np.ones(len(around), bool))
         label = int(one.labels[0])
         parts = Parts(kinds, where, around, draw)
-        return Item(f"{self.name}/{index}", whole, label, {label: where.any(0)}, parts)
+        return Item(f"{self.name}/{index}", whole, label, {label: np.asarray(where.any(0))}, parts)
 
 
 def _insect(paint: insects.Painter, parts: np.ndarray, objects: np.ndarray) -> Image.Image:
@@ -143,6 +144,47 @@ def articles(classes: int = 20, count: int = 1000, seed: int = 0) -> Data:
     get = Articles(insects.scenes(variants, count, seed), variants, name)
     names = tuple(map(str, range(classes)))
     return Data("articles", count, get, names, f"zoo/articles.py: {classes} classes, seed {seed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tris:
+    """Tetrominoes of ``zoo/tris.py``, as ``Data.get``."""
+
+    scenario: tetrominoes.Scenario
+    background: tetrominoes.Background
+    side: int
+    seed: int
+
+    def __call__(self, index: int) -> Item:
+        found = tetrominoes.sample(index, self.scenario, self.background, self.side, self.seed)
+        grey = Image.fromarray((127.5 * (1 + found.picture)).round().astype(np.uint8))
+        name = f"tris/{self.scenario}/{self.background}/{self.side}/{self.seed}/{index}"
+        return Item(name, grey.convert("RGB"), found.label, {found.label: found.mask})
+
+
+def tris(
+    scenario: tetrominoes.Scenario = "xor",
+    background: tetrominoes.Background = "correlated",
+    side: int = 64,
+    count: int = 1000,
+    seed: int = tetrominoes.SEEDS["test"],
+) -> Data:
+    """XAI-TRIS: tetrominoes with F⁺ as the mask. The seed of the test set is that of no training.
+
+    Raises:
+        InputError: no such scenario, background or side.
+    """
+    get = Tris(scenario, background, side, seed)
+    get(0)
+    names = tetrominoes.XOR_CLASSES if scenario == "xor" else tetrominoes.CLASSES
+    origin = f"zoo/tris.py: {scenario} on {background}, {side} x {side}, seed {seed}"
+    return Data(f"tris-{scenario}-{background}-{side}", count, get, names, origin)
+
+
+def tris_steps(picture: Image.Image) -> torch.Tensor:
+    """A picture as the models of ``data="tris"`` in ``zoo/trained.py`` take it: (3, 64, 64) in [-1, 1]."""
+    small = picture.resize((64, 64), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(small, np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
 def steps(picture: Image.Image) -> torch.Tensor:
