@@ -35,7 +35,7 @@ from timm.optim.muon import zeropower_via_newtonschulz
 from torch import nn
 from torch.nn import functional as F
 
-from zoo import scenes, sentences, trained
+from zoo import scenes, sentences, trained, tris
 from zoo.scenes import CLASSES, Kind, Split
 
 DRAWN = {"train": 98_304, "val": 2_000, "test": 4_000}  # scenes of a split
@@ -318,14 +318,20 @@ def trained_on_scenes(name: str, seed: int, recipe: trained.Recipe) -> tuple[nn.
     return net.model, how | {"taught": f"labels, and tokens by the masks at weight {TOKENS}"}
 
 
-def trained_on_sentences(name: str, seed: int, recipe: trained.Recipe) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained model, and what is said about it."""
-    net = recipe.make()
-    run = Run(name, seed, recipe, net, optimizers_of(net, recipe), recipe.samples // BATCH)
+def some_sentences(split: Split, part: range) -> tuple[torch.Tensor, torch.Tensor]:
+    found = [sentences.sentence(split, i) for i in part]
+    return sentences.encoded(found), torch.tensor([s.label for s in found])
 
-    def some(split: Split, part: range) -> tuple[torch.Tensor, torch.Tensor]:
-        found = [sentences.sentence(split, i) for i in part]
-        return sentences.encoded(found), torch.tensor([s.label for s in found])
+
+def some_tris(split: Split, part: range) -> tuple[torch.Tensor, torch.Tensor]:
+    found = [tris.sample(i, "xor", "correlated", seed=tris.SEEDS[split]) for i in part]
+    return tris.normalised(found), torch.tensor([s.label for s in found])
+
+
+def trained_as_drawn(name: str, seed: int, recipe: trained.Recipe) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained model, and what is said about it. Samples are drawn when needed, and seen once."""
+    net, some = recipe.make(), {"sentences": some_sentences, "tris": some_tris}[recipe.data]
+    run = Run(name, seed, recipe, net, optimizers_of(net, recipe), recipe.samples // BATCH)
 
     def feed(first: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return (some("train", range(i * BATCH, (i + 1) * BATCH)) for i in range(first, run.steps))
@@ -335,7 +341,7 @@ def trained_on_sentences(name: str, seed: int, recipe: trained.Recipe) -> tuple[
     how["accuracy"] = {}
     for split in ("val", "test"):
         ids, labels = some(split, range(DRAWN[split]))
-        how["accuracy"][f"sentences/{split}"] = accuracy(net, ids.__getitem__, labels)
+        how["accuracy"][f"{recipe.data}/{split}"] = accuracy(net, ids.__getitem__, labels)
     return net, how | {"taught": "labels"}
 
 
@@ -376,7 +382,7 @@ def main() -> None:
             if turn >= len(seeds) or trained.weights(name, seeds[turn]).is_file():
                 continue
             torch.manual_seed(seeds[turn])
-            make = trained_on_sentences if recipe.data == "sentences" else trained_on_scenes
+            make = trained_as_drawn if recipe.data in ("sentences", "tris") else trained_on_scenes
             finish(name, seeds[turn], recipe, *make(name, seeds[turn], recipe))
 
 

@@ -35,6 +35,7 @@ _FINE = 2  # points along the side of a pixel
 Tensor = torch.Tensor
 Shape = Callable[[Tensor, Tensor], Tensor]
 """Whether points are inside, from coordinates across (mirrored: not negative) and down, about -1 to 1."""
+Painter = Callable[[Tensor | None, Tensor | None], Tensor]
 
 # --- parts
 
@@ -232,46 +233,20 @@ def measured(
     maps (B, 96, 96); variants (K, 5) are the classes, margin is that of ``parts.importance``. Batches are
     put together by ``torch.cat`` of each number.
     """
-    x, where, around = pictures(seen), masks(seen), object_masks(seen)
-    shares, labels = protocol.thresholds(), seen.labels
-    table, cleared = outputs(forward, seen)
-    predicted = table[:, -1].argmax(1)
-    rows = torch.arange(len(seen))
-    mine, without = table[rows, :, labels], cleared[rows, :, labels]
-    clean, alone = mine[:, -1], protocol.without_one(mine)
-
-    def of(targets: Tensor, areas: Tensor) -> tuple[Tensor, Tensor]:
-        maps = explain(x, targets)
-        return protocol.importance(maps, areas, margin), maps.flatten(1).sum(1)
-
-    known, total = of(labels, torch.cat((where, around), 1))
-    kept = protocol.important(*of(predicted, where), shares)
-    chosen = protocol.important(known, total, shares)
-    own = chosen[..., : len(PARTS)]
-    both = protocol.rivals(variants)[labels]
-    shared = (variants[both] == seen.variants[:, None]) & (both >= 0)[..., None]
-    both = both.clamp(min=0)
-    against = torch.stack([of(rival, where)[0] for rival in both.unbind(1)], 1)
-    theirs = table.gather(2, both[:, None].expand(-1, table.shape[1], 2))
-    return {
-        "csdc": protocol.synthetic_check(own, protocol.sufficient(variants)[labels], predicted == labels),
-        "pc": protocol.preservation_check(kept, table),
-        "dc": protocol.deletion_check(kept, table),
-        "distracted": protocol.distractibility(chosen, clean, torch.cat((alone, without), 1)),
-        "independent": protocol.background_independence(clean, without),
-        "deleted": protocol.single_deletion(known[:, : len(PARTS)], clean, alone),
-        "sensitive": protocol.target_sensitivity(against, shared, theirs),
-    }
+    x, (table, cleared) = pictures(seen), outputs(forward, seen)
+    removed = protocol.Removed(variants, seen.labels, table, cleared, masks(seen), object_masks(seen))
+    return protocol.measured(
+        removed, lambda targets: explain(x, targets), protocol.thresholds(), margin=margin
+    )
 
 
 def outputs(forward: Callable[[Tensor], Tensor], seen: Scenes) -> tuple[Tensor, Tensor]:
     """(B, 32, K) with each set of parts, by its number, and (B, 6, K) without each object."""
-    count = len(seen)
+    count, paint = len(seen), painter(seen)
     sets, others = protocol.subsets(len(PARTS)), ~torch.eye(OBJECTS).bool()
-    layers = [*_layers(seen)]
     with torch.no_grad():
-        table = [forward(_painted(seen, layers, s.expand(count, -1), None)) for s in sets]
-        cleared = [forward(_painted(seen, layers, None, s.expand(count, -1))) for s in others]
+        table = [forward(paint(s.expand(count, -1), None)) for s in sets]
+        cleared = [forward(paint(None, s.expand(count, -1))) for s in others]
     return torch.stack(table, 1), torch.stack(cleared, 1)
 
 
@@ -292,7 +267,13 @@ def pictures(seen: Scenes, *, parts: Tensor | None = None, objects: Tensor | Non
 
     32 scenes at a time fit into a processor's cache, and take a third of the time of 256 at once, each.
     """
-    return _painted(seen, [*_layers(seen)], parts, objects)
+    return painter(seen)(parts, objects)
+
+
+def painter(seen: Scenes) -> Painter:
+    """``pictures``, for several calls: from what is shown, parts (B, 5) and objects (B, 6)."""
+    layers = [*_layers(seen)]
+    return lambda parts, objects: _painted(seen, layers, parts, objects)
 
 
 def _painted(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import torch
 from PIL import Image
 
 from libragrad_fx.errors import InputError
-from libragrad_fx.evaluate.data import Data, Item
+from libragrad_fx.evaluate.data import Data, Item, Parts
 from libragrad_fx.extras import need
+from zoo import articles as insects
 from zoo import real
+from zoo import tris as tetrominoes
 from zoo.scenes import CLASSES, KINDS, SIZE, SPLITS, Kind, Split, normalised, scene
 
 PHOTOS = (
@@ -101,6 +104,87 @@ def watermarks(split: Split = "test", count: int = 1000, seed: int = 0) -> Data:
     real.require("fashion-mnist")
     origin = f"zoo/scenes.py: shortcut, {split}, seed {seed}; articles of Fashion-MNIST"
     return Data(f"watermarks-{split}", count, Watermarks(split, seed), CLASSES, origin)
+
+
+@dataclasses.dataclass(frozen=True)
+class Articles:
+    """Insects of ``zoo/articles.py``, as ``Data.get``."""
+
+    seen: insects.Scenes
+    variants: torch.Tensor
+    name: str
+
+    def __call__(self, index: int) -> Item:
+        one = self.seen[index : index + 1]
+        where, around = (found[0].numpy() for found in (insects.masks(one), insects.object_masks(one)))
+        kinds, draw = self.variants.numpy(), functools.partial(_insect, insects.painter(one))
+        whole = draw(np.ones(len(where), bool), np.ones(len(around), bool))
+        label = int(one.labels[0])
+        parts = Parts(kinds, where, around, draw)
+        return Item(f"{self.name}/{index}", whole, label, {label: np.asarray(where.any(0))}, parts)
+
+
+def _insect(paint: insects.Painter, parts: np.ndarray, objects: np.ndarray) -> Image.Image:
+    x = paint(torch.from_numpy(parts)[None], torch.from_numpy(objects)[None])[0]
+    return Image.fromarray((x * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def articles(classes: int = 20, count: int = 1000, seed: int = 0) -> Data:
+    """Insects whose five parts, and six objects around them, can be left out. The mask is of all parts.
+
+    Args:
+        classes: how many there are; they do not depend on ``seed``.
+        seed: of poses, grounds and objects. Another ``count`` is another draw.
+
+    Raises:
+        InputError: another number of classes than 5 to 500.
+    """
+    variants = insects.classes(classes)
+    name = f"articles/{classes}/{count}/{seed}"
+    get = Articles(insects.scenes(variants, count, seed), variants, name)
+    names = tuple(map(str, range(classes)))
+    return Data("articles", count, get, names, f"zoo/articles.py: {classes} classes, seed {seed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tris:
+    """Tetrominoes of ``zoo/tris.py``, as ``Data.get``."""
+
+    scenario: tetrominoes.Scenario
+    background: tetrominoes.Background
+    side: int
+    seed: int
+
+    def __call__(self, index: int) -> Item:
+        found = tetrominoes.sample(index, self.scenario, self.background, self.side, self.seed)
+        grey = Image.fromarray((127.5 * (1 + found.picture)).round().astype(np.uint8))
+        name = f"tris/{self.scenario}/{self.background}/{self.side}/{self.seed}/{index}"
+        return Item(name, grey.convert("RGB"), found.label, {found.label: found.mask})
+
+
+def tris(
+    scenario: tetrominoes.Scenario = "xor",
+    background: tetrominoes.Background = "correlated",
+    side: int = 64,
+    count: int = 1000,
+    seed: int = tetrominoes.SEEDS["test"],
+) -> Data:
+    """XAI-TRIS: tetrominoes with F⁺ as the mask. The seed of the test set is that of no training.
+
+    Raises:
+        InputError: no such scenario, background or side.
+    """
+    get = Tris(scenario, background, side, seed)
+    get(0)
+    names = tetrominoes.XOR_CLASSES if scenario == "xor" else tetrominoes.CLASSES
+    origin = f"zoo/tris.py: {scenario} on {background}, {side} x {side}, seed {seed}"
+    return Data(f"tris-{scenario}-{background}-{side}", count, get, names, origin)
+
+
+def tris_steps(picture: Image.Image) -> torch.Tensor:
+    """A picture as the models of ``data="tris"`` in ``zoo/trained.py`` take it: (3, 64, 64) in [-1, 1]."""
+    small = picture.resize((64, 64), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(small, np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
 def steps(picture: Image.Image) -> torch.Tensor:

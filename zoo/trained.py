@@ -3,7 +3,8 @@
 ``python tools/train_zoo.py`` trains them, in minutes a model on one core. They are timm's and transformers'
 own classes in small sizes, configured as the checkpoints that LibraGrad (CVPR 2025) is measured on. Models
 of pictures take normalised float32 (B, 3, 96, 96) and return logits (B, 10); ``llama`` takes token ids
-(B, T) of ``zoo/sentences.py`` and returns logits (B, 4).
+(B, T) of ``zoo/sentences.py`` and returns logits (B, 4). ``tris_mlp`` and ``tris_mixer`` take tetrominoes
+of ``zoo/tris.py``, (B, 3, 64, 64), and return logits (B, 2): ``xor`` on ``correlated``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from zoo import real
 from zoo.scenes import CLASSES, SIZE
 
 KEPT = Path(__file__).parent / "kept"
-Data = Literal["scenes", "shortcut", "sentences"]
+Data = Literal["scenes", "shortcut", "sentences", "tris"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +199,22 @@ def _mixer(**options: Any) -> nn.Module:
     return MlpMixer(num_classes=len(CLASSES), **sizes, **(options or gated))
 
 
+def _tris_mixer() -> nn.Module:
+    """``_mixer``, smaller."""
+    from timm.layers import GluMlp
+    from timm.models.mlp_mixer import MlpMixer
+
+    return MlpMixer(
+        img_size=64, patch_size=8, embed_dim=32, num_blocks=3, num_classes=2, mlp_ratio=(1.0, 4.0),
+        mlp_layer=GluMlp, act_layer=nn.SiLU,
+    )  # fmt: skip
+
+
+def _tris_mlp() -> nn.Module:
+    layers = nn.Linear(3 * 64 * 64, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 2)
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
 def _gmlp() -> nn.Module:
     """As gmlp_s16_224."""
     from timm.layers import GatedMlp
@@ -288,5 +305,7 @@ MODELS: Mapping[str, Recipe] = {
     "mixer_shortcut": Recipe("MLP-Mixer", _mixer, samples=64_000, data="shortcut"),
     "siglip_map": Recipe("SigLIP", _SIGLIP_MAP),
     "llama": Recipe("Llama", _llama, samples=128_000, rate=1e-3, data="sentences"),
+    "tris_mlp": Recipe("MLP", _tris_mlp, samples=16_000, rate=1e-3, data="tris"),
+    "tris_mixer": Recipe("MLP-Mixer", _tris_mixer, samples=16_000, data="tris"),
 }
 """By name. Their order is that of training: a family each, then sizes and shortcuts."""

@@ -225,6 +225,7 @@ METHODS: Mapping[str, Method] = {
     "integrated_gradients": Method(input_x_gradient, "input", "Sundararajan et al. 2017", path="line"),
     "fullgrad": Method(input_x_gradient, "first", "Srinivas and Fleuret 2019", biases=True, sums=True),
     "fullgrad_plus": Method(input_x_gradient, "all", _LIBRA, biases=True, sums=True),
+    "input_x_gradient_plus": Method(input_x_gradient, "all", f"{_LIBRA}, FullGrad+ without biases"),
     "skip_plus": Method(input_x_gradient, "half", _LIBRA, biases=True, sums=True),
     "hirescam": Method(input_x_gradient, "last", "Draelos and Carin 2020"),
     "gradcam": Method(gradcam, "last", "Selvaraju et al. 2017"),

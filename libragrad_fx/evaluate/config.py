@@ -9,7 +9,17 @@ policies: [autograd, libra]
 methods: [random, input_x_gradient, fullgrad_plus, {method: integrated_gradients, steps: 20}]
 metrics:
   tokens: {}
-  places: {}
+  places: {emd: 32}
+
+| metric | what it measures |
+|---|---|
+| ``tokens``, ``pixels`` | faithfulness: what the model answers without the most, and the least, relevant |
+| ``places`` | maps against masks |
+| ``completeness`` | what a sum misses of what it promises |
+| ``randomisation`` | is the map of a model with random parameters another one? |
+| ``max_sensitivity`` | is the map of nearly the same picture nearly the same? |
+| ``sensitivity_n`` | do relevances of n cells add up to what their removal costs? |
+| ``parts`` | FunnyBirds' scores, of sets whose objects have parts that can be removed |
 """
 
 from __future__ import annotations
@@ -130,11 +140,21 @@ class PixelsSpec(_Said):
 
 
 class PlacesSpec(_Said):
-    """Maps against masks. least: the share of the picture that a mask covers, or it is left out."""
+    """Maps against masks (``metrics.places``), enlarged to the picture's size but for ``pointing_cell``.
+
+    least:     the share of the picture that a mask covers, or it is left out
+    tolerance: of ``pointing``, the distance in pixels from the mask that still counts
+    k:         of ``precision``, how many pixels are taken; as many as the mask has if none is said
+    emd:       cells along each side on which the Earth Mover's Distance is computed, a divisor of both: the
+               time grows with the fourth power, 32 takes some 0.1 s a map. None: it is not computed
+    """
 
     targets: Targets = ("mask",)
     scalar: Scalar = "probability"
     least: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.05
+    tolerance: Annotated[int, pydantic.Field(ge=0)] = 0
+    k: Annotated[int, pydantic.Field(ge=1)] | None = None
+    emd: Annotated[int, pydantic.Field(ge=1)] | None = None
 
 
 class CompletenessSpec(_Said):
@@ -145,11 +165,74 @@ class CompletenessSpec(_Said):
     layers: bool = False
 
 
+class RandomisationSpec(_Said):
+    """Maps of a copy of the model whose parameters are drawn anew (``metrics.sanity.randomisation``).
+
+    order: from the output on ("top") or from the input on ("bottom"), and what was drawn stays; or one step
+           at a time ("each"). A step is a block with all modules inside, or a module outside of blocks
+    bins:  of the histogram whose entropy ``complexity_rise`` compares
+    seed:  of the parameters, the same for all samples
+    """
+
+    targets: Targets = ("predicted",)
+    scalar: Scalar = "probability"
+    order: Literal["top", "bottom", "each"] = "top"
+    bins: Annotated[int, pydantic.Field(ge=2)] = 100
+    seed: int = 0
+
+
+class MaxSensitivitySpec(_Said):
+    """Maps of the picture with noise (``metrics.sanity.max_sensitivity``).
+
+    radius:  of the noise, in units of the prepared picture
+    samples: how often noise is drawn, the same for all pictures; a map for each
+    """
+
+    targets: Targets = ("predicted",)
+    scalar: Scalar = "probability"
+    radius: Annotated[float, pydantic.Field(gt=0)] = 0.02
+    samples: Annotated[int, pydantic.Field(ge=1)] = 10
+    seed: int = 0
+
+
+class SensitivityNSpec(_Said):
+    """Random sets of cells, replaced by ``baseline`` (``metrics.sanity.sensitivity_n``).
+
+    ratios:  n, as a share of the cells
+    subsets: how many sets are drawn for each n; a forward for each
+    """
+
+    targets: Targets = ("predicted",)
+    scalar: Scalar = "logit"
+    ratios: Ratios = (0.1, 0.3, 0.5, 0.7, 0.9)
+    subsets: Annotated[int, pydantic.Field(ge=2)] = 100
+    baseline: float = 0.0
+    seed: int = 0
+
+
+class PartsSpec(_Said):
+    """FunnyBirds' scores (``metrics.parts``), for the label.
+
+    thresholds: how many shares of a map's total from 0.01 to 0.5, evenly spaced, a part is compared with to
+                be called important; 80 in the authors' code
+    margin:     pixels around a part that count as of it
+    """
+
+    targets: Annotated[tuple[Literal["label"], ...], pydantic.AfterValidator(_once)] = ("label",)
+    scalar: Literal["logit"] = "logit"
+    thresholds: Annotated[int, pydantic.Field(ge=2)] = 8
+    margin: Annotated[int, pydantic.Field(ge=0)] = 2
+
+
 class MetricsSpec(_Said):
     tokens: TokensSpec | None = None
     pixels: PixelsSpec | None = None
     places: PlacesSpec | None = None
     completeness: CompletenessSpec | None = None
+    randomisation: RandomisationSpec | None = None
+    max_sensitivity: MaxSensitivitySpec | None = None
+    sensitivity_n: SensitivityNSpec | None = None
+    parts: PartsSpec | None = None
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -213,7 +296,7 @@ class Config(_Said):
         if twice:
             raise ValueError(f"two methods are called {', '.join(sorted(twice))}: give one a name")
         if not self.metrics.asked:
-            raise ValueError("metrics names none: tokens, pixels, places or completeness")
+            raise ValueError(f"metrics names none of {', '.join(MetricsSpec.model_fields)}")
         if self.batch > self.chunk:
             raise ValueError(f"a chunk of {self.chunk} is smaller than a batch of {self.batch}")
         return self

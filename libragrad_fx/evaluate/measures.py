@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,20 +19,33 @@ import torch
 
 from libragrad_fx.attribution import Attribution, blocks
 from libragrad_fx.errors import InputError, LibraGradError, TargetWarning
-from libragrad_fx.evaluate.config import CompletenessSpec, MethodSpec, PixelsSpec, PlacesSpec, TokensSpec
-from libragrad_fx.evaluate.data import covering, largest
+from libragrad_fx.evaluate.config import (
+    CompletenessSpec,
+    MethodSpec,
+    PixelsSpec,
+    PlacesSpec,
+    SensitivityNSpec,
+    TokensSpec,
+)
+from libragrad_fx.evaluate.data import Parts, covering, largest
+from libragrad_fx.evaluate.removal import removed
 from libragrad_fx.evaluate.subject import Subject
 from libragrad_fx.explain.call import attribute
 from libragrad_fx.explain.kept import AUTOGRAD
 from libragrad_fx.metrics import (
+    emd_score,
     enlarged,
     faithfulness,
     iou,
+    pointing_cell,
     pointing_game,
+    precision_at_k,
     relevance_mass,
     relevance_rank,
     segmentation_ap,
-)  # fmt: skip
+)
+from libragrad_fx.metrics.parts import Removed
+from libragrad_fx.metrics.sanity import sensitivity_n as correlations
 from libragrad_fx.models import imported
 from libragrad_fx.perturb import Seen, Tokens, masked
 from libragrad_fx.target import first_tensor
@@ -79,7 +93,7 @@ _SCALARS: Mapping[str, Callable[[Tensor], Callable[[Any], Tensor]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One batch of prepared pictures (B, C, H, W), with labels and masks by class (H, W).
+    """One batch of prepared pictures (B, C, H, W), with labels and masks by class (H, W), and with parts.
 
     ids: of the samples. With the seed of a method they are the seed of what it draws: another map for
         another batch, and the same one in any process.
@@ -90,6 +104,7 @@ class Case:
     inputs: Tensor
     labels: Sequence[int | None]
     masks: Sequence[Mapping[int, Tensor]]
+    parts: Sequence[Parts | None] = ()
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -109,6 +124,11 @@ class Case:
     def seen(self) -> Seen:
         """The run on all tokens. Raises ``InputError`` if the model has none."""
         return self.tokens.seen(self.inputs)
+
+    @functools.cached_property
+    def removed(self) -> Removed:
+        """What the model answers without parts. Raises ``InputError`` if the pictures have none."""
+        return removed(self.subject, self.parts, self.labels)
 
     @property
     def tokens(self) -> Tokens:
@@ -180,13 +200,8 @@ def tokens(case: Case, found: Attribution, classes: Tensor, spec: TokensSpec) ->
 
 
 def pixels(case: Case, found: Attribution, classes: Tensor, spec: PixelsSpec) -> Iterator[Row]:
-    """Faithfulness on pixels, on the grid of the model's tokens; of one without tokens, of the map."""
-    try:
-        grid = case.tokens.grid
-    except LibraGradError:
-        grid = found.grid
-    if grid is None or len(grid) != 2:
-        raise InputError(f"a map over {tuple(found.values.shape[1:])} is over no picture")
+    """Faithfulness on pixels, on the cells of ``cells_of``."""
+    grid = cells_of(case, found)
 
     def without(cells: Tensor) -> Tensor:
         with torch.no_grad():
@@ -202,17 +217,29 @@ def pixels(case: Case, found: Attribution, classes: Tensor, spec: PixelsSpec) ->
 def _curves(found: faithfulness.Curves, classes: Tensor, how: str) -> Iterator[Row]:
     known = classes.clamp(min=0)
     for name, values in faithfulness.scores(found, known).items():
-        yield from _rows(name, values, classes, how)
+        yield from rows(name, values, classes, how)
     for order, logits in (("mif", found.mif), ("lif", found.lif)):
         right = faithfulness.agreement(logits, known)
         drop = faithfulness.probability_drop(found.clean, logits, known)
         for i, ratio in enumerate(found.ratios):
-            yield from _rows(f"{order}_accuracy@{ratio:g}", right[:, i], classes, how)
-            yield from _rows(f"{order}_drop@{ratio:g}", drop[:, i], classes, how)
+            yield from rows(f"{order}_accuracy@{ratio:g}", right[:, i], classes, how)
+            yield from rows(f"{order}_drop@{ratio:g}", drop[:, i], classes, how)
 
 
 def places(case: Case, found: Attribution, classes: Tensor, spec: PlacesSpec) -> Iterator[Row]:
-    """Maps against the masks of the classes that are explained."""
+    """Maps against the masks of the classes that are explained.
+
+    Of the map enlarged to the picture's size: ``ap``, ``iou``, ``mass`` and ``rank`` (``segmentation_ap``,
+    ``iou``, ``relevance_mass``, ``relevance_rank`` of ``metrics``);
+
+    * ``pointing``: is the most relevant pixel at most ``tolerance`` pixels from the mask;
+    * ``precision``: of the k pixels with the largest absolute relevance the share in the mask. All others
+      count against the map, suppressors as well;
+    * ``emd``: 1 - what it costs to carry absolute relevance to the mask, as a share of the largest
+      distance; on a grid, and only if ``emd`` says of how many cells.
+
+    ``pointing_cell`` is of the map as it is: does the most relevant cell of ``cells_of`` overlap the mask.
+    """
     size = tuple(case.inputs.shape[-2:])
     masks = [covering(m, spec.least).get(int(c)) for m, c in zip(case.masks, classes, strict=True)]
     at = [i for i, m in enumerate(masks) if m is not None and m.any() and not m.all()]
@@ -222,9 +249,12 @@ def places(case: Case, found: Attribution, classes: Tensor, spec: PlacesSpec) ->
     marked = torch.stack([masks[i] for i in at]).to(maps.device)  # type: ignore[misc]
     each = {
         "ap": segmentation_ap(maps, marked), "iou": iou(maps, marked),
-        "pointing": pointing_game(maps, marked), "mass": relevance_mass(maps, marked),
-        "rank": relevance_rank(maps, marked),
+        "pointing": pointing_game(maps, marked, spec.tolerance), "mass": relevance_mass(maps, marked),
+        "rank": relevance_rank(maps, marked), "precision": precision_at_k(maps, marked, spec.k),
+        "pointing_cell": pointing_cell(on_grid(found, cells_of(case, found))[at], marked),
     }  # fmt: skip
+    if spec.emd is not None:
+        each["emd"] = emd_score(maps, marked, grid=(spec.emd, spec.emd))
     for name, values in each.items():
         yield from (Row(i, name, float(v)) for i, v in zip(at, values, strict=True))
 
@@ -234,14 +264,44 @@ def completeness(case: Case, found: Attribution, classes: Tensor, spec: Complete
     if not bool(found.expected.isfinite().all()):
         return
     logit = found.output.double().abs()
-    yield from _rows("error", found.completeness_error, classes)
-    yield from _rows("relative_error", found.completeness_error / logit, classes)
+    yield from rows("error", found.completeness_error, classes)
+    yield from rows("relative_error", found.completeness_error / logit, classes)
     if not spec.layers or found.method != "fullgrad":
         return
     for i, path in enumerate(blocks(case.module)):
         policy = found.policy or AUTOGRAD
         one = case.attribution(MethodSpec(method="fullgrad"), policy, classes, "logit", layers=[path])
-        yield from _rows(f"relative_error@{i}", one.completeness_error / logit, classes)
+        yield from rows(f"relative_error@{i}", one.completeness_error / logit, classes)
+
+
+def sensitivity_n(case: Case, found: Attribution, classes: Tensor, spec: SensitivityNSpec) -> Iterator[Row]:
+    """``correlation@r`` of random sets of the share r of the cells, and ``correlation``, their mean."""
+    grid, scalar = cells_of(case, found), _SCALARS[spec.scalar](classes.clamp(min=0))
+    cells = grid[0] * grid[1]
+    each = correlations(
+        lambda x: scalar(case.subject.module(x)), case.inputs, on_grid(found, grid),
+        [max(1, math.floor(ratio * cells + 1e-9)) for ratio in spec.ratios], subsets=spec.subsets,
+        baseline=spec.baseline, seed=spec.seed,
+    )  # fmt: skip
+    yield from rows("correlation", each.mean(1), classes)
+    for i, ratio in enumerate(spec.ratios):
+        yield from rows(f"correlation@{ratio:g}", each[:, i], classes)
+
+
+def cells_of(case: Case, found: Attribution) -> tuple[int, int]:
+    """The grid of cells that a map is asked about: that of the model's tokens; of one without tokens, of
+    the map.
+
+    Raises:
+        InputError: the map is over no picture.
+    """
+    try:
+        grid = case.tokens.grid
+    except LibraGradError:
+        grid = found.grid
+    if grid is None or len(grid) != 2:
+        raise InputError(f"a map over {tuple(found.values.shape[1:])} is over no picture")
+    return grid[0], grid[1]
 
 
 def on_grid(found: Attribution, grid: Sequence[int]) -> Tensor:
@@ -258,7 +318,7 @@ def on_grid(found: Attribution, grid: Sequence[int]) -> Tensor:
     return found.upsample(grid).values
 
 
-def _rows(name: str, values: Tensor, classes: Tensor, how: str = "") -> Iterator[Row]:
+def rows(name: str, values: Tensor, classes: Tensor, how: str = "") -> Iterator[Row]:
     """One for each sample that has a class to explain."""
     pairs = zip(values.double().tolist(), classes.tolist(), strict=True)
     yield from (Row(i, name, v, how) for i, (v, c) in enumerate(pairs) if c >= 0)
@@ -266,4 +326,5 @@ def _rows(name: str, values: Tensor, classes: Tensor, how: str = "") -> Iterator
 
 METRICS: Mapping[str, Callable[[Case, Attribution, Tensor, Any], Iterator[Row]]] = {
     "tokens": tokens, "pixels": pixels, "places": places, "completeness": completeness,
+    "sensitivity_n": sensitivity_n,
 }  # fmt: skip

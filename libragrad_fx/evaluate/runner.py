@@ -22,9 +22,11 @@ from typing import Any
 import torch
 
 import libragrad_fx
+from libragrad_fx.attribution import Attribution
 from libragrad_fx.attribution.formulas import method_of
 from libragrad_fx.decide import rulebook
 from libragrad_fx.errors import InputError
+from libragrad_fx.evaluate.again import AGAIN
 from libragrad_fx.evaluate.config import Config, MethodSpec, name_of
 from libragrad_fx.evaluate.data import LOADERS, Data, Item, Selection, open_data, prepared, selected
 from libragrad_fx.evaluate.data.items import sha256
@@ -300,7 +302,9 @@ class _Batches:
                 part = items[start : start + self.config.batch]
                 of, inputs = [item for item, *_ in part], subject.batch([x for _, x, _ in part])
                 labels, masks = [item.label for item in of], [m for *_, m in part]
-                self.cases.append((of, Case(subject, [item.id for item in of], inputs, labels, masks)))
+                parts = [item.parts for item in of]
+                case = Case(subject, [item.id for item in of], inputs, labels, masks, parts)
+                self.cases.append((of, case))
 
     def measured(self, unit: Unit, method: MethodSpec) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """The rows of a unit, and seconds by what took them.
@@ -340,7 +344,16 @@ class _Batches:
             return []
         case, spec = self.cases[n][1], self.config.metrics.asked[unit.metric]
         found, took = self._map(unit, method, n, classes, spec.scalar)
-        numbers, measuring = _timed(lambda: [*METRICS[unit.metric](case, found, classes, spec)], case)
+
+        def explain(other: Case, known: torch.Tensor) -> Attribution:
+            return other.attribution(method, unit.policy, known, spec.scalar)
+
+        def measured() -> list[Row]:
+            if unit.metric in METRICS:
+                return [*METRICS[unit.metric](case, found, classes, spec)]
+            return [*AGAIN[unit.metric](case, found, classes, spec, explain)]
+
+        numbers, measuring = _timed(measured, case)
         seconds["attribution"] += took
         seconds["metric"] += measuring
         return numbers

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,20 @@ class Subject:
             raise self._found[key]
         return self._found[key]
 
+    def with_weights(self, module: torch.nn.Module) -> Subject:
+        """This subject with the parameters and buffers of ``module``, which has the same modules.
+
+        It is one copy of the module, captured once, and written over at each call. What this subject has
+        captured stays as it is, and so does its module.
+        """
+        if "copy" not in self._found:
+            self._found["copy"] = dataclasses.replace(self, module=copy.deepcopy(self.module), _found={})
+        found = self._found["copy"]
+        with torch.no_grad():
+            for ours, theirs in zip(_tensors(found.module), _tensors(module), strict=True):
+                ours.copy_(theirs)
+        return found
+
     def _noise(self, size: Sequence[int]) -> torch.Tensor:
         draw = torch.Generator().manual_seed(0)
         return self.batch(torch.randn(2, *size, generator=draw).unbind())
@@ -119,6 +134,11 @@ def place(name: str) -> torch.device:
     if device.index is None and "LOCAL_RANK" in os.environ:
         return torch.device(device.type, int(os.environ["LOCAL_RANK"]) % count)
     return device
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 # --- identity

@@ -5,6 +5,7 @@
 | ``segmentation_ap`` | maps, masks | ``places``: average precision over pixels (Mehri et al. 2025) |
 | ``iou`` | maps, masks | ``places``: at a quantile, or at the best threshold |
 | ``pointing_game`` | maps, masks | ``places``: is the most relevant pixel in the mask (Zhang et al. 2018) |
+| ``pointing_cell`` | maps, masks | ``places``: does the most relevant cell (token) overlap the mask |
 | ``relevance_mass``, ``relevance_rank`` | maps, masks | ``places``: CLEVR-XAI (Arras et al. 2022) |
 | ``precision_at_k``, ``emd_score`` | maps, masks | ``places``: XAI-TRIS (Clark et al. 2024) |
 | ``enlarged`` | maps | ``places``: bicubic, to the size of masks |
@@ -31,6 +32,7 @@ from libragrad_fx.metrics.places import (
     emd_score,
     enlarged,
     iou,
+    pointing_cell,
     pointing_game,
     precision_at_k,
     relevance_mass,
@@ -61,6 +63,7 @@ __all__ = [
     "max_sensitivity",
     "paired",
     "parts",
+    "pointing_cell",
     "pointing_game",
     "precision_at_k",
     "randomisation",

@@ -1,5 +1,4 @@
-"""FunnyBirds' scores: does a map know which parts of an object the model looks at? Hesse et al. 2023,
-section 4.
+"""FunnyBirds' scores: does a map know which parts of an object the model looks at? Hesse et al. 2023.
 
 For any objects made of parts that can be removed from the picture, P parts each: ``zoo/articles.py``
 draws some. A *set* of parts has a number, Σ 2^p over its parts p (``numbered``); 2^P - 1 is the whole
@@ -24,6 +23,7 @@ takes means. Definitions are those of the paper and of the authors' code, ``eval
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -104,9 +104,9 @@ def rivals(variants: torch.Tensor) -> torch.Tensor:
 # --- from maps to parts
 
 
-def thresholds() -> torch.Tensor:
-    """(80,): the shares of the total that a part has to exceed, 0.01 to 0.5, as in the authors' code."""
-    return torch.linspace(0.01, 0.5, 80, dtype=torch.float64)
+def thresholds(count: int = 80) -> torch.Tensor:
+    """(count,): the shares of the total that a part has to exceed, 0.01 to 0.5; 80 in the authors' code."""
+    return torch.linspace(0.01, 0.5, count, dtype=torch.float64)
 
 
 def importance(maps: torch.Tensor, parts: torch.Tensor, margin: int = 2) -> torch.Tensor:
@@ -235,6 +235,77 @@ def target_sensitivity(
 
 
 # --- together
+
+
+class Removed(NamedTuple):
+    """What a model answers without parts and objects, and where they are.
+
+    variants: (K, P), of each class the variant of each part
+    labels:   (B,) the class of each object
+    outputs:  (B, 2^P, C), C >= K, with each set of parts, by its number
+    cleared:  (B, O, C) with all parts and without each object of the background
+    where:    (B, P, H, W) bool
+    around:   (B, O, H, W) bool
+    """
+
+    variants: torch.Tensor
+    labels: torch.Tensor
+    outputs: torch.Tensor
+    cleared: torch.Tensor
+    where: torch.Tensor
+    around: torch.Tensor
+
+
+def measured(
+    seen: Removed,
+    explain: Callable[[torch.Tensor], torch.Tensor],
+    shares: torch.Tensor,
+    *,
+    margin: int = 2,
+) -> dict[str, torch.Tensor]:
+    """FunnyBirds' numbers of each object, by the names of the arguments of ``scores``.
+
+    Args:
+        explain: from targets (B,) to maps (B, H, W) of the whole pictures: for labels, predictions, and two
+            rivals.
+        shares: (T,), as of ``thresholds``.
+        margin: as of ``importance``.
+
+    Raises:
+        InputError: a label or a model without the classes of ``variants``, and as the functions above.
+    """
+    labels, table = seen.labels, seen.outputs
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(seen.variants):
+        raise InputError(f"labels are 0 to {len(seen.variants) - 1}, got {labels.tolist()}")
+    if table.shape[2] < len(seen.variants):
+        raise InputError(f"a model of {table.shape[2]} classes is asked about {len(seen.variants)}")
+    rows, count = torch.arange(len(labels), device=table.device), seen.where.shape[1]
+    mine, without = table[rows, :, labels], seen.cleared[rows, :, labels]
+    clean, alone = mine[:, -1], without_one(mine)
+    predicted = table[:, -1].argmax(1)
+
+    def of(targets: torch.Tensor, areas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        maps = explain(targets)
+        return importance(maps, areas, margin), maps.flatten(1).sum(1)
+
+    known, total = of(labels, torch.cat((seen.where, seen.around), 1))
+    kept = important(*of(predicted, seen.where), shares)
+    chosen = important(known, total, shares)
+    both = rivals(seen.variants)[labels]
+    shared = (seen.variants[both] == seen.variants[labels][:, None]) & (both >= 0)[..., None]
+    both = both.clamp(min=0)
+    against = torch.stack([of(rival, seen.where)[0] for rival in both.unbind(1)], 1)
+    theirs = table.gather(2, both[:, None].expand(-1, table.shape[1], 2))
+    enough = sufficient(seen.variants)[labels]
+    return {
+        "csdc": synthetic_check(chosen[..., :count], enough, predicted == labels),
+        "pc": preservation_check(kept, table),
+        "dc": deletion_check(kept, table),
+        "distracted": distractibility(chosen, clean, torch.cat((alone, without), 1)),
+        "independent": background_independence(clean, without),
+        "deleted": single_deletion(known[:, :count], clean, alone),
+        "sensitive": target_sensitivity(against, shared, theirs),
+    }
 
 
 class Scores(NamedTuple):

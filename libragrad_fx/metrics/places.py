@@ -141,7 +141,7 @@ def _end(order: _Order, count: torch.Tensor) -> torch.Tensor:
 def pointing_game(maps: torch.Tensor, masks: torch.Tensor, tolerance: int = 0) -> torch.Tensor:
     """1 if the most relevant pixel lies in the mask, or at most ``tolerance`` pixels from it; else 0.
 
-    The distance is Euclidean, between centres of pixels. Zhang et al. 2018, section 4.2, allow 15 pixels.
+    The distance is Euclidean, between centres of pixels. Zhang et al. 2018 (Excitation Backprop) allow 15.
     Of several most relevant pixels the share that hits: the expectation if one of them is drawn. Quantus's
     ``PointingGame`` says 1 if any of them hits, so that a constant map is perfect, and has no tolerance.
 
@@ -154,6 +154,32 @@ def pointing_game(maps: torch.Tensor, masks: torch.Tensor, tolerance: int = 0) -
     most = found == found.amax((1, 2), keepdim=True)
     share = (most & _grown(inside, tolerance)).sum((1, 2)) / most.sum((1, 2)).double()
     return share.where(inside.flatten(1).any(1), torch.nan)
+
+
+def pointing_cell(cells: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """1 if the cell of the map with most relevance overlaps the mask, in one pixel at least; else 0.
+
+    For masks that are smaller than a cell (token). Of an enlarged map, the most relevant pixel is near the
+    middle of its cell, and misses a small mask in the same cell. Of several most relevant cells the share
+    that hits counts, as in ``pointing_game``.
+
+    Args:
+        cells: (B, h, w) or (B, 1, h, w), the maps as they are, not enlarged.
+        masks: (B, H, W) with h <= H and w <= W. Cell i of h has the pixels from floor(i H / h) up to, and
+            without, ceil((i + 1) H / h): where h does not divide H, a pixel may be in two cells.
+
+    Raises:
+        InputError: also for maps that are larger than the masks.
+    """
+    found = given.pictures(given.numbers(cells, "maps"), "maps")
+    inside = given.pictures(given.flags(masks, "masks"), "masks").to(found.device)
+    h, w = found.shape[1:]
+    if h > inside.shape[1] or w > inside.shape[2]:
+        raise InputError(f"{(h, w)} cells are smaller than the pixels of masks {tuple(inside.shape[1:])}")
+    if not len(inside):
+        return inside.new_zeros(0, dtype=torch.float64)
+    overlaps = torch.nn.functional.adaptive_max_pool2d(inside[:, None].double(), (h, w))[:, 0] > 0
+    return pointing_game(found, overlaps)
 
 
 def _grown(masks: torch.Tensor, radius: int) -> torch.Tensor:

@@ -44,9 +44,10 @@ def randomisation(
     inputs: torch.Tensor,
     *,
     order: Order = "top",
+    blocks: Sequence[str] = (),
     seed: int = 0,
 ) -> Randomised:
-    """Model parameter randomisation test. Adebayo et al. 2018, section 3.
+    """Model parameter randomisation test. Adebayo et al. 2018 (Sanity Checks for Saliency Maps).
 
     Module by module the parameters are drawn anew, and the map is compared with the original. Maps that
     stay alike do not depend on what was learned.
@@ -55,6 +56,7 @@ def randomisation(
         order: "top" goes from the output to the input and keeps what was randomised (the paper's cascade);
             "bottom" likewise from the input; "each" randomises one module at a time. Modules are those with
             parameters of their own, in the order of ``named_modules``, which is that of their definition.
+        blocks: paths of modules that are one step each, with all modules inside; the others are one by one.
         seed: of the draws; the state of the global generators is kept.
 
     A module is drawn by its ``reset_parameters``; without one (class tokens, LayerScale) its entries are
@@ -66,7 +68,7 @@ def randomisation(
     """
     first = given.pictures(given.numbers(explain(model, inputs), "maps"), "maps")
     names, ranked, structure = [], [], []
-    for name, changed in _steps(model, order, seed):
+    for name, changed in _steps(model, order, blocks, seed):
         maps = given.pictures(given.numbers(explain(changed, inputs), f"maps after {name!r}"), "maps")
         names.append(name)
         ranked.append(compare.spearman(first.flatten(1), maps.flatten(1)))
@@ -87,13 +89,15 @@ def complexity_rise(
         InputError: as ``randomisation``.
     """
     first = given.numbers(explain(model, inputs), "maps")
-    *_, (_, changed) = _steps(model, "bottom", seed)
+    *_, (_, changed) = _steps(model, "bottom", (), seed)
     random = given.numbers(explain(changed, inputs), "maps of the random model")
     before, after = compare.entropy(first.flatten(1), bins), compare.entropy(random.flatten(1), bins)
     return (after - before) / before
 
 
-def _steps(model: nn.Module, order: Order, seed: int) -> Iterator[tuple[str, nn.Module]]:
+def _steps(
+    model: nn.Module, order: Order, blocks: Sequence[str], seed: int
+) -> Iterator[tuple[str, nn.Module]]:
     """The name of what was randomised last, and the model: copies, of which the next step may change
     one."""
     if order not in ("top", "bottom", "each"):
@@ -101,12 +105,17 @@ def _steps(model: nn.Module, order: Order, seed: int) -> Iterator[tuple[str, nn.
     names = [n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
     if not names:
         raise InputError(f"{type(model).__name__} has no parameters to randomise")
+    steps: dict[str, list[tuple[str, int]]] = {}
+    for draw, name in enumerate(names[::-1] if order == "top" else names, start=seed):
+        within = next((b for b in blocks if f"{name}.".startswith(f"{b}.")), name)
+        steps.setdefault(within, []).append((name, draw))
     changed = copy.deepcopy(model)
-    for step, name in enumerate(names[::-1] if order == "top" else names):
+    for step, inside in steps.items():
         if order == "each":
             changed = copy.deepcopy(model)
-        _redraw(changed.get_submodule(name), seed + step)
-        yield name, changed
+        for name, draw in inside:
+            _redraw(changed.get_submodule(name), draw)
+        yield step, changed
 
 
 def _redraw(module: nn.Module, seed: int) -> None:
@@ -136,7 +145,7 @@ def max_sensitivity(
     samples: int = 10,
     seed: int = 0,
 ) -> torch.Tensor:
-    """(B,): max over δ of ‖Φ(x + δ) - Φ(x)‖ / ‖Φ(x)‖, Φ the map. Yeh et al. 2019, definition 2.
+    """(B,): max over δ of ‖Φ(x + δ) - Φ(x)‖ / ‖Φ(x)‖, Φ the map. Yeh et al. 2019 (max-sensitivity).
 
     δ is drawn uniformly from [-radius, radius] for each entry of the input, ``samples`` times, the same for
     the whole batch: a lower bound of the maximum. Norms are Euclidean. Relative, as in Captum's
@@ -180,7 +189,7 @@ def sensitivity_n(
     baseline: torch.Tensor | float = 0.0,
     seed: int = 0,
 ) -> torch.Tensor:
-    """Do relevances of n cells add up to what their removal costs? Ancona et al. 2018, section 4.
+    """Do relevances of n cells add up to what their removal costs? Ancona et al. 2018 (sensitivity-n).
 
     (B, len(sizes)): for each n the correlation, over random sets S of n cells of the map, of Σ_{i∈S} R_i
     with f(x) - f(x without S). It is 1 for all n if f is linear and the map complete.

@@ -11,7 +11,8 @@ from libragrad_fx.viz.page import number
 _METHODS = {
     "random": "Random", "gradient": "Gradient", "input_x_gradient": "Input×Gradient",
     "smoothgrad": "SmoothGrad", "integrated_gradients": "Integrated gradients", "fullgrad": "FullGrad",
-    "fullgrad_plus": "FullGrad+", "skip_plus": "Skip+", "hirescam": "HiResCAM", "gradcam": "Grad-CAM",
+    "fullgrad_plus": "FullGrad+", "input_x_gradient_plus": "Input×Gradient+", "skip_plus": "Skip+",
+    "hirescam": "HiResCAM", "gradcam": "Grad-CAM",
     "gradcam_plus": "Grad-CAM+", "xgradcam": "XGrad-CAM", "xgradcam_plus": "XGrad-CAM+",
     "raw_attention": "Raw attention", "rollout": "Rollout", "genatt": "GenAtt", "attcat": "AttCAT",
     "tokentm": "TokenTM", "legrad": "LeGrad",

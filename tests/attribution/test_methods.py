@@ -210,7 +210,9 @@ def test_against_a_dense_reference(name: str, case: Any) -> None:
 
 def test_what_has_another_reference_or_none() -> None:
     """Sums over channels: FullGrad and its like are tested by their definition, paths against Captum."""
-    elsewhere = {"fullgrad", "fullgrad_plus", "skip_plus", "random", "smoothgrad", "legrad"}
+    elsewhere = {
+        "fullgrad", "fullgrad_plus", "input_x_gradient_plus", "skip_plus", "random", "smoothgrad", "legrad",
+    }  # fmt: skip
     assert set(METHODS) == {*REFERENCE, *CAPTUM, *elsewhere}
 
 
@@ -223,6 +225,21 @@ def test_fullgrad_and_skip_plus_are_sums_of_what_is_tested(case: Any) -> None:
     assert torch.equal(whole.values, skipped.values)
     first = lg.attribute(module, x, TARGET, method="fullgrad_plus", layers=paths[:1])
     assert torch.equal(first.values, lg.attribute(module, x, TARGET, method="fullgrad").values)
+
+
+def test_input_x_gradient_plus_is_the_sum_over_block_inputs(case: Any) -> None:
+    """FullGrad+ without biases, the paper's ablation; it promises no sum."""
+    module, _, x, _ = case
+    paths = lg.blocks(module)
+    each = [lg.attribute(module, x, TARGET, method="input_x_gradient", layers=[p]) for p in paths]
+    found = lg.attribute(module, x, TARGET, method="input_x_gradient_plus")
+    torch.testing.assert_close(found.values, sum(e.values for e in each), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found.total, sum(e.total for e in each), rtol=1e-12, atol=1e-14)
+    assert bool(found.expected.isnan().all())
+    whole = lg.attribute(module, x, TARGET, method="fullgrad_plus")
+    biases = lg.attribute(module, x, TARGET, method="fullgrad", layers=paths[:1]).values - each[0].values
+    torch.testing.assert_close(whole.values - biases, found.values, rtol=1e-9, atol=1e-12)
+    assert float((whole.values - found.values).abs().max()) > 1e-3
 
 
 def test_fullgrad_is_complete_when_balanced(case: Any) -> None:

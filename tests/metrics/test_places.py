@@ -24,13 +24,16 @@ ALL: dict[str, Callable[..., Tensor]] = {
     "iou at 0.7": lambda a, b: metrics.iou(a, b, 0.7),
     "pointing_game": metrics.pointing_game,
     "pointing_game, 2": lambda a, b: metrics.pointing_game(a, b, 2),
+    "pointing_cell": metrics.pointing_cell,
     "relevance_mass": metrics.relevance_mass,
     "relevance_rank": metrics.relevance_rank,
     "precision_at_k": metrics.precision_at_k,
     "precision_at_k, 3": lambda a, b: metrics.precision_at_k(a, b, 3),
     "emd_score": metrics.emd_score,
 }
-ONE_IF_FULL = ("segmentation_ap", "iou", "pointing_game", "relevance_mass", "relevance_rank")
+ONE_IF_FULL = (
+    "segmentation_ap", "iou", "pointing_game", "pointing_cell", "relevance_mass", "relevance_rank",
+)  # fmt: skip
 SOME = settings(max_examples=40, deadline=None)
 
 
@@ -91,8 +94,9 @@ def test_bad_input_is_named(name: str) -> None:
     with pytest.raises(InputError, match="nan or inf in samples 1, 2 of 3"):
         ALL[name](maps, masks)
     maps = torch.zeros(3, 4, 4)
-    with pytest.raises(InputError, match=r"maps are \(3, 4, 4\) and masks \(3, 8, 8\).*enlarged"):
-        ALL[name](maps, torch.ones(3, 8, 8))
+    if name != "pointing_cell":  # whose masks are larger
+        with pytest.raises(InputError, match=r"maps are \(3, 4, 4\) and masks \(3, 8, 8\).*enlarged"):
+            ALL[name](maps, torch.ones(3, 8, 8))
     with pytest.raises(InputError, match="sample 0 holds other values"):
         ALL[name](maps, masks * torch.tensor([2, 1, 0])[:, None, None])
     with pytest.raises(InputError, match=r"maps are \(B, H, W\) or"):
@@ -197,6 +201,27 @@ def test_how_many_pixels_a_quantile_takes() -> None:
 
 
 # --- the most relevant pixels
+
+
+def test_a_cell_hits_what_any_of_its_pixels_hits() -> None:
+    """By loops over pixels; 7 rows of 3 cells, 4 columns of 4: rows 2 and 4 are in two cells."""
+    torch.manual_seed(0)
+    cells, masks = torch.rand(40, 3, 4).mul(4).round(), torch.rand(40, 7, 4) < 0.15
+    masks[:2] = False
+    masks[1, 2, 0] = True
+    cells[0], cells[1] = 1, torch.zeros(3, 4)
+    cells[1, 0, 0] = cells[1, 2, 3] = 1
+    found = metrics.pointing_cell(cells, masks)
+    assert math.isnan(found[0])
+    assert float(found[1]) == 0.5  # one of two that are most relevant
+    for one, m, k in zip(found[1:], cells[1:], masks[1:], strict=True):
+        hits = []
+        for i, j in (m == m.max()).nonzero().tolist():
+            above, below = math.floor(i * 7 / 3), math.ceil((i + 1) * 7 / 3)
+            hits.append(any(bool(k[y, j]) for y in range(above, below)))
+        assert math.isnan(one) if not k.any() else float(one) == pytest.approx(sum(hits) / len(hits))
+    with pytest.raises(InputError, match=r"\(8, 4\) cells are smaller than the pixels"):
+        metrics.pointing_cell(torch.zeros(1, 8, 4), masks[:1])
 
 
 def test_pointing_within_a_tolerance() -> None:

@@ -157,12 +157,32 @@ def test_which_modules_change_and_how_many_at_once() -> None:
         assert torch.equal(again.spearman, found.spearman)
 
 
+def test_blocks_are_one_step_each_and_draw_the_same() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(small()[:5], small(1)[5], Shifted()).double().eval()
+    seen: dict[str, list[Tensor]] = {}
+
+    def spy(given: nn.Module, x: Tensor) -> Tensor:
+        seen.setdefault("blocks" if whole else "each", []).append(
+            torch.cat([p.detach().flatten().clone() for p in given.parameters()])
+        )
+        return x.sum(1)
+
+    whole = True
+    found = metrics.randomisation(model, spy, INPUTS, blocks=["0"])
+    assert found.names == ("2", "1", "0")
+    whole = False
+    apart = metrics.randomisation(model, spy, INPUTS)
+    assert apart.names == ("2", "1", "0.2", "0.1", "0.0")
+    assert all(map(torch.equal, seen["blocks"], [*seen["each"][:3], seen["each"][-1]]))
+
+
 def test_a_parameter_without_a_reset_is_permuted() -> None:
     model = nn.Sequential(Shifted())
     seen: list[Tensor] = []
 
     def spy(given: nn.Module, x: Tensor) -> Tensor:
-        seen.append(given.get_submodule("0").shift.detach().flatten())
+        seen.append(given.get_parameter("0.shift").detach().flatten())
         return x.sum(1)
 
     metrics.randomisation(model, spy, INPUTS)

@@ -21,6 +21,8 @@ def inputs(name: str) -> tuple[torch.Tensor, int]:
     """Two samples for a model, and how many logits it returns."""
     if trained.recipe(name).data == "sentences":
         return sentences.encoded([sentences.sentence("val", i) for i in range(2)]), len(sentences.LABELS)
+    if trained.recipe(name).data == "tris":
+        return torch.randn(2, 3, 64, 64), 2
     return torch.randn(2, 3, 96, 96), 10
 
 

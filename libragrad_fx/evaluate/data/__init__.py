@@ -29,14 +29,14 @@ from __future__ import annotations
 from libragrad_fx.evaluate.data.coco import coco
 from libragrad_fx.evaluate.data.folders import folder, imagenet, imagenet_s, mura, pet
 from libragrad_fx.evaluate.data.hub import hugging_face, imagenet_hard
-from libragrad_fx.evaluate.data.items import Data, Item, Stored
+from libragrad_fx.evaluate.data.items import Data, Item, Parts, Stored
 from libragrad_fx.evaluate.data.names import LOADERS, open_data
 from libragrad_fx.evaluate.data.prepare import covering, geometry, largest, prepared
 from libragrad_fx.evaluate.data.selection import KEEP, Selection, selected
 from libragrad_fx.evaluate.data.tables import table
 
 __all__ = [
-    "KEEP", "LOADERS", "Data", "Item", "Selection", "Stored", "coco", "covering", "folder", "geometry",
-    "hugging_face", "imagenet", "imagenet_hard", "imagenet_s", "largest", "mura", "open_data", "pet",
-    "prepared", "selected", "table",
+    "KEEP", "LOADERS", "Data", "Item", "Parts", "Selection", "Stored", "coco", "covering", "folder",
+    "geometry", "hugging_face", "imagenet", "imagenet_hard", "imagenet_s", "largest", "mura", "open_data",
+    "pet", "prepared", "selected", "table",
 ]  # fmt: skip

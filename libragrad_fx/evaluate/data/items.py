@@ -14,6 +14,36 @@ from libragrad_fx.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Parts:
+    """An object's P parts, and O objects around it, that can be left out of a picture (``metrics.parts``).
+
+    variants: int (K, P), of each class of the set the variant of each part
+    masks:    bool (P, H, W), where each part is seen
+    objects:  bool (O, H, W), where each object of the background is seen
+    draw:     from what is shown, bool (P,) and bool (O,), to the picture, in RGB and of the same size
+
+    Raises:
+        InputError: shapes or dtypes that do not fit.
+    """
+
+    variants: np.ndarray
+    masks: np.ndarray
+    objects: np.ndarray
+    draw: Callable[[np.ndarray, np.ndarray], Image.Image]
+
+    def __post_init__(self) -> None:
+        for name, found in (("masks", self.masks), ("objects", self.objects)):
+            if found.dtype != np.bool_ or found.ndim != 3 or found.shape[1:] != self.masks.shape[1:]:
+                raise InputError(f"{name} of parts are bool (N, H, W), not {found.dtype} {found.shape}")
+        if self.variants.ndim != 2 or self.variants.shape[1] != len(self.masks):
+            raise InputError(f"variants of {len(self.masks)} parts are (K, P), not {self.variants.shape}")
+
+    def hidden(self) -> Image.Image:
+        """The picture without parts and objects."""
+        return self.draw(np.zeros(len(self.masks), bool), np.zeros(len(self.objects), bool))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Item:
     """One sample.
 
@@ -21,6 +51,7 @@ class Item:
     content: a picture in RGB, or a text
     label:   index of its class; None if it is not known
     masks:   by class, bool (H, W) at the picture's own size
+    parts:   of a picture whose object has parts that can be left out; None of others
 
     Raises:
         InputError: one of them is something else.
@@ -30,6 +61,7 @@ class Item:
     content: Image.Image | str
     label: int | None = None
     masks: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    parts: Parts | None = None
 
     def __post_init__(self) -> None:
         if self.label is not None:
@@ -104,13 +136,17 @@ class Data:
 
 
 def hashed(item: Item) -> str:
-    """SHA-256 of what a decoded sample is: its text or pixels, its label, its masks."""
+    """SHA-256 of what a decoded sample is: its text or pixels, its label, its masks. Of parts: their masks
+    and variants, and the picture without any."""
     if isinstance(item.content, str):
         parts = [item.content.encode()]
     else:
         parts = [repr(item.content.size).encode(), item.content.tobytes()]
     for index in sorted(item.masks):
         parts += [str(index).encode(), np.packbits(item.masks[index]).tobytes()]
+    if item.parts is not None:
+        parts += [np.packbits(item.parts.masks).tobytes(), np.packbits(item.parts.objects).tobytes()]
+        parts += [item.parts.variants.astype("<i8").tobytes(), item.parts.hidden().tobytes()]
     return sha256([*parts, str(item.label).encode()])
 
 
