@@ -26,8 +26,9 @@ def curves(by: Mapping[str, Mapping[tuple[str, str], Curve]], policies: tuple[st
     across = min(_ACROSS, len(by))
     down = -(-len(by) // across)
     figure, places = _pyplot().subplots(
-        down, across, figsize=(0.7 + 2.3 * across, 0.8 + 1.9 * down), sharex=True, sharey=True, squeeze=False
-    )
+        down, across, figsize=(0.6 + 2.2 * across, 0.8 + 1.7 * down), sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
     for place in places.flat[len(by) :]:
         place.set_visible(False)
     for place, (title, lines) in zip(places.flat, by.items(), strict=False):
@@ -43,11 +44,12 @@ def curves(by: Mapping[str, Mapping[tuple[str, str], Curve]], policies: tuple[st
         place.set_ylim(-3, 103)
     handles, labels = places[0][0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, ncols=4, loc="upper center", fontsize=_SIZE, frameon=False, labelcolor=_INK
-    )
+        handles, labels, ncols=min(4, 2 * across), loc="outside upper left", fontsize=_SIZE, frameon=False,
+        labelcolor=_INK,
+    )  # fmt: skip
     figure.supxlabel(f"{gone} that are gone, %", fontsize=_SIZE, color=_SOFT)
     figure.supylabel("answers that stay, %", fontsize=_SIZE, color=_SOFT)
-    return _drawn(figure, top=1 - 0.35 / figure.get_figheight())
+    return _drawn(figure)
 
 
 def against(
@@ -61,7 +63,9 @@ def against(
         links: of points, in the page.
     """
     methods = [*dict.fromkeys(m for m, _ in points)]
-    figure, place = _pyplot().subplots(figsize=(8.2, 0.9 + max(3.2, 0.26 * len(methods))))
+    figure, place = _pyplot().subplots(
+        figsize=(7, 0.9 + max(3.2, 0.24 * len(methods))), layout="constrained"
+    )
     for side, colour in zip(policies, (_PLAIN, _BALANCED), strict=True):
         mine = {m: points[m, side] for m in methods if (m, side) in points}
         drawn = place.scatter(
@@ -109,7 +113,7 @@ def _pyplot() -> Any:
     return need("matplotlib.pyplot", "evaluate")
 
 
-def _drawn(figure: Any, top: float = 1.0) -> str:
+def _drawn(figure: Any) -> str:
     """SVG without a ground, whose text is text."""
     for place in figure.axes:
         place.patch.set_alpha(0)
@@ -119,7 +123,6 @@ def _drawn(figure: Any, top: float = 1.0) -> str:
         for name, line in place.spines.items():
             line.set_color(_SOFT)
             line.set_visible(name in ("left", "bottom"))
-    figure.tight_layout(rect=(0, 0, 1, top))
     out = io.StringIO()
     with need("matplotlib", "evaluate").rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None}, bbox_inches="tight")

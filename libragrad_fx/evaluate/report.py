@@ -56,7 +56,7 @@ def report(folder: str | Path, output: str | Path, policies: tuple[str, str] = (
 
 def number(value: float, scale: float) -> str:
     """As a table has it: with one digit of a percentage, or two of a small number."""
-    return f"{scale * value:.1f}" if scale != 1 else f"{value:.1e}"
+    return f"{round(scale * value, 1) + 0.0:.1f}" if scale != 1 else f"{value:.1e}"
 
 
 def both(cell: Cell, scale: float) -> str:
@@ -286,7 +286,7 @@ def _charts(
         if lines := curves(found, metric, data, target):
             for title, by in _panels(found, lines).items():
                 said = f"{title}; {metric} of {data}, target {target}"
-                drawn["curves"].append((said, charts.curves(by, policies, f"{metric}")))
+                drawn["curves"].append((said, charts.curves(by, policies, metric)))
     for t in made:
         if t.measure == MEASURES[0]:
             for kind, svg in _against(found, t, policies, link).items():

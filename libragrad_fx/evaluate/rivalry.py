@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from libragrad_fx.evaluate.tables import Cell, Results, Table, compared, numbers
+from libragrad_fx.evaluate.tables import Cell, Results, Side, Table, compared, numbers, of
 from libragrad_fx.explain.kept import AUTOGRAD
 
 _BEST = 3  # methods that a rival is compared with
@@ -53,30 +53,27 @@ def all_policies(found: Results, made: Sequence[Table], against: str) -> list[Po
 def all_rivals(found: Results, made: Sequence[Table], policy: str) -> list[Rivals]:
     """Each function under autograd, and the methods that do best under ``policy`` on the same samples.
 
-    They are chosen by their means over families on these samples, which favours them.
+    They are chosen by their means over models on these samples, which favours them.
     """
     shown = []
-    for table in made:
+    for table in made if found.foreign else ():
         sides = numbers(found, table.measure, table.data, table.target)
+        own = [m for m in table.methods if m not in found.foreign and (m, policy) in sides]
+        best = tuple(sorted(own, key=lambda m: _mean(sides[m, policy], table.measure.up))[:_BEST])
         for rival in found.foreign:
-            own = [m for m in table.methods if m not in found.foreign]
-            cells = {}
-            for method in own:
-                theirs, ours = sides.get((rival, AUTOGRAD), {}), sides.get((method, policy), {})
+            theirs, cells = sides.get((rival, AUTOGRAD), {}), {}
+            for method in best:
                 for family, models in found.families.items():
-                    some = [{m: side[m] for m in models if m in side} for side in (theirs, ours)]
-                    if (c := compared(some[0], some[1], table.measure)) is not None:
+                    some = of(theirs, models), of(sides[method, policy], models)
+                    if (c := compared(*some, table.measure)) is not None:
                         cells[method, family] = c
-            best = tuple(sorted(own, key=lambda m: _mean(cells, m, table.measure.up))[:_BEST])
             families = tuple(f for f in found.families if any((m, f) in cells for m in best))
             if families:
                 shown.append(Rivals(table, rival, policy, best, families, cells))
     return shown
 
 
-def _mean(cells: dict[tuple[str, str], Cell], method: str, up: bool) -> float:
-    """For sorting: the better, the smaller; methods without a number come last."""
-    values = [c.other for (m, _), c in cells.items() if m == method]
-    if not values:
-        return float("inf")
-    return sum(values) / len(values) * (-1 if up else 1)
+def _mean(side: Side, up: bool) -> float:
+    """For sorting: of what is better, the smaller."""
+    means = [sum(values.values()) / len(values) for values in side.values()]
+    return sum(means) / len(means) * (-1 if up else 1)

@@ -173,14 +173,15 @@ def _table(found: Results, measure: Measure, data: str, target: str, policies: t
     for method in found.methods:
         base, other = (sides.get((method, p), {}) for p in policies)
         for family, models in families.items():
-            if (c := compared(_of(base, models), _of(other, models), measure)) is not None:
+            if (c := compared(of(base, models), of(other, models), measure)) is not None:
                 cells[method, family] = c
     kept = {f for _, f in cells}
     methods = tuple(m for m in found.methods if any(m == k for k, _ in cells))
     return Table(measure, data, target, methods, tuple(f for f in families if f in kept), cells)
 
 
-def _of(side: Side, models: Sequence[str]) -> Side:
+def of(side: Side, models: Sequence[str]) -> Side:
+    """Of some models."""
     return {m: side[m] for m in models if m in side}
 
 
@@ -223,13 +224,13 @@ def counted(found: Iterable[Table]) -> dict[str, dict[str, int]]:
     """By measure's title, how many cells are better, even and worse; and samples that win, tie, lose."""
     counts: dict[str, dict[str, int]] = {}
     for table in found:
-        of = counts.setdefault(
+        mine = counts.setdefault(
             table.measure.title, dict.fromkeys(("better", "even", "worse", "wins", "ties", "losses"), 0)
         )
         for cell in table.cells.values():
-            of[cell.verdict] += 1
+            mine[cell.verdict] += 1
             for kind in ("wins", "ties", "losses"):
-                of[kind] += getattr(cell, kind)
+                mine[kind] += getattr(cell, kind)
     return counts
 
 
