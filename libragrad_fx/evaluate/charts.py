@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -26,8 +27,8 @@ def curves(by: Mapping[str, Mapping[tuple[str, str], Curve]], policies: tuple[st
     across = min(_ACROSS, len(by))
     down = -(-len(by) // across)
     figure, places = _pyplot().subplots(
-        down, across, figsize=(0.6 + 2.2 * across, 0.8 + 1.7 * down), sharex=True, sharey=True, squeeze=False,
-        layout="constrained",
+        down, across, figsize=(0.6 + 2.2 * across, 0.8 + 1.7 * down), sharex=True, sharey=True,
+        squeeze=False, layout="constrained",
     )  # fmt: skip
     for place in places.flat[len(by) :]:
         place.set_visible(False)
@@ -131,10 +132,17 @@ def _drawn(figure: Any) -> str:
 
 
 def _inline(svg: str) -> str:
-    """The element alone, its colours and its font those of the page."""
+    """The element alone, with the colours and the font of the page, and ids that no other chart has."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    own = {*re.findall(r'\bid="([^"]+)"', svg)}
+    mark = hashlib.sha256(svg.encode()).hexdigest()[:6]
+
+    def told_apart(found: re.Match[str]) -> str:
+        return f"{found[1]}{mark}-{found[2]}" if found[2] in own else found[0]
+
+    svg = re.sub(r'(\bid="|href="#|url\(#)([^")]+)', told_apart, svg)
     for colour, name in _NAMES.items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg

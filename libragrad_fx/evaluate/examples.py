@@ -21,7 +21,8 @@ _PICTURE = 160  # the most pixels of a picture's side
 
 
 def example(
-    case: Case, items: Sequence[Item], found: Attribution, classes: torch.Tensor, i: int, names: Sequence[str]
+    case: Case, items: Sequence[Item], found: Attribution, classes: torch.Tensor, i: int,
+    names: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     """A row of examples (``store.MAPS``) of sample ``i``; {} without a class to explain or a flat map.
 

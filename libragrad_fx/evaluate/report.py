@@ -98,7 +98,15 @@ def markdown(found: Results, made: Sequence[Table], policies: tuple[str, str]) -
         parts += [_policy_grid(p), ""]
     for r in all_rivals(found, made, policies[1]):
         parts += [f"### {r.rival} → methods under {r.policy}: {_title(r.table)}", "", _rival_grid(r), ""]
-    parts += ["## What failed", "", _failures(found), "", "## What numbers were made by", "", _made_by(found)]
+    parts += [
+        "## What failed",
+        "",
+        _failures(found),
+        "",
+        "## What numbers were made by",
+        "",
+        _made_by(found),
+    ]
     return "\n".join([*parts, ""])
 
 
@@ -153,7 +161,9 @@ def _policy_grid(found: Policies) -> str:
     for m in found.methods:
         cells = [found.cells.get((m, p)) for p in found.policies]
         said = [
-            "–" if c is None else f"{number(c.other, scale)} {'' if p == found.against else _MARKS[c.verdict]}"
+            "–"
+            if c is None
+            else f"{number(c.other, scale)} {'' if p == found.against else _MARKS[c.verdict]}"
             for p, c in zip(found.policies, cells, strict=True)
         ]
         rows.append([f"`{m}`", *map(str.strip, said)])
@@ -303,7 +313,10 @@ def _panels(
     shown = _SHOWN if _SHOWN in methods else methods[0]
     rest = {k[2:] for k in lines}
     by_method = {
-        m: {(p, o): charts.mean([c for k, c in lines.items() if (k[0], *k[2:]) == (m, p, o)]) for p, o in rest}
+        m: {
+            (p, o): charts.mean([c for k, c in lines.items() if (k[0], *k[2:]) == (m, p, o)])
+            for p, o in rest
+        }
         for m in methods[:_PANELS]
     }
     by_model = {
@@ -323,17 +336,15 @@ def _against(found: Results, t: Table, policies: tuple[str, str], link: Any) -> 
         " 'relative_error' AND data = ? AND value IS NOT NULL GROUP BY ALL", t.data,
     )  # fmt: skip
     cost = found.rows(
-        "SELECT method, policy, sum(attribution_seconds) / sum(n) FROM runs JOIN (SELECT run, count(DISTINCT"
-        " image) n FROM results WHERE error IS NULL GROUP BY run) USING (run) WHERE metric = ? AND target ="
-        " ? AND data = ? GROUP BY ALL", t.measure.metric, t.target, t.data,
+        "SELECT method, policy, sum(attribution_seconds) / sum(n) FROM runs JOIN (SELECT run,"
+        " count(DISTINCT image) n FROM results WHERE error IS NULL GROUP BY run) USING (run) WHERE metric ="
+        " ? AND target = ? AND data = ? GROUP BY ALL", t.measure.metric, t.target, t.data,
     )  # fmt: skip
-    models = {
-        k: m
-        for m, k in found.rows(
-            "SELECT min(model), (method, policy) FROM results WHERE metric = ? AND data = ? AND target = ? AND"
-            " value IS NOT NULL GROUP BY method, policy", t.measure.metric, t.data, t.target,
-        )
-    }  # fmt: skip
+    first = found.rows(
+        "SELECT method, policy, min(model) FROM results WHERE metric = ? AND data = ? AND target = ? AND"
+        " value IS NOT NULL GROUP BY ALL", t.measure.metric, t.data, t.target,
+    )  # fmt: skip
+    models = {(method, policy): model for method, policy, model in first}
     drawn = {}
     for kind, rows, across in (
         ("completeness", gaps, "median completeness error, share of the logit"),

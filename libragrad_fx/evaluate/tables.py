@@ -253,7 +253,7 @@ def curves(found: Results, metric: str, data: str, target: str) -> dict[tuple[st
     behind them, both in [0, 1]."""
     rows = found.rows(
         "SELECT method, model, policy, measure, avg(value) FROM results WHERE metric = ? AND data = ? AND"
-        " target = ? AND measure LIKE '%accuracy@%' GROUP BY ALL",
+        " target = ? AND measure LIKE '%accuracy@%' AND value IS NOT NULL GROUP BY ALL",
         metric, data, target,
     )  # fmt: skip
     by: dict[tuple[str, str, str, str], Curve] = {}

@@ -1,4 +1,4 @@
-"""HTML pages that stand alone: all of them extend ``viz/base.html``, which has their colours and their font."""
+"""HTML pages that stand alone: all extend ``viz/base.html``, which has their colours and their font."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 from libragrad_fx.extras import need
 
 
-def rendered(name: str, extra: str, filters: dict[str, Callable[..., Any]] | None = None, **given: Any) -> str:
+def rendered(
+    name: str, extra: str, filters: dict[str, Callable[..., Any]] | None = None, **given: Any
+) -> str:
     """A template of this package, as ``viz/page.html``, with values; all of them are escaped.
 
     Raises:
