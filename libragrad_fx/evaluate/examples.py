@@ -35,7 +35,7 @@ def example(
         return {}
     item, of = items[i], int(classes[i])
     small = found.values[i].detach().double()
-    size = [min(n, _SIDE) for n in small.shape]
+    size = min(small.shape[0], _SIDE), min(small.shape[1], _SIDE)
     small = torch.nn.functional.adaptive_avg_pool2d(small[None], size)[0].cpu().numpy()
     scale = float(np.abs(small[np.isfinite(small)]).max(initial=0.0)) or 1.0
     chances = case.logits[i].double().softmax(-1)

@@ -185,7 +185,7 @@ def of(side: Side, models: Sequence[str]) -> Side:
     return {m: side[m] for m in models if m in side}
 
 
-def numbers(found: Results, measure: Measure, data: str, target: str) -> dict[tuple[str, str], Side]:
+def numbers(found: Results, measure: Measure, data: str, target: str) -> Mapping[tuple[str, str], Side]:
     """By method and policy, every number of a measure on a set, for one kind of target."""
     rows = found.rows(
         "SELECT method, policy, model, image, value FROM results WHERE metric = ? AND measure = ? AND data"
