@@ -17,7 +17,7 @@ import torch
 
 from libragrad_fx.errors import LibraGradError
 from libragrad_fx.evaluate.config import Config
-from libragrad_fx.evaluate.runner import Bench, Seen, begin, per_job, work
+from libragrad_fx.evaluate.runner import Bench, Seen, begin, work
 from libragrad_fx.evaluate.store import Store
 from libragrad_fx.extras import need
 from libragrad_fx.models import first_line
@@ -53,7 +53,7 @@ def evaluate(
     jobs = bench.jobs()
     begin(bench, store, jobs, retry)
     if total is not None:
-        total(len(jobs) * per_job(config))
+        total(sum(len(bench.units(*job)) for job in jobs))
     started = not ray.is_initialized()
     if started:
         _start(ray, workers)

@@ -224,6 +224,14 @@ class PartsSpec(_Said):
     margin: Annotated[int, pydantic.Field(ge=0)] = 2
 
 
+class ExamplesSpec(_Said):
+    """Maps that are kept for a report, of the first ``count`` samples of a set."""
+
+    targets: Targets = ("predicted",)
+    scalar: Scalar = "probability"
+    count: int = 0
+
+
 class MetricsSpec(_Said):
     tokens: TokensSpec | None = None
     pixels: PixelsSpec | None = None
@@ -247,6 +255,7 @@ class Config(_Said):
     chunk:   samples whose results are one file: what a process does at once
     threads: of a process, on CPU; torch's choice if none. The last bits of sums depend on it: say it where
         numbers of several machines are to be equal to the bit.
+    examples: of so many samples of each set, the first chosen ones, a report shows the maps
     """
 
     models: Annotated[dict[Name, ModelSpec], pydantic.Field(min_length=1)]
@@ -259,6 +268,7 @@ class Config(_Said):
     device: str = "cpu"
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     threads: Annotated[int, pydantic.Field(ge=1)] | None = None
+    examples: Annotated[int, pydantic.Field(ge=0, le=16)] = 2
 
     @pydantic.field_validator("methods", mode="before")
     @classmethod
@@ -300,6 +310,12 @@ class Config(_Said):
         if self.batch > self.chunk:
             raise ValueError(f"a chunk of {self.chunk} is smaller than a batch of {self.batch}")
         return self
+
+    @property
+    def kept(self) -> ExamplesSpec:
+        """Examples are maps that the first metric asks for, so that they are computed once."""
+        first = next(iter(self.metrics.asked.values()))
+        return ExamplesSpec(targets=first.targets[:1], scalar=first.scalar, count=self.examples)
 
     @staticmethod
     def load(file: str | Path) -> Config:

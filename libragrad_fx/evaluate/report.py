@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import importlib.resources
-import io
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from libragrad_fx.evaluate import charts
+from libragrad_fx.evaluate.rivalry import Policies, Rivals, all_policies, all_rivals
+from libragrad_fx.evaluate.strips import keys, strips
 from libragrad_fx.evaluate.tables import (
     MEASURES,
     Cell,
+    Curve,
     Results,
     Table,
     counted,
@@ -22,18 +24,20 @@ from libragrad_fx.evaluate.tables import (
     tables,
 )  # fmt: skip
 from libragrad_fx.explain.kept import AUTOGRAD
-from libragrad_fx.extras import need, writing
+from libragrad_fx.extras import writing
+from libragrad_fx.viz.template import markup, rendered
 
 _MARKS = {"better": "▲", "worse": "▼", "even": "·"}
 _SHOWN = "fullgrad_plus"
-"""The method whose curves are drawn, if it is there; else the first."""
+"""The method whose curves are drawn for each model, if it is there; else the first."""
+_PANELS = 16  # of a figure, at most
 
 
 def report(folder: str | Path, output: str | Path, policies: tuple[str, str] = (AUTOGRAD, "libra")) -> Path:
     """Write a report of the results in a folder: HTML, or Markdown if ``output`` ends in .md.
 
     Args:
-        policies: the two that are compared; others are rows of a table of their own.
+        policies: the two that are compared; all are compared with the second in tables of their own.
 
     Raises:
         InputError: no results, or a path that cannot be written.
@@ -52,7 +56,7 @@ def report(folder: str | Path, output: str | Path, policies: tuple[str, str] = (
 
 def number(value: float, scale: float) -> str:
     """As a table has it: with one digit of a percentage, or two of a small number."""
-    return f"{scale * value:.1f}" if scale != 1 else f"{value:.1e}"
+    return f"{round(scale * value, 1) + 0.0:.1f}" if scale != 1 else f"{value:.1e}"
 
 
 def both(cell: Cell, scale: float) -> str:
@@ -68,18 +72,16 @@ def spread(cell: Cell, scale: float) -> str:
     return f"{scale * d.mean:+.1f} [{scale * d.low:+.1f}, {scale * d.high:+.1f}]"
 
 
-def summary(found: Results, made: Sequence[Table], policies: tuple[str, str]) -> list[str]:
+def summary(found: Results, policies: tuple[str, str]) -> list[str]:
     """Sentences: what was measured, on what."""
     config = found.config
     sizes = [f"{name} ({spec['count'] or 'all'} samples)" for name, spec in config["data"].items()]
     return [
         f"{len(config['models'])} models, {len(found.methods)} methods, policies"
-        f" {', '.join(config['policies'])};"
-        f" data: {', '.join(sizes)}.",
+        f" {', '.join(config['policies'])}; data: {', '.join(sizes)}.",
         f"Cells say {policies[0]} → {policies[1]}; ▲ better, ▼ worse where the 95 % interval of the"
-        " difference"
-        " over the same samples leaves zero out (bootstrap over samples; of several seeds, over seeds and"
-        " samples), · otherwise.",
+        " difference over the same samples leaves zero out (bootstrap over samples; of several seeds, over"
+        " seeds and samples), · otherwise. Of a hundred cells without a difference, about five are marked.",
     ]
 
 
@@ -87,15 +89,29 @@ def summary(found: Results, made: Sequence[Table], policies: tuple[str, str]) ->
 
 
 def markdown(found: Results, made: Sequence[Table], policies: tuple[str, str]) -> str:
-    parts = [*summary(found, made, policies), "", "## Where balancing is worse", "", losses_of(made), ""]
+    parts = [*summary(found, policies), "", f"## Where {policies[1]} is worse", "", losses_of(made), ""]
     parts += ["## Counts", "", _counts(made), ""]
     for table in made:
         parts += [f"### {table.measure.title}; {table.data}, target {table.target}", "", grid(table), ""]
-    others = [p for p in found.config["policies"] if p not in policies]
-    if others:
-        parts += ["## Other policies", "", *_others(found, made)]
-    parts += ["## What failed", "", _failures(found), ""]
-    return "\n".join(parts)
+    for p in all_policies(found, made, policies[1]):
+        parts += [f"### All policies against {p.against}: {_title(p.table)}, means over models", ""]
+        parts += [_policy_grid(p), ""]
+    for r in all_rivals(found, made, policies[1]):
+        parts += [f"### {r.rival} → methods under {r.policy}: {_title(r.table)}", "", _rival_grid(r), ""]
+    parts += [
+        "## What failed",
+        "",
+        _failures(found),
+        "",
+        "## What numbers were made by",
+        "",
+        _made_by(found),
+    ]
+    return "\n".join([*parts, ""])
+
+
+def _title(table: Table) -> str:
+    return f"{table.measure.title}; {table.data}, target {table.target}"
 
 
 def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -117,38 +133,45 @@ def losses_of(made: Sequence[Table]) -> str:
 
 def _counts(made: Sequence[Table]) -> str:
     rows = [
-        [title, *(str(of[v]) for v in ("better", "even", "worse"))] for title, of in counted(made).items()
+        [title, *(str(of[v]) for v in ("better", "even", "worse")), f"{of['wins']} : {of['losses']}"]
+        for title, of in counted(made).items()
     ]
-    return _lines(["measure", "better", "even", "worse"], rows)
+    return _lines(["measure", "better", "even", "worse", "samples won : lost"], rows)
 
 
 def grid(table: Table) -> str:
-    scale, rows = table.measure.scale, []
-    for method in table.methods:
+    return _grid(table.methods, table.families, table.cells, table.measure.scale)
+
+
+def _grid(
+    methods: Sequence[str], families: Sequence[str], cells: Mapping[tuple[str, str], Cell], scale: float
+) -> str:
+    rows = []
+    for method in methods:
         row = [f"`{method}`"]
-        for family in table.families:
-            cell = table.cells.get((method, family))
+        for family in families:
+            cell = cells.get((method, family))
             row.append("–" if cell is None else f"{both(cell, scale)} {_MARKS[cell.verdict]}")
         rows.append(row)
-    return _lines(["method", *table.families], rows)
+    return _lines(["method", *families], rows)
 
 
-def _others(found: Results, made: Sequence[Table]) -> list[str]:
-    parts = []
-    for measure, data, target in dict.fromkeys((t.measure, t.data, t.target) for t in made):
-        methods, means = policies_of(found, measure, data, target)
-        policies = found.config["policies"]
-        rows = [
-            [
-                f"`{m}`",
-                *(number(means[m, p][0], measure.scale) if (m, p) in means else "–" for p in policies),
-            ]
-            for m in methods
-            if any((m, p) in means for p in policies)
+def _policy_grid(found: Policies) -> str:
+    scale, rows = found.table.measure.scale, []
+    for m in found.methods:
+        cells = [found.cells.get((m, p)) for p in found.policies]
+        said = [
+            "–"
+            if c is None
+            else f"{number(c.other, scale)} {'' if p == found.against else _MARKS[c.verdict]}"
+            for p, c in zip(found.policies, cells, strict=True)
         ]
-        parts += [f"### {measure.title}; {data}, target {target}: means over models", ""]
-        parts += [_lines(["method", *policies], rows), ""]
-    return parts
+        rows.append([f"`{m}`", *map(str.strip, said)])
+    return _lines(["method", *found.policies], rows)
+
+
+def _rival_grid(found: Rivals) -> str:
+    return _grid(found.methods, found.families, found.cells, found.table.measure.scale)
 
 
 def _failures(found: Results) -> str:
@@ -162,201 +185,178 @@ def _failures(found: Results) -> str:
     )
 
 
+def _made_by(found: Results) -> str:
+    rows = [
+        [r.model, r.data, f"`{r.weights[:16]}`", f"{r.dtype} on {r.device}", f"{r.seconds:.0f}", r.versions]
+        for r in _runs(found)
+    ]
+    return _lines(["model", "data", "weights", "computed in", "seconds", "versions"], rows)
+
+
+# --- what numbers were made by
+
+Key = tuple[str, str, str, str, str, str]
+"""(model, data, policy, method, metric, target)"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one cell's number of one model was made by: rows of ``runs.parquet``, one for each chunk."""
+
+    anchor: str
+    policy: str
+    method: str
+    metric: str
+    target: str
+    seconds: float
+    keys: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """The runs of a model on a set, and what they have in common."""
+
+    model: str
+    data: str
+    weights: str
+    spec: str
+    dtype: str
+    device: str
+    versions: str
+    runs: tuple[Run, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(r.seconds for r in self.runs)
+
+
+def _runs(found: Results) -> list[Made]:
+    rows = found.rows(
+        "SELECT model, data, policy, method, metric, target, sum(seconds), list(run ORDER BY chunk),"
+        " any_value(made_by) FROM runs GROUP BY ALL ORDER BY model, data, method, policy, metric, target"
+    )
+    by: dict[tuple[str, str], list[Run]] = {}
+    made_by: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for i, (model, data, policy, method, metric, target, seconds, run, made) in enumerate(rows):
+        mine = by.setdefault((model, data), [])
+        mine.append(Run(f"run-{i}", policy, method, metric, target, seconds, tuple(run)))
+        made_by[model, data] = json.loads(made)
+    return [
+        Made(
+            model, data, of["weights"], json.dumps(of["model"]), of["dtype"], of["device"],
+            ", ".join(f"{k} {v[:12]}" for k, v in of["versions"].items()), tuple(runs),
+        )
+        for ((model, data), runs), of in zip(by.items(), made_by.values(), strict=True)
+    ]  # fmt: skip
+
+
 # --- HTML
 
 
 def page(found: Results, made: Sequence[Table], policies: tuple[str, str]) -> str:
-    jinja2 = need("jinja2", "evaluate")
-    source = importlib.resources.files("libragrad_fx.evaluate").joinpath("report.html").read_text("utf-8")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
-    targets = {(t.data, t.target) for t in made}
-    return template.render(
-        summary=summary(found, made, policies), policies=policies, counts=counted(made), marks=_MARKS,
-        losses=losses(made), tables=made, both=both, spread=spread, query=query, anchor=anchor,
-        others=_policy_tables(found, made, policies), failures=found.failures(), runs=_runs(found),
-        charts=[c for of in sorted(targets) for c in _charts(found, made, *of, policies)],
+    """The report as HTML."""
+    runs = _runs(found)
+    anchors: dict[Key, str] = {
+        (m.model, m.data, r.policy, r.method, r.metric, r.target): r.anchor for m in runs for r in m.runs
+    }
+
+    def link(t: Table, model: str, policy: str, method: str) -> str:
+        """Where the runs of a number are."""
+        return f"#{anchors[model, t.data, policy, method, t.measure.metric, t.target]}"
+
+    shown, count = strips(found, policies)
+    return rendered(
+        "evaluate/report.html", "evaluate", summary=summary(found, policies), policies=policies,
+        counts=counted(made), marks=_MARKS, losses=losses(made), tables=made, number=number, spread=spread,
+        query=query, link=link, autograd=AUTOGRAD, others=all_policies(found, made, policies[1]),
+        rivals=all_rivals(found, made, policies[1]), failures=found.failures(), runs=runs,
+        charts=_charts(found, made, policies, link), strips=shown, strip_count=count, keys=keys(),
         config=json.dumps(found.config, indent=1),
     )  # fmt: skip
 
 
-def anchor(model: str, data: str) -> str:
-    return f"run-{model}-{data}"
-
-
-def query(table: Table, method: str, family: str) -> str:
-    """SQL that gives the two means of a cell again."""
+def query(table: Table) -> str:
+    """SQL that gives the means of a table again."""
     return (
-        "SELECT policy, avg(value), count(*) FROM 'results.parquet' WHERE metric ="
-        f" '{table.measure.metric}' AND"
-        f" measure = '{table.measure.name}' AND data = '{table.data}' AND target = '{table.target}' AND"
-        " method ="
-        f" '{method}' AND family = '{family}' GROUP BY policy"
+        "SELECT method, family, policy, avg(value), count(*) FROM 'results.parquet' WHERE metric ="
+        f" '{table.measure.metric}' AND measure = '{table.measure.name}' AND data = '{table.data}' AND"
+        f" target = '{table.target}' GROUP BY ALL ORDER BY ALL"
     )
-
-
-def _policy_tables(
-    found: Results, made: Sequence[Table], policies: tuple[str, str]
-) -> list[dict[str, Any]]:
-    every = found.config["policies"]
-    if set(every) <= {*policies}:
-        return []
-    shown = []
-    for measure, data, target in dict.fromkeys((t.measure, t.data, t.target) for t in made):
-        methods, means = policies_of(found, measure, data, target)
-        rows = [
-            (m, [number(means[m, p][0], measure.scale) if (m, p) in means else "–" for p in every])
-            for m in methods
-            if any((m, p) in means for p in every)
-        ]
-        shown.append(
-            {"title": f"{measure.title}; {data}, target {target}", "policies": every, "rows": rows}
-        )
-    return shown
-
-
-def _runs(found: Results) -> list[dict[str, Any]]:
-    """What numbers were made by: one entry for each model and set, and the policies and keys in it."""
-    rows = found.rows(
-        "SELECT model, data, any_value(made_by), count(*), sum(seconds), string_agg(DISTINCT policy, ',"
-        " ') FROM runs"
-        " GROUP BY model, data ORDER BY model, data"
-    )
-    shown = []
-    for model, data, made_by, count, seconds, policies in rows:
-        made: Mapping[str, Any] = json.loads(made_by)
-        shown.append({
-            "anchor": anchor(model, data), "model": model, "data": data, "units": count, "seconds": seconds,
-            "policies": policies, "weights": made["weights"], "spec": json.dumps(made["model"]),
-            "device": made["device"], "dtype": made["dtype"],
-            "versions": ", ".join(f"{k} {v[:12]}" for k, v in made["versions"].items()),
-        })  # fmt: skip
-    return shown
 
 
 # --- charts
 
 
 def _charts(
-    found: Results, made: Sequence[Table], data: str, target: str, policies: tuple[str, str]
-) -> list[dict[str, str]]:
-    """Pictures of one set and target: (title, data URI)."""
-    shown = _SHOWN if _SHOWN in found.methods else found.methods[0]
-    drawn = []
-    by = {m: c for m in found.config["models"] if (c := curves(found, m, data, shown, target))}
-    if by:
-        title = f"Accuracy of the answer behind {shown}, {data}, target {target}"
-        drawn.append({"title": title, "picture": _curves(by, policies)})
-    faithful = next((t for t in made if (t.measure, t.data, t.target) == (MEASURES[0], data, target)), None)
-    if faithful is not None:
-        drawn += _against(found, faithful, made, policies)
-    return drawn
+    found: Results, made: Sequence[Table], policies: tuple[str, str], link: Any
+) -> dict[str, list[tuple[str, Any]]]:
+    """By kind, pairs of a title and SVG."""
+    drawn: dict[str, list[tuple[str, Any]]] = {"curves": [], "completeness": [], "cost": []}
+    for metric, data, target in dict.fromkeys((t.measure.metric, t.data, t.target) for t in made):
+        if lines := curves(found, metric, data, target):
+            for title, by in _panels(found, lines).items():
+                said = f"{title}; {metric} of {data}, target {target}"
+                drawn["curves"].append((said, charts.curves(by, policies, metric)))
+    for t in made:
+        if t.measure == MEASURES[0]:
+            for kind, svg in _against(found, t, policies, link).items():
+                drawn[kind].append((f"{t.data}, target {t.target}", svg))
+    return {k: [(t, markup(svg, "evaluate")) for t, svg in some] for k, some in drawn.items()}
 
 
-def _curves(by: Mapping[str, Any], policies: tuple[str, str]) -> str:
-    pyplot = _pyplot()
-    across = min(4, len(by))
-    down = -(-len(by) // across)
-    figure, axes = pyplot.subplots(
-        down, across, figsize=(2.9 * across, 2.3 * down), sharex=True, sharey=True, squeeze=False
-    )
-    for place in axes.flat:
-        place.set_visible(False)
-    for place, (model, sides) in zip(axes.flat, by.items(), strict=False):
-        place.set_visible(True)
-        for side, colour in zip(policies, ("#8a93a0", "#d9730d"), strict=True):
-            for order, style in (("mif", "-"), ("lif", "--")):
-                points = sorted(sides.get(side, {}).get(order, []))
-                place.plot([x for x, _ in points], [100 * y for _, y in points], style, color=colour,
-                           label=f"{side}, {order.upper()}")  # fmt: skip
-        place.set_title(model, fontsize=9)
-        place.set_ylim(-3, 103)
-    axes[0][0].legend(fontsize=7, frameon=False)
-    figure.supxlabel("share of tokens that are gone", fontsize=9)
-    figure.supylabel("% of answers that stay", fontsize=9)
-    return _drawn(figure)
+def _panels(
+    found: Results, lines: Mapping[tuple[str, str, str, str], Curve]
+) -> dict[str, dict[str, dict[tuple[str, str], Curve]]]:
+    """By figure, panel and (policy, order): each method over all models, and each model by one method."""
+    methods = [m for m in found.methods if any(m == k[0] for k in lines)]
+    models = [m for m in found.config["models"] if any(m == k[1] for k in lines)]
+    shown = _SHOWN if _SHOWN in methods else methods[0]
+    rest = {k[2:] for k in lines}
+    by_method = {
+        m: {
+            (p, o): charts.mean([c for k, c in lines.items() if (k[0], *k[2:]) == (m, p, o)])
+            for p, o in rest
+        }
+        for m in methods[:_PANELS]
+    }
+    by_model = {
+        m: {(p, o): lines[shown, m, p, o] for p, o in rest if (shown, m, p, o) in lines}
+        for m in models[:_PANELS]
+    }
+    if len(models) == 1:
+        return {f"Each method, {models[0]}": by_method}
+    return {f"Each method, mean over {len(models)} models": by_method, f"{shown}, each model": by_model}
 
 
-def _against(
-    found: Results, faithful: Table, made: Sequence[Table], policies: tuple[str, str]
-) -> list[dict[str, str]]:
-    """Faithfulness against completeness, and against cost: a point for each method and policy, means over
-    models."""
-    _, means = policies_of(found, faithful.measure, faithful.data, faithful.target)
-    gaps = {(m, p): v for m, p, v in found.rows(
+def _against(found: Results, t: Table, policies: tuple[str, str], link: Any) -> dict[str, str]:
+    """Faithfulness against completeness, and against cost: means over models, of methods that have both."""
+    _, means = policies_of(found, t.measure, t.data, t.target)
+    gaps = found.rows(
         "SELECT method, policy, median(value) FROM results WHERE metric = 'completeness' AND measure ="
-        " 'relative_error' AND data = ? AND value IS NOT NULL GROUP BY ALL", faithful.data,
-    )}  # fmt: skip
-    cost = {(m, p): v for m, p, v in found.rows(
-        "SELECT method, policy, sum(attribution_seconds) / count(*) FROM runs WHERE metric = 'tokens'"
-        " AND target"
-        " = ? AND data = ? GROUP BY ALL", faithful.target, faithful.data,
-    )}  # fmt: skip
-    drawn = []
-    for title, across in (
-        ("completeness error, share of the logit (median)", gaps),
-        ("seconds a chunk", cost),
+        " 'relative_error' AND data = ? AND value IS NOT NULL GROUP BY ALL", t.data,
+    )  # fmt: skip
+    cost = found.rows(
+        "SELECT method, policy, sum(attribution_seconds) / sum(n) FROM runs JOIN (SELECT run,"
+        " count(DISTINCT image) n FROM results WHERE error IS NULL GROUP BY run) USING (run) WHERE metric ="
+        " ? AND target = ? AND data = ? GROUP BY ALL", t.measure.metric, t.target, t.data,
+    )  # fmt: skip
+    first = found.rows(
+        "SELECT method, policy, min(model) FROM results WHERE metric = ? AND data = ? AND target = ? AND"
+        " value IS NOT NULL GROUP BY ALL", t.measure.metric, t.data, t.target,
+    )  # fmt: skip
+    models = {(method, policy): model for method, policy, model in first}
+    drawn = {}
+    for kind, rows, across in (
+        ("completeness", gaps, "median completeness error, share of the logit"),
+        ("cost", cost, "seconds a map of one sample takes"),
     ):
-        shown = {k: (across[k], 100 * means[k][0]) for k in means if k in across and k[1] in policies}
-        if shown:
-            title_ = (
-                f"Faithfulness against {title.partition(',')[0]}, {faithful.data}, target {faithful.target}"
-            )
-            drawn.append(
-                {"title": title_, "picture": _scatter(shown, title, faithful.measure.name, policies)}
-            )
+        points = {
+            (m, p): (max(x, 1e-9), t.measure.scale * means[m, p][0])
+            for m, p, x in rows
+            if (m, p) in means and p in policies
+        }
+        links = {k: link(t, models[k], k[1], k[0]) for k in points}
+        if points:
+            up = "symmetric relevance gain, points"
+            drawn[kind] = charts.against(points, policies, across, up, links)
     return drawn
-
-
-def _scatter(shown: Mapping[Any, Any], across: str, up: str, policies: tuple[str, str]) -> str:
-    figure, place = _pyplot().subplots(figsize=(7.5, 4.2))
-    for side, colour in zip(policies, ("#8a93a0", "#d9730d"), strict=True):
-        points = {m: v for (m, p), v in shown.items() if p == side}
-        place.scatter(
-            [max(x, 1e-9) for x, _ in points.values()],
-            [y for _, y in points.values()],
-            color=colour,
-            label=side,
-        )
-        for method, (x, y) in points.items():
-            place.annotate(
-                method,
-                (max(x, 1e-9), y),
-                fontsize=6.5,
-                xytext=(3, 3),
-                textcoords="offset points",
-                color=colour,
-            )
-    place.set_xscale("log")
-    place.set_xlabel(across, fontsize=9)
-    place.set_ylabel(f"{up}, mean over models", fontsize=9)
-    place.legend(fontsize=8, frameon=False)
-    return _drawn(figure)
-
-
-def _pyplot() -> Any:
-    matplotlib = need("matplotlib", "evaluate")
-    matplotlib.use("agg")
-    return need("matplotlib.pyplot", "evaluate")
-
-
-def _drawn(figure: Any) -> str:
-    """A figure as a data URI, with grey axes on no ground, for light and dark pages."""
-    for place in figure.axes:
-        place.patch.set_alpha(0)
-        place.tick_params(colors="#808891", labelsize=8)
-        place.title.set_color("#808891")
-        for text in (place.xaxis.label, place.yaxis.label, *figure.texts):
-            text.set_color("#808891")
-        for line in place.spines.values():
-            line.set_color("#808891")
-        if (legend := place.get_legend()) is not None:
-            for text in legend.get_texts():
-                text.set_color("#808891")
-    for text in (figure._supxlabel, figure._supylabel):
-        if text is not None:
-            text.set_color("#808891")
-    figure.tight_layout()
-    out = io.BytesIO()
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    _pyplot().close(figure)
-    return f"data:image/svg+xml;base64,{base64.b64encode(out.getvalue()).decode()}"

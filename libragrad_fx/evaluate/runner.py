@@ -30,8 +30,9 @@ from libragrad_fx.evaluate.again import AGAIN
 from libragrad_fx.evaluate.config import Config, MethodSpec, name_of
 from libragrad_fx.evaluate.data import LOADERS, Data, Item, Selection, open_data, prepared, selected
 from libragrad_fx.evaluate.data.items import sha256
+from libragrad_fx.evaluate.examples import example
 from libragrad_fx.evaluate.measures import METRICS, Case, Row
-from libragrad_fx.evaluate.store import Store, Unit
+from libragrad_fx.evaluate.store import SHOWN, Store, Unit
 from libragrad_fx.evaluate.subject import Identity, Subject, loaded, place, sources_of
 from libragrad_fx.explain.kept import AUTOGRAD
 from libragrad_fx.models import first_line
@@ -43,8 +44,8 @@ Job = tuple[str, str, int]
 """(model, data, chunk)"""
 _APART = {
     "__main__.py", "bench.py", "cli", "coverage", "demo", "interop.py", "viz", "evaluate/__init__.py",
-    "evaluate/cluster.py", "evaluate/report.py", "evaluate/search.py", "evaluate/store.py",
-    "evaluate/tables.py",
+    "evaluate/charts.py", "evaluate/cluster.py", "evaluate/report.py", "evaluate/rivalry.py",
+    "evaluate/search.py", "evaluate/store.py", "evaluate/strips.py", "evaluate/tables.py",
 }  # fmt: skip
 """Files and folders of this package on which no number depends."""
 
@@ -143,6 +144,7 @@ class Bench:
         config, (_, chosen) = self.config, self.data[data]
         part, source = slice(chunk * config.chunk, (chunk + 1) * config.chunk), config.data[data]
         loader = source.load.partition(":")[0]
+        asked = {**config.metrics.asked, **({SHOWN: config.kept} if chunk == 0 and config.examples else {})}
         samples = [*chosen.ids[part], *chosen.hashes[part]]
         shared = {
             **dataclasses.asdict(self.identity(model)),
@@ -161,7 +163,7 @@ class Bench:
             })
             for policy in config.policies
             for method in config.methods
-            for metric, spec in config.metrics.asked.items()
+            for metric, spec in asked.items()
             for target in spec.targets
         ]  # fmt: skip
 
@@ -232,7 +234,7 @@ def evaluate(
     mine = bench.jobs()[share.rank :: share.world]
     begin(bench, store, mine, retry)
     if total is not None:
-        total(len(mine) * per_job(config))
+        total(sum(len(bench.units(*job)) for job in mine))
     for job in mine:
         work(bench, store, job, seen)
     return store.collect(bench.all_units(), config.model_dump(mode="json"))
@@ -244,12 +246,6 @@ def begin(bench: Bench, store: Store, mine: Sequence[Job], retry: bool) -> None:
         store.forget_failures(unit for job in mine for unit in bench.units(*job))
     if not all(store.has(unit) for job in mine for unit in bench.units(*job)):
         store.withdraw()
-
-
-def per_job(config: Config) -> int:
-    """The units of one job."""
-    targets = sum(len(spec.targets) for spec in config.metrics.asked.values())
-    return len(config.policies) * len(config.methods) * targets
 
 
 def work(bench: Bench, store: Store, job: Job, seen: Seen | None = None) -> None:
@@ -266,7 +262,8 @@ def work(bench: Bench, store: Store, job: Job, seen: Seen | None = None) -> None
     batches = _Batches(bench, *job)
     methods = {name_of(m): m for m in bench.config.methods}
     for unit in left:
-        rows, seconds = batches.measured(unit, methods[unit.method])
+        do = batches.examples if unit.metric == SHOWN else batches.measured
+        rows, seconds = do(unit, methods[unit.method])
         store.write(
             unit, rows, {"seconds": seconds, "threads": torch.get_num_threads(), "device": batches.device}
         )
@@ -282,8 +279,8 @@ class _Batches:
 
     def __init__(self, bench: Bench, model: str, data: str, chunk: int) -> None:
         self.config, subject, (source, chosen) = bench.config, bench.subject(model), bench.data[data]
-        self.device = _named(subject.device)
-        size = self.config.chunk
+        self.device, self.names = _named(subject.device), source.classes
+        size, self.first = self.config.chunk, {*chosen.ids[: bench.config.examples]}
         self.bad: list[tuple[str, str]] = []
         self.cases: list[tuple[list[Item], Case]] = []
         self.maps: dict[tuple[Any, ...], Any] = {}
@@ -335,6 +332,25 @@ class _Batches:
                 more = {"measure": r.measure, "value": value, "how": r.how}
                 rows.append(self._row(unit, items[r.sample], explained=int(classes[r.sample]), **more))
         return rows, seconds
+
+    def examples(self, unit: Unit, method: MethodSpec) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """The rows of a unit of maps, of the first samples that have a class to explain, and seconds."""
+        spec, rows, took = self.config.kept, [], 0.0
+        for n, (items, case) in enumerate(self.cases):
+            mine = [i for i, item in enumerate(items) if item.id in self.first]
+            if not mine:
+                continue
+            try:
+                classes = case.target(unit.target)
+                found, took = self._map(unit, method, n, classes, spec.scalar)
+                made = [example(case, items, found, classes, i, self.names) for i in mine]
+            except Exception as e:  # a model or a method fails in any way
+                if not recorded(e):
+                    raise
+                made = [{"image": items[i].id, "error": first_line(e)} for i in mine]
+            of = {k: getattr(unit, k) for k in ("model", "data", "policy", "method", "target")}
+            rows += [{**of, **row, "run": unit.key} for row in made if row]
+        return rows, {"attribution": took, "metric": 0.0}
 
     def _numbers(
         self, unit: Unit, method: MethodSpec, n: int, classes: torch.Tensor, seconds: dict[str, float]

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from libragrad_fx.errors import InputError
 from libragrad_fx.extras import need
 
-RESULTS, RUNS = "results.parquet", "runs.parquet"
+RESULTS, RUNS, EXAMPLES = "results.parquet", "runs.parquet", "examples.parquet"
 COLUMNS = {
     "model": "string", "family": "string", "seed": "int64", "data": "string", "policy": "string",
     "method": "string", "metric": "string", "target": "string", "image": "string", "label": "int64",
@@ -31,6 +31,18 @@ COLUMNS = {
 """The columns of results. target: which class was asked for, and ``explained``, its index. value: null
 where it is not defined. error: why there is none, of what failed. run: the key of the unit, a row of
 ``runs.parquet``."""
+SHOWN = "examples"
+"""In place of a metric: the unit holds maps, and no numbers."""
+MAPS = {
+    "model": "string", "family": "string", "seed": "int64", "data": "string", "policy": "string",
+    "method": "string", "target": "string", "image": "string", "label": "string", "predicted": "string",
+    "explained": "string", "probability": "float64", "values": "binary", "height": "int64",
+    "width": "int64", "scale": "float64", "picture": "binary", "mask": "binary", "error": "string",
+    "run": "string",
+}  # fmt: skip
+"""The columns of examples. label, predicted, explained: names of classes, or their indices. probability: of
+the class that is explained. values: float16 (height, width), little-endian, to be multiplied by ``scale``.
+picture: a file of what the model saw. mask: a file of the mask of that class."""
 _ROWS = 500_000  # held in memory at once while results are put together
 
 
@@ -68,20 +80,23 @@ class Store:
     def write(self, unit: Unit, rows: Sequence[Mapping[str, Any]], ran: Mapping[str, Any]) -> None:
         """Write the results of a unit, with what made them. ran: ``seconds`` by what took them; where."""
         said = {"unit": dataclasses.asdict(unit), "key": unit.key, **ran}
-        table = need("pyarrow", "evaluate").Table.from_pylist([dict(r) for r in rows], schema=_schema(said))
+        schema = _schema(said, MAPS if unit.metric == SHOWN else COLUMNS)
+        table = need("pyarrow", "evaluate").Table.from_pylist([dict(r) for r in rows], schema=schema)
         with self._placed(self.file(unit)) as file:
             need("pyarrow.parquet", "evaluate").write_table(table, file, compression="zstd")
 
     def collect(self, units: Iterable[Unit], config: Mapping[str, Any]) -> Path | None:
         """All results of a config as one file, in the order of its units; None if a unit is not done.
+        Runs and examples have files of their own beside it.
 
         ``family`` and ``seed`` are what the config says of a model now. Results of other configs, and of
         models or data that have changed, stay where they are.
         """
         arrow, parquet = need("pyarrow", "evaluate"), need("pyarrow.parquet", "evaluate")
-        units = [*units]
-        if not all(map(self.has, units)):
+        every = [*units]
+        if not all(map(self.has, every)):
             return None
+        units = [u for u in every if u.metric != SHOWN]
         runs, held, schema = [], [], _schema({"config": config})
         with self._placed(self.folder / RESULTS) as file, parquet.ParquetWriter(
             file, schema, compression="zstd"
@@ -96,11 +111,21 @@ class Store:
             writer.write_table(arrow.concat_tables([*held, schema.empty_table()]))
         with self._placed(self.folder / RUNS) as file:
             parquet.write_table(arrow.Table.from_pylist(runs), file, compression="zstd")
+        schema = _schema({}, MAPS)
+        shown = [
+            _labelled(self._read(u), config["models"][u.model], u.model).cast(schema)
+            for u in every
+            if u.metric == SHOWN
+        ]
+        with self._placed(self.folder / EXAMPLES) as file:
+            parquet.write_table(
+                arrow.concat_tables([schema.empty_table(), *shown]), file, compression="zstd"
+            )
         return self.folder / RESULTS
 
     def withdraw(self) -> None:
         """Remove what was collected before: it is of another config, or of another state of things."""
-        for name in (RESULTS, RUNS):
+        for name in (RESULTS, RUNS, EXAMPLES):
             try:
                 (self.folder / name).unlink(missing_ok=True)
             except OSError as e:
@@ -148,10 +173,9 @@ class Store:
                 beside.unlink(missing_ok=True)
 
 
-def _schema(said: Mapping[str, Any]) -> Any:
+def _schema(said: Mapping[str, Any], columns: Mapping[str, str] = COLUMNS) -> Any:
     arrow = need("pyarrow", "evaluate")
-    types = {"string": arrow.string(), "int64": arrow.int64(), "float64": arrow.float64()}
-    fields = [(name, types[kind]) for name, kind in COLUMNS.items()]
+    fields = [(name, getattr(arrow, kind)()) for name, kind in columns.items()]
     return arrow.schema(fields, {"libragrad": json.dumps(said, sort_keys=True)})
 
 

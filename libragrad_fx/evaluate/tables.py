@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from libragrad_fx.errors import InputError
-from libragrad_fx.evaluate.store import RESULTS, RUNS
+from libragrad_fx.evaluate.store import EXAMPLES, MAPS, RESULTS, RUNS
 from libragrad_fx.explain.kept import AUTOGRAD
 from libragrad_fx.extras import need
 from libragrad_fx.metrics.intervals import Interval, crossed, paired
@@ -57,15 +57,18 @@ MEASURES = (
 """What tables are made of, where results have it."""
 
 
+Side = Mapping[str, Mapping[str, float]]
+"""By model and sample, the numbers of one method under one policy."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Two policies on the same samples.
+    """Two sides on the same samples.
 
-    base, other: means over samples, and over seeds where a family has several
+    base, other: means over samples, and over models
     difference:  other - base, with its interval
-    wins, ties, losses: samples of which ``other`` is better, equal, worse (means over seeds)
-    seeds:       how many trained models
-    model, how:  the first of them, and what was done to it
+    wins, ties, losses: samples of which ``other`` is better, equal, worse (means over models)
+    models:      which; several seeds of one family, or those that a mean is taken over
     """
 
     base: float
@@ -74,9 +77,7 @@ class Cell:
     wins: int
     ties: int
     losses: int
-    seeds: int
-    model: str
-    how: str
+    models: tuple[str, ...]
     up: bool
 
     @property
@@ -98,6 +99,11 @@ class Table:
     methods: tuple[str, ...]
     families: tuple[str, ...]
     cells: Mapping[tuple[str, str], Cell]
+
+    @property
+    def size(self) -> int:
+        """How many cells there are."""
+        return len(self.cells)
 
 
 class Results:
@@ -126,9 +132,29 @@ class Results:
         """The rows of a query in SQL; views: ``results`` and ``runs``."""
         return self.base.execute(query, [*given]).fetchall()
 
+    def examples(self) -> list[tuple[Any, ...]]:
+        """The maps that were kept, as ``store.MAPS`` says; none in a folder of an earlier version."""
+        file = self.file.with_name(EXAMPLES)
+        if not file.is_file():
+            return []
+        return self.rows(f"SELECT {', '.join(MAPS)} FROM read_parquet(?) WHERE error IS NULL", str(file))
+
     @property
     def methods(self) -> list[str]:
-        return [m["name"] or m["method"] for m in self.config["methods"]]
+        return [m["name"] or m["method"].rpartition(":")[2] for m in self.config["methods"]]
+
+    @property
+    def foreign(self) -> list[str]:
+        """The methods that are functions of somebody else."""
+        return [n for n, m in zip(self.methods, self.config["methods"], strict=True) if ":" in m["method"]]
+
+    @property
+    def families(self) -> dict[str, list[str]]:
+        """The models of each family."""
+        by: dict[str, list[str]] = {}
+        for name, spec in self.config["models"].items():
+            by.setdefault(spec["family"] or name, []).append(name)
+        return by
 
     def failures(self) -> list[tuple[Any, ...]]:
         """(model, data, policy, method, metric, error, samples) of what failed."""
@@ -154,57 +180,69 @@ def tables(found: Results, policies: tuple[str, str] = (AUTOGRAD, "libra")) -> l
 
 
 def _table(found: Results, measure: Measure, data: str, target: str, policies: tuple[str, str]) -> Table:
-    rows = found.rows(
-        "SELECT family, method, model, policy, image, value, how FROM results WHERE metric = ? AND"
-        " measure = ?"
-        " AND data = ? AND target = ? AND value IS NOT NULL ORDER BY family, method, model, image",
-        measure.metric, measure.name, data, target,
-    )  # fmt: skip
-    by: dict[tuple[str, str], dict[str, dict[str, dict[str, float]]]] = {}
-    how: dict[str, str] = {}
-    for family, method, model, policy, image, value, said in rows:
-        of = by.setdefault((method, family), {}).setdefault(model, {})
-        of.setdefault(policy, {})[image] = value
-        how[model] = said or ""
-    cells = {k: c for k, models in by.items() if (c := _cell(models, how, measure, policies)) is not None}
-    families = dict.fromkeys(spec["family"] or name for name, spec in found.config["models"].items())
+    sides, families = numbers(found, measure, data, target), found.families
+    cells = {}
+    for method in found.methods:
+        base, other = (sides.get((method, p), {}) for p in policies)
+        for family, models in families.items():
+            if (c := compared(of(base, models), of(other, models), measure)) is not None:
+                cells[method, family] = c
     kept = {f for _, f in cells}
     methods = tuple(m for m in found.methods if any(m == k for k, _ in cells))
     return Table(measure, data, target, methods, tuple(f for f in families if f in kept), cells)
 
 
-def _cell(
-    models: Mapping[str, Mapping[str, Mapping[str, float]]], how: Mapping[str, str], measure: Measure,
-    policies: tuple[str, str],
-) -> Cell | None:  # fmt: skip
-    """What is known of one method and family; None where a side is missing."""
-    base, other = policies
-    both = {m: p for m, p in models.items() if base in p and other in p}
-    if not both:
-        return None
-    images = sorted(set.intersection(*({*p[base]} & {*p[other]} for p in both.values())))
+def of(side: Side, models: Sequence[str]) -> Side:
+    """Of some models."""
+    return {m: side[m] for m in models if m in side}
+
+
+def numbers(found: Results, measure: Measure, data: str, target: str) -> Mapping[tuple[str, str], Side]:
+    """By method and policy, every number of a measure on a set, for one kind of target."""
+    rows = found.rows(
+        "SELECT method, policy, model, image, value FROM results WHERE metric = ? AND measure = ? AND data"
+        " = ? AND target = ? AND value IS NOT NULL ORDER BY model, image",
+        measure.metric, measure.name, data, target,
+    )  # fmt: skip
+    by: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for method, policy, model, image, value in rows:
+        by.setdefault((method, policy), {}).setdefault(model, {})[image] = value
+    return by
+
+
+def compared(base: Side, other: Side, measure: Measure, seeds: bool = True) -> Cell | None:
+    """Two sides, of the models and samples that both have; None of less than two samples.
+
+    Args:
+        seeds: whether several models stand for all seeds of their family, and the interval is for those;
+            else it is for these models.
+    """
+    models = tuple(m for m in base if m in other)
+    images = sorted(set.intersection(*({*base[m]} & {*other[m]} for m in models))) if models else []
     if len(images) < 2:
         return None
-    each = [[[p[side][i] for i in images] for side in policies] for p in both.values()]
+    each = [[[side[m][i] for i in images] for side in (base, other)] for m in models]
     values = torch.tensor(each, dtype=torch.float64)
     a, b = values[:, 0], values[:, 1]
     pair = paired(b.mean(0), a.mean(0), missing="omit", resamples=2000)
-    difference = crossed(b - a, missing="omit") if len(both) > 1 else pair.difference
+    difference = crossed(b - a, missing="omit") if seeds and len(models) > 1 else pair.difference
     wins, losses = (pair.wins, pair.losses) if measure.up else (pair.losses, pair.wins)
-    first = next(iter(both))
     return Cell(
-        float(a.nanmean()), float(b.nanmean()), difference, wins, pair.ties, losses, len(both), first,
-        how[first], measure.up,
-    )  # fmt: skip
+        float(a.nanmean()), float(b.nanmean()), difference, wins, pair.ties, losses, models, measure.up
+    )
 
 
-def counted(found: Iterable[Table]) -> dict[str, dict[Verdict, int]]:
-    """By measure's title, how many cells are better, worse and even."""
-    counts: dict[str, dict[Verdict, int]] = {}
+def counted(found: Iterable[Table]) -> dict[str, dict[str, int]]:
+    """By measure's title, how many cells are better, even and worse; and samples that win, tie, lose."""
+    counts: dict[str, dict[str, int]] = {}
     for table in found:
-        of = counts.setdefault(table.measure.title, {"better": 0, "even": 0, "worse": 0})
+        mine = counts.setdefault(
+            table.measure.title, dict.fromkeys(("better", "even", "worse", "wins", "ties", "losses"), 0)
+        )
         for cell in table.cells.values():
-            of[cell.verdict] += 1
+            mine[cell.verdict] += 1
+            for kind in ("wins", "ties", "losses"):
+                mine[kind] += getattr(cell, kind)
     return counts
 
 
@@ -219,19 +257,22 @@ def losses(found: Iterable[Table]) -> list[tuple[Table, str, str, Cell]]:
     return sorted(worse, key=lambda x: -abs(x[3].difference.mean) * x[0].measure.scale)
 
 
-def curves(found: Results, model: str, data: str, method: str, target: str = "predicted") -> dict[str, Any]:
-    """By policy and order ("mif", "lif"), the shares taken and the mean accuracies behind them."""
+Curve = list[tuple[float, float]]
+
+
+def curves(found: Results, metric: str, data: str, target: str) -> dict[tuple[str, str, str, str], Curve]:
+    """By (method, model, policy, "mif" or "lif"): shares that are gone, and the shares of answers that stay
+    behind them, both in [0, 1]."""
     rows = found.rows(
-        "SELECT policy, measure, avg(value) FROM results WHERE metric = 'tokens' AND model = ? AND data"
-        " = ? AND"
-        " method = ? AND target = ? AND measure LIKE '%accuracy@%' GROUP BY ALL ORDER BY ALL",
-        model, data, method, target,
+        "SELECT method, model, policy, measure, avg(value) FROM results WHERE metric = ? AND data = ? AND"
+        " target = ? AND measure LIKE '%accuracy@%' AND value IS NOT NULL GROUP BY ALL",
+        metric, data, target,
     )  # fmt: skip
-    by: dict[str, Any] = {}
-    for policy, measure, value in rows:
+    by: dict[tuple[str, str, str, str], Curve] = {}
+    for method, model, policy, measure, value in rows:
         order, _, ratio = measure.partition("_accuracy@")
-        by.setdefault(policy, {}).setdefault(order, []).append((float(ratio), value))
-    return by
+        by.setdefault((method, model, policy, order), []).append((float(ratio), value))
+    return {key: sorted(points) for key, points in by.items()}
 
 
 def policies_of(

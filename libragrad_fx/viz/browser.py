@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from libragrad_fx.errors import InputError
-from libragrad_fx.extras import need
 from libragrad_fx.viz.heatmap import COVER, QUANTILE
 from libragrad_fx.viz.palette import POSITIVE, SIGNED
+from libragrad_fx.viz.template import markup, rendered, script
 
 RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 """Of ONNX Runtime, what a page needs: its JavaScript, and itself as WebAssembly."""
@@ -46,19 +46,16 @@ def html(about: Mapping[str, Any], program: bytes, folder: Path) -> str:
     Raises:
         InputError: a program that is too large for a browser.
     """
-    jinja2 = need("jinja2", "onnx")
     here = importlib.resources.files("libragrad_fx.viz")
     packed = [packing(program), *(packing((folder / name).read_bytes()) for name in RUNTIME)]
     if len(packed[0]) > _MOST:
         raise InputError(f"a page holds no program of {len(program) / 2**20:.0f} MiB: write .onnx")
     drawing = {"signed": SIGNED, "positive": POSITIVE, "quantile": QUANTILE, "cover": COVER}
-    world = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return world.from_string(here.joinpath("browser.html").read_text("utf-8")).render(
-        about=about,
-        data=jinja2.utils.htmlsafe_json_dumps({**about, **drawing}, separators=(",", ":"), allow_nan=False),
+    return rendered(
+        "viz/browser.html", "onnx", about=about, data=script({**about, **drawing}, "onnx"),
         parts=dict(zip(("program", "engine", "wasm"), packed, strict=True)),
-        script=jinja2.utils.markupsafe.Markup(here.joinpath("browser.js").read_text("utf-8")),
-    )
+        script=markup(here.joinpath("browser.js").read_text("utf-8"), "onnx"),
+    )  # fmt: skip
 
 
 def packing(content: bytes) -> str:

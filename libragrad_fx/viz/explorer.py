@@ -10,8 +10,8 @@ from typing import Any
 import networkx as nx
 
 from libragrad_fx.errors import LibraGradError
-from libragrad_fx.extras import need
 from libragrad_fx.viz.graph import chains, groups, opened
+from libragrad_fx.viz.template import markup, rendered, script
 
 
 def to_html(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> str:
@@ -20,15 +20,12 @@ def to_html(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> str:
     Raises:
         LibraGradError: a package that makes the page is not installed.
     """
-    jinja2 = need("jinja2", "graph")
     here = importlib.resources.files("libragrad_fx.viz")
-    world = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return world.from_string(here.joinpath("explorer.html").read_text("utf-8")).render(
-        title=graph.graph.get("title", "gradient graph"),
-        data=_script_safe(jinja2, to_data(graph, depth, focus)),
-        engine=_script_safe(jinja2, _engine()),
-        script=jinja2.utils.markupsafe.Markup(here.joinpath("explorer.js").read_text("utf-8")),
-    )
+    return rendered(
+        "viz/explorer.html", "graph", title=graph.graph.get("title", "gradient graph"),
+        data=script(to_data(graph, depth, focus), "graph"), engine=script(_engine(), "graph"),
+        script=markup(here.joinpath("explorer.js").read_text("utf-8"), "graph"),
+    )  # fmt: skip
 
 
 def to_data(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> dict[str, Any]:
@@ -41,11 +38,6 @@ def to_data(graph: nx.DiGraph, depth: int = 2, focus: str = "") -> dict[str, Any
         "edges": [{"from": a, "to": b, **d} for a, b, d in graph.edges(data=True)],
         "open": sorted(opened(graph, depth, focus)),
     }
-
-
-def _script_safe(jinja2: Any, value: Any) -> Any:
-    """JSON that cannot end a script element."""
-    return jinja2.utils.htmlsafe_json_dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def _engine() -> str:

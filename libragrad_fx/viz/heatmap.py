@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -138,10 +138,11 @@ def enlarged(image: np.ndarray, times: int, box: Sequence[int] | None = None) ->
     return whole
 
 
-def data_uri(image: Image.Image) -> str:
+def data_uri(image: Image.Image, form: Literal["PNG", "WEBP"] = "PNG", **options: Any) -> str:
+    """options: of Pillow's ``save``."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image.save(buffer, form, **({"optimize": True} | options))
+    return f"data:image/{form.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def legend(width: int = 256, signed: bool = True) -> Image.Image:

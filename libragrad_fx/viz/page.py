@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 from collections.abc import Sequence
 
-from libragrad_fx.extras import need
+from libragrad_fx.viz.template import rendered
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -78,13 +77,8 @@ class Page:
 
 def render(page: Page, columns: Sequence[tuple[str, str]]) -> str:
     """The page as HTML. columns: the (method, side) of each example's panels, in order."""
-    jinja2 = need("jinja2", "demo")
-    world = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    world.filters.update(number=number, percent=percent)
-    text = importlib.resources.files("libragrad_fx.viz").joinpath("page.html").read_text("utf-8")
-    return world.from_string(text).render(page=page, columns=list(columns))
+    filters = {"number": number, "percent": percent}
+    return rendered("viz/page.html", "demo", filters, page=page, columns=list(columns))
 
 
 def number(value: float) -> str:

@@ -17,6 +17,7 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.evaluate import runner
 from libragrad_fx.evaluate.config import Config
 from libragrad_fx.evaluate.runner import Bench
+from libragrad_fx.evaluate.store import SHOWN
 from libragrad_fx.evaluate.subject import hashed
 from tests.evaluate import small
 from tests.evaluate.pictures import mask, picture, put
@@ -51,7 +52,8 @@ def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
 
 
 def keys(found: dict[str, Any]) -> list[str]:
-    return [unit.key for unit in Bench(Config.of(found)).all_units()]
+    """Of what has numbers."""
+    return [unit.key for unit in Bench(Config.of(found)).all_units() if unit.metric != SHOWN]
 
 
 def with_(found: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
