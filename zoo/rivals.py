@@ -94,7 +94,8 @@ def _there(given: str, made: str) -> None:
     attribute = importlib.import_module("hilrp").attribute
     options = {} if mode == "cp" else {"attn_mode": mode}
     pairs = zip(inputs.split(1), classes.tolist(), strict=True)
-    torch.save(torch.stack([attribute(module, x, target=c, **options)["pixel_map"] for x, c in pairs]), made)
+    maps = [attribute(module, x, target=c, **options)["pixel_map"] for x, c in pairs]
+    torch.save(torch.stack(maps), made)
 
 
 if __name__ == "__main__":
