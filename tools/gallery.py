@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 import libragrad_fx as lg
 from libragrad_fx.demo import data as demo
-from zoo import real
+from zoo import real, samples, sets, trained
 
 _EYES, _FUR = (60, 60, 290, 150), (100, 0, 230, 70)  # left, top, right, bottom of the photograph
 _WIDTH = 900  # pixels
@@ -96,6 +96,26 @@ def batch() -> tuple[Any, dict[str, Any]]:
     return found, {"names": ["first", "second"], "sign": "positive"}
 
 
+# --- the zoo's models
+
+_SCENE = 1
+
+
+def architectures() -> tuple[Any, dict[str, Any]]:
+    """One scene, its label, plain and balanced, a row for each network."""
+    one = samples.sample(_SCENE)
+    picture = Image.open(one.file).convert("RGB")
+    grid = []
+    for name in ("vit_base", "eva02", "mixer"):
+        model, family = trained.load(name), trained.recipe(name).family
+        found = [
+            lg.attribute(model, picture, one.label, processor=sets.steps, policy=p)
+            for p in ("autograd", "libra")
+        ]
+        grid.append([dataclasses.replace(f, target=(f"{family}: {one.name}",)) for f in found])
+    return grid, {"scale": "each", "show_colorbar": False}
+
+
 # --- photographs and texts
 
 
@@ -139,6 +159,12 @@ ENTRIES = (
         " balanced one for the runner-up. The maps of a method are on one scale: the plain gradient of this"
         " model is nearly nothing, as its last LayerNorm destroys it.",
         lambda: sides("vit", 1, ["fullgrad_plus", "input_x_gradient", "gradcam"]),
+    ),
+    Entry(
+        "architectures", "One scene, three architectures",
+        "FullGrad+ for the label, plain and balanced, of three networks of the zoo: a ViT, EVA-02 and an"
+        " MLP-Mixer. Each map is on a scale of its own.",
+        architectures,
     ),
     Entry(
         "mixer", "An MLP-Mixer, plain and balanced", "As above, of a network without attention.",
