@@ -11,6 +11,7 @@ from .explain import (
     draw,
     methods,
 )
+from .extras import show_versions
 from .interop import quantus_explain, reshape_transform
 from .programs import Program, program
 from .segments import checkpointed
@@ -21,6 +22,6 @@ __all__ = [
     "Attribution", "Certificate", "Ledger", "Likeness", "Plan", "Program", "Span", "__version__",
     "attribute", "attribute_each", "attribute_generation", "attribution", "audit", "blocks",
     "checkpointed", "draw", "errors", "gradient_graph", "methods", "metrics", "perturb", "plan",
-    "program", "quantus_explain", "reshape_transform", "similarity", "trace", "transform", "unit",
-    "verify", "visualize",
+    "program", "quantus_explain", "reshape_transform", "show_versions", "similarity", "trace",
+    "transform", "unit", "verify", "visualize",
 ]  # fmt: skip

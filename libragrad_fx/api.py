@@ -291,7 +291,7 @@ def visualize(
     Raises:
         InputError: an unknown ending, a path that cannot be written, a ``focus`` without nodes, inputs
             that cannot be inferred, no join to draw a stream of, a number that is not finite.
-        LibraGradError: ``pip install 'libragrad-fx[graph]'`` is missing.
+        LibraGradError: the extra ``graph`` is missing.
     """
     from libragrad_fx.viz.write import check_path, write
 

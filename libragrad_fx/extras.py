@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import logging
+import platform
+import re
+import shlex
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +21,55 @@ _quiet, _before = 0, 0
 
 
 def need(module: str, extra: str) -> Any:
-    """The module, or an error that names the extra which brings it."""
+    """The module, or an error that says how to get the extra which brings it."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
         top = module.partition(".")[0]
-        raise LibraGradError(
-            f"this needs {top}, which is not installed ({e}): pip install 'libragrad-fx[{extra}]'"
-        ) from e
+        raise LibraGradError(f"this needs {top}, which is not installed ({e}): {how_to_get(extra)}") from e
+
+
+def how_to_get(extra: str) -> str:
+    """The command that installs what an extra of this package brings."""
+    packages = _of_extra(extra)
+    return (
+        f"pip install {shlex.join(packages)}" if packages else f"pip install '.[{extra}]' in the checkout"
+    )
+
+
+def _of_extra(extra: str) -> list[str]:
+    """The requirements of an extra, and of the extras that it names."""
+    found: set[str] = set()
+    for line in _requirements():
+        package, _, marker = line.partition(";")
+        if re.search(rf"extra == ['\"]{extra}['\"]", marker):
+            named = re.match(r"libragrad[-_]fx\[(.*)\]", package)
+            found |= {p for e in named[1].split(",") for p in _of_extra(e)} if named else {package.strip()}
+    return sorted(found)
+
+
+def _requirements() -> list[str]:
+    try:
+        return importlib.metadata.requires("libragrad-fx") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        return []
+
+
+def show_versions() -> None:
+    """Print what a report of a fault should say: versions of this package and of what it stands on, the
+    digest of its rules, and the devices."""
+    import torch
+
+    from libragrad_fx.decide import rulebook
+
+    named = [re.split(r"[ <>=;\[(]", line, maxsplit=1)[0] for line in _requirements()]
+    for name in ("libragrad-fx", *sorted({*named, "triton"} - {"libragrad-fx"})):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            print(f"{name:28} {importlib.metadata.version(name)}")
+    print(f"{'python':28} {platform.python_version()} on {platform.platform(terse=True)}")
+    print(f"{'rules':28} {rulebook.load().digest[:12]}")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"{'devices':28} {', '.join(['cpu', *devices])}; {torch.get_num_threads()} threads")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Models of libraries that strangers build on, each small and with random weights.
 
 Each library has one function, which imports it and returns its models by name: (builder, function that
-makes inputs). Nothing is downloaded. ``pip install 'libragrad-fx[community]'`` installs the libraries.
+makes inputs). Nothing is downloaded. ``pip install '.[community]'`` installs the libraries.
 """
 
 from __future__ import annotations

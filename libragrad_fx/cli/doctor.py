@@ -8,6 +8,7 @@ import importlib.metadata
 import json as json_format
 import platform
 import shutil
+import time
 from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
@@ -25,7 +26,7 @@ _GRAPHVIZ = "dot"
 
 
 class Extra(NamedTuple):
-    """A package that is not required. extra: of ``pip install 'libragrad-fx[extra]'``, which brings it."""
+    """A package that is not required. extra: of this package, which brings it."""
 
     module: str
     package: str
@@ -99,6 +100,7 @@ def examine() -> Iterator[Finding]:
     if torch.backends.mps.is_available():
         yield Finding("devices", "mps", "Metal")
     yield from _data()
+    yield _tried()
 
 
 def report(found: tuple[Finding, ...]) -> str:
@@ -119,7 +121,7 @@ def _version(package: str) -> str:
 
 def _imported(extra: Extra) -> Finding:
     """Whether a package can be imported: one that is installed may be broken."""
-    get = f"pip install 'libragrad-fx[{extra.extra}]'"
+    get = f"pip install {extra.package} (of the extra {extra.extra!r})"
     try:
         importlib.import_module(extra.module)
     except Exception as e:  # a broken package raises what it likes
@@ -127,6 +129,20 @@ def _imported(extra: Extra) -> Finding:
         why = "" if absent else f"; it raises {type(e).__name__}: {one_line(e)[:100]}"
         return Finding("optional", extra.package, "", f"{extra.use}: {get}{why}")
     return Finding("optional", extra.package, _version(extra.package) or "yes", extra.use)
+
+
+def _tried() -> Finding:
+    """A small network, transformed, verified and explained here and now."""
+    start, nn = time.monotonic(), torch.nn
+    net = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3)).eval()
+    x = torch.randn(2, 6)
+    try:
+        certificate = lg.verify(net, lg.transform(net, x), x, 1)
+        whole = float(lg.attribute(net, x, 1, method="fullgrad").completeness_error.max())
+    except Exception as e:  # whatever is broken on this machine
+        return Finding("self-test", "a small network", "", f"{type(e).__name__}: {one_line(e)[:200]}")
+    said = "balanced" if certificate.ok and whole < 1e-4 else "NOT balanced: please report it"
+    return Finding("self-test", "a small network", said, f"{time.monotonic() - start:.1f} s")
 
 
 def _data() -> Iterator[Finding]:

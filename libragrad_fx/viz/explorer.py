@@ -10,6 +10,7 @@ from typing import Any
 import networkx as nx
 
 from libragrad_fx.errors import LibraGradError
+from libragrad_fx.extras import how_to_get
 from libragrad_fx.viz.graph import chains, groups, opened
 from libragrad_fx.viz.template import markup, rendered, script
 
@@ -46,6 +47,6 @@ def _engine() -> str:
     if spec is None or spec.origin is None:
         raise LibraGradError(
             ".html is laid out by the package 'graphviz-anywidget', which is not installed:"
-            " pip install 'libragrad-fx[graph]'"
+            f" {how_to_get('graph')}"
         )
     return (Path(spec.origin).parent / "static" / "widget.js").read_text("utf-8")

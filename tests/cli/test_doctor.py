@@ -96,7 +96,7 @@ def test_an_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_EXTRAS", NONE)
     found = row("no-such-package")
     assert found["found"] == ""
-    assert found["hint"] == "nothing: pip install 'libragrad-fx[demo]'"
+    assert found["hint"] == "nothing: pip install no-such-package (of the extra 'demo')"
     assert "no-such-package  missing" in said()
 
 

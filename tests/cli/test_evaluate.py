@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from libragrad_fx.cli import app
 from libragrad_fx.evaluate import measures
+from libragrad_fx.extras import how_to_get
 from tests.evaluate import small
 
 
@@ -45,7 +46,7 @@ def test_help_says_what_there_is() -> None:
 def test_a_run_ends_with_a_summary(run: Any, tmp_path: Path) -> None:
     found = run()
     assert found.exit_code == 0, found.output
-    assert f"wrote {tmp_path / 'out' / 'results.parquet'}: 30 numbers, 0 failures (" in found.output
+    assert f"wrote {tmp_path / 'out' / 'results.parquet'}: 42 numbers, 0 failures (" in found.output
     assert len(found.output.splitlines()) == 1
 
 
@@ -66,12 +67,12 @@ def test_failures_are_said_once_and_counted(run: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(measures, "attribute", fails)
     found = run()
     assert found.exit_code == 0
-    assert "15 numbers, 3 failures" in found.output
+    assert "21 numbers, 3 failures" in found.output
     line = "net on animals: RuntimeError: no (first in places of random, autograd)"
     assert found.output.count(line) == 1
     monkeypatch.setattr(measures, "attribute", attribute)
-    assert "15 numbers, 3 failures" in run().output
-    assert "30 numbers, 0 failures" in run("--retry").output
+    assert "21 numbers, 3 failures" in run().output
+    assert "42 numbers, 0 failures" in run("--retry").output
 
 
 def test_no_number_at_all_is_a_failure(run: Any) -> None:
@@ -114,7 +115,7 @@ def test_what_is_not_installed_is_said(run: Any, monkeypatch: pytest.MonkeyPatch
     found = run()
     assert found.exit_code == 2
     assert "this needs pyarrow, which is not installed" in found.output
-    assert "pip install 'libragrad-fx[evaluate]'" in found.output
+    assert how_to_get("evaluate") in found.output
     assert len(found.output.splitlines()) == 1
 
 
