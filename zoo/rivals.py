@@ -94,7 +94,9 @@ def _there(given: str, made: str) -> None:
     attribute = importlib.import_module("hilrp").attribute
     options = {} if mode == "cp" else {"attn_mode": mode}
     pairs = zip(inputs.split(1), classes.tolist(), strict=True)
-    torch.save(torch.stack([attribute(module, x, target=c, **options)["pixel_map"] for x, c in pairs]), made)
+    torch.save(
+        torch.stack([attribute(module, x, target=c, **options)["pixel_map"] for x, c in pairs]), made
+    )
 
 
 if __name__ == "__main__":
