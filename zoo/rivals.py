@@ -94,8 +94,9 @@ def _there(given: str, made: str) -> None:
     attribute = importlib.import_module("hilrp").attribute
     options = {} if mode == "cp" else {"attn_mode": mode}
     pairs = zip(inputs.split(1), classes.tolist(), strict=True)
-    maps = [attribute(module, x, target=c, **options)["pixel_map"] for x, c in pairs]
-    torch.save(torch.stack(maps), made)
+    torch.save(
+        torch.stack([attribute(module, x, target=c, **options)["pixel_map"] for x, c in pairs]), made
+    )
 
 
 if __name__ == "__main__":

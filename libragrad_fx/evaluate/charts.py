@@ -136,6 +136,7 @@ def _inline(svg: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    svg = svg.replace(' target="_blank"', "")  # links are to places of the page
     own = {*re.findall(r'\bid="([^"]+)"', svg)}
     mark = hashlib.sha256(svg.encode()).hexdigest()[:6]
 

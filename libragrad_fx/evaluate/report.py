@@ -76,12 +76,17 @@ def summary(found: Results, policies: tuple[str, str]) -> list[str]:
     """Sentences: what was measured, on what."""
     config = found.config
     sizes = [f"{name} ({spec['count'] or 'all'} samples)" for name, spec in config["data"].items()]
+    foreign = [
+        f"{', '.join(found.foreign)}: functions of others. A policy is that of the module that they are"
+        " given; what they make of its backward is their own."
+    ]
     return [
         f"{len(config['models'])} models, {len(found.methods)} methods, policies"
         f" {', '.join(config['policies'])}; data: {', '.join(sizes)}.",
         f"Cells say {policies[0]} → {policies[1]}; ▲ better, ▼ worse where the 95 % interval of the"
         " difference over the same samples leaves zero out (bootstrap over samples; of several seeds, over"
         " seeds and samples), · otherwise. Of a hundred cells without a difference, about five are marked.",
+        *(foreign if found.foreign else []),
     ]
 
 

@@ -279,6 +279,7 @@ def test_charts_have_the_colours_of_the_page_and_names_that_do_not_overlap() -> 
     assert not re.search(r"#0[1-5]0[1-5]0[1-5]", svg)
     assert {"var(--plain)", "var(--balanced)", "var(--ink)"} <= {*re.findall(r"var\(--\w+\)", svg)}
     assert svg.count('href="#run-0"') == len(points)
+    assert "target=" not in svg
     heights = [
         float(y) for y in re.findall(r'translate\([\d.]+ ([\d.]+)\)[^>]*>m\d+</text>', svg)
     ] or [float(y) for y in re.findall(r'<text [^>]*y="([\d.]+)"[^>]*>m\d+</text>', svg)]
