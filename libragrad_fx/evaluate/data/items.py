@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,8 +20,10 @@ class Item:
 
     id:      the same in every run and on every machine (a relative path, a column of ids)
     content: a picture in RGB, or a text
-    label:   index of its class; None if it is not known
-    masks:   by class, bool (H, W) at the picture's own size
+    label:   index of its class; None if it is not known. Of a text also a name: of a class, or of the next
+             token (" Mary")
+    masks:   by class, bool (H, W) at the picture's own size; of a text bool (N,), over its characters
+    against: as label: what the label is compared with, in a contrast
 
     Raises:
         InputError: one of them is something else.
@@ -28,29 +31,37 @@ class Item:
 
     id: str
     content: Image.Image | str
-    label: int | None = None
-    masks: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    label: int | str | None = None
+    masks: Mapping[Any, np.ndarray] = dataclasses.field(default_factory=dict)
+    against: int | str | None = None
 
     def __post_init__(self) -> None:
-        if self.label is not None:
-            try:
-                object.__setattr__(self, "label", operator.index(self.label))
-            except TypeError as e:
-                raise InputError(f"{self.id}: label {self.label!r} is no class index") from e
-            if self.label < 0:
-                raise InputError(f"{self.id}: label {self.label} is negative; None is for no label")
+        for name in ("label", "against"):
+            object.__setattr__(self, name, self._class(getattr(self, name)))
         if isinstance(self.content, str):
             if not self.content.strip():
                 raise InputError(f"{self.id} has no text")
-            return
-        if self.content.mode != "RGB":
+            size: tuple[int, ...] = (len(self.content),)
+        elif self.content.mode == "RGB":
+            size = (self.content.height, self.content.width)
+        else:
             raise InputError(f"{self.id} is a picture in {self.content.mode}: .convert('RGB')")
-        size = (self.content.height, self.content.width)
         for index, mask in self.masks.items():
             if mask.dtype != np.bool_ or mask.shape != size:
                 raise InputError(
                     f"{self.id}: the mask of class {index} is {mask.dtype} {mask.shape}, not bool {size}"
                 )
+
+    def _class(self, found: Any) -> int | str | None:
+        if found is None or (isinstance(found, str) and isinstance(self.content, str)):
+            return found
+        try:
+            index = operator.index(found)
+        except TypeError as e:
+            raise InputError(f"{self.id}: label {found!r} is no class index") from e
+        if index < 0:
+            raise InputError(f"{self.id}: label {index} is negative; None is for no label")
+        return index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +115,15 @@ class Data:
 
 
 def hashed(item: Item) -> str:
-    """SHA-256 of what a decoded sample is: its text or pixels, its label, its masks."""
+    """SHA-256 of what a decoded sample is: its text or pixels, its label, its masks, its contrast."""
     if isinstance(item.content, str):
         parts = [item.content.encode()]
     else:
         parts = [repr(item.content.size).encode(), item.content.tobytes()]
-    for index in sorted(item.masks):
-        parts += [str(index).encode(), np.packbits(item.masks[index]).tobytes()]
-    return sha256([*parts, str(item.label).encode()])
+    for index in sorted(item.masks, key=repr):
+        parts += [repr(index).encode(), np.packbits(item.masks[index]).tobytes()]
+    contrast = [] if item.against is None else [repr(item.against).encode()]
+    return sha256([*parts, repr(item.label).encode(), *contrast])
 
 
 def sha256(parts: Sequence[bytes]) -> str:
