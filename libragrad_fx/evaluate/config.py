@@ -67,6 +67,7 @@ class ModelSpec(_Said):
     steps:     the function that prepares a PIL picture as a tensor (C, H, W); the model's own if none
     tokenizer: of a model of texts, ``package.module:factory`` of a tokenizer of transformers; what was
                published with the model if none
+    data:      the sets that it is measured on; all if none
     family:    under what it is listed in a report; its name if none
     seed:      of training, for models that differ in nothing else
     """
@@ -77,6 +78,7 @@ class ModelSpec(_Said):
     checkpoint: str | None = None
     steps: str | None = None
     tokenizer: str | None = None
+    data: Annotated[tuple[str, ...], pydantic.AfterValidator(_once)] | None = None
     family: str = ""
     seed: int | None = None
 
@@ -224,6 +226,9 @@ class Config(_Said):
             raise ValueError(f"two methods are called {', '.join(sorted(twice))}: give one a name")
         if not self.metrics.asked:
             raise ValueError("metrics names none: tokens, pixels, places or completeness")
+        for name, model in self.models.items():
+            if unknown := sorted({*(model.data or ())} - {*self.data}):
+                raise ValueError(f"models.{name}.data: there is no set {unknown[0]}")
         if self.batch > self.chunk:
             raise ValueError(f"a chunk of {self.chunk} is smaller than a batch of {self.batch}")
         return self

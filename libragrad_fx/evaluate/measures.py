@@ -147,7 +147,7 @@ class Case:
         found = torch.tensor(pairs, device=self.subject.device)
         if int(found.max()) >= self.logits.shape[1]:
             raise InputError(f"a contrast of class {int(found.max())} of a model of {self.logits.shape[1]}")
-        masks = [{1: m[a]} if a in m else {} for m, (a, _) in zip(self.masks, given, strict=True)]
+        masks = [{1: m[a]} if a in m else {} for m, (a, _) in zip(self.masks, pairs, strict=True)]
         return dataclasses.replace(self, labels=labels, masks=masks, contrast=Contrast(found))
 
     def named(self, classes: Tensor) -> Tensor:

@@ -135,7 +135,8 @@ class Bench:
         """
         for model in self.config.models:
             self.identity(model)
-        return [(m, d, c) for m in self.config.models for d in self.data for c in range(self.chunks(d))]
+        sets = {m: spec.data or self.data for m, spec in self.config.models.items()}
+        return [(m, d, c) for m, of in sets.items() for d in of for c in range(self.chunks(d))]
 
     def units(self, model: str, data: str, chunk: int) -> list[Unit]:
         """A job's work, in the order in which it is done."""
@@ -145,7 +146,7 @@ class Bench:
         samples = [*chosen.ids[part], *chosen.hashes[part]]
         shared = {
             **dataclasses.asdict(self.identity(model)),
-            "model": config.models[model].model_dump(mode="json", exclude={"family", "seed"}),
+            "model": config.models[model].model_dump(mode="json", exclude={"data", "family", "seed"}),
             "data": [loader if loader in LOADERS else source.load, source.args],
             "samples": sha256([text.encode() for text in samples]), "batch": config.batch,
             "device": torch.device(config.device).type, "dtype": config.dtype,

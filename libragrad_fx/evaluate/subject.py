@@ -68,8 +68,7 @@ class Subject:
         if key not in self._found:
             noise = self._noise(size)
             made = captured(self.module, noise, policy)
-            alone = isinstance(made, CapturedModule) and made.origin is None
-            if alone and not fits(made, *as_call(noise)):
+            if isinstance(made, CapturedModule) and made.origin is None and not fits(made, *as_call(noise)):
                 made = unbalanced(self.module, noise)  # what is kept is of another size
             self._found[key] = made
         return self._found[key]

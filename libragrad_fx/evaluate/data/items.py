@@ -53,7 +53,8 @@ class Item:
                 )
 
     def _class(self, found: Any) -> int | str | None:
-        if found is None or (isinstance(found, str) and isinstance(self.content, str)):
+        named = isinstance(found, str) and isinstance(self.content, str)
+        if found is None or named:
             return found
         try:
             index = operator.index(found)
