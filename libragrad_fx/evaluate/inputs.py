@@ -24,7 +24,8 @@ from libragrad_fx.models import first_line, made_by, published
 from libragrad_fx.target import first_tensor
 
 Input = torch.Tensor | Mapping[str, torch.Tensor]
-_PROBE = "When Mary and John went to the store, the old keys cost 12.50 at 7 o'clock; wasn't it naïve?"
+_SHORT = "the old keys"
+_LONG = "When Mary and John went to the store, the old keys cost 12.50 at 7 o'clock; wasn't it naïve?"
 
 
 class Sample(NamedTuple):
@@ -135,14 +136,14 @@ class Texts:
         usual = torch.tensor([i for i in range(len(self.tokenizer)) if i not in special])
         draw = torch.Generator().manual_seed(0)
         ids = usual[torch.randint(len(usual), (2, *size), generator=draw)]
-        call = _read(self.model, self.tokenizer, _PROBE).call
+        call = _read(self.model, self.tokenizer, _SHORT).call
         beside = {k: v[0, :1].expand(*size) for k, v in call.items()}
         return [{**beside, "input_ids": row.to(call["input_ids"].device)} for row in ids]
 
     def said(self) -> list[bytes]:
         """All tokens by id, those that are special, and what is made of a text."""
         tokens = self.tokenizer.convert_ids_to_tokens([*range(len(self.tokenizer))])
-        call = _read(self.model, self.tokenizer, _PROBE).call
+        call = _read(self.model, self.tokenizer, _LONG).call
         made = {k: v.tolist() for k, v in sorted(call.items())}
         return [repr(found).encode() for found in (tokens, self.tokenizer.all_special_ids, made)]
 
@@ -178,7 +179,7 @@ def texts(model: torch.nn.Module, tokenizer: str | None) -> Texts:
         made = published(model, "AutoTokenizer", unsaid)
     else:
         made = made_by(tokenizer, need("transformers", "models").PreTrainedTokenizerBase)
-    batch = _read(model, made, _PROBE)
+    batch = _read(model, made, _SHORT)
     try:
         with torch.no_grad():
             y = first_tensor(model(**batch.call))

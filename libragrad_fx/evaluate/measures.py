@@ -133,7 +133,7 @@ class Case:
     def read(self, output: Any) -> Tensor:
         """(B, classes) logits; in a contrast (B, 1)."""
         logits = first_tensor(output)
-        return logits if self.contrast is None else self.contrast(logits)
+        return logits if self.contrast is None else self.contrast(faithfulness.two_sided(logits))
 
     @functools.cached_property
     def contrasted(self) -> Case:
@@ -141,9 +141,8 @@ class Case:
         with, class 0."""
         given = [*zip(self.labels, self.against, strict=True)]
         labels = [None if None in pair else 1 for pair in given]
-        pairs = [
-            (0, 1) if None in pair else pair for pair in given
-        ]  # of those that have none, to be left out
+        # samples that have none are explained for two classes, to be left out
+        pairs = [(0, 1) if a is None or b is None else (a, b) for a, b in given]
         found = torch.tensor(pairs, device=self.subject.device)
         if int(found.max()) >= self.logits.shape[1]:
             raise InputError(f"a contrast of class {int(found.max())} of a model of {self.logits.shape[1]}")

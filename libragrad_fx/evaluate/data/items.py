@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -57,7 +57,7 @@ class Item:
         if found is None or named:
             return found
         try:
-            index = operator.index(found)
+            index = operator.index(cast(Any, found))
         except TypeError as e:
             raise InputError(f"{self.id}: label {found!r} is no class index") from e
         if index < 0:
