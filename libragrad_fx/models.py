@@ -346,6 +346,11 @@ def processor(model: Loaded) -> Callable[[Image.Image], torch.Tensor] | None:
     return None if model.source == "hf" else preprocessing(model)
 
 
+def reads_texts(model: torch.nn.Module) -> bool:
+    """Whether a model says that it takes token ids, as those of Hugging Face do."""
+    return getattr(model, "main_input_name", "") == "input_ids"
+
+
 def transform_of(model: torch.nn.Module) -> Callable[[Image.Image], torch.Tensor]:
     """From a picture to the tensor (C, H, W) that ``model`` was published for, as it says itself.
 

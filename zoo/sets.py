@@ -1,9 +1,11 @@
-"""Sets of pictures that are on this machine: ``open_data("zoo.sets:photos")``, ``"zoo.sets:scenes"``."""
+"""Sets of pictures and of texts that are on this machine: ``open_data("zoo.sets:photos")``."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,7 +15,10 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.evaluate.data import Data, Item, Parts
 from libragrad_fx.extras import need
 from zoo import articles as insects
+from zoo import prompts as prompting
 from zoo import real
+from zoo import sentences as verbs
+from zoo import topics as subjects
 from zoo import tris as tetrominoes
 from zoo.scenes import CLASSES, KINDS, SIZE, SPLITS, Kind, Split, normalised, scene
 
@@ -121,7 +126,7 @@ class Articles:
         whole = draw(np.ones(len(where), bool), np.ones(len(around), bool))
         label = int(one.labels[0])
         parts = Parts(kinds, where, around, draw)
-        return Item(f"{self.name}/{index}", whole, label, {label: np.asarray(where.any(0))}, parts)
+        return Item(f"{self.name}/{index}", whole, label, {label: np.asarray(where.any(0))}, parts=parts)
 
 
 def _insect(paint: insects.Painter, parts: np.ndarray, objects: np.ndarray) -> Image.Image:
@@ -190,3 +195,68 @@ def tris_steps(picture: Image.Image) -> torch.Tensor:
 def steps(picture: Image.Image) -> torch.Tensor:
     """A picture as the models of ``zoo/trained.py`` take it: float32 (3, 96, 96)."""
     return normalised(np.array(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
+
+
+# --- texts
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """Texts of a split or task, as ``Data.get``."""
+
+    make: Callable[[str, int, int], Item]
+    of: str
+    seed: int
+
+    def __call__(self, index: int) -> Item:
+        return self.make(self.of, index, self.seed)
+
+
+def prompts(task: str, count: int = 1000, seed: int = 0) -> Data:
+    """The first prompts of a task of ``zoo/prompts.py``. Their label is the next token, by name.
+
+    Raises:
+        InputError: no such task.
+    """
+    prompting.prompt(task, 0, seed)
+    return Data(task, count, Made(_prompt, task, seed), (), f"zoo/prompts.py: {task}, seed {seed}")
+
+
+def _prompt(task: str, index: int, seed: int) -> Item:
+    found = prompting.prompt(task, index, seed)
+    masks = {found.answer: found.evidence}
+    return Item(f"{task}/{seed}/{index}", found.text, found.answer, masks, found.other)
+
+
+def sentences(split: Split = "test", count: int = 1000, seed: int = 0) -> Data:
+    """The first sentences of a split of ``zoo/sentences.py``, with the words that the label depends on.
+
+    Raises:
+        InputError: no such split.
+    """
+    verbs.sentence(split, 0, seed)
+    origin = f"zoo/sentences.py: {split}, seed {seed}"
+    return Data(f"sentences-{split}", count, Made(_sentence, split, seed), verbs.LABELS, origin)
+
+
+def _sentence(split: str, index: int, seed: int) -> Item:
+    found = verbs.sentence(cast(Split, split), index, seed)
+    marks = [[mark] * len(word) for word, mark in zip(found.words, found.evidence, strict=True)]
+    evidence = np.array([m for word in marks for m in (*word, False)][:-1])  # a space behind each word
+    return Item(f"{split}/{seed}/{index}", " ".join(found.words), found.label, {found.label: evidence})
+
+
+def topics(split: Split = "test", count: int = 1000, seed: int = 0) -> Data:
+    """The first sentences of a split of ``zoo/topics.py``, with the things of both their topics.
+
+    Raises:
+        InputError: no such split.
+    """
+    subjects.sentence(split, 0, seed)
+    origin = f"zoo/topics.py: {split}, seed {seed}"
+    return Data(f"topics-{split}", count, Made(_topic, split, seed), subjects.CLASSES, origin)
+
+
+def _topic(split: str, index: int, seed: int) -> Item:
+    found = subjects.sentence(cast(Split, split), index, seed)
+    return Item(f"{split}/{seed}/{index}", found.text, found.label, found.masks, found.against)

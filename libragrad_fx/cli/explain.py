@@ -93,7 +93,7 @@ def explain(
     for name in methods:
         method_of(name)
     loaded = load_model(model, pretrained, checkpoint, seed)
-    of_texts = getattr(loaded.module, "main_input_name", "") == "input_ids"
+    of_texts = models.reads_texts(loaded.module)
     given = items(inputs, of_texts)
     files = places(output, [item.name for item in given])
     if any(file.suffix in (".png", ".svg", ".pdf") for file in files):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from libragrad_fx.attribution import Attribution, blocks
+from libragrad_fx.errors import InputError
 from libragrad_fx.evaluate.config import MaxSensitivitySpec, PartsSpec, RandomisationSpec
 from libragrad_fx.evaluate.measures import Case, Row, on_grid, rows
 from libragrad_fx.metrics import enlarged, sanity
@@ -61,7 +62,13 @@ def _blocks(case: Case) -> list[str]:
 def max_sensitivity(
     case: Case, found: Attribution, classes: Tensor, spec: MaxSensitivitySpec, explain: Explain
 ) -> Iterator[Row]:
-    """``max_sensitivity``: the largest change of the map under noise, relative to the map."""
+    """``max_sensitivity``: the largest change of the map under noise, relative to the map.
+
+    Raises:
+        InputError: of texts, whose ids take no noise.
+    """
+    if len(case.size) == 1:
+        raise InputError("the tokens of a text take no noise: max_sensitivity is of pictures")
 
     def maps(model: torch.nn.Module, inputs: Tensor) -> Tensor:
         if inputs is case.inputs:

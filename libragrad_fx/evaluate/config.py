@@ -46,8 +46,9 @@ except ImportError:
     raise
 
 T = TypeVar("T")
-TargetKind = Literal["predicted", "label", "mask"]
-"""The class that is explained: the model's own answer, the label, or that of the largest mask."""
+TargetKind = Literal["predicted", "label", "mask", "contrast"]
+"""The class that is explained: the model's own answer, the label, or that of the largest mask; or the label
+in contrast to the class that a sample names beside it."""
 Scalar = Literal["logit", "probability"]
 Ratio = Annotated[float, pydantic.Field(gt=0, lt=1)]
 
@@ -72,10 +73,13 @@ class _Said(pydantic.BaseModel):
 class ModelSpec(_Said):
     """A model by name, as on the command line.
 
-    args:   of a factory
-    steps:  the function that prepares a PIL picture as a tensor (C, H, W); the model's own if none
-    family: under what it is listed in a report; its name if none
-    seed:   of training, for models that differ in nothing else
+    args:      of a factory
+    steps:     the function that prepares a PIL picture as a tensor (C, H, W); the model's own if none
+    tokenizer: of a model of texts, ``package.module:factory`` of a tokenizer of transformers; what was
+               published with the model if none
+    data:      the sets that it is measured on; all if none
+    family:    under what it is listed in a report; its name if none
+    seed:      of training, for models that differ in nothing else
     """
 
     load: str
@@ -83,8 +87,16 @@ class ModelSpec(_Said):
     pretrained: bool = False
     checkpoint: str | None = None
     steps: str | None = None
+    tokenizer: str | None = None
+    data: Annotated[tuple[str, ...], pydantic.AfterValidator(_once)] | None = None
     family: str = ""
     seed: int | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _of_one_kind(self) -> ModelSpec:
+        if self.steps and self.tokenizer:
+            raise ValueError("steps are of pictures and a tokenizer is of texts: say one")
+        return self
 
 
 class DataSpec(_Said):
@@ -307,6 +319,9 @@ class Config(_Said):
             raise ValueError(f"two methods are called {', '.join(sorted(twice))}: give one a name")
         if not self.metrics.asked:
             raise ValueError(f"metrics names none of {', '.join(MetricsSpec.model_fields)}")
+        for name, model in self.models.items():
+            if unknown := sorted({*(model.data or ())} - {*self.data}):
+                raise ValueError(f"models.{name}.data: there is no set {unknown[0]}")
         if self.batch > self.chunk:
             raise ValueError(f"a chunk of {self.chunk} is smaller than a batch of {self.batch}")
         return self

@@ -21,9 +21,8 @@ _PICTURE = 160  # the most pixels of a picture's side
 
 
 def example(
-    case: Case, items: Sequence[Item], found: Attribution, classes: torch.Tensor, i: int,
-    names: Sequence[str],
-) -> dict[str, Any]:  # fmt: skip
+    case: Case, found: Attribution, classes: torch.Tensor, i: int, names: Sequence[str]
+) -> dict[str, Any]:
     """A row of examples (``store.MAPS``) of sample ``i``; {} without a class to explain or a flat map.
 
     A map that is finer than ``_SIDE`` is the mean over areas.
@@ -33,16 +32,16 @@ def example(
     """
     if int(classes[i]) < 0 or found.values.ndim != 3:
         return {}
-    item, of = items[i], int(classes[i])
+    item, of = case.items[i], int(classes[i])
     small = found.values[i].detach().double()
     size = min(small.shape[0], _SIDE), min(small.shape[1], _SIDE)
     small = torch.nn.functional.adaptive_avg_pool2d(small[None], size)[0].cpu().numpy()
     scale = float(np.abs(small[np.isfinite(small)]).max(initial=0.0)) or 1.0
     chances = case.logits[i].double().softmax(-1)
     called = names if len(names) == len(chances) else ()
-    mask = case.masks[i].get(of)
+    mask, label = case.masks[i].get(of), case.labels[i]
     return {
-        "image": item.id, "label": None if item.label is None else _name(item.label, called),
+        "image": item.id, "label": None if label is None else _name(label, called),
         "predicted": _name(int(chances.argmax()), called), "explained": _name(of, called),
         "probability": float(chances[of]), "scale": scale, "height": size[0], "width": size[1],
         "values": (small / scale).astype("<f2").tobytes(), "picture": _picture(case, item),

@@ -28,12 +28,13 @@ from libragrad_fx.decide import rulebook
 from libragrad_fx.errors import InputError
 from libragrad_fx.evaluate.again import AGAIN
 from libragrad_fx.evaluate.config import Config, MethodSpec, name_of
-from libragrad_fx.evaluate.data import LOADERS, Data, Item, Selection, open_data, prepared, selected
+from libragrad_fx.evaluate.data import LOADERS, Data, Selection, open_data, selected
 from libragrad_fx.evaluate.data.items import sha256
 from libragrad_fx.evaluate.examples import example
-from libragrad_fx.evaluate.measures import METRICS, Case, Row
+from libragrad_fx.evaluate.inputs import Sample, sources_of
+from libragrad_fx.evaluate.measures import METRICS, Case, Row, cases
 from libragrad_fx.evaluate.store import SHOWN, Store, Unit
-from libragrad_fx.evaluate.subject import Identity, Subject, loaded, place, sources_of
+from libragrad_fx.evaluate.subject import Identity, Subject, loaded, place
 from libragrad_fx.explain.kept import AUTOGRAD
 from libragrad_fx.models import first_line
 from libragrad_fx.version import __version__
@@ -137,7 +138,8 @@ class Bench:
         """
         for model in self.config.models:
             self.identity(model)
-        return [(m, d, c) for m in self.config.models for d in self.data for c in range(self.chunks(d))]
+        sets = {m: spec.data or self.data for m, spec in self.config.models.items()}
+        return [(m, d, c) for m, of in sets.items() for d in of for c in range(self.chunks(d))]
 
     def units(self, model: str, data: str, chunk: int) -> list[Unit]:
         """A job's work, in the order in which it is done."""
@@ -148,7 +150,7 @@ class Bench:
         samples = [*chosen.ids[part], *chosen.hashes[part]]
         shared = {
             **dataclasses.asdict(self.identity(model)),
-            "model": config.models[model].model_dump(mode="json", exclude={"family", "seed"}),
+            "model": config.models[model].model_dump(mode="json", exclude={"data", "family", "seed"}),
             "data": [loader if loader in LOADERS else source.load, source.args],
             "samples": sha256([text.encode() for text in samples]), "batch": config.batch,
             "device": torch.device(config.device).type, "dtype": config.dtype,
@@ -273,8 +275,8 @@ def work(bench: Bench, store: Store, job: Job, seen: Seen | None = None) -> None
 class _Batches:
     """The batches of a job, with the maps that several metrics share.
 
-    A batch has pictures of one size: a chunk with several sizes has batches of each, in the samples' order.
-    A picture that cannot be read or prepared is in none.
+    A batch has pictures of one size, or texts of as many tokens: a chunk with several sizes has batches of
+    each, in the samples' order. A sample that cannot be read or prepared is in none.
     """
 
     def __init__(self, bench: Bench, model: str, data: str, chunk: int) -> None:
@@ -282,84 +284,79 @@ class _Batches:
         self.device, self.names = _named(subject.device), source.classes
         size, self.first = self.config.chunk, {*chosen.ids[: bench.config.examples]}
         self.bad: list[tuple[str, str]] = []
-        self.cases: list[tuple[list[Item], Case]] = []
+        samples: list[Sample] = []
         self.maps: dict[tuple[Any, ...], Any] = {}
-        sizes: dict[tuple[int, ...], list[tuple[Item, torch.Tensor, Mapping[int, torch.Tensor]]]] = {}
         for i, name in [*zip(chosen.indices, chosen.ids, strict=True)][chunk * size : (chunk + 1) * size]:
             try:
-                item = source.get(i)
-                x, masks = prepared(item, subject.steps)
-                sizes.setdefault(tuple(x.shape), []).append((item, x, masks))
+                samples.append(subject.inputs.sample(source.get(i)))
             except Exception as e:  # loaders and steps of users fail in any way
                 if not recorded(e):
                     raise
                 self.bad.append((name, first_line(e)))
-        for items in sizes.values():
-            for start in range(0, len(items), self.config.batch):
-                part = items[start : start + self.config.batch]
-                of, inputs = [item for item, *_ in part], subject.batch([x for _, x, _ in part])
-                labels, masks = [item.label for item in of], [m for *_, m in part]
-                parts = [item.parts for item in of]
-                case = Case(subject, [item.id for item in of], inputs, labels, masks, parts)
-                self.cases.append((of, case))
+        self.cases = cases(subject, samples, self.config.batch)
 
     def measured(self, unit: Unit, method: MethodSpec) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """The rows of a unit, and seconds by what took them.
 
-        A sample whose picture or label is of no use is a row with an error. Where a method, a metric or
-        memory fails, each sample of the batch is. A sample without the label or mask that is asked for has
-        no row, nor a method for which a metric is not defined. A number that is not defined (nan) is null.
+        A sample whose content or label is of no use is a row with an error. Where a method, a metric or
+        memory fails, each sample of the batch is. A sample without the label, mask or contrast that is
+        asked for has no row, nor a method for which a metric is not defined. A number that is not defined
+        (nan) is null.
         """
         spec = self.config.metrics.asked[unit.metric]
         seconds = {"attribution": 0.0, "metric": 0.0}
-        rows = [self._row(unit, None, image=name, error=why) for name, why in self.bad]
-        for n, (items, case) in enumerate(self.cases):
+        rows = [self._row(unit, name, None, error=why) for name, why in self.bad]
+        for n, whole in enumerate(self.cases):
+            each = [*zip(whole.ids, whole.labels, strict=True)]
             try:
+                case = whole.contrasted if unit.target == "contrast" else whole
                 asked = case.target(unit.target, getattr(spec, "least", 0.0))
                 unknown = asked >= case.logits.shape[1]
                 classes = asked.masked_fill(unknown, -1)
-                numbers = self._numbers(unit, method, n, classes, seconds)
+                numbers = self._numbers(unit, method, n, case, classes, seconds)
             except Exception as e:  # a model, a method or a metric fails in any way
                 if not recorded(e):
                     raise
-                rows += [self._row(unit, item, error=first_line(e)) for item in items]
+                rows += [self._row(unit, *one, error=first_line(e)) for one in each]
                 continue
             for i in unknown.nonzero()[:, 0].tolist():
                 said = f"class {int(asked[i])} of a model of {case.logits.shape[1]}"
-                rows.append(self._row(unit, items[i], error=said))
+                rows.append(self._row(unit, *each[i], error=said))
+            explained = case.named(classes).tolist()
             for r in numbers:
                 value = None if math.isnan(r.value) else r.value
                 more = {"measure": r.measure, "value": value, "how": r.how}
-                rows.append(self._row(unit, items[r.sample], explained=int(classes[r.sample]), **more))
+                rows.append(self._row(unit, *each[r.sample], explained=explained[r.sample], **more))
         return rows, seconds
 
     def examples(self, unit: Unit, method: MethodSpec) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """The rows of a unit of maps, of the first samples that have a class to explain, and seconds."""
         spec, rows, took = self.config.kept, [], 0.0
-        for n, (items, case) in enumerate(self.cases):
-            mine = [i for i, item in enumerate(items) if item.id in self.first]
+        for n, case in enumerate(self.cases):
+            mine = [i for i, name in enumerate(case.ids) if name in self.first]
             if not mine:
                 continue
             try:
                 classes = case.target(unit.target)
-                found, took = self._map(unit, method, n, classes, spec.scalar)
-                made = [example(case, items, found, classes, i, self.names) for i in mine]
+                found, took = self._map(unit, method, n, case, classes, spec.scalar)
+                made = [example(case, found, classes, i, self.names) for i in mine]
             except Exception as e:  # a model or a method fails in any way
                 if not recorded(e):
                     raise
-                made = [{"image": items[i].id, "error": first_line(e)} for i in mine]
+                made = [{"image": case.ids[i], "error": first_line(e)} for i in mine]
             of = {k: getattr(unit, k) for k in ("model", "data", "policy", "method", "target")}
             rows += [{**of, **row, "run": unit.key} for row in made if row]
         return rows, {"attribution": took, "metric": 0.0}
 
     def _numbers(
-        self, unit: Unit, method: MethodSpec, n: int, classes: torch.Tensor, seconds: dict[str, float]
-    ) -> list[Row]:
+        self, unit: Unit, method: MethodSpec, n: int, case: Case, classes: torch.Tensor,
+        seconds: dict[str, float],
+    ) -> list[Row]:  # fmt: skip
         """What a metric says of a batch; its time is added to ``seconds``."""
         if bool((classes < 0).all()) or (unit.metric == "completeness" and not _adds_up(method.method)):
             return []
-        case, spec = self.cases[n][1], self.config.metrics.asked[unit.metric]
-        found, took = self._map(unit, method, n, classes, spec.scalar)
+        spec = self.config.metrics.asked[unit.metric]
+        found, took = self._map(unit, method, n, case, classes, spec.scalar)
 
         def explain(other: Case, known: torch.Tensor) -> Attribution:
             return other.attribution(method, unit.policy, known, spec.scalar)
@@ -375,24 +372,23 @@ class _Batches:
         return numbers
 
     def _map(
-        self, unit: Unit, method: MethodSpec, n: int, classes: torch.Tensor, scalar: str
+        self, unit: Unit, method: MethodSpec, n: int, case: Case, classes: torch.Tensor, scalar: str
     ) -> tuple[Any, float]:
         """An attribution and how long it took; kept for the next metric of the method."""
-        key = (unit.policy, unit.method, n, tuple(classes.tolist()), scalar)
+        key = (unit.policy, unit.method, n, case.contrast is None, tuple(classes.tolist()), scalar)
         if key not in self.maps:
             if self.maps and next(iter(self.maps))[:2] != key[:2]:
                 self.maps.clear()
-            case = self.cases[n][1]
             if ":" not in method.method:
-                case.subject.captured(case.inputs.shape[1:], unit.policy)  # takes time of its own, once
+                case.subject.captured(case.size, unit.policy)  # takes time of its own, once
             self.maps[key] = _timed(lambda: case.attribution(method, unit.policy, classes, scalar), case)
         return self.maps[key]
 
-    def _row(self, unit: Unit, item: Item | None, **said: Any) -> dict[str, Any]:
+    def _row(self, unit: Unit, image: str, label: int | None, **said: Any) -> dict[str, Any]:
         row: Mapping[str, Any] = {
             "model": unit.model, "data": unit.data, "policy": unit.policy, "method": unit.method,
-            "metric": unit.metric, "target": unit.target, "image": item.id if item else None,
-            "label": item.label if item else None, "run": unit.key,
+            "metric": unit.metric, "target": unit.target, "image": image, "label": label,
+            "run": unit.key,
         }  # fmt: skip
         return {**row, **said}
 
@@ -418,8 +414,8 @@ def _timed(do: Callable[[], Any], case: Case) -> tuple[Any, float]:
     """What it gives, and seconds."""
     start = time.perf_counter()
     found = do()
-    if case.inputs.device.type != "cpu":
-        torch.accelerator.synchronize(case.inputs.device)
+    if case.subject.device.type != "cpu":
+        torch.accelerator.synchronize(case.subject.device)
     return found, time.perf_counter() - start
 
 

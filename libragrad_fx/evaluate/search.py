@@ -32,7 +32,7 @@ from libragrad_fx.decide import rulebook
 from libragrad_fx.errors import InputError, LibraGradError
 from libragrad_fx.evaluate import measures
 from libragrad_fx.evaluate.config import DataSpec, MethodSpec, ModelSpec, Name, TokensSpec
-from libragrad_fx.evaluate.data import open_data, prepared, selected
+from libragrad_fx.evaluate.data import open_data, selected
 from libragrad_fx.evaluate.subject import Subject, loaded, place
 from libragrad_fx.extras import need, writing
 from libragrad_fx.metrics.intervals import Paired, paired
@@ -186,13 +186,8 @@ def _ground(config: SearchConfig, model: str, data: str) -> _Ground:
     source = open_data({"load": spec.load, "args": spec.args} if spec.args else spec.load)
     chosen = selected(source, spec.count, spec.seed, spec.keep)
     subject = loaded(config.models[model], place(config.device), "float32")
-    items = [source.get(i) for i in chosen.indices]
-    tensors = [prepared(item, subject.steps)[0] for item in items]
-    cases = []
-    for start in range(0, len(items), config.batch):
-        part = slice(start, start + config.batch)
-        ids, labels = [i.id for i in items[part]], [i.label for i in items[part]]
-        cases.append(measures.Case(subject, ids, subject.batch(tensors[part]), labels, [{} for _ in ids]))
+    samples = [subject.inputs.sample(source.get(i)) for i in chosen.indices]
+    cases = measures.cases(subject, samples, config.batch)
     return _Ground(subject, cases, blocks(cases[0].module))
 
 

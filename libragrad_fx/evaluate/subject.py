@@ -6,25 +6,22 @@ import copy
 import dataclasses
 import hashlib
 import os
-import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
+from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import InputError, LibraGradError
 from libragrad_fx.evaluate.config import ModelSpec
 from libragrad_fx.evaluate.data.items import sha256
+from libragrad_fx.evaluate.data.prepare import Steps
+from libragrad_fx.evaluate.inputs import Input, Pictures, Texts, printed, sources_of, texts
 from libragrad_fx.explain.kept import AUTOGRAD, captured
-from libragrad_fx.models import first_line, imported, preprocessing, resolve
+from libragrad_fx.models import Loaded, imported, preprocessing, reads_texts, resolve
 from libragrad_fx.module.variants import fitting
 from libragrad_fx.perturb import Tokens
 from libragrad_fx.perturb import tokens as tokens_of
-
-Steps = Callable[[Image.Image], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +30,8 @@ class Identity:
 
     weights: SHA-256 of every parameter and buffer
     code:    SHA-256 of how the model is built: its modules as they print themselves, and their source files
-    steps:   what prepares pictures: as it prints itself, its source file, and what it makes of one picture
+    steps:   what prepares samples: of pictures, as it prints itself, its source file, and what it makes of
+             one; of texts, the tokens, and what is made of one
     """
 
     weights: str
@@ -43,22 +41,28 @@ class Identity:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """module: in eval mode, on ``device``. steps: from a picture to a tensor (C, H, W)."""
+    """module: in eval mode, on ``device``. inputs: what it takes. A language model answers with the logits
+    of the next token (B, V): to all that follows it is a classifier."""
 
     module: torch.nn.Module
-    steps: Steps
+    inputs: Pictures | Texts
     device: torch.device
     dtype: torch.dtype
     identity: Identity
     _found: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
-    def batch(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Prepared pictures of one size as the module takes them."""
-        return torch.stack([*pictures]).to(self.device, self.dtype)
+    def batch(self, samples: Sequence[Input]) -> Any:
+        """Prepared pictures of one size (B, C, H, W), or texts of one length (B, T) by name, as the module
+        takes them."""
+        return pytree.tree_map(self._stacked, *samples)
+
+    def _stacked(self, *each: torch.Tensor) -> torch.Tensor:
+        found = torch.stack(each).to(self.device)
+        return found.to(self.dtype) if found.is_floating_point() else found
 
     def captured(self, size: Sequence[int], policy: str) -> Any:
-        """The module captured for pictures (C, H, W). The pictures are the same noise in every process, so
-        that a capture does not depend on which samples come first."""
+        """The module captured for pictures (C, H, W) or texts (T,). These are the same noise in every
+        process, so that a capture does not depend on which samples come first."""
         key = (policy, *size)
         if key not in self._found:
             noise = self._noise(size)
@@ -66,7 +70,7 @@ class Subject:
         return self._found[key]
 
     def tokens(self, size: Sequence[int]) -> Tokens:
-        """The tokens of the module, looked for once for each size of picture, in the same noise.
+        """The tokens of the module, looked for once for each size of sample, in the same noise.
 
         Raises:
             LibraGradError: it has none, or cannot be captured.
@@ -95,27 +99,40 @@ class Subject:
                 ours.copy_(theirs)
         return found
 
-    def _noise(self, size: Sequence[int]) -> torch.Tensor:
-        draw = torch.Generator().manual_seed(0)
-        return self.batch(torch.randn(2, *size, generator=draw).unbind())
+    @property
+    def steps(self) -> Steps:
+        """How pictures are prepared. Raises ``InputError``: the model takes texts."""
+        if not isinstance(self.inputs, Pictures):
+            raise InputError("this model takes texts, and this is about pictures")
+        return self.inputs.steps
+
+    def _noise(self, size: Sequence[int]) -> Any:
+        return self.batch(self.inputs.noise(size))
 
 
 def loaded(spec: ModelSpec, device: torch.device, dtype: str) -> Subject:
     """Build the model that a config names; the same one in every process.
 
     Raises:
-        InputError: as ``models.resolve``, or pictures cannot be prepared.
+        InputError: as ``models.resolve``, or samples cannot be prepared.
     """
     found = resolve(spec.load, spec.pretrained, spec.checkpoint, args=spec.args)
     kind = getattr(torch, dtype)
-    steps = imported(spec.steps) if spec.steps else preprocessing(found)
     module = found.module.eval().to(dtype=kind)
     sources = [type(m).__module__ for m in module.modules()]
     if found.source == "factory":
         sources.append(spec.load.partition(":")[0])
-    code = sha256([_printed(module), *sources_of(sources)])
-    identity = Identity(hashed(module), code, sha256(_of_steps(steps)))
-    return Subject(module.to(device), steps, device, kind, identity)
+    code, weights = sha256([printed(module), *sources_of(sources)]), hashed(module)
+    inputs = _inputs(spec, found)
+    answering = inputs.answering() if isinstance(inputs, Texts) else module
+    identity = Identity(weights, code, sha256(inputs.said()))
+    return Subject(answering.eval().to(device), inputs, device, kind, identity)
+
+
+def _inputs(spec: ModelSpec, found: Loaded) -> Pictures | Texts:
+    if spec.steps is None and (spec.tokenizer is not None or reads_texts(found.module)):
+        return texts(found.module, spec.tokenizer)
+    return Pictures(imported(spec.steps) if spec.steps else preprocessing(found))
 
 
 def place(name: str) -> torch.device:
@@ -156,35 +173,3 @@ def hashed(module: torch.nn.Module) -> str:
         if plain.numel():
             found.update(plain.view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-def _of_steps(steps: Steps) -> list[bytes]:
-    """As they print themselves, their source, and the size, mean and deviation of a picture they prepare.
-
-    Raises:
-        InputError: they fail, or give another tensor each time.
-    """
-    draw = torch.Generator().manual_seed(0)
-    levels = torch.randint(0, 256, (96, 160, 3), dtype=torch.uint8, generator=draw).numpy()
-    try:
-        one, other = (torch.as_tensor(steps(Image.fromarray(levels))).double() for _ in range(2))
-    except Exception as e:  # steps of a user fail in any way
-        raise InputError(f"the preparation of pictures fails on one of 160 x 96: {first_line(e)}") from e
-    if not torch.equal(one, other):
-        raise InputError("the preparation of pictures is random: it makes two tensors of one picture")
-    said = f"{tuple(one.shape)} {float(one.mean()):.3f} {float(one.std()):.3f}"
-    return [_printed(steps), said.encode(), *sources_of([str(getattr(steps, "__module__", ""))])]
-
-
-def _printed(found: Any) -> bytes:
-    """As it prints itself, but for addresses in memory."""
-    return re.sub(r"0x[0-9a-fA-F]+", "", repr(found)).encode()
-
-
-def sources_of(modules: Sequence[str]) -> list[bytes]:
-    """The source of Python modules by name; of one without a file, its name."""
-    found = []
-    for name in sorted({*modules}):
-        file = getattr(sys.modules.get(name), "__file__", None)
-        found.append(Path(file).read_bytes() if file and Path(file).is_file() else name.encode())
-    return found

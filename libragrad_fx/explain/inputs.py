@@ -25,6 +25,8 @@ class Batch:
     call:       inputs as the model takes them
     first, size: which samples of all these are
     tokens:     the pieces of each text, padding as ""; None for anything else
+    spans:      of each piece, the first of its characters in the text and the one behind the last; (0, 0)
+                of what the tokenizer adds. None where it does not say
     last:       where each text ends
     vocabulary: of the tokenizer, 0 if there is none
     piece:      the text of a token
@@ -41,6 +43,7 @@ class Batch:
     vocabulary: int = 0
     piece: Callable[[int], str] | None = None
     ids: Callable[[str], list[int]] | None = None
+    spans: tuple[tuple[tuple[int, int], ...], ...] | None = None
     pictures: torch.Tensor | None = None
 
 
@@ -191,6 +194,8 @@ def _by_processor(
     made = processor(**lists, return_tensors="pt", **({"padding": True} if count > 1 else {}))
     call = {k: v.to(anchor(model).device) for k, v in made.items()}
     said: dict[str, Any] = _texts_of(call, tokenizer) if "input_ids" in call else {}
+    if said and (rows := getattr(made, "encodings", None)):
+        said["spans"] = tuple(tuple(row.offsets) for row in rows)
 
     def part(a: int, b: int) -> Batch:
         mine: Any = {k: v[a:b] if isinstance(v, tuple) else v for k, v in said.items()}

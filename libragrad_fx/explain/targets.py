@@ -162,8 +162,12 @@ def _best_span(batch: Batch, output: Any) -> Span:
 
 def _ends(batch: Batch, y: torch.Tensor) -> tuple[int, ...] | None:
     """The last token of each text, if ``y`` holds next tokens (B, T, vocabulary)."""
-    nexts = y.ndim == 3 and batch.last is not None and y.shape[2] >= batch.vocabulary > 0
-    return batch.last if nexts else None
+    return batch.last if is_nexts(y, batch.vocabulary) else None
+
+
+def is_nexts(y: torch.Tensor, vocabulary: int) -> bool:
+    """Whether outputs are next tokens (B, T, V). vocabulary: the tokenizer's, 0 if there is none."""
+    return y.ndim == 3 and y.shape[2] >= vocabulary > 0
 
 
 def _meant(model: Any, batch: Batch, output: Any, target: Target) -> Target:
@@ -177,7 +181,7 @@ def _meant(model: Any, batch: Batch, output: Any, target: Target) -> Target:
     ends = _ends(batch, first_tensor(output))
     if ends is None and not any(isinstance(t, str) for t in each):
         return target
-    indices = [_index(model, batch, t, ends is not None) if isinstance(t, str) else t for t in each]
+    indices = [class_of(model, batch, t, ends is not None) if isinstance(t, str) else t for t in each]
     if ends is None:
         return indices if listed else indices[0]
     indices = indices if listed else indices * len(ends)
@@ -186,7 +190,12 @@ def _meant(model: Any, batch: Batch, output: Any, target: Target) -> Target:
     return [*zip(ends, indices, strict=True)]
 
 
-def _index(model: Any, batch: Batch, name: str, token: bool) -> int:
+def class_of(model: Any, batch: Batch, name: str, token: bool) -> int:
+    """The class of that name, or the token.
+
+    Raises:
+        InputError: it is several tokens, or a model without a class of that name.
+    """
     if not token:
         return index_of(model, name)
     ids = batch.ids(name) if batch.ids is not None else []

@@ -128,7 +128,7 @@ def _number(row: dict[str, Any]) -> tuple[str, ...]:
 
 def test_each_batch_draws_a_map_of_its_own(made: tuple[Config, Any]) -> None:
     """The same map for the first sample of each batch would make few of many images."""
-    cases = [case for c in (0, 1) for _, case in runner._Batches(Bench(made[0]), "net", "animals", c).cases]
+    cases = [case for c in (0, 1) for case in runner._Batches(Bench(made[0]), "net", "animals", c).cases]
     method = made[0].methods[0]
     maps = [_random(case, method) for case in cases]
     assert len(maps) == 3
@@ -437,7 +437,7 @@ def test_pictures_of_several_sizes_are_in_batches_of_their_own(tmp_path: Path) -
     asked = small.config(tmp_path / "d", models={"m": model}, metrics={"completeness": {}}, chunk=4)
     config = Config.of(asked)
     cases = runner._Batches(Bench(config), "m", "animals", 0).cases
-    assert sorted(tuple(case.inputs.shape) for _, case in cases) == [(2, 3, 24, 24), (2, 3, 24, 32)]
+    assert sorted(tuple(case.inputs.shape) for case in cases) == [(2, 3, 24, 24), (2, 3, 24, 32)]
     found = rows(evaluate(config, tmp_path / "out"))
     assert {r["error"] for r in found} == {None}
     assert {r["image"] for r in found} == {f"a/{i}.png" for i in range(4)}

@@ -81,7 +81,7 @@ def unlabelled(i: int) -> Item:
 def test_a_classifier_of_two_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained on crops of two, it knows them; features are kept; its balanced map is complete."""
     monkeypatch.setattr(heads, "folder", lambda: tmp_path)
-    model = heads.dinov2_classifier(Data("crops", 12, crop, ("china", "flower")))
+    model = heads.trained(Data("crops", 12, crop, ("china", "flower")))
     assert len([*tmp_path.glob("features/crops-0-*.safetensors")]) == 1
     monkeypatch.setattr(real, "dinov2", lambda: 1 / 0)
     x, labels = heads.features(Data("crops", 12, crop, ("china", "flower")))
@@ -93,7 +93,7 @@ def test_a_classifier_of_two_photographs(tmp_path: Path, monkeypatch: pytest.Mon
     assert abs(float(found.completeness_error)) < 1e-3
     monkeypatch.setattr(heads, "folder", lambda: tmp_path)
     with pytest.raises(InputError, match="a head needs a label of every sample"):
-        heads.dinov2_classifier(Data("photos", 2, unlabelled))
+        heads.trained(Data("photos", 2, unlabelled))
 
 
 def crop(i: int) -> Item:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -49,8 +50,10 @@ class Item:
 
     id:      the same in every run and on every machine (a relative path, a column of ids)
     content: a picture in RGB, or a text
-    label:   index of its class; None if it is not known
-    masks:   by class, bool (H, W) at the picture's own size
+    label:   index of its class; None if it is not known. Of a text also a name: of a class, or of the next
+             token (" Mary")
+    masks:   by class, bool (H, W) at the picture's own size; of a text bool (N,), over its characters
+    against: as label: what the label is compared with, in a contrast
     parts:   of a picture whose object has parts that can be left out; None of others
 
     Raises:
@@ -59,30 +62,39 @@ class Item:
 
     id: str
     content: Image.Image | str
-    label: int | None = None
-    masks: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    label: int | str | None = None
+    masks: Mapping[Any, np.ndarray] = dataclasses.field(default_factory=dict)
+    against: int | str | None = None
     parts: Parts | None = None
 
     def __post_init__(self) -> None:
-        if self.label is not None:
-            try:
-                object.__setattr__(self, "label", operator.index(self.label))
-            except TypeError as e:
-                raise InputError(f"{self.id}: label {self.label!r} is no class index") from e
-            if self.label < 0:
-                raise InputError(f"{self.id}: label {self.label} is negative; None is for no label")
+        for name in ("label", "against"):
+            object.__setattr__(self, name, self._class(getattr(self, name)))
         if isinstance(self.content, str):
             if not self.content.strip():
                 raise InputError(f"{self.id} has no text")
-            return
-        if self.content.mode != "RGB":
+            size: tuple[int, ...] = (len(self.content),)
+        elif self.content.mode == "RGB":
+            size = (self.content.height, self.content.width)
+        else:
             raise InputError(f"{self.id} is a picture in {self.content.mode}: .convert('RGB')")
-        size = (self.content.height, self.content.width)
         for index, mask in self.masks.items():
             if mask.dtype != np.bool_ or mask.shape != size:
                 raise InputError(
                     f"{self.id}: the mask of class {index} is {mask.dtype} {mask.shape}, not bool {size}"
                 )
+
+    def _class(self, found: Any) -> int | str | None:
+        named = isinstance(found, str) and isinstance(self.content, str)
+        if found is None or named:
+            return found
+        try:
+            index = operator.index(cast(Any, found))
+        except TypeError as e:
+            raise InputError(f"{self.id}: label {found!r} is no class index") from e
+        if index < 0:
+            raise InputError(f"{self.id}: label {index} is negative; None is for no label")
+        return index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,18 +148,19 @@ class Data:
 
 
 def hashed(item: Item) -> str:
-    """SHA-256 of what a decoded sample is: its text or pixels, its label, its masks. Of parts: their masks
-    and variants, and the picture without any."""
+    """SHA-256 of what a decoded sample is: its text or pixels, its label, its masks, its contrast. Of
+    parts: their masks and variants, and the picture without any."""
     if isinstance(item.content, str):
         parts = [item.content.encode()]
     else:
         parts = [repr(item.content.size).encode(), item.content.tobytes()]
-    for index in sorted(item.masks):
-        parts += [str(index).encode(), np.packbits(item.masks[index]).tobytes()]
+    for index in sorted(item.masks, key=repr):
+        parts += [repr(index).encode(), np.packbits(item.masks[index]).tobytes()]
     if item.parts is not None:
         parts += [np.packbits(item.parts.masks).tobytes(), np.packbits(item.parts.objects).tobytes()]
         parts += [item.parts.variants.astype("<i8").tobytes(), item.parts.hidden().tobytes()]
-    return sha256([*parts, str(item.label).encode()])
+    contrast = [] if item.against is None else [repr(item.against).encode()]
+    return sha256([*parts, repr(item.label).encode(), *contrast])
 
 
 def sha256(parts: Sequence[bytes]) -> str:

@@ -44,7 +44,7 @@ def prepared(
         InputError: the sample is a text, or masks cannot follow ``steps``.
     """
     if isinstance(item.content, str):
-        raise InputError(f"{item.id} is a text: its model's tokenizer prepares it")
+        raise InputError(f"{item.id} is a text, and this model takes pictures")
     x = steps(item.content)
     if not item.masks:
         return x, {}
