@@ -112,12 +112,12 @@ def _signal(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(side, side) and F⁺."""
     if scenario == "translations_rotations":
-        cell, pattern = _cell(scenario, side), np.rot90(PATTERNS[label], draw.integers(4))
+        cell, pattern = _cell(scenario, side), np.rot90(PATTERNS[label], int(draw.integers(4)))
         y, x = (draw.integers(side - cell * n + 1) for n in pattern.shape)
         found = _put(pattern, cell, side, int(y), int(x))
-        return found, found >= _SEEN
+        return found, np.asarray(found >= _SEEN)
     both = _fixed(side)
-    mask = (both >= _SEEN).any(0)
+    mask = np.asarray((both >= _SEEN).any(0))
     if scenario != "xor":
         return both[label], mask
     first = draw.choice((-1, 1))

@@ -1,7 +1,7 @@
 """Faithfulness: what happens to a model's answer when what a map calls relevant is taken from it.
 
 The order of a map decides what is taken: first its most relevant cells (MIF, most important first), or
-first its least relevant (LIF). The protocol is LibraGrad's (Mehri et al. 2025, §5 and the released code):
+first its least relevant (LIF). The protocol is LibraGrad's (Mehri et al. 2025 and the released code):
 the map is of the whole input, and a share of cells goes at once.
 """
 
