@@ -23,6 +23,7 @@ from libragrad_fx.evaluate.config import (
     RandomisationSpec,
     SensitivityNSpec,
 )
+from libragrad_fx.evaluate.inputs import Pictures
 from libragrad_fx.evaluate.measures import METRICS, Case, Logit, on_grid
 from libragrad_fx.evaluate.subject import Identity, Subject, hashed
 from libragrad_fx.metrics import compare, sanity
@@ -49,7 +50,8 @@ def double() -> torch.nn.Module:
 
 
 def case_of(module: torch.nn.Module, masks: Any = ({}, {})) -> Case:
-    subject = Subject(module, small.steps, torch.device("cpu"), torch.float64, Identity("", "", ""))
+    cpu, nobody = torch.device("cpu"), Identity("", "", "")
+    subject = Subject(module, Pictures(small.steps), cpu, torch.float64, nobody)
     drawn = torch.Generator().manual_seed(3)
     inputs = torch.randn(2, 3, 24, 24, dtype=torch.float64, generator=drawn)
     return Case(subject, ["a", "b"], inputs, [0, 1], masks)

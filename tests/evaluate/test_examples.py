@@ -42,11 +42,11 @@ def test_the_maps_that_were_measured_are_kept(asked: dict[str, Any], tmp_path: P
     classes = case.target("predicted")
     maps = case.attribution(MethodSpec(method="input_x_gradient"), "autograd", classes, "probability")
     for row in rows[2:]:
-        i = [item.id for item in items].index(row["image"])
+        i = [*case.ids].index(row["image"])
         kept = np.frombuffer(row["values"], "<f2").reshape(row["height"], row["width"]) * row["scale"]
         assert np.abs(kept - maps.values[i].detach().numpy()).max() <= 2e-3 * row["scale"]
         assert row["explained"] == row["predicted"] == small.CLASSES[int(classes[i])]
-        assert row["label"] == small.CLASSES[items[i].label or 0]
+        assert row["label"] == small.CLASSES[case.labels[i] or 0]
         assert 0 < row["probability"] <= 1
         assert Image.open(io.BytesIO(row["picture"])).size == (24, 24)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pickle
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_a_sample_is_known_by_its_parts() -> None:
     plain = Item(item.id, item.content, item.label, item.masks)
     other = Parts(given.variants[::-1], given.masks, given.objects, given.draw)
     blank = Parts(given.variants, given.masks, given.objects, lambda a, b: Image.new("RGB", (96, 96)))
-    every = [plain, item, *(Item(item.id, item.content, item.label, item.masks, p) for p in (other, blank))]
+    every = [plain, item, *(dataclasses.replace(item, parts=p) for p in (other, blank))]
     assert len({hashed(i) for i in every}) == 4
     assert hashed(insects().get(0)) == hashed(item)
 
