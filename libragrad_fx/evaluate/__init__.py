@@ -2,7 +2,8 @@
 
 Comes in: a ``Config`` (``config``), which a YAML file says.
 Goes out: a folder of results in Parquet (``store``), with what each number was made by.
-Begin with ``runner``; ``measures`` says what is measured of one batch. ``data`` stands alone.
+Begin with ``runner``; ``inputs`` makes of a sample what a model takes, and ``measures`` says what is
+measured of one batch. ``data`` stands alone.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """What is evaluated, as a YAML file says it.
 
 models:
-  vit: {load: vit_base_patch16_224, pretrained: true}
-  mine: {load: "package.module:factory", args: {depth: 12}, steps: "package.module:steps"}
+  vit: {load: vit_base_patch16_224, pretrained: true, data: [imagenet]}
+  mine: {load: "package.module:factory", args: {depth: 12}, steps: "package.module:steps", data: [imagenet]}
+  llama: {load: "hf:FOLDER", data: [prompts]}
 data:
   imagenet: {load: "imagenet:/data/imagenet", count: 1000, seed: 43, keep: rgb}
+  prompts: {load: "zoo.sets:prompts", args: {task: ioi}, count: 100}
 policies: [autograd, libra]
 methods: [random, input_x_gradient, fullgrad_plus, {method: integrated_gradients, steps: 20}]
 metrics:

@@ -38,7 +38,7 @@ def test_the_maps_that_were_measured_are_kept(asked: dict[str, Any], tmp_path: P
     assert [(r["method"], r["image"]) for r in rows] == [
         (m, i) for m in ("random", "input_x_gradient") for i in first
     ]
-    (items, case), *_ = runner._Batches(bench, "net", "animals", 0).cases
+    case, *_ = runner._Batches(bench, "net", "animals", 0).cases
     classes = case.target("predicted")
     maps = case.attribution(MethodSpec(method="input_x_gradient"), "autograd", classes, "probability")
     for row in rows[2:]:
@@ -80,12 +80,12 @@ def test_a_failure_is_tried_again(asked: dict[str, Any], tmp_path: Path) -> None
 
 
 def test_a_fine_map_is_the_mean_over_areas(asked: dict[str, Any]) -> None:
-    (items, case), *_ = runner._Batches(Bench(Config.of(asked)), "net", "animals", 0).cases
+    case, *_ = runner._Batches(Bench(Config.of(asked)), "net", "animals", 0).cases
     fine = torch.arange(2 * 128 * 96, dtype=torch.float64).view(2, 128, 96)
     found: Any = type("Found", (), {"values": fine})()
-    row = example(case, items, found, torch.tensor([1, -1]), 0, ())
+    row = example(case, found, torch.tensor([1, -1]), 0, ())
     assert (row["height"], row["width"], row["explained"]) == (64, 64, "1")
     kept = np.frombuffer(row["values"], "<f2").reshape(64, 64).astype(float) * row["scale"]
     wanted = torch.nn.functional.adaptive_avg_pool2d(fine[:1], 64)[0].numpy()
     assert np.abs(kept - wanted).max() <= 1e-3 * wanted.max()
-    assert example(case, items, found, torch.tensor([1, -1]), 1, ()) == {}
+    assert example(case, found, torch.tensor([1, -1]), 1, ()) == {}

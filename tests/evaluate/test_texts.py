@@ -24,7 +24,6 @@ from libragrad_fx.evaluate.data import Item
 from libragrad_fx.evaluate.data.items import hashed
 from libragrad_fx.evaluate.measures import Case, Contrast, cases, places, tokens
 from libragrad_fx.evaluate.report import report
-from libragrad_fx.evaluate.runner import Bench
 from libragrad_fx.evaluate.store import RESULTS
 from libragrad_fx.evaluate.subject import Subject, loaded
 from tests.evaluate import small, words
@@ -333,11 +332,10 @@ def test_what_is_published_with_a_model_is_its_tokenizer(tmp_path: Path) -> None
 
 
 def test_another_tokenizer_or_contrast_has_another_key() -> None:
-    one = Bench(Config.of(words.config()))
-    other = {**words.MODEL, "tokenizer": words.BERT["tokenizer"]}
-    two = Bench(Config.of(words.config(models={"llama": other})))
-    assert one.identity("llama").weights == two.identity("llama").weights
-    assert one.identity("llama").steps != two.identity("llama").steps
+    tokenizers = words.MODEL["tokenizer"], words.BERT["tokenizer"]
+    one, two = (subject({**words.MODEL, "tokenizer": name}).identity for name in tokenizers)
+    assert (one.weights, one.code) == (two.weights, two.code)
+    assert one.steps != two.steps
     item = words.prompts().get(0)
     changes: list[dict[str, Any]] = [
         {}, {"against": None}, {"against": "mat"}, {"label": "cat"}, {"label": 8}, {"masks": {}}
