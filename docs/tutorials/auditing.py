@@ -7,11 +7,12 @@
 # %% [markdown]
 # # Audit a model
 #
-# Before you trust a gradient map of a model, ask what its backward does. `lg.audit` answers for any model, balanced or
-# not. It runs one backward, and compares the gradient mass behind each op with the mass before it
+# Before you trust a gradient map of a model, ask what its backward does. `lg.audit` answers for any model, balanced
+# or not. It runs one backward, and compares the gradient mass behind each op with the mass before it
 # ([what gradient mass is](../concepts/gradient_mass.py)).
 #
-# Two models, trained on the same scenes: a ViT with GELU, and an EVA-02 with gated (SwiGLU) MLPs and rotary positions.
+# Two models, trained on the same scenes: a ViT with GELU, and an EVA-02 with gated (SwiGLU) MLPs and rotary
+# positions.
 
 # %%
 import tempfile
@@ -31,9 +32,9 @@ for name, ledger in ledgers.items():
           f"completeness error {ledger.completeness_error:.2f}")
 
 # %% [markdown]
-# A completeness error near zero would say that shares add up to the logit. These do not. Which ops are at fault? `lost`
-# and `created` are in units of the logit. Expect LayerNorm, attention and GELU in the first table. In the second one
-# there should also be products, from the gates of its MLPs.
+# A completeness error near zero would say that shares add up to the logit. These do not. Which ops are at fault?
+# `lost` and `created` are in units of the logit. Expect LayerNorm, attention and GELU in the first table. In the
+# second one there should also be products, from the gates of its MLPs.
 
 # %%
 for name, ledger in ledgers.items():
@@ -48,7 +49,8 @@ for name, ledger in ledgers.items():
 # %%
 for row in ledgers["EVA-02"].worst(4):
     lost, created = row.moved(ledgers["EVA-02"].output)
-    print(f"{row.op} in {row.module}: lost {lost:.2f}, created {created:.2f}")
+    print(f"{row.op} in {row.module}:"
+          f" lost {lost:.2f}, created {created:.2f}")
     print(f"  {row.source}")
 
 # %% [markdown]
@@ -79,9 +81,9 @@ for name, model in (("ViT", vit), ("EVA-02", eva)):
 # %% [markdown]
 # ## As a picture
 #
-# `lg.visualize` draws the same numbers. The ending decides: .html is an explorer in one file, in which modules open and
-# close; .svg, .png and .pdf are static, and need the program Graphviz, but for `view="streams"`. All need
-# `pip install '.[graph]'`.
+# `lg.visualize` draws the same numbers. The ending decides: .html is an explorer in one file, in which modules open
+# and close; .svg, .png and .pdf are static, and need the program Graphviz, but for `view="streams"`. All need the
+# extra `graph`: `pip install '.[graph]'`.
 #
 # `view="streams"` compares the residual stream with its branches. In the picture below, look at the two sides: under
 # autograd the mass that comes back has nothing to do with the logit; balanced, it adds up to it.

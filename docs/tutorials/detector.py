@@ -7,8 +7,8 @@
 # %% [markdown]
 # # A box of a detector
 #
-# A detector returns boxes, not a row of logits. What is to be explained is then a *function of the output*: one number
-# for each picture. This page shows how to write it.
+# A detector returns boxes, not a row of logits. What is to be explained is then a *function of the output*: one
+# number for each picture. This page shows how to write it.
 #
 # The detector is torchvision's `SSD`, on a backbone of four layers. Its weights are random, as nothing is downloaded.
 # **So the maps of this page mean nothing.** Only the way to ask is to be seen.
@@ -44,9 +44,9 @@ print({name: tuple(v.shape) for name, v in found[0].items()})
 # %% [markdown]
 # ## The box, before it is sorted out
 #
-# A detector has many candidates, each with a logit for each class. Then it applies a softmax, drops most candidates, and
-# lets boxes suppress one another. All of that only chooses. So explain the *logit* of the candidate that was chosen:
-# shares add up to it, and this part of the model is one graph.
+# A detector has many candidates, each with a logit for each class. Then it applies a softmax, drops most candidates,
+# and lets boxes suppress one another. All of that only chooses. So explain the *logit* of the candidate that was
+# chosen: shares add up to it, and this part of the model is one graph.
 #
 # A small module returns what the heads say.
 
@@ -132,10 +132,10 @@ for target in (one_class_against_another, horizontal_shift):
 #
 # ## Why not the whole detector?
 #
-# It may be asked too, by a module that takes a batch. But which boxes survive depends on the values of tensors, so it is
-# no single graph, and only the methods that look at the input alone are left. And its score is a probability: it falls
-# when *another* class rises. Expect the sum of the map to miss it. A warning says that the model had to be recorded; it is
-# silenced here. Prefer the logit.
+# It may be asked too, by a module that takes a batch. But which boxes survive depends on the values of tensors, so it
+# is no single graph, and only the methods that look at the input alone are left. And its score is a probability: it
+# falls when *another* class rises. Expect the sum of the map to miss it. A warning says that the model had to be
+# recorded; it is silenced here. Prefer the logit.
 
 
 # %%

@@ -12,9 +12,9 @@
 #
 # ## The pictures
 #
-# A folder `images/CLASS/x.png`, and `masks/CLASS/x.png` beside it if there are masks. What is not 0 in a mask is of the
-# picture's class. Classes are numbered by their sorted names: these have to be in the order of the model's outputs.
-# So the number leads the name here, and classes without a picture have empty folders.
+# A folder `images/CLASS/x.png`, and `masks/CLASS/x.png` beside it if there are masks. What is not 0 in a mask is of
+# the picture's class. Classes are numbered by their sorted names: these have to be in the order of the model's
+# outputs. So the number leads the name here, and classes without a picture have empty folders.
 
 # %%
 import subprocess
@@ -39,7 +39,8 @@ for i, file in enumerate(samples.files()):
     Image.open(file).convert("RGB").save(root / "images" / place)
     mask = (scene.masks == scene.label).numpy()
     Image.fromarray(mask).convert("L").save(root / "masks" / place)
-print(*sorted(p.relative_to(root) for p in root.glob("images/*/*")), sep="\n")
+for file in sorted(root.glob("images/*/*")):
+    print(file.relative_to(root))
 
 # %% [markdown]
 # ## What is asked

@@ -41,7 +41,8 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(2 * width, width)
 
@@ -78,8 +79,8 @@ class Network(nn.Module):
 model = Network()
 optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
 for _ in range(15):
-    for part in torch.randperm(1400).split(64):
-        loss = F.cross_entropy(model(images[train][part]), labels[train][part])
+    for part in train[torch.randperm(1400)].split(64):
+        loss = F.cross_entropy(model(images[part]), labels[part])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -118,9 +119,9 @@ lg.draw([[plain, found]]);
 # %% [markdown]
 # ## Down to the pixels
 #
-# A token is 2 × 2 pixels. `resolution="pixels"` goes to the input itself. Ink has a value, and black paper is zero: so
-# Input × Gradient puts nothing on black pixels. It also leaves out the biases. So its sum is the share of the input, and
-# no promise is made that this is the logit: both are printed.
+# A token is 2 × 2 pixels. `resolution="pixels"` goes to the input itself. Ink has a value, and black paper is zero:
+# so Input × Gradient puts nothing on black pixels. It also leaves out the biases. So its sum is the share of the
+# input, and no promise is made that this is the logit: both are printed.
 
 # %%
 fine = lg.attribute(
@@ -133,8 +134,8 @@ lg.draw([fine]);
 # %% [markdown]
 # ## Check it
 #
-# `lg.transform` makes the module that `attribute` used. `lg.verify` checks it by two means: a proof on the graph, and a
-# ledger of one backward. Each line of the table should say that it holds.
+# `lg.transform` makes the module that `attribute` used. `lg.verify` checks it by two means: a proof on the graph, and
+# a ledger of one backward. Each line of the table should say that it holds.
 
 # %%
 gm = lg.transform(model, x)
@@ -144,8 +145,8 @@ print(lg.verify(model, gm, x, list(found.target)))
 # %% [markdown]
 # ## Why this, and not that?
 #
-# `against=` explains the difference of two logits. Red pixels speak for the first class more than for the second. Here:
-# each picture's answer against the model's second choice.
+# `against=` explains the difference of two logits. Red pixels speak for the first class more than for the second.
+# Here: each picture's answer against the model's second choice.
 
 # %%
 with torch.no_grad():
@@ -156,6 +157,6 @@ lg.draw([lg.attribute(model, x, first, against=second)]);
 # %% [markdown]
 # ## What this does not say
 #
-# A map says what the model used, not what a digit is. It says nothing of a model that you did not train: draw one of a
-# fresh `Network()` and look at it, before you believe another. On which models balancing helps is
+# A map says what the model used, not what a digit is. It says nothing of a model that you did not train: draw one of
+# a fresh `Network()` and look at it, before you believe another. On which models balancing helps is
 # [measured](../results.md).

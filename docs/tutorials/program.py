@@ -7,9 +7,9 @@
 # %% [markdown]
 # # An explanation as a program
 #
-# `attribute` runs Python: a forward, a backward, and the arithmetic of the method. `lg.program` traces all of it once,
-# into one flat graph of PyTorch's ops. The graph runs without autograd. It can be saved, and run where this package is
-# not installed.
+# `attribute` runs Python: a forward, a backward, and the arithmetic of the method. `lg.program` traces all of it
+# once, into one flat graph of PyTorch's ops. The graph runs without autograd. It can be saved, and run where this
+# package is not installed.
 
 # %%
 import subprocess
@@ -30,16 +30,17 @@ print(program)
 # %% [markdown]
 # ## It is the answer of `attribute`
 #
-# The same call, the same answer. `difference` says how far the values were apart when the graph was traced, relative to
-# the largest. It is 0 where they are equal to the bit. Otherwise it is a rounding, as here: what the backward would
-# compute of zeros is left out, and products of fewer rows round otherwise.
+# The same call, the same answer. `difference` says how far the values were apart when the graph was traced, relative
+# to the largest. It is 0 where they are equal to the bit. Otherwise it is a rounding, as here: what the backward
+# would compute of zeros is left out, and products of fewer rows round otherwise.
 
 # %%
 found = program(x, target=8)
 want = lg.attribute(model, x, target=8, method="input_x_gradient")
 print("difference at birth", program.difference(x))
 far = (found.values - want.values).abs().max()
-print("largest difference", float(far), "of", float(want.values.abs().max()))
+most = want.values.abs().max()
+print("largest difference", float(far), "of", float(most))
 torch.testing.assert_close(found.values, want.values, rtol=1e-4, atol=1e-5)
 
 # %% [markdown]
@@ -104,6 +105,6 @@ folder.cleanup()
 # lg.program(model, x, mode="cuda_graph") # one launch, on a GPU
 # ```
 #
-# What they cost and save is measured in [performance](../performance.md), and depends on the machine, the batch and the
-# model. Methods that average over many runs (`smoothgrad`, `integrated_gradients`) have no program: the error says so.
-# More: [programs](../programs.md).
+# What they cost and save is measured in [performance](../performance.md), and depends on the machine, the batch and
+# the model. Methods that average over many runs (`smoothgrad`, `integrated_gradients`) have no program: the error
+# says so. More: [programs](../programs.md).

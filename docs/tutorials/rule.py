@@ -7,11 +7,11 @@
 # %% [markdown]
 # # An op without a row
 #
-# The pass knows ops by a table, [`rules/ops.yaml`](../reference/rules.md). Your library may bring an op that is not in
-# it. Then you get an error and no map. This page adds the row.
+# The pass knows ops by a table, [`rules/ops.yaml`](../reference/rules.md). Your library may bring an op that is not
+# in it. Then you get an error and no map. This page adds the row.
 #
-# The op here is an activation, written for `torch.library`: `f(x) = x (1 + x / √(1 + x²)) / 2`. It is smooth, and looks
-# like a GELU.
+# The op here is an activation, written for `torch.library`: `f(x) = x (1 + x / √(1 + x²)) / 2`. It is smooth, and
+# looks like a GELU.
 
 # %%
 import torch
@@ -70,8 +70,8 @@ except lg.errors.UnknownOpError as e:
 # %% [markdown]
 # ## How much is at stake?
 #
-# `lg.audit` needs no row. It says what the op loses and creates under autograd. Look for `mylib.bend`: an op that loses
-# or creates nothing could be `linear` or `homogeneous`. This one does.
+# `lg.audit` needs no row. It says what the op loses and creates under autograd. Look for `mylib.bend`: an op that
+# loses or creates nothing could be `linear` or `homogeneous`. This one does.
 
 # %%
 print(lg.audit(model, x[:1], 1))
@@ -118,8 +118,8 @@ print("logits", found.output.numpy())
 # %% [markdown]
 # ## A wrong row does not pass
 #
-# What if the row says that the op is linear? Then nothing is edited, and the ledger of the first backward does not add
-# up. `transform` notices, and returns no module.
+# What if the row says that the op is linear? Then nothing is edited, and the ledger of the first backward does not
+# add up. `transform` notices, and returns no module.
 
 # %%
 wrong = {

@@ -7,8 +7,8 @@
 # %% [markdown]
 # # Tables
 #
-# A row of a table goes in, a logit comes out. Which columns carry it? The data are scikit-learn's breast cancer table:
-# 569 rows, 30 columns of measured cells, and whether a tumour is benign.
+# A row of a table goes in, a logit comes out. Which columns carry it? The data are scikit-learn's breast cancer
+# table: 569 rows, 30 columns of measured cells, and whether a tumour is benign.
 
 # %%
 import torch
@@ -32,8 +32,8 @@ print("rows", tuple(rows.shape), "benign", int(labels.sum()))
 # ## The network
 #
 # A small FT-Transformer ([Gorishniy et al. 2021](https://arxiv.org/abs/2106.11959)). Each column becomes a token: its
-# value times a learned direction, plus a learned bias. PyTorch's `TransformerEncoder` mixes them. The logit is read from
-# a class token.
+# value times a learned direction, plus a learned bias. PyTorch's `TransformerEncoder` mixes them. The logit is read
+# from a class token.
 
 
 # %%
@@ -81,8 +81,8 @@ print("accuracy", float((answers == labels[test]).float().mean()))
 # ## One row
 #
 # FullGrad on the balanced backward has a signed share for each column. Biases that belong to a column's own token are
-# in its share. What belongs to no column is in `prefix` (the class token) and `unplaced`. Together they are the logit:
-# the last two numbers should be equal. A positive share speaks for benign, a negative one for malignant.
+# in its share. What belongs to no column is in `prefix` (the class token) and `unplaced`. Together they are the
+# logit: the last two numbers should be equal. A positive share speaks for benign, a negative one for malignant.
 
 # %%
 x = rows[test][:1]
@@ -104,8 +104,8 @@ print(f"sum {float(plain.total):+.5f}, logit {float(plain.output):+.5f}")
 # %% [markdown]
 # ## Which columns carry the answers
 #
-# Over many rows: the mean of the absolute share. The bars show the twelve largest. All rows that the model has not seen
-# are explained at once.
+# Over many rows: the mean of the absolute share. The bars show the twelve largest. All rows that the model has not
+# seen are explained at once.
 
 # %%
 # %matplotlib inline
@@ -123,8 +123,8 @@ figure.tight_layout();
 # %% [markdown]
 # ## Does the model need them?
 #
-# Set the five columns with the largest mean to their average, and look at the accuracy. Then five of the smallest. The
-# first should cost more than the second.
+# Set the five columns with the largest mean to their average, and look at the accuracy. Then five of the smallest.
+# The first should cost more than the second.
 
 # %%
 def without(chosen: list[int]) -> float:
@@ -142,5 +142,5 @@ print(f"without the five smallest {without(ranked[-5:]):.3f}")
 # %% [markdown]
 # ## What this does not say
 #
-# Many of these columns say nearly the same thing (radius, perimeter, area). The model may use one, and another training
-# may use another. A share says what *this* model used. It says nothing of causes.
+# Many of these columns say nearly the same thing (radius, perimeter, area). The model may use one, and another
+# training may use another. A share says what *this* model used. It says nothing of causes.

@@ -15,9 +15,11 @@ import torch
 import libragrad_fx as lg
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md"] + sorted(
-    p.relative_to(ROOT).as_posix() for d in ("start", "howto") for p in (ROOT / "docs" / d).glob("*.md")
-)
+FOLDERS = ("docs/start", "docs/howto")
+PAGES = [
+    "README.md",
+    *sorted(p.relative_to(ROOT).as_posix() for d in FOLDERS for p in (ROOT / d).glob("*.md")),
+]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"# not run: needs \S")
 SLOW = {"docs/howto/libraries.md"}  # a model of 224 x 224, and two other libraries
@@ -37,7 +39,8 @@ def named() -> dict[str, Any]:
     torch.manual_seed(0)
     sizes = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     model = VisionTransformer(num_classes=4, **sizes).eval()
-    return {"model": model, "my_model": model, "images": torch.randn(2, 3, 24, 24), "lg": lg, "torch": torch}
+    images = torch.randn(2, 3, 24, 24)
+    return {"model": model, "my_model": model, "images": images, "lg": lg}
 
 
 @pytest.mark.parametrize(
