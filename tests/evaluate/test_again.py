@@ -154,6 +154,7 @@ def test_a_capture_that_is_written_over_is_one_made_anew() -> None:
     assert found["spearman@5"] == pytest.approx(likeness.tolist())
 
 
+@pytest.mark.slow
 def test_a_map_that_sees_no_model_stays_the_same() -> None:
     found = asked("randomisation", case_of(double()), RandomisationSpec(), MethodSpec(method="random"))
     assert found["spearman"] == pytest.approx([1, 1])

@@ -26,6 +26,7 @@ from libragrad_fx.evaluate.measures import Case, Contrast, cases, places, tokens
 from libragrad_fx.evaluate.report import report
 from libragrad_fx.evaluate.store import RESULTS
 from libragrad_fx.evaluate.subject import Subject, loaded
+from tests.between import fast_first
 from tests.evaluate import small, words
 
 CPU = torch.device("cpu")
@@ -118,7 +119,7 @@ def test_a_contrast_of_a_model_of_one_logit() -> None:
     assert torch.equal(Contrast(torch.tensor([[1, 0], [0, 1]]))(both), torch.tensor([[3.0], [2.0]]))
 
 
-@pytest.mark.parametrize("method", ["input_x_gradient", "fullgrad_plus", "rollout"])
+@pytest.mark.parametrize("method", fast_first(["input_x_gradient", "fullgrad_plus", "rollout"], 1))
 def test_maps_are_those_of_attribute(llama: Subject, method: str) -> None:
     """Of a text, a word and another one, asked for by their names."""
     processor, model = words.tokenizer(), llama.module.model  # without the last token's choice
@@ -252,6 +253,7 @@ def test_batches_have_no_say(llama: Subject) -> None:
         torch.testing.assert_close(values, by[1][name], rtol=0, atol=FLOAT32)
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_on_its_own_sets(once: None, tmp_path: Path) -> None:
     """A language model and a classifier, each on texts of its kind."""
     sets = {n: {"load": f"tests.evaluate.words:{n}"} for n in ("prompts", "feelings")}
@@ -266,6 +268,7 @@ def test_a_model_is_measured_on_its_own_sets(once: None, tmp_path: Path) -> None
         Config.of(words.config(models={"llama": {**words.MODEL, "data": ["gone"]}}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".md", ".html"])
 def test_a_report_of_texts(
     made: tuple[Path, list[dict[str, Any]]], tmp_path: Path, ending: str
