@@ -52,7 +52,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
-    """Nothing is fetched from elsewhere: a script beside the pages takes the place of the one that the theme
+    """Nothing is fetched from elsewhere: a script beside the pages takes the place of one that the theme
     names, and the drawing of diagrams in notebooks, which have none, is left out."""
     here = os.path.relpath("assets/iframe-worker.js", posixpath.dirname(page.url) or ".")
     output = output.replace("https://unpkg.com/iframe-worker/shim", here)
