@@ -64,7 +64,7 @@ maps = [
 for found in maps:
     total, promised = float(found.total), float(found.expected)
     print(f"{found.policy or 'autograd':9} {total:+.3f}, promised {promised:+.3f}")
-lg.draw([maps]);
+lg.draw([maps])
 
 # %% [markdown]
 # ## What balance is not

@@ -103,7 +103,7 @@ def logit(output: dict[str, torch.Tensor]) -> torch.Tensor:
 why = lg.attribute(heads, x, logit, method="fullgrad")
 print("logit", float(why.output), "error", float(why.completeness_error))
 print("middle of the box", (first["boxes"][:2] + first["boxes"][2:]) / 2)
-lg.draw([why]);
+lg.draw([why])
 
 # %% [markdown]
 # ## Other questions

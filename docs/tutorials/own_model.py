@@ -114,7 +114,7 @@ print("errors", found.completeness_error.numpy())
 # %matplotlib inline
 plain = lg.attribute(model, x, policy="autograd")
 print("errors, plain", plain.completeness_error.numpy().round(3))
-lg.draw([[plain, found]]);
+lg.draw([[plain, found]])
 
 # %% [markdown]
 # ## Down to the pixels
@@ -129,7 +129,7 @@ fine = lg.attribute(
 )
 print("sum of the pixels", fine.total.numpy().round(3))
 print("logits           ", fine.output.numpy().round(3))
-lg.draw([fine]);
+lg.draw([fine])
 
 # %% [markdown]
 # ## Check it
@@ -152,7 +152,7 @@ print(lg.verify(model, gm, x, list(found.target)))
 with torch.no_grad():
     first, second = model(x).topk(2).indices.T.tolist()
 print("answers", first, "second choices", second)
-lg.draw([lg.attribute(model, x, first, against=second)]);
+lg.draw([lg.attribute(model, x, first, against=second)])
 
 # %% [markdown]
 # ## What this does not say

@@ -80,7 +80,7 @@ evidence = [
 lg.draw([[plain, found]], names=[
     f"{e}: {sentences.LABELS[s.label]}"
     for e, s in zip(evidence, same, strict=True)
-]);
+])
 
 # %% [markdown]
 # ## Over 200 sentences

@@ -57,7 +57,7 @@ names = ("fullgrad_plus", "attcat", "hirescam", "rollout")
 maps = [
     lg.attribute(model, x[:3], labels[:3], method=m) for m in names
 ]
-lg.draw([maps], names=[s.name for s in scenes[:3]]);
+lg.draw([maps], names=[s.name for s in scenes[:3]])
 
 # %% [markdown]
 # ## Do the maps lie where the article is?
