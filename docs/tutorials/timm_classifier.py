@@ -17,10 +17,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import libragrad_fx as lg
 from libragrad_fx.metrics import enlarged, segmentation_ap
-from zoo import samples, trained
+from zoo import samples, sets, trained
 
 model = trained.load("vit_base")
 scenes = [samples.sample(i) for i in range(8)]
@@ -49,13 +50,18 @@ print(len(offered), "methods;", len(refused), "refused", refused)
 #
 # Each column is a method: FullGrad+, AttCAT, HiResCAM, and attention rollout. Each row is a scene. Red speaks for the
 # label, blue against it. Look for red on one article and little elsewhere. Rollout does not know the label: its map
-# is the same for every class.
+# is the same for every class, and has no sign. Pictures go in here, with a function that prepares them, so that the
+# maps are drawn over them.
 
 # %%
 # %matplotlib inline
 names = ("fullgrad_plus", "attcat", "hirescam", "rollout")
+pictures = [Image.open(s.file).convert("RGB") for s in scenes[:3]]
 maps = [
-    lg.attribute(model, x[:3], labels[:3], method=m) for m in names
+    lg.attribute(
+        model, pictures, labels[:3], method=m, processor=sets.steps
+    )
+    for m in names
 ]
 lg.draw([maps], names=[s.name for s in scenes[:3]])
 
@@ -77,8 +83,9 @@ for m in names:
         print(f"{m:14} {policy:9} AP {ap.mean():.2f}")
 
 # %% [markdown]
-# Rollout does well here, for what the model attends to is mostly the article that it names. But its map would be the
-# same for a class that is not there. It does not explain an answer.
+# Rollout has a high number here: it tells articles from background. But look at the second and third scenes above. It
+# is darkest on an article that is not the class, and its map would be the same for any other class. It does not
+# explain an answer.
 #
 # Eight scenes are an illustration and no measurement. Thirteen families on two sets, with intervals:
 # [does balancing help](../results.md).
