@@ -34,8 +34,8 @@ CONFIG = {
     }},
     "data": {"scenes": {"load": "zoo.sets:scenes", "args": {"split": "test"}, "count": 1000, "seed": 43}},
     "policies": ["autograd", "libra"],
-    "methods": ["input_x_gradient", "fullgrad_plus"],
-    "metrics": {"tokens": {}, "places": {}, "completeness": {}},
+    "methods": ["fullgrad_plus"],
+    "metrics": {"tokens": {}, "places": {}},
     "batch": 50, "chunk": 50, "threads": 1,
 }  # fmt: skip
 
