@@ -79,5 +79,5 @@ def test_unknown_names() -> None:
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     demo_data._digits.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(LibraGradError, match=r"libragrad-fx\[demo\]"):
+    with pytest.raises(LibraGradError, match=r"not installed .*: pip install .*scikit-learn"):
         scenes(1, "test", seed=0)
