@@ -113,13 +113,16 @@ def test_a_model_serves_while_it_is_traced(make: Any) -> None:
     model = make().eval()
     x = torch.randn(2, 4, 16) if isinstance(model, nn.TransformerEncoder) else torch.randn(2, 16)
     x.requires_grad_()
-    wanted, wrong, over = model(x).detach(), list[Any](), threading.Event()
+    wanted, wrong, over = [model(x).detach()], list[Any](), threading.Event()
+    # torch.export turns oneDNN off for the whole process while it traces: another rounding of convolutions
+    with torch.backends.mkldnn.flags(enabled=False):
+        wanted.append(model(x).detach())
 
     def serve() -> None:
         while not over.is_set():
             try:
                 y = model(x)
-                if type(y) is not torch.Tensor or not torch.equal(y.detach(), wanted):
+                if type(y) is not torch.Tensor or not any(torch.equal(y.detach(), w) for w in wanted):
                     wrong.append(y)
             except Exception as e:
                 wrong.append(e)
