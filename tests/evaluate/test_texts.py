@@ -26,7 +26,6 @@ from libragrad_fx.evaluate.measures import Case, Contrast, cases, places, tokens
 from libragrad_fx.evaluate.report import report
 from libragrad_fx.evaluate.store import RESULTS
 from libragrad_fx.evaluate.subject import Subject, loaded
-from tests.between import fast_first
 from tests.evaluate import small, words
 
 CPU = torch.device("cpu")
@@ -119,7 +118,8 @@ def test_a_contrast_of_a_model_of_one_logit() -> None:
     assert torch.equal(Contrast(torch.tensor([[1, 0], [0, 1]]))(both), torch.tensor([[3.0], [2.0]]))
 
 
-@pytest.mark.parametrize("method", fast_first(["input_x_gradient", "fullgrad_plus", "rollout"], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["input_x_gradient", "fullgrad_plus", "rollout"])
 def test_maps_are_those_of_attribute(llama: Subject, method: str) -> None:
     """Of a text, a word and another one, asked for by their names."""
     processor, model = words.tokenizer(), llama.module.model  # without the last token's choice
