@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ import torch
 from libragrad_fx.errors import InputError
 from zoo.scenes import SPLITS, Split
 
+T = TypeVar("T")
 LABELS = ("is", "are", "was", "were")
 _NOUNS = (
     ("key", "keys"), ("book", "books"), ("dog", "dogs"), ("child", "children"), ("teacher", "teachers"),
@@ -58,12 +60,24 @@ def sentence(split: Split, index: int, seed: int = 0) -> Sentence:
     Raises:
         InputError: no such split, or a negative index or seed.
     """
+    return of_split(split, index, seed, _drawn, lambda found: found.words)
+
+
+def of_split(
+    split: Split, index: int, seed: int, draw: Callable[[np.random.Generator], T],
+    words: Callable[[T], tuple[str, ...]],
+) -> T:  # fmt: skip
+    """What is drawn until its words belong to a split: the same for the same arguments.
+
+    Raises:
+        InputError: as ``sentence``.
+    """
     if split not in SPLITS:
         raise InputError(f"no split {split!r} of sentences: choose from {', '.join(SPLITS)}")
     if index < 0 or seed < 0:
         raise InputError(f"index {index} and seed {seed} of a sentence must not be negative")
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    while split_of((found := _drawn(rng)).words) != split:
+    while split_of(words(found := draw(rng))) != split:
         pass
     return found
 

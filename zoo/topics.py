@@ -11,10 +11,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from libragrad_fx.errors import InputError
 from zoo.prompts import filled
-from zoo.scenes import SPLITS, Split
-from zoo.sentences import split_of
+from zoo.scenes import Split
+from zoo.sentences import of_split
 
 _THINGS: Mapping[str, tuple[str, ...]] = {
     "music": ("violin", "drum", "guitar", "piano", "trumpet", "choir", "melody", "orchestra", "flute"),
@@ -52,14 +51,7 @@ def sentence(split: Split, index: int, seed: int = 0) -> Sentence:
     Raises:
         InputError: no such split, or a negative index or seed.
     """
-    if split not in SPLITS:
-        raise InputError(f"no split {split!r} of sentences: choose from {', '.join(SPLITS)}")
-    if index < 0 or seed < 0:
-        raise InputError(f"index {index} and seed {seed} of a sentence must not be negative")
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    while split_of(tuple((found := _drawn(rng)).text.split())) != split:
-        pass
-    return found
+    return of_split(split, index, seed, _drawn, lambda found: tuple(found.text.split()))
 
 
 def _drawn(rng: np.random.Generator) -> Sentence:
