@@ -1,6 +1,6 @@
 """Writes the tables of docs/results.md from the results of the evaluations in ``zoo/evaluations/``.
 
-    for name in paper seeds ablations shortcut real; do
+    for name in paper seeds ablations shortcut real why_gradient why_attention why_path why_zeros; do
       libragrad evaluate zoo/evaluations/$name.yaml -o out/evaluations/$name; done
     libragrad search-policy zoo/evaluations/search.yaml -o out/evaluations/search
     python tools/results.py
@@ -20,13 +20,17 @@ from pathlib import Path
 from pages import refill, table
 
 from libragrad_fx.errors import InputError
-from libragrad_fx.evaluate.report import grid, losses_of, number
+from libragrad_fx.evaluate.report import both, grid, losses_of, number, spread
+from libragrad_fx.evaluate.rivalry import all_policies
 from libragrad_fx.evaluate.tables import MEASURES, Results, counted, policies_of, tables
+from libragrad_fx.explain.kept import AUTOGRAD
 from zoo import trained
 
 ROOT = Path(__file__).parent.parent
 SHOWN = [m for m in MEASURES if m.name in ("srg", "mif_accuracy", "ap", "pointing", "relative_error")]
 """The measures whose tables are printed; the report of a folder has all."""
+TESTED = [m for m in SHOWN if m.name in ("srg", "ap", "relative_error")]
+"""Those by which a guess is tested."""
 
 
 def main() -> None:
@@ -105,6 +109,31 @@ def each_table(found: Results) -> str:
         if t.measure in SHOWN:
             parts += [f"### {t.measure.title}; `{t.data}`", "", grid(t), ""]
     return "\n".join(parts)
+
+
+def pairs(found: Results) -> str:
+    """Every cell of some measures in a row of its own: of a test that asks for few."""
+    rows = [
+        [f"`{m}`", family, t.measure.title, t.data, both(c, t.measure.scale), spread(c, t.measure.scale)]
+        for t in tables(found)
+        if t.measure in TESTED
+        for (m, family), c in t.cells.items()
+    ]
+    return table(["method", "family", "measure", "data", "autograd → libra", "difference"], rows)
+
+
+def each_policy(found: Results) -> str:
+    """The same where there are more policies: each as what it adds to autograd."""
+    rows = [
+        [f"`{m}`", p.table.measure.title, p.table.data, number(cells[0].base, p.table.measure.scale),
+         *(spread(c, p.table.measure.scale) for c in cells)]
+        for p in all_policies(found, tables(found), AUTOGRAD)
+        if p.table.measure in TESTED
+        for m in p.methods
+        for cells in [[p.cells[m, k] for k in p.policies if k != AUTOGRAD]]
+    ]  # fmt: skip
+    others = [k for k in found.config["policies"] if k != AUTOGRAD]
+    return table(["method", "measure", "data", AUTOGRAD, *others], rows)
 
 
 def ablations(found: Results) -> str:
@@ -216,6 +245,10 @@ PARTS: Mapping[str, Mapping[str, Callable[[Results], str]]] = {
     "ablations": {"made": made, "tables": ablations},
     "shortcut": {"made": made, "tables": shortcut},
     "real": {"made": made, "losses": losses, "tables": each_table},
+    "why_gradient": {"made": made, "tables": pairs},
+    "why_attention": {"made": made, "tables": each_policy},
+    "why_path": {"made": made, "tables": pairs},
+    "why_zeros": {"made": made, "tables": pairs},
 }  # fmt: skip
 """By evaluation, its parts of the page."""
 

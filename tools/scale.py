@@ -27,6 +27,13 @@ from libragrad_fx.evaluate.store import RESULTS, RUNS
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/scale.md"
 IMAGENET = 50_000  # pictures of its validation set
+H100 = {"float32": (121e-3, 0.46), "bfloat16": (17.4e-3, 0.40)}
+"""Measured on one H100 80 GB, torch 2.11, ViT-B/16 at 224 pixels, batches of 64: seconds of a forward and
+backward, and the forward's share of it."""
+TOKENS, PIXELS = 9, 10
+"""Forwards that a map costs: nine shares of tokens by two orders, half the tokens on average; and five
+shares of pixels by two orders."""
+METHODS = {"one method": 1, "18 methods, of which two take 10 steps": 18 + 2 * 9}
 CONFIG = {
     "models": {"vit": {
         "load": "zoo.trained:load", "args": {"name": "vit_base", "seed": 0}, "steps": "zoo.sets:steps",
@@ -63,7 +70,7 @@ def killed(config: Path, out: Path) -> int:
     """Three processes one after another, each killed at a moment that is drawn. Returns the parts left."""
     random.seed(0)
     for _ in range(3):
-        run, wanted = started(config, out), parts(out) + random.randint(10, 50)
+        run, wanted = started(config, out), parts(out) + random.randint(5, 20)
         while parts(out) < wanted:
             time.sleep(0.01)
             if run.poll() is not None:
@@ -116,9 +123,26 @@ def written(took: dict[str, float], left: int, units: int, numbers: int, busy: f
         "scale.config": f"```yaml\n{yaml.safe_dump(CONFIG, sort_keys=False)}```",
         "scale.pace": f"{pace}\n\nThe killed runs left {left} of {units} parts. All four results hold the"
         f" same {numbers:,} rows, in the same order.",
-        "scale.cost": f"A scene took {1000 * each:.0f} ms of one core, with {ways} maps. {IMAGENET:,} such"
-        f" pictures would take {IMAGENET * each / 3600:.1f} hours of one core.",
+        "scale.cost": f"Here, a scene took {1000 * each:.0f} ms of one core, with {ways} maps."
+        f" {IMAGENET:,} such pictures would take {IMAGENET * each / 3600:.1f} hours of one"
+        f" core.\n\n{gpus()}",
     })  # fmt: skip
+
+
+def gpus() -> str:
+    """Not measured: what the parts that were measured add up to."""
+    rows = []
+    for dtype, (both, share) in H100.items():
+        for name, runs in METHODS.items():
+            maps, scored = runs * both / 64, min(runs, 18) * (TOKENS + PIXELS) * both * share / 64
+            hours = 2 * IMAGENET * (maps + scored) / 3600
+            rows.append([dtype, name, f"{hours:.1f}", f"{hours / 8:.2f}"])
+    said = table(["dtype", "of ViT-B/16, under two policies", "hours on one H100", "on eight"], rows)
+    return (
+        "Extrapolated, of a forward and a backward that were measured on one H100: what tokens, pixels and"
+        " maps cost there. Reading and decoding pictures is left out, and so is what the runner adds. On"
+        f" eight GPUs each has an eighth of the pictures: shards share nothing.\n\n{said}"
+    )
 
 
 if __name__ == "__main__":
