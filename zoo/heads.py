@@ -24,7 +24,8 @@ from libragrad_fx.evaluate.data.items import sha256
 from libragrad_fx.extras import need
 from zoo import real
 
-SIDE = 224
+SIDE = 112
+"""Pixels of a side: 64 tokens. Scenes have 96."""
 WIDTH = 768  # of a class token and a mean of patch tokens
 TEXTS = ("topics",)
 """The heads of texts."""
