@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from rich.console import Console
 
@@ -18,7 +19,7 @@ from libragrad_fx.decide.rulebook import rules_folder
 from libragrad_fx.evaluate import search
 from libragrad_fx.metrics.intervals import Interval, Paired
 from tests.cli.test_cli import TINY, photo, run
-from tests.viz.test_sheet import attribution
+from tests.viz.test_sheet import made
 
 __all__ = ["photo"]
 
@@ -64,7 +65,8 @@ def test_files(tmp_path: Path, photo: Path) -> None:
     drawn = tmp_path / "new" / "g.dot"
     assert answer("graph", TINY, "-o", drawn) == {"file": str(drawn)}
     assert drawn.is_file()
-    said = answer("explain", photo, photo, "--model", TINY, "--method", "gradcam", "-o", tmp_path / "a.html")
+    asked = ("--model", TINY, "--method", "gradcam", "-o", tmp_path / "a.html")
+    said = answer("explain", photo, *asked)
     (found,) = said["inputs"]
     assert all(Path(file).is_file() for file in found["files"])
     assert found["maps"][0]["method"] == "gradcam"
@@ -85,7 +87,7 @@ def test_coverage(tmp_path: Path) -> None:
 
 
 def test_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = Paired(Interval(0.1, 0.0, 0.2, 0.95, 3, "bootstrap"), 2, 0, 1, 0.5)
+    pair = Paired(Interval(0.1, 0.0, 0.2, 0.95, 3, 0, "bca"), 2, 0, 1, 0.5)
 
     def found(config: Any, folder: Path, seen: Any) -> search.Found:
         print("what a library prints")
@@ -136,7 +138,7 @@ def test_texts_have_colours_on_terminals_that_want_them(monkeypatch: pytest.Monk
         console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor")
         return "".join(explain._lines(explain.Item("t", "t"), page, console))
 
-    page = explain.sheet.sheet(attribution(tokens=(("a", " b"),)))
+    page = explain.sheet.sheet(made(torch.ones(1, 2), tokens=(("a", " b"),)))
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert "\x1b[" in lines()
     monkeypatch.setenv("NO_COLOR", "1")
@@ -147,7 +149,7 @@ def test_texts_have_colours_on_terminals_that_want_them(monkeypatch: pytest.Monk
 
 
 def test_names_are_completed() -> None:
-    assert options.policy_names("autog") == ["autograd"]
+    assert options.policy_names("attn") == ["attn_lrp"]
     assert options.method_names("roll") == ["rollout"]
     group: Any = typer.main.get_command(app)
     command = group.get_command(None, "explain")

@@ -217,7 +217,7 @@ WRITERS = {
     "report": (("no-such-folder",), ".html"),
     "coverage": (("--results", "no-such-folder"), ".md"),
 }
-"""Commands that write a file: what they are called with, which would fail behind the check, and an ending."""
+"""Commands that write a file: arguments that would fail behind the check, and an ending."""
 
 
 @pytest.mark.parametrize("command", WRITERS)
