@@ -195,7 +195,7 @@ def silent_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("args", [("resnet18", "--pretrained"), ("hf:some/model",)])
 def test_a_hub_that_does_not_answer_is_asked_once(args: Any, silent_hub: Any) -> None:
-    """Its own loaders ask six times and more, and wait longer each time."""
+    """Its own loaders ask again and again, and wait longer each time."""
     said = refusal("verify", *args)
     assert "its weights could not be downloaded" in said
     assert "--checkpoint" in said
