@@ -15,6 +15,7 @@ export HF_HOME := $(CURDIR)/$(VENV)/cache/huggingface
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python >= 3.11 is needed: make PYTHON=python3.12')"
+	@echo "libragrad: PyTorch and the rest go into $(CURDIR)/$(VENV): about 7 GB, some minutes, once"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet --editable ".[dev]"

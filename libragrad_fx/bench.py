@@ -69,23 +69,28 @@ def gradient(f: Callable[[torch.Tensor], torch.Tensor]) -> Side:
     return side
 
 
-def compare(sides: Mapping[str, Side], x: torch.Tensor, rounds: int = 10) -> list[Cost]:
+def compare(
+    sides: Mapping[str, Side], x: torch.Tensor, rounds: int = 10, seen: Callable[[], object] = lambda: None
+) -> list[Cost]:
     """Time every side on ``x``, and count its operations and memory; the counting runs warm it up."""
     flops = {name: _flops(side, x) for name, side in sides.items()}
     peaks = {name: peak(side, x) for name, side in sides.items()}
-    return race(sides, x, rounds, peaks, flops)
+    return race(sides, x, rounds, peaks, flops, seen)
 
 
 def race(
     sides: Mapping[str, Side], x: torch.Tensor, rounds: int,
     peaks: Mapping[str, float] | None = None, flops: Mapping[str, int] | None = None,
+    seen: Callable[[], object] = lambda: None,
 ) -> list[Cost]:  # fmt: skip
-    """Time every side on ``x``, in turns. Leave out the counts if a side does not run op by op."""
+    """Time every side on ``x``, in turns. Leave out the counts if a side does not run op by op. ``seen`` is
+    called after each of the ``rounds * len(sides)`` runs."""
     peaks, flops = peaks or {}, flops or {}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
             times[name].append(_seconds(side, x))
+            seen()
     first = next(iter(times.values()))
     found = []
     for name, spent in times.items():

@@ -6,11 +6,12 @@ import contextlib
 import importlib
 import importlib.metadata
 import logging
+import os
 import platform
 import re
 import shlex
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,30 @@ def quiet() -> Iterator[None]:
             _quiet -= 1
             if _quiet == 0:
                 logging.disable(_before)
+
+
+def writable(path: Path, endings: Sequence[str] = (), folder: bool = False) -> Path:
+    """``path``, if it can be written: to be asked before the work. Nothing is made.
+
+    Args:
+        endings: a file has one of these; any if there are none.
+        folder: whether files are to be written into it.
+
+    Raises:
+        InputError: another ending, or a path that cannot be written.
+    """
+    if endings and path.suffix not in endings:
+        raise InputError(f"cannot write {str(path)!r}: its ending must be one of {', '.join(endings)}")
+    try:
+        there = next(p for p in (path, *path.parents) if p.exists())
+        wanted = folder or there != path
+        if there.is_dir() != wanted:
+            raise NotADirectoryError(None, f"{str(there)!r} is {'no' if wanted else 'a'} folder")
+        if not os.access(there, os.W_OK):
+            raise PermissionError(None, f"{str(there)!r} is read-only")
+    except OSError as e:
+        raise InputError(f"cannot write {str(path)!r}: {e.strerror or e}") from e
+    return path
 
 
 @contextlib.contextmanager

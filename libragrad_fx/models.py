@@ -28,6 +28,7 @@ from libragrad_fx.extras import need, quiet
 
 _IMAGENET_SIZES = (1000, 21841, 21843, 11821, 12000)
 T = TypeVar("T")
+_PATIENCE = 5  # seconds in which the hub must answer
 _NESTED = ("state_dict", "model")  # where training scripts put the weights inside a checkpoint
 
 
@@ -39,6 +40,14 @@ class Loaded:
     source: str
     module: torch.nn.Module
     weights: str
+
+    @property
+    def title(self) -> str:
+        """Its name, and where its weights come from if that is no factory's matter."""
+        if self.source == "factory":
+            return self.name
+        random = self.weights == "random"
+        return f"{self.name} (weights {self.weights}{': its classes mean nothing' if random else ''})"
 
 
 # --- models
@@ -100,7 +109,14 @@ def _timm(name: str) -> Callable[[bool], torch.nn.Module]:
     if not timm.is_model(name):
         ways = "; other models are torchvision:NAME, hf:NAME or package.module:factory"
         raise InputError(f"timm has no model {name!r}{_near(name, timm.list_models())}{ways}")
-    return lambda pretrained: _fetch(name, lambda: timm.create_model(name, pretrained=pretrained))
+
+    def make(pretrained: bool) -> torch.nn.Module:
+        published = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
+        if pretrained and published:
+            _require_hub(published)
+        return timm.create_model(name, pretrained=pretrained)
+
+    return lambda pretrained: _fetch(name, lambda: make(pretrained))
 
 
 def _torchvision(name: str) -> Callable[[bool], torch.nn.Module]:
@@ -132,6 +148,8 @@ def _hugging_face(name: str) -> Callable[[bool], torch.nn.Module]:
     library = need("transformers", "models")
 
     def make() -> torch.nn.Module:
+        if not Path(name).is_dir():
+            _require_hub(name)
         config = library.AutoConfig.from_pretrained(name)
         if hasattr(config, "use_cache"):
             config.use_cache = False
@@ -140,6 +158,23 @@ def _hugging_face(name: str) -> Callable[[bool], torch.nn.Module]:
         return getattr(library, builder).from_pretrained(name, config=config)
 
     return lambda _: _fetch(f"hf:{name}", make)
+
+
+def _require_hub(name: str) -> None:
+    """Ask Hugging Face's hub once whether it answers, if nothing of a model is in its cache: its loaders
+    would ask for a minute before they give up.
+
+    Raises:
+        ConnectionError: it does not.
+    """
+    hub, constants = (need(f"huggingface_hub.{part}", "models") for part in ("utils", "constants"))
+    try:
+        need("huggingface_hub", "models").snapshot_download(name, local_files_only=True)
+    except hub.LocalEntryNotFoundError:
+        try:
+            hub.get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+        except Exception as e:  # of its HTTP library, which is another in each version
+            raise ConnectionError(f"its weights could not be downloaded ({first_line(e)})") from e
 
 
 def _fetch(name: str, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:

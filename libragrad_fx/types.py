@@ -7,6 +7,7 @@ functions from one of these to the next.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import enum
 import json
 import math
@@ -355,7 +356,7 @@ class Plan(Told):
     def explain(self, node: str) -> str:
         """Why ``node`` is edited, or why it is left alone (``libragrad plan --why NODE``)."""
         if node not in self.why:
-            near = [n for n in self.why if node in n][:8]
+            near = difflib.get_close_matches(node, self.why, 8) or [n for n in self.why if node in n][:8]
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise KeyError(f"the graph has no node {node!r}{hint}")
         return self.why[node]

@@ -1,6 +1,6 @@
 """Measures the runner at scale, and writes docs/scale.md.
 
-    python tools/scale.py --out out/scale
+    python tools/scale.py -o out/scale
 
 One evaluation of 1,000 scenes is run five times: undisturbed; killed by SIGKILL three times and started
 again; by two processes; by two workers of Ray; and by one process a second time, when all is done. All
@@ -83,8 +83,8 @@ def killed(config: Path, out: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "out/scale")
-    out: Path = parser.parse_args().out.resolve()
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "out/scale")
+    out: Path = parser.parse_args().output.resolve()
     out.mkdir(parents=True, exist_ok=True)
     config = out / "config.yaml"
     config.write_text(yaml.safe_dump(CONFIG, sort_keys=False))

@@ -1,7 +1,7 @@
 """Train the demo's two small models from scratch, in minutes on a CPU.
 
-    python tools/train_demo.py --model vit --out libragrad_fx/assets
-    python tools/train_demo.py --model mixer --out libragrad_fx/assets
+    python tools/train_demo.py --model vit -o libragrad_fx/assets
+    python tools/train_demo.py --model mixer -o libragrad_fx/assets
 
 Every epoch is made of scenes that no earlier epoch showed.
 """
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3, help="the peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="more than one gains little")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the weights")
+    parser.add_argument("-o", "--output", type=Path, default=Path("out"), help="folder for the weights")
     arguments = parser.parse_args()
     name, seed, rate = arguments.model, arguments.seed, arguments.rate
     epochs = arguments.epochs or EPOCHS[name]
@@ -114,8 +114,8 @@ def main() -> None:
     accuracy = test_accuracy(model)
     print(f"{name}: test accuracy {accuracy:.2%} on {TEST_SCENES} scenes")
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"{name}.safetensors"
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path = arguments.output / f"{name}.safetensors"
     about = {
         "architecture": architecture,
         "kwargs": json.dumps(kwargs),

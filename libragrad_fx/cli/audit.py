@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 import libragrad_fx as lg
-from libragrad_fx.cli.common import guessed_inputs, load_model, target_of, working
-from libragrad_fx.cli.options import Checkpoint, Json, ModelName, Pretrained, Seed, TargetIndex, app
+from libragrad_fx.cli.common import guessed_inputs, load_model, target_of
+from libragrad_fx.cli.options import Checkpoint, Json, ModelName, Pretrained, Seed, TargetIndex, answer, app
+from libragrad_fx.cli.progress import working
 
 
 @app.command()
@@ -28,4 +29,4 @@ def audit(
         gm = lg.transform(module, inputs) if balanced else lg.trace(module, inputs)
         say("one backward")
         account = lg.audit(gm, inputs, target_of(module, inputs, target))
-    typer.echo(account.to_json() if json else str(account))
+    answer(account, json)

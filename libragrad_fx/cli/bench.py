@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated
 
 import torch
@@ -9,8 +10,9 @@ import typer
 
 import libragrad_fx as lg
 from libragrad_fx.attribution import METHODS
-from libragrad_fx.cli.common import guessed_inputs, load_model, working
-from libragrad_fx.cli.options import ModelName, Seed, app
+from libragrad_fx.cli.common import guessed_inputs, load_model
+from libragrad_fx.cli.options import Json, ModelName, Seed, answer, app
+from libragrad_fx.cli.progress import counting, working
 from libragrad_fx.errors import InputError
 from libragrad_fx.target import middle, select
 
@@ -28,6 +30,7 @@ def bench(
         bool, typer.Option("--methods", help="Every attribution method instead, on the balanced backward.")
     ] = False,
     seed: Seed = 0,
+    json: Json = False,
 ) -> None:
     """Run forward and backward to the input, plain and balanced in turns, and print what they cost.
 
@@ -59,9 +62,14 @@ def bench(
                 sides[name] = side
             except InputError as e:
                 refused[name] = str(e)
-        say("timing")
-        found = race(sides, x, rounds) if methods else compare(sides, x, rounds)
-    typer.echo(f"{model}, {tuple(x.shape)}, {x.dtype}, {threads} threads, torch {torch.__version__}")
-    typer.echo("\n".join([HEAD, *(c.against(found[0]) for c in found)]))
-    for name, why in refused.items():
-        typer.echo(f"{name}: {why}")
+    with counting("timing", rounds * len(sides)) as bar:
+        timed = race if methods else compare
+        found = timed(sides, x, rounds, seen=bar.step)
+    about = {"model": model, "shape": [*x.shape], "dtype": str(x.dtype), "threads": threads}
+    about["torch"] = torch.__version__
+    lines = [
+        f"{model}, {tuple(x.shape)}, {x.dtype}, {threads} threads, torch {torch.__version__}", HEAD,
+        *(c.against(found[0]) for c in found), *(f"{name}: {why}" for name, why in refused.items()),
+    ]  # fmt: skip
+    costs = [dataclasses.asdict(c) for c in found]
+    answer({**about, "costs": costs, "refused": refused}, json, "\n".join(lines))

@@ -1,18 +1,16 @@
-"""Shared by the commands: load a model, make inputs, show progress."""
+"""Shared by the commands: load a model, and make inputs."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
-from rich.console import Console
 
 from libragrad_fx import models
 from libragrad_fx.capture.examples import infer_inputs
+from libragrad_fx.cli.progress import working
 from libragrad_fx.target import as_call, largest
 
 
@@ -20,19 +18,9 @@ def load_model(name: str, pretrained: bool, checkpoint: Path | None, seed: int) 
     with working(f"building {name}"):
         loaded = models.resolve(name, pretrained, checkpoint, seed)
     if loaded.weights == "random":
-        typer.echo(f"note: the weights of {name} are random (--pretrained or --checkpoint)", err=True)
+        said = f"the weights of {name} are random: its answers and the names of its classes mean nothing"
+        typer.echo(f"note: {said} (--pretrained or --checkpoint)", err=True)
     return loaded
-
-
-@contextlib.contextmanager
-def working(what: str) -> Iterator[Any]:
-    """A spinner on a terminal, silence elsewhere. Yields a function that changes its text."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda text: None
-        return
-    with console.status(what) as status:
-        yield status.update
 
 
 def guessed_inputs(module: torch.nn.Module, seed: int) -> Any:

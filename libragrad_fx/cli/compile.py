@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,10 +12,22 @@ from torch.utils import _pytree as pytree
 import libragrad_fx as lg
 from libragrad_fx import models
 from libragrad_fx.attribution.formulas import method_of
-from libragrad_fx.cli.common import guessed_inputs, load_model, working
+from libragrad_fx.cli.common import guessed_inputs, load_model
 from libragrad_fx.cli.given import items
-from libragrad_fx.cli.options import Checkpoint, Json, ModelName, Policy, Pretrained, Seed, app
+from libragrad_fx.cli.options import (
+    Checkpoint,
+    Json,
+    ModelName,
+    Policy,
+    Pretrained,
+    Seed,
+    answer,
+    app,
+    method_names,
+)
+from libragrad_fx.cli.progress import working
 from libragrad_fx.errors import InputError
+from libragrad_fx.extras import writable
 from libragrad_fx.programs import page
 
 _FORMS = {".aoti.pt2": "package", ".pt2": "save", ".onnx": "to_onnx", page.ENDING: "to_page"}
@@ -38,7 +49,9 @@ def compile_(
     ],
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
-    method: Annotated[str, typer.Option(help="See libragrad methods.")] = "fullgrad_plus",
+    method: Annotated[
+        str, typer.Option(help="See libragrad methods.", autocompletion=method_names)
+    ] = "fullgrad_plus",
     policy: Policy = "libra",
     resolution: Annotated[
         Literal["tokens", "pixels"], typer.Option(help="Where methods look that look at one place.")
@@ -68,6 +81,7 @@ def compile_(
     form = next((f for ending, f in _FORMS.items() if output.name.endswith(ending)), None)
     if form is None:
         raise InputError(f"-o wants a file that ends in {', '.join(_FORMS)}, got {str(output)!r}")
+    writable(output)
     paged = form == _FORMS[page.ENDING]
     method_of(method)  # before any work
     if (examples or runtime) and not paged:
@@ -90,19 +104,14 @@ def compile_(
         )
         say(f"writing {output}")
         if paged:
-            title = model if loaded.source == "factory" else f"{model} (weights {loaded.weights})"
-            about = {"runtime": runtime or Path(), "title": title, "labels": models.categories(loaded)}
-            program.to_page(output, pictures or inputs, **about)
+            about = {"title": loaded.title, "labels": models.categories(loaded)}
+            program.to_page(output, pictures or inputs, runtime=runtime or Path(), **about)
         else:
             getattr(program, form)(output, inputs)
     said: dict[str, Any] = {
         "file": str(output), "bytes": output.stat().st_size, "method": method,
         "inputs": program.signature(inputs), "outputs": program.outputs(inputs),
     }  # fmt: skip
-    if json:
-        typer.echo(json_.dumps(said))
-        return
-    typer.echo(f"{output}: {said['bytes'] / 2**20:.1f} MiB")
-    for name, sizes in said["inputs"].items():
-        typer.echo(f"takes    {name}: {sizes}")
-    typer.echo(f"returns  {', '.join(said['outputs'])}")
+    lines = [f"{output}: {said['bytes'] / 2**20:.1f} MiB"]
+    lines += [f"takes    {name}: {sizes}" for name, sizes in said["inputs"].items()]
+    answer(said, json, "\n".join([*lines, f"returns  {', '.join(said['outputs'])}"]))

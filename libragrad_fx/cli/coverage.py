@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from libragrad_fx.cli.options import app, one_line
+from libragrad_fx.cli.options import Json, answer, app, one_line
+from libragrad_fx.cli.progress import counting
 from libragrad_fx.errors import InputError
-from libragrad_fx.extras import writing
+from libragrad_fx.extras import writable, writing
 
 
 @app.command()
@@ -38,8 +35,9 @@ def coverage(
         Path, typer.Option(metavar="DIR", help="One file of results (JSON lines) a suite.")
     ] = Path("out/coverage"),
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write all results in DIR as a page.")
+        Path | None, typer.Option(metavar="FILE", help="Write all results in DIR as a page, FILE.md.")
     ] = None,
+    json: Json = False,
 ) -> None:
     """Check every promise on the models of a library, each in a process of its own.
 
@@ -49,8 +47,12 @@ def coverage(
 
     if suite is None and report is None:
         raise InputError("nothing to do: give --suite, or --report to render what is there")
+    if report is not None:
+        writable(report, (".md",))
+    said, lines = dict[str, Any](), list[str]()
     if suite is not None:
         file = results / f"{suite}{'-static' if static else ''}.jsonl"
+        writable(file)
         fitting = {n: f for n, f in cover.SUITES[suite].names().items() if fnmatch.fnmatch(n, only)}
         if not fitting:
             raise InputError(f"no name of {suite} matches {only!r}")
@@ -59,34 +61,25 @@ def coverage(
         done = {r.name for r in cover.read(file) if r.verdict not in cover.STOPPED}
         names = {n: f for n, f in fitting.items() if n not in done}
         limits = cover.Limits(seconds, memory, max(1, (os.cpu_count() or 1) // jobs))
-        with _counting(f"{suite}{', static' if static else ''}", len(names)) as seen:
+        with counting(f"{suite}{', static' if static else ''}", len(names)) as bar:
+
+            def seen(result: Any) -> None:
+                bar.at(result.name)
+                bar.step()
+                if result.verdict != "balanced":
+                    bar.line(f"{result.name}: {result.verdict}: {one_line(result.reason)[:200]}")
+
             cover.run(suite, names, static=static, file=file, jobs=jobs, limits=limits, seen=seen)
         found = list(cover.read(file))
         balanced = sum(r.verdict == "balanced" for r in found)
-        typer.echo(f"{suite}: {balanced} of {len(found)} balanced, {len(names)} checked now; {file}")
+        said = {"models": len(found), "balanced": balanced, "checked": len(names), "results": str(file)}
+        lines = [f"{suite}: {balanced} of {len(found)} balanced, {len(names)} checked now; {file}"]
     if report is not None:
         files = sorted(results.glob("*.jsonl"))
         if not files:
             raise InputError(f"there are no results in {str(results)!r}")
         with writing(report):
             report.write_bytes(cover.render(r for f in files for r in cover.read(f)).encode())
-        typer.echo(f"wrote {report}")
-
-
-@contextlib.contextmanager
-def _counting(what: str, total: int) -> Iterator[Any]:
-    """A progress bar on a terminal; models that are not balanced are printed at once."""
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("{task.description}"), console=console, disable=not console.is_terminal,
-    ) as bar:  # fmt: skip
-        task = bar.add_task("", total=total)
-
-        def seen(result: Any) -> None:
-            bar.update(task, advance=1, description=result.name)
-            if result.verdict != "balanced":
-                text = f"{result.name}: {result.verdict}: {one_line(result.reason)[:200]}"
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-        yield seen
+        said["report"] = str(report)
+        lines.append(f"wrote {report}")
+    answer(said, json, "\n".join(lines))

@@ -8,19 +8,22 @@ from typing import Annotated
 
 import typer
 
-from libragrad_fx.cli.common import working
-from libragrad_fx.cli.options import app
-from libragrad_fx.extras import writing
+from libragrad_fx.cli.options import Json, answer, app
+from libragrad_fx.cli.progress import working
+from libragrad_fx.extras import writable, writing
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="The page.")] = Path("out/demo.html"),
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.html", help="The page.")] = Path(
+        "out/demo.html"
+    ),
     images: Annotated[int, typer.Option(min=1, max=64, help="Pictures shown for each model.")] = 6,
     pictures: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write the pictures too, as files.")
     ] = None,
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    json: Json = False,
 ) -> None:
     """Write a page that shows the difference on two small trained models. Needs no network.
 
@@ -30,16 +33,21 @@ def demo(
     from libragrad_fx.demo import build as builder  # here, because its dependencies are optional
     from libragrad_fx.demo import data
 
+    writable(output, (".html",))
+    if pictures is not None:
+        writable(pictures, folder=True)
     with working("two models") as say:
         text = builder.page(images, say)
     with writing(output):
         output.write_bytes(text.encode())
-    typer.echo(f"wrote {output}")
+    files = list[str]()
     if pictures is not None:
         shown = data.scenes(builder.MEASURED, "test", builder.SEED).images[:images]
         for i, picture in enumerate(data.as_pictures(shown)):
             with writing(path := pictures / f"{i}.png"):
                 picture.save(path)
-        typer.echo(f"wrote {images} pictures to {pictures}")
+            files.append(str(path))
+    said = f"wrote {output}" + (f"\nwrote {images} pictures to {pictures}" if pictures else "")
+    answer({"file": str(output), "pictures": files}, json, said)
     if show:
         webbrowser.open(output.resolve().as_uri())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
-import json as json_format
 import platform
 import shutil
 import time
@@ -14,11 +13,10 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-import typer
 
 import libragrad_fx as lg
-from libragrad_fx.cli.common import working
-from libragrad_fx.cli.options import Json, app, one_line
+from libragrad_fx.cli.options import Json, answer, app, one_line
+from libragrad_fx.cli.progress import working
 from libragrad_fx.viz.text import table
 
 _REQUIRED = ("numpy", "pillow", "pyyaml", "rich", "safetensors", "typer")
@@ -75,10 +73,7 @@ def doctor(json: Json = False) -> None:
     """
     with working("importing what is optional"):
         found = tuple(examine())
-    if json:
-        typer.echo(json_format.dumps([dataclasses.asdict(f) for f in found], indent=1))
-    else:
-        typer.echo(report(found))
+    answer([dataclasses.asdict(f) for f in found], json, report(found))
 
 
 def examine() -> Iterator[Finding]:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from libragrad_fx.cli.options import app, one_line
+from libragrad_fx.cli.options import Json, answer, app, one_line
+from libragrad_fx.cli.progress import Bar, counting
+from libragrad_fx.extras import writable
 
 
 @app.command()
@@ -37,6 +29,7 @@ def evaluate(
     ] = "process",
     workers: Annotated[int, typer.Option(min=1, help="Ray: how many workers.")] = 2,
     retry: Annotated[bool, typer.Option("--retry", help="Try again what failed.")] = False,
+    json: Json = False,
 ) -> None:
     """Do what is not done of an evaluation. It goes on where it was stopped, however that was.
 
@@ -49,41 +42,38 @@ def evaluate(
     from libragrad_fx.evaluate.store import Store
 
     asked, start = Config.load(config), time.monotonic()
-    with _counting() as told:
+    writable(output, folder=True)
+    with counting("evaluating") as bar:
+        told: dict[str, Any] = {"seen": _seen(bar), "total": bar.of}
         if engine == "ray":
             from libragrad_fx.evaluate import cluster
 
             done = cluster.evaluate(asked, output, workers=workers, retry=retry, **told)
         else:
             done = run(asked, output, share=Share.found(rank, world), retry=retry, **told)
-    took = f"{time.monotonic() - start:.0f} s"
+    took = time.monotonic() - start
     if done is None:
-        typer.echo(f"this share is done ({took}); others have work left in {output}")
+        text = f"this share is done ({took:.0f} s); others have work left in {output}"
+        answer({"results": None, "seconds": took}, json, text)
         return
     numbers, failures = Store(output).counted()
-    typer.echo(f"wrote {done}: {numbers} numbers, {failures} failures ({took})")
+    said = {"results": str(done), "numbers": numbers, "failures": failures, "seconds": took}
+    answer(said, json, f"wrote {done}: {numbers} numbers, {failures} failures ({took:.0f} s)")
     if numbers == 0:
         raise typer.Exit(1)
 
 
-@contextlib.contextmanager
-def _counting() -> Iterator[dict[str, Any]]:
-    """A progress bar on a terminal; each failure of a model is printed once."""
-    console, said = Console(stderr=True), set[str]()
-    columns = (
-        TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), TextColumn("{task.description}"),
-    )  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
+def _seen(bar: Bar) -> Callable[[Any, Sequence[str]], None]:
+    """What is done with each unit: it is counted, and each failure of a model is printed once."""
+    said = set[str]()
 
-        def seen(unit: Any, failed: Sequence[str]) -> None:
-            bar.update(task, advance=1, description=f"{unit.model} {unit.method}")
-            for why in failed:
-                line = f"{unit.model} on {unit.data}: {one_line(why)[:200]}"
-                if line not in said:
-                    said.add(line)
-                    text = f"{line} (first in {unit.metric} of {unit.method}, {unit.policy})"
-                    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    def seen(unit: Any, failed: Sequence[str]) -> None:
+        bar.at(f"{unit.model} {unit.method}")
+        bar.step()
+        for why in failed:
+            line = f"{unit.model} on {unit.data}: {one_line(why)[:200]}"
+            if line not in said:
+                said.add(line)
+                bar.line(f"{line} (first in {unit.metric} of {unit.method}, {unit.policy})")
 
-        yield {"seen": seen, "total": lambda n: bar.update(task, total=n)}
+    return seen

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import libragrad_fx as lg
 from libragrad_fx import models
 from libragrad_fx.attribution.formulas import method_of
 from libragrad_fx.cli.common import load_model
-from libragrad_fx.cli.given import RAW, Item, items, places, raw_place
-from libragrad_fx.cli.options import Checkpoint, Pretrained, Seed, app, one_line
+from libragrad_fx.cli.given import RAW, Item, items, place, places, raw_place
+from libragrad_fx.cli.options import (
+    Checkpoint,
+    Json,
+    Pretrained,
+    Seed,
+    answer,
+    app,
+    method_names,
+    one_line,
+    policy_names,
+)
+from libragrad_fx.cli.progress import counting
 from libragrad_fx.errors import InputError, LibraGradError
 from libragrad_fx.explain import Against
 from libragrad_fx.extras import need
@@ -39,7 +49,12 @@ def explain(
     pretrained: Pretrained = False,
     checkpoint: Checkpoint = None,
     method: Annotated[
-        str, typer.Option(metavar="NAME,…", help="Methods, a row for each: see libragrad methods.")
+        str,
+        typer.Option(
+            metavar="NAME,…",
+            help="Methods, a row for each: see libragrad methods.",
+            autocompletion=method_names,
+        ),
     ] = "fullgrad_plus",
     target: Annotated[
         str | None,
@@ -52,7 +67,12 @@ def explain(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many of its largest answers.")] = 1,
     policy: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="How the gradient is balanced; plain: not at all.")
+        str,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="How the gradient is balanced; plain: not at all.",
+            autocompletion=policy_names,
+        ),
     ] = "libra",
     compare: Annotated[
         str, typer.Option(metavar="NAME,…", help="Policies to draw beside it: --compare plain.")
@@ -78,6 +98,7 @@ def explain(
         ),
     ] = None,
     seed: Seed = 0,
+    json: Json = False,
 ) -> None:
     """Draw which parts of pictures or texts speak for an answer, and which against it.
 
@@ -92,12 +113,12 @@ def explain(
     policies = list(dict.fromkeys(_POLICIES.get(p, p) for p in [*_parts(compare), policy]))
     for name in methods:
         method_of(name)
+    if place(output or "out.png").suffix in (".png", ".svg", ".pdf"):
+        need("matplotlib", "demo")  # fail before minutes of work, not after
     loaded = load_model(model, pretrained, checkpoint, seed)
     of_texts = models.reads_texts(loaded.module)
     given = items(inputs, of_texts)
     files = places(output, [item.name for item in given])
-    if any(file.suffix in (".png", ".svg", ".pdf") for file in files):
-        need("matplotlib", "demo")  # fail before minutes of work, not after
     processor = None if of_texts else models.processor(loaded)
     options = {"top": top, "processor": processor, "resolution": resolution, "seed": seed}
     targets = _targets(loaded, of_texts, target, against)
@@ -114,7 +135,8 @@ def explain(
         return rows
 
     asked = _Asked(loaded, files, {"scale": scale, "sign": sign}, len(methods), len(policies))
-    failed = _each(given, grid_of, asked)
+    told, lines, failed = _each(given, grid_of, asked)
+    answer({"model": model, "weights": loaded.weights, "inputs": told}, json, "\n".join(lines))
     if failed:
         typer.echo("\n".join(f"failed: {text}" for text in failed), err=True)
         raise typer.Exit(1)
@@ -175,15 +197,19 @@ def _index(found: lg.Attribution) -> Any:
 # --- one by one
 
 
-def _each(given: Sequence[Item], grid_of: Any, asked: _Asked) -> list[str]:
-    """Explain and write each input; what failed, and why. A single one raises its error."""
-    failed, pages = list[str](), list[Any]()
+def _each(
+    given: Sequence[Item], grid_of: Any, asked: _Asked
+) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """Explain and write each input. What JSON says of them, and what lines; what failed, and why. A single
+    one raises its error."""
+    failed, pages, told, lines = list[str](), list[Any](), list[Any](), list[str]()
+    console = Console(file=sys.stdout)  # as it is now, and not while progress is shown
     book = len(given) > 1 and len(set(asked.files)) == 1
-    with _counting(asked.methods * asked.policies * len(given)) as (console, begin, step):
+    with counting("explaining", asked.methods * asked.policies * len(given)) as bar:
         for item, file in zip(given, asked.files, strict=True):
-            begin(item.name)
+            bar.at(item.name)
             try:
-                grid = grid_of(item, step)
+                grid = grid_of(item, bar.step)
                 page = _page(item, grid, asked)
                 written = _save_raw(item, grid, file, asked)
                 if book:
@@ -196,10 +222,25 @@ def _each(given: Sequence[Item], grid_of: Any, asked: _Asked) -> list[str]:
                 said = one_line(e) if isinstance(e, LibraGradError) else first_line(e)
                 failed.append(f"{item.value}: {said}")
                 continue
-            typer.echo("\n".join([*_lines(item, page, console), _wrote(written)]))
+            told.append(_told(item, grid, [*written, *([file] if book else [])]))
+            lines += [*_lines(item, page, console), _wrote(written)]
     if pages:
-        typer.echo(f"wrote {paper.save(pages, asked.files[0])}")
-    return failed
+        lines.append(f"wrote {paper.save(pages, asked.files[0])}")
+    return told, lines, failed
+
+
+def _told(item: Item, grid: Grid, files: Sequence[Path]) -> dict[str, Any]:
+    """What JSON says of an input."""
+    maps = [
+        {
+            "method": a.method, "policy": a.policy, "target": a.target[0] if a.target else None,
+            "label": a.labels[0], "output": float(a.output[0]),
+            "completeness_error": float(a.completeness_error[0]),
+        }
+        for row in grid
+        for a in row
+    ]  # fmt: skip
+    return {"input": str(item.value), "files": [str(f) for f in files], "maps": maps}
 
 
 def _wrote(files: Sequence[Path]) -> str:
@@ -212,9 +253,7 @@ def _wrote(files: Sequence[Path]) -> str:
 
 def _page(item: Item, grid: Grid, asked: _Asked) -> Any:
     name = item.value.name if isinstance(item.value, Path) else item.name
-    weights = "" if asked.loaded.source == "factory" else f" (weights {asked.loaded.weights})"
-    title = f"{name}, {asked.loaded.name}{weights}"
-    return sheet.sheet(grid, title, **asked.look)
+    return sheet.sheet(grid, f"{name}, {asked.loaded.title}", **asked.look)
 
 
 def _save_raw(item: Item, grid: Grid, file: Path, asked: _Asked) -> list[Path]:
@@ -246,19 +285,3 @@ def _lines(item: Item, page: Any, console: Console) -> list[str]:
             console.print(text, soft_wrap=True, highlight=False)
         lines += [caption, f"  {held.get().rstrip()}"]
     return lines
-
-
-@contextlib.contextmanager
-def _counting(total: int) -> Iterator[Any]:
-    """A progress bar on a terminal: a console for texts, functions to begin an input and to go a step."""
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("explaining"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("{task.description}"), console=console, disable=not console.is_terminal, transient=True,
-    ) as bar:  # fmt: skip
-        task = bar.add_task("", total=total)
-        yield (
-            Console(),
-            lambda name: bar.update(task, description=name),
-            lambda: bar.advance(task),
-        )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from libragrad_fx.errors import InputError
+from libragrad_fx.extras import writable
 from libragrad_fx.models import IMAGE_ENDINGS
 from libragrad_fx.viz import paper
 
@@ -60,6 +61,20 @@ def _files(given: str) -> list[Path]:
 # --- where answers go
 
 
+def place(output: str) -> Path:
+    """The file that ``-o`` names; of a folder, ``{name}.png`` in it.
+
+    Raises:
+        InputError: an ending that is not known, or a path that cannot be written.
+    """
+    path = Path(output)
+    if output.endswith("/") or path.is_dir() or not path.suffix:
+        path = path / f"{_NAME}.png"
+    if path.suffix not in (known := (*paper.ENDINGS, *RAW)):
+        raise InputError(f"-o ends in {', '.join(known)}, or is a folder; got {output!r}")
+    return writable(path)
+
+
 def places(output: str | None, names: Sequence[str]) -> list[Path]:
     """The file of each item, whose ending decides what is written; one for all, if it can hold them.
 
@@ -67,16 +82,9 @@ def places(output: str | None, names: Sequence[str]) -> list[Path]:
         output: a file, a folder (with a .png for each item), or a file with ``{name}`` in it.
 
     Raises:
-        InputError: an ending that is not known, or one picture for several items.
+        InputError: as ``place``, or one picture for several items.
     """
-    known = (*paper.ENDINGS, *RAW)
-    if output is None:
-        output = "out.png" if len(names) == 1 else "out"
-    path = Path(output)
-    if output.endswith("/") or path.is_dir() or not path.suffix:
-        path = path / f"{_NAME}.png"
-    if path.suffix not in known:
-        raise InputError(f"-o ends in {', '.join(known)}, or is a folder; got {output!r}")
+    path = place(output or ("out.png" if len(names) == 1 else "out"))
     if _NAME in str(path):
         return [Path(str(path).replace(_NAME, name)) for name in names]
     if len(names) > 1 and path.suffix not in paper.BOOKS:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 import libragrad_fx as lg
-from libragrad_fx.cli.common import guessed_inputs, load_model, target_of, working
-from libragrad_fx.cli.options import Checkpoint, ModelName, Pretrained, Seed, TargetIndex, app
+from libragrad_fx.cli.common import guessed_inputs, load_model, target_of
+from libragrad_fx.cli.options import Checkpoint, Json, ModelName, Pretrained, Seed, TargetIndex, answer, app
+from libragrad_fx.cli.progress import working
 from libragrad_fx.errors import InputError
 
 
 @app.command()
 def graph(
     model: ModelName,
-    out: Annotated[
+    output: Annotated[
         Path | None,
-        typer.Option("-o", "--out", metavar="FILE", help="Picture: .html .svg .png .pdf .dot .json"),
+        typer.Option("-o", "--output", metavar="FILE", help="Picture: .html .svg .png .pdf .dot .json"),
     ] = None,
     depth: Annotated[int, typer.Option(min=1, help="Names of a module path to tell apart.")] = 2,
     focus: Annotated[str, typer.Option(metavar="MODULE", help="Module to draw op by op: blocks.3")] = "",
@@ -33,21 +35,31 @@ def graph(
     checkpoint: Checkpoint = None,
     target: TargetIndex = None,
     seed: Seed = 0,
+    json: Json = False,
 ) -> None:
     """Print what each module loses and creates under autograd, and what balancing does; or draw it."""
-    from libragrad_fx.viz.draw import tree  # here, so that only drawing imports networkx
+    from libragrad_fx.viz.draw import modules, tree  # here, so that only drawing imports networkx
     from libragrad_fx.viz.flow import streams
     from libragrad_fx.viz.strip import joined, streams_table
+    from libragrad_fx.viz.write import check_path
 
-    if out is None and (focus or view == "model-explorer"):
+    if output is not None:
+        check_path(output, view)
+    elif focus or view == "model-explorer":
         raise InputError("--focus and --view model-explorer are for a file: add -o FILE")
     module = load_model(model, pretrained, checkpoint, seed).module
     with working("capturing the model, two backwards"):
         inputs = guessed_inputs(module, seed)
         chosen = target_of(module, inputs, target)
-        if out is None:
+        if output is None:
             found = lg.gradient_graph(module, inputs, chosen)
-            text = streams_table(joined(streams(found))) if view == "streams" else tree(found, depth)
         else:
-            text = str(lg.visualize(module, out, inputs, chosen, view=view, depth=depth, focus=focus))
-    typer.echo(text)
+            found = lg.visualize(module, output, inputs, chosen, view=view, depth=depth, focus=focus)
+    if output is not None:
+        answer({"file": str(output)}, json, f"wrote {output}")
+    elif view == "streams":
+        joins = joined(streams(found))
+        answer({"joins": [dataclasses.asdict(j) for j in joins]}, json, streams_table(joins))
+    else:
+        rows = modules(found, depth)
+        answer({"modules": rows}, json, tree(rows))

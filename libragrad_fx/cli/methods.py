@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json as json_format
-
-import typer
-
 import libragrad_fx as lg
 from libragrad_fx.attribution import METHODS
-from libragrad_fx.cli.common import guessed_inputs, load_model, working
-from libragrad_fx.cli.options import Json, ModelName, Policy, Seed, app, one_line
+from libragrad_fx.cli.common import guessed_inputs, load_model
+from libragrad_fx.cli.options import Json, ModelName, Policy, Seed, answer, app, one_line
+from libragrad_fx.cli.progress import working
 from libragrad_fx.viz.text import table
 
 
@@ -20,11 +17,9 @@ def methods(model: ModelName, policy: Policy = "libra", seed: Seed = 0, json: Js
     module = load_model(model, False, None, seed).module
     with working("trying each method"):
         found = lg.methods(module, guessed_inputs(module, seed), policy=policy)
-    if json:
-        typer.echo(json_format.dumps(found, indent=1))
-        return
     rows = [
         (name, "no" if why else "yes", one_line(why) or METHODS[name].source) for name, why in found.items()
     ]
-    typer.echo("\n".join(table(("method", "supported", "source, or why not"), rows)))
-    typer.echo(f"{sum(not why for why in found.values())} of {len(found)} are supported")
+    lines = table(("method", "supported", "source, or why not"), rows)
+    lines.append(f"{sum(not why for why in found.values())} of {len(found)} are supported")
+    answer(found, json, "\n".join(lines))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json as json_format
 import traceback
 import warnings
 from pathlib import Path
@@ -71,6 +72,16 @@ def one_line(message: Any) -> str:
     return " ".join(str(message).split())
 
 
+def answer(said: Any, json: bool, text: Any = None) -> None:
+    """Print a result on stdout: as JSON alone, in which a number that is none is null; or as a text, by
+    default what it says of itself."""
+    if not json:
+        typer.echo(str(said) if text is None else text)
+        return
+    whole = said.to_json() if hasattr(said, "to_json") else json_format.dumps(said, default=str)
+    typer.echo(json_format.dumps(json_format.loads(whole, parse_constant=lambda _: None), indent=1))
+
+
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
@@ -120,10 +131,27 @@ TargetIndex = Annotated[
 ]
 
 
+def policy_names(incomplete: str) -> list[str]:
+    """For the completion of shells."""
+    from libragrad_fx.decide import rulebook  # here: it imports torch, and --help does not
+
+    return [name for name in rulebook.policies() if name.startswith(incomplete)]
+
+
+def method_names(incomplete: str) -> list[str]:
+    """For the completion of shells."""
+    from libragrad_fx.attribution import METHODS
+
+    return [name for name in METHODS if name.startswith(incomplete)]
+
+
 Policy = Annotated[
     str,
-    typer.Option(metavar="NAME|FILE", help="What to balance, and how: libra, attn_lrp, … or a .yaml file."),
-]
+    typer.Option(
+        metavar="NAME|FILE", help="What to balance, and how: libra, attn_lrp, … or a .yaml file.",
+        autocompletion=policy_names,
+    ),
+]  # fmt: skip
 
 
 Rules = Annotated[
@@ -135,4 +163,4 @@ Rules = Annotated[
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of random weights and inputs.")]
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on stdout.")]

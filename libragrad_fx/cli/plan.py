@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 import libragrad_fx as lg
-from libragrad_fx.cli.common import load_model, working
-from libragrad_fx.cli.options import Json, ModelName, Policy, Rules, app
+from libragrad_fx.cli.common import load_model
+from libragrad_fx.cli.options import Json, ModelName, Policy, Rules, answer, app
+from libragrad_fx.cli.progress import working
 from libragrad_fx.errors import InputError
 
 
@@ -24,10 +25,11 @@ def plan(
     module = load_model(model, False, None, seed=0).module
     with working("capturing the model"):
         made = lg.plan(module, policy=policy, rules=rules)
-    if why is not None:
-        typer.echo(_explain_node(made, why))
+    if why is None:
+        answer(made, json)
     else:
-        typer.echo(made.to_json() if json else str(made))
+        text = _explain_node(made, why)
+        answer({"node": why, "why": text}, json, text)
 
 
 def _explain_node(made: lg.Plan, node: str) -> str:

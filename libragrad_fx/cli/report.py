@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from libragrad_fx.cli.options import app
+from libragrad_fx.cli.options import Json, answer, app
 
 
 @app.command()
@@ -18,8 +18,10 @@ def report(
     ] = Path("out/report.html"),
     base: Annotated[str, typer.Option(metavar="POLICY", help="What is compared with.")] = "autograd",
     policy: Annotated[str, typer.Option(metavar="POLICY", help="What is compared.")] = "libra",
+    json: Json = False,
 ) -> None:
     """Write a report: losses first, then a table for each measure, with paired intervals."""
     from libragrad_fx.evaluate import report as reporting
 
-    typer.echo(f"wrote {reporting.report(results, output, (base, policy))}")
+    file = reporting.report(results, output, (base, policy))
+    answer({"file": str(file)}, json, f"wrote {file}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json as json_format
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from libragrad_fx.cli.options import app
+from libragrad_fx.cli.options import Json, answer, app
+from libragrad_fx.cli.progress import counting
+from libragrad_fx.extras import writable
 
 
 @app.command("search-policy")
@@ -18,6 +19,7 @@ def search_policy(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="The folder of the search.")
     ] = Path("out/search"),
+    json: Json = False,
 ) -> None:
     """Search over the rows of a policy, and compare the best with libra on what was not searched.
 
@@ -26,16 +28,16 @@ def search_policy(
     from libragrad_fx.evaluate import search as searching
 
     asked = searching.SearchConfig.load(config)
-    console = Console(stderr=True)
-    columns = (TextColumn("searching"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=asked.trials)
-        found = searching.search(asked, output, lambda number, _: bar.update(task, completed=number + 1))
-    typer.echo(f"best of {found.trials}: {found.value:+.3f}, libra {found.libra:+.3f} on the search set")
+    writable(output, folder=True)
+    with counting("searching", asked.trials) as bar:
+        found = searching.search(asked, output, lambda i, _: bar.progress.update(bar.task, completed=i + 1))
+    lines = [f"best of {found.trials}: {found.value:+.3f}, libra {found.libra:+.3f} on the search set"]
     for model, pair in found.compared.items():
         d = pair.difference
-        typer.echo(
+        lines.append(
             f"{model}: found - libra {d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}], {pair.wins} wins,"
             f" {pair.losses} losses of {d.n}"
         )
-    typer.echo(f"wrote {output / 'found.json'}")
+    file = output / "found.json"
+    lines.append(f"wrote {file}")
+    answer(json_format.loads(file.read_text("utf-8")), json, "\n".join(lines))

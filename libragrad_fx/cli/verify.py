@@ -8,7 +8,7 @@ import torch
 import typer
 
 import libragrad_fx as lg
-from libragrad_fx.cli.common import guessed_inputs, load_model, target_of, working
+from libragrad_fx.cli.common import guessed_inputs, load_model, target_of
 from libragrad_fx.cli.options import (
     Checkpoint,
     Json,
@@ -18,8 +18,10 @@ from libragrad_fx.cli.options import (
     Rules,
     Seed,
     TargetIndex,
+    answer,
     app,
 )
+from libragrad_fx.cli.progress import working
 
 
 @app.command()
@@ -47,6 +49,6 @@ def verify(
         gm = lg.transform(module, inputs, policy=policy, on_unknown="keep", rules=rules)
         say("checking")
         certificate = lg.verify(module, gm, inputs, target_of(module, inputs, target))
-    typer.echo(certificate.to_json() if json else str(certificate))
+    answer(certificate, json)
     if not certificate.ok:
         raise typer.Exit(1)

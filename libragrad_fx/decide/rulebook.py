@@ -245,24 +245,29 @@ def _load_policy(file: Path) -> tuple[str, tuple[PolicyRow, ...]]:
     return str(_construct(body["policy"], where)), tuple(rows)
 
 
+def _at(file: Path, line: int) -> Location:
+    """A line of a file: a shipped one by the name that it has in the checkout."""
+    return Location(f"rules/{file.name}" if file.parent == rules_folder() else str(file), line)
+
+
 def _read(file: Path) -> tuple[yaml.Node, Location]:
     try:
         node = yaml.compose(file.read_text("utf-8"), Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as e:
         line = e.problem_mark.line + 1 if e.problem_mark else 1
-        raise RuleError(f"{Location(str(file), line)}: not YAML: {e.problem}") from e
+        raise RuleError(f"{_at(file, line)}: not YAML: {e.problem}") from e
     except (yaml.YAMLError, RecursionError) as e:
-        raise RuleError(f"{Location(str(file), 1)}: not YAML: {e}") from e
+        raise RuleError(f"{_at(file, 1)}: not YAML: {e}") from e
     except (OSError, ValueError) as e:  # a name that no file can have, bytes that are no text
-        raise RuleError(f"{Location(str(file), 1)}: cannot be read: {e}") from e
+        raise RuleError(f"{_at(file, 1)}: cannot be read: {e}") from e
     if node is None:
-        raise RuleError(f"{Location(str(file), 1)}: the file is empty")
-    return node, Location(str(file), node.start_mark.line + 1)
+        raise RuleError(f"{_at(file, 1)}: the file is empty")
+    return node, _at(file, node.start_mark.line + 1)
 
 
 def _mapping(node: yaml.Node, file: Path, deep: bool = True) -> tuple[dict[str, Any], Location]:
     """One YAML mapping with its line; a key given twice is an error (PyYAML would keep the last)."""
-    where = Location(str(file), node.start_mark.line + 1)
+    where = _at(file, node.start_mark.line + 1)
     if not isinstance(node, yaml.MappingNode):
         raise RuleError(f"{where}: expected a mapping '{{key: value, ...}}'")
     found: dict[str, Any] = {}

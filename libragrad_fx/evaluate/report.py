@@ -24,7 +24,7 @@ from libragrad_fx.evaluate.tables import (
     tables,
 )  # fmt: skip
 from libragrad_fx.explain.kept import AUTOGRAD
-from libragrad_fx.extras import writing
+from libragrad_fx.extras import writable, writing
 from libragrad_fx.viz.template import markup, rendered
 
 _MARKS = {"better": "▲", "worse": "▼", "even": "·"}
@@ -34,16 +34,18 @@ _PANELS = 16  # of a figure, at most
 
 
 def report(folder: str | Path, output: str | Path, policies: tuple[str, str] = (AUTOGRAD, "libra")) -> Path:
-    """Write a report of the results in a folder: HTML, or Markdown if ``output`` ends in .md.
+    """Write a report of the results in a folder, as HTML or Markdown.
 
     Args:
+        output: ends in .html or .md.
         policies: the two that are compared; all are compared with the second in tables of their own.
 
     Raises:
-        InputError: no results, or a path that cannot be written.
+        InputError: no results, another ending, or a path that cannot be written.
         LibraGradError: the extra ``evaluate`` is not installed.
     """
-    found, path = Results(folder), Path(output)
+    path = writable(Path(output), (".html", ".md"))
+    found = Results(folder)
     made = tables(found, policies)
     text = markdown(found, made, policies) if path.suffix == ".md" else page(found, made, policies)
     with writing(path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import networkx as nx
@@ -83,42 +83,48 @@ def _unit(graph: nx.DiGraph) -> float:
     return abs(graph.graph["output"]["plain"]) or 1.0
 
 
-def _percent(value: float, unit: float) -> str:
+def _percent(value: float, unit: float = 1.0) -> str:
     return f"{100 * value / unit:.3g} %"
 
 
 # --- in a terminal
 
 
-def tree(graph: nx.DiGraph, depth: int = 3) -> str:
-    """A table by module: mass lost and created under autograd, the edits, and the imbalance left."""
+def modules(graph: nx.DiGraph, depth: int = 3) -> list[dict[str, Any]]:
+    """By module, parents first: its ``ops``; the mass ``lost`` and ``created`` under autograd and the
+    imbalance that is ``left`` when balanced, in units of the output; its ``edits``, by kind."""
     units = {side: abs(graph.graph["output"][side]) or 1.0 for side in SIDES}
-    sums: dict[str, dict[str, float]] = {}
-    actions: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for node, data in graph.nodes(data=True):
         if data["plain"] is None and data["balanced"] is None:
             continue
         parts = data["module"].split(".") if data["module"] else []
         for path in (".".join(parts[:i]) for i in range(min(len(parts), depth) + 1)):
-            row = sums.setdefault(path, dict.fromkeys(("ops", "lost", "created", "left"), 0.0))
+            new = {"module": path, "ops": 0, "lost": 0.0, "created": 0.0, "left": 0.0, "edits": {}}
+            row = found.setdefault(path, new)
             row["ops"] += node != "output"
             for key in ("lost", "created"):
-                row[key] += (data["plain"] or {}).get(key, 0.0)
-            row["left"] += moved(data["balanced"])
+                row[key] += (data["plain"] or {}).get(key, 0.0) / units["plain"]
+            row["left"] += moved(data["balanced"]) / units["balanced"]
             if data["action"]:
-                done = actions.setdefault(path, {})
-                done[data["action"]] = done.get(data["action"], 0) + 1
-    first = {path: i for i, path in enumerate(sums)}
+                row["edits"][data["action"]] = row["edits"].get(data["action"], 0) + 1
+    first = {path: i for i, path in enumerate(found)}
+    return [found[path] for path in sorted(found, key=lambda p: _place(p, first))]
+
+
+def tree(modules: Sequence[dict[str, Any]]) -> str:
+    """``modules`` as a table for a terminal."""
     rows = [
         (
             "  " * path.count(".") + ("  " if path else "") + (path.rpartition(".")[2] or "(model)"),
-            f"{row['ops']:.0f}",
-            _percent(row["lost"], units["plain"]),
-            _percent(row["created"], units["plain"]),
-            ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in actions.get(path, {}).items()),
-            _percent(row["left"], units["balanced"]),
+            str(row["ops"]),
+            _percent(row["lost"]),
+            _percent(row["created"]),
+            ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in row["edits"].items()),
+            _percent(row["left"]),
         )
-        for path, row in sorted(sums.items(), key=lambda kv: _place(kv[0], first))
+        for row in modules
+        for path in [row["module"]]
     ]
     head = ("module", "ops", "lost", "created", "edits", "left when balanced")
     return "\n".join(table(head, rows))

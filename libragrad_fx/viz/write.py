@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import networkx as nx
 
 from libragrad_fx.errors import InputError
-from libragrad_fx.extras import need
+from libragrad_fx.extras import need, writable, writing
 from libragrad_fx.viz.draw import to_dot
 from libragrad_fx.viz.explorer import to_html
 from libragrad_fx.viz.flow import streams
@@ -39,11 +38,7 @@ def check_path(path: str | Path, view: str = "graph") -> Path:
         raise InputError(f"view is one of {', '.join(ENDINGS)}; got {view!r:.40}")
     if path.suffix not in ENDINGS[view]:
         raise InputError(f"{path.name!r}: view {view!r} is written as {', '.join(ENDINGS[view])}")
-    if not path.parent.is_dir():
-        raise InputError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise InputError(f"{str(path)!r} cannot be written")
-    return path
+    return writable(path)
 
 
 def write(
@@ -63,6 +58,12 @@ def write(
     """
     path = check_path(path, view)
     _require_finite(graph)
+    with writing(path):
+        _write(graph, path, view, depth, focus)
+    return path
+
+
+def _write(graph: nx.DiGraph, path: Path, view: str, depth: int, focus: str) -> None:
     if view == "streams":
         save(streams(graph), path, graph.graph.get("title", ""))
     elif view == "model-explorer":
@@ -77,7 +78,6 @@ def write(
         path.write_text(to_dot(around(graph, depth, focus), focus).source, "utf-8")
     else:
         path.write_bytes(_picture(to_dot(around(graph, depth, focus), focus), path.suffix[1:]))
-    return path
 
 
 def _require_finite(graph: nx.DiGraph) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -21,6 +28,9 @@ import libragrad_fx as lg
 from libragrad_fx import models
 from libragrad_fx.cli import app
 from libragrad_fx.cli.options import COMMANDS
+from libragrad_fx.evaluate.config import Config
+from libragrad_fx.evaluate.search import SearchConfig
+from libragrad_fx.extras import writable
 
 SIDE = 32
 
@@ -154,13 +164,43 @@ def test_pretrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--pretrained or --checkpoint, not both" in both
     assert "your own factory" in refusal("verify", TINY, "--pretrained")
 
-    def offline(*_: object, **__: object) -> nn.Module:
-        raise OSError("Name or service not known\nwhile requesting a file")
+    def broken(*_: object, **__: object) -> nn.Module:
+        raise OSError("No such file\nwhile requesting it")
 
-    monkeypatch.setattr(timm, "create_model", offline)
-    said = refusal("verify", "resnet18", "--pretrained")
-    assert "Name or service not known" in said
+    monkeypatch.setattr(torchvision.models, "get_model", broken)
+    said = refusal("verify", "torchvision:resnet18", "--pretrained")
+    assert "No such file" in said
     assert "--checkpoint" in said
+
+
+@pytest.fixture
+def silent_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A hub that hangs up on everyone, and an empty cache; how often it was called."""
+    calls = []
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def hang_up() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                calls.append(connection.close())
+
+    threading.Thread(target=hang_up, daemon=True).start()
+    address = f"http://127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield calls
+    server.close()
+
+
+@pytest.mark.parametrize("args", [("resnet18", "--pretrained"), ("hf:some/model",)])
+def test_a_hub_that_does_not_answer_is_asked_once(args: Any, silent_hub: Any) -> None:
+    """Its own loaders ask again and again, and wait longer each time."""
+    said = refusal("verify", *args)
+    assert "its weights could not be downloaded" in said
+    assert "--checkpoint" in said
+    assert "hf:FOLDER" in said
+    assert len(silent_hub) == 1
 
 
 def test_bad_policy_and_rules(tmp_path: Path) -> None:
@@ -169,9 +209,55 @@ def test_bad_policy_and_rules(tmp_path: Path) -> None:
     assert "rules.yaml:1" in refusal("plan", TINY, "--rules", tmp_path / "rules.yaml")
 
 
-def test_output_that_cannot_be_written(tmp_path: Path, photo: Path) -> None:
-    said = refusal("explain", photo, "--model", TINY, "-o", photo / "under" / "a.png")
-    assert "cannot write" in said
+WRITERS = {
+    "explain": (("x.png", "--model", f"{__name__}:raises"), ".png"),
+    "graph": ((f"{__name__}:raises",), ".svg"),
+    "compile": ((f"{__name__}:raises",), ".pt2"),
+    "demo": ((), ".html"),
+    "report": (("no-such-folder",), ".html"),
+    "coverage": (("--results", "no-such-folder"), ".md"),
+}
+"""Commands that write a file: arguments that would fail behind the check, and an ending."""
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_a_file_that_cannot_be_written_is_told_before_the_work(command: str, photo: Path) -> None:
+    args, ending = WRITERS[command]
+    option = "--report" if command == "coverage" else "-o"
+    under = refusal(command, *args, option, photo / "under" / f"a{ending}")
+    assert "cannot write" in under
+    assert "is no folder" in under
+    (photo.parent / f"a{ending}").mkdir()
+    if command != "explain":  # writes into it
+        assert "is a folder" in refusal(command, *args, option, photo.parent / f"a{ending}")
+    assert ending in refusal(command, *args, option, photo.parent / "a.jpg")
+    assert not (photo.parent / "a.jpg").exists()
+
+
+@pytest.mark.parametrize(("command", "option"), [
+    ("evaluate", "-o"), ("search-policy", "-o"), ("coverage", "--results"),
+])  # fmt: skip
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+    command: str, option: str, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for config in (Config, SearchConfig):
+        monkeypatch.setattr(config, "load", lambda file: None)
+    args = ("--suite", "timm") if command == "coverage" else ("c.yaml",)
+    assert "is no folder" in refusal(command, *args, option, photo)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(tmp_path: Path, photo: Path) -> None:
+    tmp_path.chmod(0o500)
+    said = refusal("explain", photo, "--model", f"{__name__}:raises", "-o", tmp_path / "a.png")
+    assert "is read-only" in said
+
+
+def test_what_may_be_written_is_not_made(tmp_path: Path) -> None:
+    for folder in (False, True):
+        assert writable(tmp_path / "a" / "b", folder=folder) == tmp_path / "a" / "b"
+    assert writable(tmp_path, folder=True) == tmp_path
+    assert not [*tmp_path.iterdir()]
 
 
 def test_debug_shows_the_traceback() -> None:
@@ -194,7 +280,9 @@ def test_version_and_help() -> None:
 
 def test_random_weights_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: tiny())
-    assert "are random" in run("plan", "vit_tiny_patch16_224").stderr
+    assert "the names of its classes mean nothing" in run("plan", "vit_tiny_patch16_224").stderr
+    assert "random" in models.Loaded("a", "timm", tiny(), "random").title
+    assert models.Loaded("a:b", "factory", tiny(), "as the factory made them").title == "a:b"
 
 
 def test_plan_is_a_table_an_explanation_or_json() -> None:
@@ -202,7 +290,7 @@ def test_plan_is_a_table_an_explanation_or_json() -> None:
     assert table[1].split() == ["node", "module", "source", "action", "rule", "reason"]
     assert any(row.startswith("gelu ") for row in table)
     assert "x * gate(x)" in run("plan", TINY, "--why", "gelu").stdout
-    assert "no node 'gelv'" in refusal("plan", TINY, "--why", "gelv")
+    assert "no node 'gelv'; did you mean gelu" in refusal("plan", TINY, "--why", "gelv")
     assert json.loads(run("plan", TINY, "--json").stdout)["policy"] == "libra"
 
 

@@ -21,7 +21,7 @@ def test_a_file_is_written(tmp_path: Path) -> None:
     args = ["compile", "tests.cli.test_compile:model", "-o", str(path), "--single", "--json"]
     done = run(app, [*args, "--method", "input_x_gradient"])
     assert done.exit_code == 0, done.output
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = json.loads(done.stdout)
     assert said["inputs"] == {"input": "float32 (1, 6)", "target": "int64 (1)"}
     values, *_ = torch.export.load(path).module()(torch.ones(1, 6), torch.tensor([2]))
     torch.testing.assert_close(values, model()[0].weight[2:].double())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,17 @@ def test_a_run_ends_with_a_summary(run: Any, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     assert f"wrote {tmp_path / 'out' / 'results.parquet'}: 42 numbers, 0 failures (" in found.output
     assert len(found.output.splitlines()) == 1
+
+
+def test_a_summary_and_a_report_in_json(run: Any, tmp_path: Path) -> None:
+    said = json.loads(run("--json").stdout)
+    assert said.pop("seconds") > 0
+    file = tmp_path / "out" / "results.parquet"
+    assert said == {"results": str(file), "numbers": 42, "failures": 0}
+    page = tmp_path / "report.md"
+    made = CliRunner().invoke(app, ["report", str(file.parent), "-o", str(page), "--json"])
+    assert json.loads(made.stdout) == {"file": str(page)}
+    assert page.is_file()
 
 
 def test_a_share_says_that_others_have_work_left(run: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,11 @@ def test_demo_writes_what_it_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(demo, "study", keep)
     file = tmp_path / "new" / "demo.html"
     scenes = tmp_path / "scenes"
-    done = CliRunner().invoke(app, ["demo", "-o", str(file), "--images", "2", "--pictures", str(scenes)])
+    asked = ["-o", str(file), "--images", "2", "--pictures", str(scenes), "--json"]
+    done = CliRunner().invoke(app, ["demo", *asked])
     assert done.exit_code == 0, done.output
+    pictures = [str(scenes / f"{i}.png") for i in (0, 1)]
+    assert json.loads(done.stdout) == {"file": str(file), "pictures": pictures}
     assert sorted(p.name for p in scenes.iterdir()) == ["0.png", "1.png"]
     image = demo_data.scenes(4, "test", 1).images[1].permute(1, 2, 0).numpy()
     assert np.abs(np.asarray(Image.open(scenes / "1.png")) - 255 * image).max() < 0.51
