@@ -15,14 +15,15 @@ import torch
 import libragrad_fx as lg
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("docs/start", "docs/howto")
+FOLDERS = ("docs", "docs/start", "docs/howto", "docs/concepts")
 PAGES = [
     "README.md",
     *sorted(p.relative_to(ROOT).as_posix() for d in FOLDERS for p in (ROOT / d).glob("*.md")),
 ]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"# not run: needs \S")
-SLOW = {"docs/howto/libraries.md"}  # a model of 224 x 224, and two other libraries
+SLOW = {"docs/howto/libraries.md", "docs/programs.md"}  # models of 224 x 224; a traced program
+NEEDS = {"docs/howto/libraries.md": ("captum", "pytorch_grad_cam", "quantus")}
 
 
 def blocks(page: str) -> list[tuple[int, str]]:
@@ -49,9 +50,8 @@ def named() -> dict[str, Any]:
 )
 def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In their order and with one another's names, as a reader types them."""
-    if page in SLOW:
-        for needed in ("captum", "pytorch_grad_cam"):
-            pytest.importorskip(needed, reason=f"{needed} is not installed")
+    for needed in NEEDS.get(page, ()):
+        pytest.importorskip(needed, reason=f"{needed} is not installed")
     plt = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
     monkeypatch.chdir(tmp_path)
     names = named()
