@@ -23,7 +23,8 @@ def test_every_kind_of_page_is_read() -> None:
 
 PAGE = """# A page
 
-[a file](other.md), [a heading](other.md#two-words), [here](#a-page), ![a picture](no.png), [`code`](gone.md),
+[a file](other.md), [a heading](other.md#two-words), [here](#a-page), ![a picture](no.png),
+[`code`](gone.md),
 [![linked](here.png)](other.md#three), `[code](of.md)`, [out](https://example.org/x)
 
 ```
@@ -37,7 +38,9 @@ def test_broken_links_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools/site.py").write_text('COPIED = {"made.md": "docs/other.md"}\n')
     (tmp_path / "docs/page.md").write_text(PAGE)
-    (tmp_path / "docs/other.md").write_text("## Two words\n[made](made.md#two-words) [cli](reference/cli.md)\n")
+    (tmp_path / "docs/other.md").write_text(
+        "## Two words\n[made](made.md#two-words) [cli](reference/cli.md)\n"
+    )
     (tmp_path / "docs/tutorials/n.py").write_text(
         "# %% [markdown]\n# # Notes\n# [up](../page.md)\n# [no](gone.md)\n\n# %%\nx = 1  # [not](a.md)\n"
     )
