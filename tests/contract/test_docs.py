@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import re
@@ -15,14 +16,15 @@ import torch
 import libragrad_fx as lg
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("docs/start", "docs/howto")
+FOLDERS = ("docs", "docs/start", "docs/howto", "docs/concepts")
 PAGES = [
     "README.md",
     *sorted(p.relative_to(ROOT).as_posix() for d in FOLDERS for p in (ROOT / d).glob("*.md")),
 ]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"# not run: needs \S")
-SLOW = {"docs/howto/libraries.md"}  # a model of 224 x 224, and two other libraries
+SLOW = {"docs/howto/libraries.md", "docs/programs.md"}  # models of 224 x 224; a program is traced
+NEEDS = {"docs/howto/libraries.md": ("captum", "pytorch_grad_cam", "quantus")}
 
 
 def blocks(page: str) -> list[tuple[int, str]]:
@@ -49,9 +51,8 @@ def named() -> dict[str, Any]:
 )
 def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In their order and with one another's names, as a reader types them."""
-    if page in SLOW:
-        for needed in ("captum", "pytorch_grad_cam"):
-            pytest.importorskip(needed, reason=f"{needed} is not installed")
+    for needed in NEEDS.get(page, ()):
+        pytest.importorskip(needed, reason=f"{needed} is not installed")
     plt = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed")
     monkeypatch.chdir(tmp_path)
     names = named()
@@ -78,15 +79,61 @@ def test_every_error_and_warning_is_explained() -> None:
     assert set(rows) == raised - {"LibraGradError"}
 
 
-def test_every_public_name_says_what_it_is() -> None:
+PUBLIC = [
+    "libragrad_fx", "libragrad_fx.attribution", "libragrad_fx.metrics", "libragrad_fx.metrics.faithfulness",
+    "libragrad_fx.metrics.parts", "libragrad_fx.perturb", "libragrad_fx.evaluate",
+    "libragrad_fx.evaluate.data",
+]  # fmt: skip
+"""The modules whose names users import; errors have a table."""
+
+
+def public(module: str) -> dict[str, Any]:
+    """Its functions and classes, by name."""
+    if module == "libragrad_fx.evaluate":
+        pytest.importorskip("pydantic", reason="pydantic is not installed")
+    found = importlib.import_module(module)
+    here = [n for n, v in vars(found).items() if getattr(v, "__module__", "") == module]
+    names = {n: getattr(found, n) for n in getattr(found, "__all__", here) if n[0] != "_"}
+    return {n: v for n, v in names.items() if inspect.isclass(v) or inspect.isfunction(v)}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_says_what_it_is(module: str) -> None:
     """A docstring of its own: not a parent's, nor the one that ``dataclass`` makes."""
     silent = []
-    for name in lg.__all__:
-        found = getattr(lg, name)
-        if not (callable(found) or isinstance(found, ModuleType)):
-            continue  # a number or a text has its type's
+    for name, found in public(module).items():
         said = vars(found).get("__doc__") if inspect.isclass(found) else found.__doc__
         if not said or not said.strip() or said.startswith(f"{name}("):
             silent.append(name)
     assert not silent
+
+
+def test_modules_with_public_names_are_listed() -> None:
+    modules = {v.__name__ for n in lg.__all__ if isinstance(v := getattr(lg, n), ModuleType)}
+    assert modules - {"libragrad_fx.errors"} <= {*PUBLIC}
     assert "__version__" in lg.__all__
+
+
+def shown() -> set[str]:
+    """What the reference shows, by full name: mkdocstrings reads the code by griffe."""
+    griffe = pytest.importorskip("griffe", reason="the extra docs is not installed")
+    code = griffe.load("libragrad_fx", search_paths=[os.fspath(ROOT)], resolve_aliases=True)
+    found = set()
+    for page in (ROOT / "docs/reference").glob("*.md"):
+        for block in re.findall(r"^::: (\S+\n(?: .*\n?)*)", page.read_text("utf-8"), re.MULTILINE):
+            name, _, options = block.partition("\n")
+            of = code[name.removeprefix("libragrad_fx").lstrip(".")] if "." in name else code
+            chosen = re.search(r"members: \[(.*)\]", options)
+            own = [n for n, m in of.members.items() if not m.is_alias]
+            names = chosen[1].split(", ") if chosen else of.exports or own
+            members = [of.members[n] for n in names] if of.is_module else [of]
+            found |= {m.canonical_path for m in members if not m.is_module}
+    return found
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    """One that has the name of a file beside it is easily forgotten."""
+    there = shown()
+    every = [f"{v.__module__}.{v.__qualname__}" for m in PUBLIC for v in public(m).values()]
+    assert len(every) > 90
+    assert [*filter(lambda name: name not in there, every)] == []
