@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -51,10 +51,11 @@ def graph(
     with working("capturing the model, two backwards"):
         inputs = guessed_inputs(module, seed)
         chosen = target_of(module, inputs, target)
+        found: Any = None
         if output is None:
             found = lg.gradient_graph(module, inputs, chosen)
         else:
-            found = lg.visualize(module, output, inputs, chosen, view=view, depth=depth, focus=focus)
+            lg.visualize(module, output, inputs, chosen, view=view, depth=depth, focus=focus)
     if output is not None:
         answer({"file": str(output)}, json, f"wrote {output}")
     elif view == "streams":
