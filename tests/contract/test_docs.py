@@ -6,14 +6,18 @@ import importlib
 import inspect
 import os
 import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import click
 import pytest
 import torch
+import typer
 
 import libragrad_fx as lg
+from libragrad_fx.cli import app
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("docs", "docs/start", "docs/howto", "docs/concepts")
@@ -68,6 +72,19 @@ def test_what_is_not_run_is_little() -> None:
     run = sum(len(blocks(p)) for p in PAGES)
     assert run >= every - 4
     assert run >= 7
+
+
+def test_commands_have_the_options_that_pages_give_them() -> None:
+    """Not run: many want weights. ``--why NODE`` is a node of the model, see ``tests/cli``."""
+    group = typer.main.get_command(app)
+    lines = [f for p in PAGES for f in re.findall(r"^libragrad (.*)$", (ROOT / p).read_text("utf-8"), re.M)]
+    for line in lines:
+        name, *words = shlex.split(line, comments=True)
+        command = group.get_command(click.Context(group), name)  # type: ignore[attr-defined]
+        assert command is not None, line
+        known = {o for parameter in command.params for o in (*parameter.opts, *parameter.secondary_opts)}
+        assert {w for w in words if re.match("--?[a-z]", w)} <= known, line
+    assert len(lines) > 20
 
 
 def test_every_error_and_warning_is_explained() -> None:
