@@ -57,36 +57,36 @@ def unknown(values: np.ndarray, sample: int) -> float:
 
 def study(
     title: str, model: torch.nn.Module, x: torch.Tensor, truth: Truth = unknown,
-    methods: Sequence[str] = (*METHODS,), proved: int = 8, answers: Sequence[int] | None = None,
+    methods: Sequence[str] = (*METHODS,), proved: int = 8, answers: Sequence[int] = (),
 ) -> Study:  # fmt: skip
     """Explain one answer on every sample, with each method on both sides.
 
     Args:
-        answers: which; None for the model's own.
+        answers: which; () for the model's own.
         proved: of the first so many samples the certificate is made, for it takes a ledger.
     """
     two = x[:2]  # a module that is made of them takes any number, and its checks at birth take less time
     sides = {"plain": lg.trace(model, two), "balanced": lg.transform(model, two)}
     with torch.no_grad():
         logits = model(x).double()
-    answers = logits.argmax(1).tolist() if answers is None else [*answers]
+    asked = list(answers) or logits.argmax(1).tolist()
     results = {
-        (method, side): measured(gm, x, answers, method, truth)
+        (method, side): measured(gm, x, asked, method, truth)
         for method in methods
         for side, gm in sides.items()
     }
     balanced = sides["balanced"]
     by_block = [math.nan, math.nan]
     if "input_x_gradient" in methods:
-        last = measured(balanced, x, answers, "input_x_gradient", truth, block=-1)
+        last = measured(balanced, x, asked, "input_x_gradient", truth, block=-1)
         by_block = [float(m.shares.mean()) for m in (results["input_x_gradient", "balanced"], last)]
     return Study(
         title=title,
         probabilities=logits.softmax(1).max(1).values.numpy(),
-        answers=tuple(answers),
+        answers=tuple(asked),
         results=results,
         by_block=(by_block[0], by_block[1]),
-        certificate=lg.verify(model, balanced, x[:proved], answers[:proved]),
+        certificate=lg.verify(model, balanced, x[:proved], asked[:proved]),
         plan=balanced.plan,
     )
 
