@@ -52,7 +52,7 @@ def browser_page(path: Path, runtime: Path) -> None:
     program = lg.program(demo_data.vit().requires_grad_(False), pictures[0], method=ONE)
     labels = [f"digit {i}" for i in range(10)]
     program.to_page(
-        path, pictures, runtime=runtime, title="A vision transformer that reads digits", labels=labels
+        path, pictures, runtime=runtime, title="a vision transformer that reads digits", labels=labels
     )
 
 
