@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from zoo import real
+from libragrad_fx.demo import real
 
 
 class FetchError(Exception):

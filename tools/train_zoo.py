@@ -35,7 +35,8 @@ from timm.optim.muon import zeropower_via_newtonschulz
 from torch import nn
 from torch.nn import functional as F
 
-from zoo import scenes, sentences, trained, tris
+from libragrad_fx.demo import sentences
+from zoo import scenes, trained, tris
 from zoo.scenes import CLASSES, Kind, Split
 
 DRAWN = {"train": 98_304, "val": 2_000, "test": 4_000}  # scenes of a split

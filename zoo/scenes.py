@@ -21,14 +21,13 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from libragrad_fx.demo.sentences import SPLITS, Split
 from libragrad_fx.errors import InputError
 from libragrad_fx.extras import need
 from zoo import real
 
-Split = Literal["train", "val", "test"]
 Kind = Literal["scenes", "crowded", "shortcut"]
 
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
 KINDS: tuple[Kind, ...] = ("scenes", "crowded", "shortcut")
 CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 SIZE = 96  # side of a picture in pixels

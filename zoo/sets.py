@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from libragrad_fx.demo import sentences as verbs
 from libragrad_fx.errors import InputError
 from libragrad_fx.evaluate.data import Data, Item, Parts
 from libragrad_fx.extras import need
 from zoo import articles as insects
 from zoo import prompts as prompting
 from zoo import real
-from zoo import sentences as verbs
 from zoo import topics as subjects
 from zoo import tris as tetrominoes
 from zoo.scenes import CLASSES, KINDS, SIZE, SPLITS, Kind, Split, normalised, scene
@@ -229,13 +229,14 @@ def _prompt(task: str, index: int, seed: int) -> Item:
 
 
 def sentences(split: Split = "test", count: int = 1000, seed: int = 0) -> Data:
-    """The first sentences of a split of ``zoo/sentences.py``, with the words that the label depends on.
+    """The first sentences of a split of ``libragrad_fx/demo/sentences.py``, with the words that the label
+    depends on.
 
     Raises:
         InputError: no such split.
     """
     verbs.sentence(split, 0, seed)
-    origin = f"zoo/sentences.py: {split}, seed {seed}"
+    origin = f"libragrad_fx.demo.sentences: {split}, seed {seed}"
     return Data(f"sentences-{split}", count, Made(_sentence, split, seed), verbs.LABELS, origin)
 
 

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from libragrad_fx.demo.sentences import Split, of_split
 from zoo.prompts import filled
-from zoo.scenes import Split
-from zoo.sentences import of_split
 
 _THINGS: Mapping[str, tuple[str, ...]] = {
     "music": ("violin", "drum", "guitar", "piano", "trumpet", "choir", "melody", "orchestra", "flute"),

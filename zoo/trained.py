@@ -3,7 +3,7 @@
 ``python tools/train_zoo.py`` trains them, in minutes a model on one core. They are timm's and transformers'
 own classes in small sizes, configured as the checkpoints that LibraGrad (CVPR 2025) is measured on. Models
 of pictures take normalised float32 (B, 3, 96, 96) and return logits (B, 10); ``llama`` takes token ids
-(B, T) of ``zoo/sentences.py`` and returns logits (B, 4). ``tris_mlp`` and ``tris_mixer`` take tetrominoes
+(B, T) of ``demo/sentences.py`` and returns logits (B, 4). ``tris_mlp`` and ``tris_mixer`` take tetrominoes
 of ``zoo/tris.py``, (B, 3, 64, 64), and return logits (B, 2): ``xor`` on ``correlated``.
 """
 
@@ -18,11 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from libragrad_fx.demo import sentences
 from libragrad_fx.errors import InputError
 from zoo import real
 from zoo.scenes import CLASSES, SIZE
 
-KEPT = Path(__file__).parent / "kept"
+KEPT = (Path(__file__).parent / "kept", Path(str(sentences.ASSETS)))
 Data = Literal["scenes", "shortcut", "sentences", "tris"]
 
 
@@ -84,10 +85,10 @@ def folder() -> Path:
 
 
 def weights(name: str, seed: int = 0) -> Path:
-    """The file of the weights: in ``zoo/kept`` where they came with the checkout, else in ``folder()``. The
+    """The file of the weights: in ``KEPT`` where they came with the checkout, else in ``folder()``. The
     same name with ``.json`` says how they were trained."""
-    kept = KEPT / f"{name}-{seed}.safetensors"
-    return kept if kept.is_file() else folder() / kept.name
+    file = f"{name}-{seed}.safetensors"
+    return next((kept for place in KEPT if (kept := place / file).is_file()), folder() / file)
 
 
 def require(name: str, seed: int = 0) -> Path:
@@ -125,17 +126,6 @@ class Captioned(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.clip(pixel_values=x, input_ids=self.captions).logits_per_image
-
-
-class Labels(nn.Module):
-    """A transformers classifier as a function of token ids (B, T) alone -> logits (B, labels)."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.net(input_ids=input_ids, use_cache=False).logits
 
 
 TEMPLATES = ("a photo of a {}", "a {}", "the {}", "there is a {}", "a picture of the {}", "a large {}")
@@ -251,20 +241,6 @@ def _clip() -> nn.Module:
     return Captioned(CLIPModel(CLIPConfig(**options)))
 
 
-def _llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    from zoo import sentences
-
-    options: dict[str, Any] = {
-        "vocab_size": len(sentences.WORDS), "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": sentences.LENGTH, "num_labels": len(sentences.LABELS),
-        "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
-    }  # fmt: skip
-    return Labels(LlamaForSequenceClassification(LlamaConfig(**options)))
-
-
 _STAGES: Mapping[str, Any] = {"depths": (1, 1, 4), "dims": (24, 48, 96)}
 _CONVNEXT = _timm(
     "convnext_atto", patch_size=8, depths=(2, 3, 1, 1), dims=(48, 96, 96, 96), output_stride=16,
@@ -304,7 +280,7 @@ MODELS: Mapping[str, Recipe] = {
     "eva02_shortcut": Recipe("EVA-02", _EVA02, samples=64_000, data="shortcut"),
     "mixer_shortcut": Recipe("MLP-Mixer", _mixer, samples=64_000, data="shortcut"),
     "siglip_map": Recipe("SigLIP", _SIGLIP_MAP),
-    "llama": Recipe("Llama", _llama, samples=128_000, rate=1e-3, data="sentences"),
+    "llama": Recipe("Llama", sentences.untrained, samples=128_000, rate=1e-3, data="sentences"),
     "tris_mlp": Recipe("MLP", _tris_mlp, samples=16_000, rate=1e-3, data="tris"),
     "tris_mixer": Recipe("MLP-Mixer", _tris_mixer, samples=16_000, data="tris"),
 }

@@ -22,7 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import libragrad_fx as lg
-from zoo import sentences, trained
+from libragrad_fx.demo import sentences
+from zoo import trained
 
 model = trained.load("llama")
 print(json.dumps(trained.about("llama")["accuracy"]))

@@ -18,17 +18,26 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.html", help="The page.")] = Path(
         "out/demo.html"
     ),
-    images: Annotated[int, typer.Option(min=1, max=64, help="Pictures shown for each model.")] = 6,
+    images: Annotated[int, typer.Option(min=1, max=64, help="Examples shown of each small model.")] = 4,
     pictures: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write the pictures too, as files.")
+    ] = None,
+    browser: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where npm install onnxruntime-web was run: beside the page, write one that explains"
+            " pictures in the browser, and link it.",
+        ),
     ] = None,
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     json: Json = False,
 ) -> None:
-    """Write a page that shows the difference on two small trained models. Needs no network.
+    """Write a page that shows what balancing changes. Needs no network.
 
-    One self-contained HTML file: plain and balanced heat maps of a vision transformer and a mixer,
-    their errors, the certificates, and every change that was made to the backward.
+    One self-contained HTML file: plain and balanced maps of photographs by a pretrained vision transformer
+    (if its weights were fetched), of digits by two small trained models, and of sentences by a small
+    decoder; with their errors, the certificates, and every change that was made to the backward.
     """
     from libragrad_fx.demo import build as builder  # here, because its dependencies are optional
     from libragrad_fx.demo import data
@@ -36,8 +45,12 @@ def demo(
     writable(output, (".html",))
     if pictures is not None:
         writable(pictures, folder=True)
-    with working("two models") as say:
-        text = builder.page(images, say)
+    beside = output.with_name(f"{output.stem}-browser.html")
+    with working("loading") as say:
+        if browser is not None:
+            say(f"writing {beside}")
+            builder.browser_page(beside, browser)
+        text = builder.page(images, say, beside.name if browser else "")
     with writing(output):
         output.write_bytes(text.encode())
     files = list[str]()
@@ -47,7 +60,9 @@ def demo(
             with writing(path := pictures / f"{i}.png"):
                 picture.save(path)
             files.append(str(path))
-    said = f"wrote {output}" + (f"\nwrote {images} pictures to {pictures}" if pictures else "")
-    answer({"file": str(output), "pictures": files}, json, said)
+    lines = [f"wrote {output}", *([f"wrote {beside}"] if browser else [])]
+    lines += [f"wrote {images} pictures to {pictures}"] if pictures else []
+    made = {"file": str(output), "browser": str(beside) if browser else None, "pictures": files}
+    answer(made, json, "\n".join(lines))
     if show:
         webbrowser.open(output.resolve().as_uri())

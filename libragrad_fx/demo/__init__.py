@@ -1,4 +1,4 @@
-"""The demo page: small trained models that read digits on photographs, and what balancing changes.
+"""The demo page: photographs, digits and sentences, and what balancing changes of their explanations.
 
 Comes in: nothing. Goes out: one HTML page.
 May import: everything. Begin with ``build``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from decimal import Decimal
 
 from libragrad_fx.viz.template import rendered
 
@@ -11,33 +11,88 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclasses.dataclass(frozen=True)
-class Panel:
-    """One map. ``picture`` is a data URI, ``share`` in [0, 1]."""
+class Word:
+    """A word on its colour. told: its value; decides: whether the answer depends on it."""
 
-    picture: str
+    text: str
+    ground: str
+    ink: str
+    told: str
+    decides: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Map:
+    """What a backward says of one input, as a picture or as words.
+
+    side:    plain or balanced
+    error:   how much of the sum that it promises the map invents or loses, as a share of that sum
+    share:   of its red, in [0, 1], what falls on the known truth; None where there is none
+    picture: a data URI
+    """
+
+    side: str
     error: float
-    share: float
+    share: float | None = None
+    picture: str = ""
+    words: tuple[Word, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The maps of one method side by side."""
+
+    method: str
+    maps: tuple[Map, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One picture and its maps, one for each column of the page."""
+    """One input and its maps.
 
-    picture: str
-    label: int
-    answer: int
-    probability: float
-    score: float
-    panels: tuple[Panel, ...]
+    title:   the input, and what the model says of it
+    wrong:   what would have been right, "" if it was
+    picture: a data URI; "" of a text, whose words are in the maps
+    """
+
+    title: str
+    wrong: str
+    pairs: tuple[Pair, ...]
+    picture: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
-class Section:
-    """One model. A row of ``plan`` is node, module, action, rule, reason."""
+class Part:
+    """One model's examples. missing: what is not here, and how to get it; "" if nothing is."""
 
     title: str
-    about: str
-    examples: tuple[Example, ...]
+    about: tuple[str, ...]
+    examples: tuple[Example, ...] = ()
+    missing: str = ""
+
+    @property
+    def small(self) -> bool:
+        """Whether two of its examples fit side by side."""
+        return all(example.picture and len(example.pairs) == 1 for example in self.examples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Means over many inputs: (plain, balanced) errors and shares, and the share by chance; shares are None
+    where no truth is known."""
+
+    model: str
+    method: str
+    errors: tuple[float, float]
+    shares: tuple[float, float] | None = None
+    chance: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What was proved of one model. A row of ``plan`` is node, module, action, rule, reason."""
+
+    title: str
     certificate: str
     certified: bool
     plan: tuple[tuple[str, ...], ...]
@@ -45,40 +100,38 @@ class Section:
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
-    """Means over many pictures: (plain, balanced) errors and shares, and the share by chance."""
-
-    model: str
-    method: str
-    errors: tuple[float, float]
-    shares: tuple[float, float]
-    chance: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Page:
     """The content of the page.
 
-    reading:    pairs of a term and its explanation
-    measured:   a sentence on what the summary was measured on
-    certified:  a sentence on what each certificate was made on
+    asked:    what the first maps answer, and which model was asked
+    hero:     the first maps, of one method
+    said:     a few words on the scales of maps
+    key:      the colour scale, as a data URI
+    measured: a sentence on what the summary was measured on
+    reading:  pairs of a term and its explanation
+    browser:  the address of the page that explains in the browser; "" if it was not made
+    command:  the command that makes it
     """
 
     title: str
-    lede: tuple[str, ...]
-    reading: tuple[tuple[str, str], ...]
-    legend: str
+    lede: str
+    asked: str
+    hero: Example
+    said: str
+    key: str
+    parts: tuple[Part, ...]
     measured: str
-    certified: str
     summary: tuple[Summary, ...]
-    models: tuple[Section, ...]
+    reading: tuple[tuple[str, str], ...]
+    checked: tuple[Checked, ...]
+    browser: str
+    command: str
     footer: str
 
 
-def render(page: Page, columns: Sequence[tuple[str, str]]) -> str:
-    """The page as HTML. columns: the (method, side) of each example's panels, in order."""
-    filters = {"number": number, "percent": percent}
-    return rendered("viz/page.html", "demo", filters, page=page, columns=list(columns))
+def render(page: Page) -> str:
+    """The page as HTML."""
+    return rendered("viz/page.html", "demo", {"percent": percent}, page=page)
 
 
 def number(value: float) -> str:
@@ -89,5 +142,11 @@ def number(value: float) -> str:
     return f"{mantissa}·10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
 
 
-def percent(value: float, digits: int = 0) -> str:
-    return f"{value:.{digits}%}".replace("%", "\N{NO-BREAK SPACE}%")
+def percent(value: float) -> str:
+    """4.453 -> 445 %, 0.0312 -> 3.1 %, 1.6e-7 -> 0.00002 %: no exponents, which are read past."""
+    hundredth = 100 * value
+    if abs(hundredth) >= 10:
+        said = f"{hundredth:.0f}"
+    else:
+        said = f"{Decimal(f'{hundredth:.{2 if abs(hundredth) >= 0.1 else 1}g}'):f}"
+    return f"{said}\N{NO-BREAK SPACE}%"

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from libragrad_fx.demo import sentences
 from libragrad_fx.errors import InputError
 from libragrad_fx.evaluate.data import Item, open_data
-from zoo import heads, prompts, real, sentences, sets, topics
+from zoo import heads, prompts, real, sets, topics
 
 INDICES = st.integers(0, 10_000)
 HEAD = "" if heads.weights("topics").is_file() else "python tools/train_heads.py topics"

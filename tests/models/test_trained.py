@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from libragrad_fx.demo import sentences
 from libragrad_fx.errors import InputError
-from zoo import real, sentences, trained
+from zoo import real, trained
 from zoo.scenes import SPLITS, Split
 
 pytest.importorskip("timm", reason="timm is not installed: pip install timm")

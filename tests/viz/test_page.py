@@ -9,32 +9,57 @@ import numpy as np
 import pytest
 
 from libragrad_fx.viz import heatmap
-from libragrad_fx.viz.page import Example, Page, Panel, Section, Summary, number, percent, render
+from libragrad_fx.viz.page import (
+    Checked,
+    Example,
+    Map,
+    Page,
+    Pair,
+    Part,
+    Summary,
+    Word,
+    number,
+    percent,
+    render,
+)  # fmt: skip
 
 _VOID = {"meta", "img", "br"}
 _DOT = heatmap.data_uri(heatmap.legend(2))
-_COLUMNS = [("Method", "plain"), ("Method", "balanced")]
+_PAIR = Pair("Method", (Map("plain", 4.45, 0.125, _DOT), Map("balanced", 1.6e-7, 0.77, _DOT)))
+_WORDS = (
+    Word("<b>", "#ffffff", "#000000", "+1", True),
+    Word("of", "#ffffff", "#000000", "-2", False),
+)
+_SAID = Pair("Method", (Map("plain", 0.5, 0.25, words=_WORDS),))
 _PAGE = Page(
     title="<script>alert(1)</script>",
-    lede=("a & b",),
-    reading=(("term", "text"),),
-    legend=_DOT,
+    lede="a & b",
+    asked="asked",
+    hero=Example("hero", "", (Pair("Method", (Map("plain", 0.97, None, _DOT),)),), _DOT),
+    said="said",
+    key=_DOT,
+    parts=(
+        Part("digits", ("about",), (Example("3", "in truth 8", (_PAIR, _PAIR), _DOT),)),
+        Part("texts", (), (Example("is", "", (_SAID,)),)),
+        Part("photographs", (), missing="get them & come back"),
+    ),
     measured="measured",
-    certified="certified",
-    summary=(Summary("model", "method", (4.25, 3.1e-7), (0.31, 0.62), 0.24),),
-    models=(
-        Section(
-            title="model",
-            about="about",
-            examples=(
-                Example(_DOT, 3, 8, 0.9, 5.5, (Panel(_DOT, 1.5, 0.1), Panel(_DOT, 0.0, 0.77))),
-            ),
-            certificate="certificate: <ok>",
-            certified=True,
-            plan=(("gelu", "blocks.0", "secant", "gated/value", "x < y"),),
-            notes=("a note",),
+    summary=(
+        Summary("model", "method", (1.03, 3.1e-7), (0.31, 0.62), 0.24),
+        Summary("another", "method", (2.0, 0.0)),
+    ),
+    reading=(("term", "text"),),
+    checked=(
+        Checked(
+            "model",
+            "certificate: <ok>",
+            True,
+            (("gelu", "blocks.0", "secant", "gated/value", "x < y"),),
+            ("a note",),
         ),
     ),
+    browser="",
+    command="run <this>",
     footer="footer",
 )
 
@@ -62,7 +87,8 @@ class _Reader(HTMLParser):
         self.text += data if "style" not in self.open else ""
 
 
-def read(html: str) -> _Reader:
+def read(html: str, *beside: str) -> _Reader:
+    """beside: the pages that it may link."""
     reader = _Reader()
     reader.feed(html)
     reader.close()
@@ -70,25 +96,37 @@ def read(html: str) -> _Reader:
     assert "http" not in html.replace("http-equiv", "")
     assert "url(" not in html
     assert "@import" not in html
-    assert all(link.startswith("data:image/png;base64,") for link in reader.links)
+    assert all(link.startswith("data:image/") for link in reader.links if link not in beside)
     return reader
 
 
 def test_page_is_self_contained_and_escaped() -> None:
-    found = read(render(_PAGE, _COLUMNS))
+    found = read(render(_PAGE))
     assert "script" not in found.tags
-    for text in ("<script>alert(1)</script>", "a & b", "certificate: <ok>", "x < y", "in truth 3"):
+    for text in ("<script>alert(1)</script>", "a & b", "certificate: <ok>", "x < y", "in truth 8", "<b>"):
         assert text in found.text
-    for value in ("4.25", "3.1·10⁻⁷", percent(0.31), percent(0.62), percent(0.24), percent(0.77)):
-        assert value in found.text
-    assert found.tags.count("img") == 4
+    for text in ("get them & come back", "run <this>", "no truth is known"):
+        assert text in found.text
+    for value in (4.45, 0.125, 1.6e-7, 0.77, 0.97, 0.5, 0.25, 1.03, 3.1e-7, 0.31, 0.62, 0.24, 2.0, 0.0):
+        assert percent(value) in found.text
+    assert found.tags.count("img") == 2 + 1 + 5
+    assert found.text.count("of red") == 4 + 1  # nothing is said where no truth is known
+
+
+def test_the_page_in_the_browser_is_linked_once_it_is_there() -> None:
+    found = read(render(dataclasses.replace(_PAGE, browser="demo-browser.html")), "demo-browser.html")
+    assert "demo-browser.html" in found.links
+    assert "run <this>" not in found.text
 
 
 def test_a_failed_certificate_is_said_to_have_failed() -> None:
-    failed = dataclasses.replace(_PAGE.models[0], certified=False)
-    assert (
-        "not balanced" in read(render(dataclasses.replace(_PAGE, models=(failed,)), _COLUMNS)).text
-    )
+    failed = dataclasses.replace(_PAGE.checked[0], certified=False)
+    assert "not balanced" in read(render(dataclasses.replace(_PAGE, checked=(failed,)))).text
+
+
+def test_percentages_have_no_exponent() -> None:
+    said = [percent(v).replace("\N{NO-BREAK SPACE}", " ") for v in (4.453, 1.0, 0.0312, 0.97, 1.6e-7, 0.0)]
+    assert said == ["445 %", "100 %", "3.1 %", "97 %", "0.00002 %", "0 %"]
 
 
 def test_numbers_of_any_size() -> None:

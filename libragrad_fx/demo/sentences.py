@@ -8,17 +8,22 @@ teacher liked near the box" is followed by "are", for "now" and "keys".
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
+import json
 import zlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from libragrad_fx.errors import InputError
-from zoo.scenes import SPLITS, Split
+from libragrad_fx.extras import need
 
 T = TypeVar("T")
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 LABELS = ("is", "are", "was", "were")
 _NOUNS = (
     ("key", "keys"), ("book", "books"), ("dog", "dogs"), ("child", "children"), ("teacher", "teachers"),
@@ -107,6 +112,61 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token=WORDS[0], model_input_names=["input_ids"]
     )
+
+
+# --- the decoder that was trained on them
+
+
+class Labels(nn.Module):
+    """A transformers classifier as a function of token ids (B, T) alone -> logits (B, labels)."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.net(input_ids=input_ids, use_cache=False).logits
+
+
+def untrained() -> nn.Module:
+    """A small Llama with random weights: token ids (B, T) -> logits (B, 4), of ``LABELS``.
+
+    Raises:
+        LibraGradError: transformers is not installed.
+    """
+    transformers = need("transformers", "models")
+    options: dict[str, Any] = {
+        "vocab_size": len(WORDS), "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": LENGTH, "num_labels": len(LABELS),
+        "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    return Labels(transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**options)))
+
+
+def decoder() -> nn.Module:
+    """``untrained`` with the weights that come with this package, in eval mode.
+
+    Raises:
+        LibraGradError: transformers is not installed.
+    """
+    from safetensors.torch import load_model
+
+    model = untrained()
+    with importlib.resources.as_file(ASSETS / "llama-0.safetensors") as path:
+        load_model(model, path.as_posix())
+    return model.eval()
+
+
+def about() -> dict[str, Any]:
+    """How the decoder was trained, with its ``accuracy`` in [0, 1] by set."""
+    return json.loads((ASSETS / "llama-0.json").read_text("utf-8"))
+
+
+ASSETS = importlib.resources.files("libragrad_fx") / "assets"
+
+
+# --- how a sentence is drawn
 
 
 def _drawn(rng: np.random.Generator) -> Sentence:
