@@ -126,6 +126,7 @@ def test_methods_says_what_is_supported_and_why_not() -> None:
     assert found == lg.methods(tiny().eval())
 
 
+@pytest.mark.slow
 def test_methods_of_a_text() -> None:
     found = lg.methods(llama(), "the cat sat", processor=tokenizer())
     refused = {name: why for name, why in found.items() if why}

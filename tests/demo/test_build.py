@@ -40,6 +40,7 @@ def studied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Study]:
     return kept
 
 
+@pytest.mark.slow
 def test_demo_writes_what_it_measured(tmp_path: Path, studied: list[Study]) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
     file, scenes = tmp_path / "new" / "demo.html", tmp_path / "scenes"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from libragrad_fx.errors import InputError
 from libragrad_fx.metrics import Interval, completeness, crossed, interval, paired
+from tests.between import fast_first
 
 F64 = torch.float64
 Tensor = torch.Tensor
@@ -74,7 +75,7 @@ def test_a_thousand_successes_are_not_certainty() -> None:
     assert found.low == pytest.approx(1000 / (1000 + 1.959964**2))
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("seeds", fast_first([3, 2, 5], 1))
 @pytest.mark.parametrize("between", [0.0, 0.5])
 def test_new_seeds_and_new_images(seeds: int, between: float) -> None:
     """A bootstrap of the images says nothing about another seed, and fails where seeds differ."""
