@@ -11,6 +11,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import libragrad_fx
 from libragrad_fx.coverage import SUITES
 
@@ -51,6 +53,7 @@ def unpack(place: Path) -> None:
         shutil.copytree(ROOT / source, place / target)
 
 
+@pytest.mark.slow
 def test_only_suites_that_libraries_list_are_in_the_wheel(tmp_path: Path) -> None:
     unpack(tmp_path)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -127,7 +127,7 @@ def test_a_converted_model_is_captured_again(images: Tensor) -> None:
     assert float(found.completeness_error.max()) < 1e-12
 
 
-@pytest.mark.parametrize("policy", ["libra", "autograd"])
+@pytest.mark.parametrize("policy", fast_first(["libra", "autograd"], 1))
 def test_another_size_after_the_first(policy: str, images: Tensor) -> None:
     model, other = own(), torch.randn(2, 3, 48, 32, dtype=F64)
     lg.attribute(model, images, 1, policy=policy)
@@ -245,7 +245,7 @@ def model() -> nn.Module:
     return same_vit()
 
 
-@pytest.mark.parametrize("method", [*METHODS, "path_averaged(fullgrad_plus)"])
+@pytest.mark.parametrize("method", fast_first(["path_averaged(fullgrad_plus)", *METHODS], 8))
 def test_batches_are_their_samples(method: str, images: Tensor, model: nn.Module) -> None:
     whole = lg.attribute(model, images, [0, 1, 2, 1], method=method, steps=2)
     for size in (1, 3):

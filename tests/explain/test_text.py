@@ -165,6 +165,7 @@ def clip() -> tuple[Any, Any]:
     return model, processor
 
 
+@pytest.mark.slow
 def test_two_prompts_on_one_picture_are_two_maps() -> None:
     model, processor = clip()
     inputs = {"text": ["a cat", "the dog"], "images": [picture(0), picture(0)]}

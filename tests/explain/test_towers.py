@@ -72,7 +72,7 @@ def prepared(model: nn.Module) -> nn.Module:
     return model.double().eval()
 
 
-@pytest.mark.parametrize("name", fast_first(MODELS, 2))
+@pytest.mark.parametrize("name", fast_first(MODELS, 1))
 def test_both_towers_are_explained(name: str) -> None:
     made = MODELS[name]
     model = prepared(made.make())
@@ -109,6 +109,7 @@ def small() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model, pictures, ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", fast_first(["fullgrad", "fullgrad_plus", "input_x_gradient"], 1))
 def test_two_prompts_on_one_picture_are_two_maps(method: str) -> None:
     model, pictures, ids = small()

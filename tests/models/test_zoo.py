@@ -43,7 +43,9 @@ NEEDED = {
 }
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [
+    pytest.param(n, marks=pytest.mark.slow if n in ("recurrent", "every_fused_op") else ()) for n in ZOO
+])
 def test_balanced(name: str) -> None:
     model, x = build(name)
     with warnings.catch_warnings():
@@ -99,7 +101,7 @@ def _trace(name: str) -> tuple[Trace, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "row", fast_first([r for r in BOOK.rows if r.action is not Action.KEEP], 6), ids=lambda r: r.name
+    "row", fast_first([r for r in BOOK.rows if r.action is not Action.KEEP], 3), ids=lambda r: r.name
 )
 def test_no_row_is_dead(row: PolicyRow) -> None:
     """The control: without the row, its network's completeness breaks by a large margin."""

@@ -80,7 +80,7 @@ VITS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [*VITS])
+@pytest.mark.parametrize("kind", fast_first(VITS, 3))
 def test_vits(kind: str) -> None:
     name, options = VITS[kind]
     model = created(name, **options)
@@ -93,7 +93,7 @@ def test_vits(kind: str) -> None:
     require_equal(model, by_hand, pictures(options.get("img_size", 48)))
 
 
-@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "eva02_base_patch16_clip_224"])
+@pytest.mark.parametrize("name", fast_first(["eva02_tiny_patch14_224", "eva02_base_patch16_clip_224"], 1))
 def test_rotary_tables(name: str) -> None:
     """A table of sines and cosines for each patch, as LibraGrad's code indexes it."""
     size = 42 if "14" in name else 48
@@ -128,6 +128,7 @@ def test_relative_positions(fused: bool) -> None:
     require_equal(model, by_hand)
 
 
+@pytest.mark.slow
 def test_class_attention() -> None:
     """The class token comes behind the blocks (CaiT), whose heads talk."""
     model = created("cait_xxs24_224", depth_token_only=1)
@@ -157,6 +158,7 @@ def test_torchvision_joins_samples_and_heads() -> None:
     require_equal(model, by_hand)
 
 
+@pytest.mark.slow
 def test_hugging_face_vit() -> None:
     t = pytest.importorskip("transformers", reason="needs transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
@@ -172,7 +174,7 @@ def test_hugging_face_vit() -> None:
     require_equal(model, by_hand)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", fast_first(["sdpa", "eager"], 1))
 def test_bert_with_padding(attention: str) -> None:
     """Texts of two lengths: the mask goes with the tokens, and the first token stays."""
     t = pytest.importorskip("transformers", reason="needs transformers")
@@ -200,7 +202,7 @@ def test_bert_with_padding(attention: str) -> None:
         torch.testing.assert_close(got[[i]], want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2", "Qwen3"])
+@pytest.mark.parametrize("name", fast_first(["Llama", "GPT2", "Qwen3"], 1))
 def test_decoders_answer_at_the_tokens_that_are_left(name: str) -> None:
     """Their logits are of every place; positions are those of the whole text."""
     t = pytest.importorskip("transformers", reason="needs transformers")

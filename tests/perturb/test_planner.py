@@ -20,6 +20,7 @@ from libragrad_fx.graph.schema import aten_op
 from libragrad_fx.perturb import planner, shorter
 from libragrad_fx.perturb.kept import Ends, Kept, shapes_of
 from libragrad_fx.perturb.shorter import Plan, Refused, Whole
+from tests.between import fast_first
 from tests.perturb import tails
 from tests.perturb.tails import F64, LAYERS, POOLS, REFUSED, C, N, Tail, head
 
@@ -139,7 +140,7 @@ def test_what_needs_all_tokens_is_refused(name: str) -> None:
         of.plan(*inputs())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", fast_first([torch.bfloat16, torch.float16], 1))
 def test_every_precision_tells_what_needs_all_tokens(dtype: torch.dtype, monkeypatch: Any) -> None:
     for name in ("SQUARE", "OUT", "KERNEL", "MIXED"):
         monkeypatch.setattr(tails, name, getattr(tails, name).to(dtype))

@@ -117,6 +117,7 @@ def test_machine_code_runs_in_cpp(tmp_path: Path) -> None:
     assert float(said.rpartition(" ")[2]) == pytest.approx(float(want.sum()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_signature_says_what_a_file_takes() -> None:
     program, x = plain()
     assert program.signature(x) == {"input": "float32 (B, 3, 16, 16)", "target": "int64 (B)"}

@@ -219,6 +219,7 @@ def test_keys_go_along_the_edges(page: Any) -> None:
     assert page.locator(".chosen").get_attribute("data-item") == "1.0"
 
 
+@pytest.mark.slow
 @needs_browser
 def test_labels_do_not_overlap(page: Any) -> None:
     page.dblclick('.node[data-item="1.0"]')
