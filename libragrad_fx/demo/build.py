@@ -69,8 +69,8 @@ def describe(parts: Sequence[Shown], browser: str = "") -> Page:
         key=heatmap.data_uri(heatmap.legend()),
         parts=rest,
         measured=(
-            f"Means over all photographs, over {MEASURED} test scenes and over {MEASURED} test sentences,"
-            " each explained for the model's own answer. Input×Gradient leaves biases out: where a network"
+            f"A row is a mean: over all photographs, or over {MEASURED} test scenes or sentences, each"
+            " explained for the model's own answer. Input×Gradient leaves biases out: where a network"
             " has some, its sum is not exact, even balanced."
         ),
         summary=tuple(

@@ -245,6 +245,7 @@ def _caption(a: Any, i: int) -> tuple[str, ...]:
         f"{words.method_name(a.method)}, {words.side_name(a.policy)}",
         f"{asked}output {float(a.output[i]):.3g}",
         words.error_words(float(a.completeness_error[i])),
+        *filter(None, [words.apart_words(a, i)]),
     )
 
 

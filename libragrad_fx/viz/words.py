@@ -54,6 +54,14 @@ def target_name(target: Any, label: str, positions: bool = False) -> str:
     return f"class {place}" + (f" ({called})" if called else "")
 
 
+def apart_words(found: Any, i: int) -> str:
+    """What of a sample's sum no place of its picture has: the share of class and register tokens."""
+    if found.prefix is None or not float(found.total[i]):
+        return ""
+    share = float(found.prefix[i].sum() / found.total[i])
+    return f"{share:.0%} of the sum at class tokens" if abs(share) >= 0.005 else ""
+
+
 def error_words(error: float) -> str:
     if math.isnan(error):
         return "it promises no sum"

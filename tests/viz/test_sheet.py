@@ -43,6 +43,16 @@ def pictured() -> lg.Attribution:
     return made(torch.randn(2, 6, 6), pictures=pictures)
 
 
+def test_a_caption_says_what_no_place_of_the_picture_has() -> None:
+    total = torch.tensor([4.0, -4.0, 4.0, 0.0], dtype=torch.float64)
+    found = made(torch.ones(4, 2, 2), prefix=torch.tensor([[2.0, 1], [2, 1], [0, 0], [1, 1]]), total=total)
+    assert [words.apart_words(found, i) for i in range(4)] == [
+        "75% of the sum at class tokens", "-75% of the sum at class tokens", "", ""
+    ]  # fmt: skip
+    (row,) = sheet([[found]], "").rows[:1]
+    assert "75% of the sum at class tokens" in row.cells[0].caption
+
+
 PIECES = ("ĠThe", "Ġcat", "Ġ<b>", "Ġre", "ads", ".", "")
 
 
