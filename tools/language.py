@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 import libragrad_fx as lg
 from libragrad_fx.attribution import METHODS
 from libragrad_fx.decide import rulebook
+from libragrad_fx.demo import sources
 from libragrad_fx.errors import InputError
 from zoo import real
 
@@ -195,14 +196,14 @@ def sentences(text: real.Text) -> dict[str, str]:
 
 def photographs() -> dict[str, str]:
     """The table about DINOv2."""
-    model, pictures = real.dinov2(), real.photographs()
+    model, pictures = sources.dinov2(), real.photographs()
     targets: Mapping[str, Any] = {"length of the features": lambda y: y.norm(dim=1), "feature 0": 0}
     modules = {side: captured(model, pictures, side) for side in SIDES}
     rows = []
     for name, target in targets.items():
         for side, module in modules.items():
             found = sums(module, pictures, target, "fullgrad_plus")
-            for picture, s in zip(real.PHOTOGRAPHS, found, strict=True):
+            for picture, s in zip(sources.PHOTOGRAPHS, found, strict=True):
                 numbers = (s.output, s.expected, s.total)
                 rows.append([name, picture, side, *(f"{n:.3f}" for n in numbers), f"{s.error:.1e}"])
     head = ["target", "picture", "backward", "output", "expected", "FullGrad+", "relative error"]
@@ -271,7 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/language.md"))
     options = parser.parse_args()
-    if lack := [said for name in ("smollm2", "minilm", "dinov2") if (said := real.missing(name))]:
+    if lack := [said for name in ("smollm2", "minilm", "dinov2") if (said := sources.missing(name))]:
         raise SystemExit("\n".join(lack))
     torch.set_num_threads(1)
     causal, encoder = real.smollm2(), real.minilm()

@@ -124,15 +124,13 @@ def pairs(found: Results) -> str:
 
 def each_policy(found: Results) -> str:
     """The same where there are more policies: each as what it adds to autograd."""
-    rows = [
-        [f"`{m}`", p.table.measure.title, p.table.data, number(cells[0].base, p.table.measure.scale),
-         *(spread(c, p.table.measure.scale) for c in cells)]
-        for p in all_policies(found, tables(found), AUTOGRAD)
-        if p.table.measure in TESTED
-        for m in p.methods
-        for cells in [[p.cells[m, k] for k in p.policies if k != AUTOGRAD]]
-    ]  # fmt: skip
     others = [k for k in found.config["policies"] if k != AUTOGRAD]
+    rows = []
+    for p in all_policies(found, tables(found), AUTOGRAD):
+        measure = p.table.measure
+        for m in p.methods if measure in TESTED else ():
+            base, adds = p.cells[m, AUTOGRAD].base, [spread(p.cells[m, k], measure.scale) for k in others]
+            rows.append([f"`{m}`", measure.title, p.table.data, number(base, measure.scale), *adds])
     return table(["method", "measure", "data", AUTOGRAD, *others], rows)
 
 

@@ -18,8 +18,9 @@ import timm
 import torch
 import transformers
 
+from libragrad_fx.demo import sources
 from libragrad_fx.evaluate.data import Data
-from zoo import heads, real, sets
+from zoo import heads, sets
 from zoo.scenes import KINDS, Kind, Split
 
 
@@ -41,7 +42,7 @@ def train(kind: str, count: int, held: int) -> None:
     known = {split: heads.features(of(kind, split, n), backbone) for split, n in sizes.items()}
     right = {split: accuracy(model.head, *found) for split, found in known.items()}
     said = {
-        "name": kind, "backbone": real.SOURCES[backbone].about, "train": count, "held": held,
+        "name": kind, "backbone": sources.SOURCES[backbone].about, "train": count, "held": held,
         "accuracy": right,
         "versions": {m.__name__: m.__version__ for m in (torch, timm, transformers, sklearn, np)},
         "command": f"python tools/train_heads.py {kind} --count {count} --held {held}",

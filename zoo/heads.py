@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from libragrad_fx.demo import sources
 from libragrad_fx.errors import InputError
 from libragrad_fx.evaluate.data import Data, Item
 from libragrad_fx.evaluate.data.items import sha256
@@ -92,7 +93,7 @@ def trained(train: Data, backbone: Backbone = "dinov2") -> Headed | Reading:
 def _headed(backbone: Backbone, head: dict[str, torch.Tensor]) -> Headed | Reading:
     classes = len(head["bias"])
     pictures = backbone == "dinov2"
-    model = Headed(real.dinov2(), classes) if pictures else Reading(real.minilm().model, classes)
+    model = Headed(sources.dinov2(), classes) if pictures else Reading(real.minilm().model, classes)
     model.head.load_state_dict(head)
     return model.eval()
 
@@ -132,7 +133,7 @@ def features(data: Data, backbone: Backbone = "dinov2") -> tuple[torch.Tensor, t
 
 @torch.no_grad()
 def _block(data: Data, indices: range, backbone: Backbone) -> dict[str, torch.Tensor]:
-    known = [real.SOURCES[backbone].sha256, *(data.peek(i).sha256 for i in indices)]
+    known = [sources.SOURCES[backbone].sha256, *(data.peek(i).sha256 for i in indices)]
     name = f"{data.name}-{indices.start}-{sha256([k.encode() for k in known])[:16]}"
     file = folder() / "features" / f"{name}.safetensors"
     if not file.is_file():
@@ -144,7 +145,7 @@ def _block(data: Data, indices: range, backbone: Backbone) -> dict[str, torch.Te
 
 
 def _of_pictures(items: list[Item], batch: int = 16) -> torch.Tensor:
-    backbone, steps = real.dinov2(), real.dinov2_steps(SIDE)
+    backbone, steps = sources.dinov2(), sources.dinov2_steps(SIDE)
     x = torch.stack([steps(item.content) for item in items])
     return torch.cat([pooled(backbone, part) for part in x.split(batch)])
 
@@ -167,7 +168,7 @@ def write(tensors: dict[str, torch.Tensor], file: Path) -> None:
 
 
 def folder() -> Path:
-    return real.folder() / "heads"
+    return sources.folder() / "heads"
 
 
 def weights(name: str) -> Path:

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from libragrad_fx.demo import data as demo_data
+from libragrad_fx.demo import sources
 from libragrad_fx.demo.data import SIZE, Split
-from zoo import real
 
 HEIGHT, WIDTH = SIZE, 2 * SIZE
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -151,7 +151,7 @@ def build(kwargs: dict[str, Any], out: int = 64) -> ImageText:
 
 def path() -> Path:
     """Where the trained weights lie, or would."""
-    return real.folder() / "image-text" / "model.safetensors"
+    return sources.folder() / "image-text" / "model.safetensors"
 
 
 def load() -> ImageText:

@@ -2,7 +2,7 @@
 
 Nothing of it is in the repository: ``python tools/fetch.py`` gets it, ``libragrad doctor`` says what is
 there, and tests that need it skip with the command. Where it lies, what is missing, and the vision
-transformer, which the demo page shows too, are in ``libragrad_fx/demo/real.py``.
+transformer, which the demo page shows too, are in ``libragrad_fx/demo/sources.py``.
 """
 
 from __future__ import annotations
@@ -14,27 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from libragrad_fx.demo.real import (
-    PHOTOGRAPHS,
-    SOURCES,
-    VARIABLE,
-    Source,
-    absent,
-    command,
-    dinov2,
-    dinov2_steps,
-    fetched,
-    folder,
-    missing,
-    photographs,
-    require,
-    sha256,
-)
-
-__all__ = [
-    "PHOTOGRAPHS", "SOURCES", "VARIABLE", "Source", "absent", "command", "dinov2", "dinov2_steps",
-    "fetched", "folder", "missing", "photographs", "require", "sha256",
-]  # fmt: skip
+from libragrad_fx.demo.sources import PHOTOGRAPHS, SOURCES, dinov2_steps, require
 
 # --- language
 
@@ -148,6 +128,16 @@ def pooled(h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 # --- pictures
+
+
+def photographs(side: int = 224) -> Any:
+    """scikit-learn's two photographs, (2, 3, side, side), normalised as for DINOv2."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    steps = dinov2_steps(side)
+    pictures = [load_sample_image(f"{name}.jpg") for name in PHOTOGRAPHS]
+    return torch.stack([steps(Image.fromarray(p)) for p in pictures])
 
 
 def fashion_mnist(part: Literal["train", "t10k"] = "t10k") -> tuple[Any, Any]:

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from libragrad_fx.demo import sources
 from libragrad_fx.demo.sentences import SPLITS, Split
 from libragrad_fx.errors import InputError
 from libragrad_fx.extras import need
@@ -185,7 +186,7 @@ def photographs() -> tuple[np.ndarray, ...]:
     samples = need("sklearn.datasets", "real")
     found = [getattr(data, name)() for name in _COLOUR]
     found.append(data.stereo_motorcycle()[0])
-    found += [samples.load_sample_image(f"{name}.jpg") for name in real.PHOTOGRAPHS]
+    found += [samples.load_sample_image(f"{name}.jpg") for name in sources.PHOTOGRAPHS]
     found += [np.repeat(getattr(data, name)()[..., None], 3, 2) for name in _GREY]
     return tuple(found)
 

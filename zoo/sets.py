@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from libragrad_fx.demo import sentences as verbs
+from libragrad_fx.demo import sources
 from libragrad_fx.errors import InputError
 from libragrad_fx.evaluate.data import Data, Item, Parts
 from libragrad_fx.extras import need
 from zoo import articles as insects
 from zoo import prompts as prompting
-from zoo import real
 from zoo import topics as subjects
 from zoo import tris as tetrominoes
 from zoo.scenes import CLASSES, KINDS, SIZE, SPLITS, Kind, Split, normalised, scene
@@ -37,7 +37,7 @@ class Photos:
 
     def __call__(self, index: int) -> Item:
         name = self.names[index]
-        if name in real.PHOTOGRAPHS:
+        if name in sources.PHOTOGRAPHS:
             levels = need("sklearn.datasets", "real").load_sample_image(f"{name}.jpg")
         elif name == "motorcycle":
             levels = need("skimage.data", "real").stereo_motorcycle()[0]
@@ -50,7 +50,7 @@ class Photos:
 
 def photos() -> Data:
     """scikit-image's and scikit-learn's photographs, without labels."""
-    names = (*PHOTOS, "motorcycle", *real.PHOTOGRAPHS)
+    names = (*PHOTOS, "motorcycle", *sources.PHOTOGRAPHS)
     return Data("photos", len(names), Photos(names), (), "scikit-image and scikit-learn")
 
 
@@ -77,7 +77,7 @@ def scenes(split: Split = "test", count: int = 1000, kind: Kind = "scenes", seed
     """
     if split not in SPLITS or kind not in KINDS:
         raise InputError(f"no scenes {kind} {split}: {', '.join(KINDS)} and {', '.join(SPLITS)} are there")
-    real.require("fashion-mnist")
+    sources.require("fashion-mnist")
     origin = f"zoo/scenes.py: {kind}, {split}, seed {seed}; articles of Fashion-MNIST"
     return Data(f"{kind}-{split}", count, Scenes(split, kind, seed), CLASSES, origin)
 
@@ -106,7 +106,7 @@ def watermarks(split: Split = "test", count: int = 1000, seed: int = 0) -> Data:
     """
     if split not in SPLITS:
         raise InputError(f"no split {split!r}: {', '.join(SPLITS)} are there")
-    real.require("fashion-mnist")
+    sources.require("fashion-mnist")
     origin = f"zoo/scenes.py: shortcut, {split}, seed {seed}; articles of Fashion-MNIST"
     return Data(f"watermarks-{split}", count, Watermarks(split, seed), CLASSES, origin)
 

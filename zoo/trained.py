@@ -18,12 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from libragrad_fx.demo import sentences
+from libragrad_fx.demo import sentences, sources
+from libragrad_fx.demo.data import ASSETS
 from libragrad_fx.errors import InputError
-from zoo import real
 from zoo.scenes import CLASSES, SIZE
 
-KEPT = (Path(__file__).parent / "kept", Path(str(sentences.ASSETS)))
+KEPT = (Path(__file__).parent / "kept", Path(str(ASSETS)))
 Data = Literal["scenes", "shortcut", "sentences", "tris"]
 
 
@@ -81,7 +81,7 @@ def recipe(name: str) -> Recipe:
 
 def folder() -> Path:
     """Where weights lie that were trained here."""
-    return real.folder() / "zoo"
+    return sources.folder() / "zoo"
 
 
 def weights(name: str, seed: int = 0) -> Path:

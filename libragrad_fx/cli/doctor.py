@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
+import importlib.util
 import platform
 import shutil
 import time
 from collections.abc import Iterator
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ import torch
 import libragrad_fx as lg
 from libragrad_fx.cli.options import Json, answer, app, one_line
 from libragrad_fx.cli.progress import working
+from libragrad_fx.demo import sources
 from libragrad_fx.viz.text import table
 
 _REQUIRED = ("numpy", "pillow", "pyyaml", "rich", "safetensors", "typer")
@@ -142,18 +143,9 @@ def _tried() -> Finding:
 
 def _data() -> Iterator[Finding]:
     """What ``tools/fetch.py`` gets, which is in a checkout only, as ``zoo/`` is."""
-    real = _real()
-    if real is None:
+    if importlib.util.find_spec("zoo") is None:
         yield Finding("data", "all", "", "for tools and tests, in a checkout: python tools/fetch.py")
         return
-    for name, source in real.SOURCES.items():
-        place = str(real.folder() / name) if real.fetched(name) else ""
-        yield Finding("data", name, place, real.missing(name) or source.about)
-
-
-def _real() -> ModuleType | None:
-    """``zoo/real.py``, where there is one."""
-    try:
-        return importlib.import_module("zoo.real")
-    except ModuleNotFoundError:
-        return None
+    for name, source in sources.SOURCES.items():
+        place = str(sources.folder() / name) if sources.fetched(name) else ""
+        yield Finding("data", name, place, sources.missing(name) or source.about)

@@ -43,6 +43,10 @@ class Bar:
         """One more is done."""
         self.progress.advance(self.task)
 
+    def upto(self, count: int) -> None:
+        """So many are done, those of an earlier run among them."""
+        self.progress.update(self.task, completed=count)
+
     def line(self, text: str) -> None:
         """A line on stderr, on a terminal above the bar."""
         self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -30,7 +30,7 @@ def search_policy(
     asked = searching.SearchConfig.load(config)
     writable(output, folder=True)
     with counting("searching", asked.trials) as bar:
-        found = searching.search(asked, output, lambda i, _: bar.progress.update(bar.task, completed=i + 1))
+        found = searching.search(asked, output, lambda i, _: bar.upto(i + 1))
     lines = [f"best of {found.trials}: {found.value:+.3f}, libra {found.libra:+.3f} on the search set"]
     for model, pair in found.compared.items():
         d = pair.difference

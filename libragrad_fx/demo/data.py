@@ -31,6 +31,8 @@ SIZE = 48  # side of a scene in pixels
 MEAN = (0.5, 0.5, 0.5)  # a model's input is (image - MEAN) / STD, by channel
 STD = (0.5, 0.5, 0.5)
 MODELS = ("vit", "mixer")
+ASSETS = importlib.resources.files("libragrad_fx") / "assets"
+"""The weights that come with this package."""
 
 _SPLITS: tuple[Split, ...] = ("train", "test")
 _TEST_DIGITS = 360  # of 1797
@@ -226,7 +228,7 @@ def _colour(rng: np.random.Generator) -> np.ndarray:
 def _asset(name: str) -> Any:
     if name not in MODELS:
         raise InputError(f"no demo model named {name!r}; choose one of: {', '.join(MODELS)}")
-    return importlib.resources.files("libragrad_fx") / "assets" / f"{name}.safetensors"
+    return ASSETS / f"{name}.safetensors"
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from libragrad_fx.demo import data as demo_data
 from libragrad_fx.demo import photographs as photos
-from libragrad_fx.demo import real, sentences
+from libragrad_fx.demo import sentences, sources
 from libragrad_fx.demo.study import METHODS, SIDES, Study, share_in_box, share_of_words, study
 from libragrad_fx.errors import LibraGradError
 from libragrad_fx.viz import heatmap
@@ -39,14 +39,14 @@ class Shown:
 def photographed(say: Callable[[str], None]) -> Shown:
     """Photographs on the real vision transformer, all of them measured and shown; or what it needs."""
     title = "Photographs, by a pretrained vision transformer"
-    if lack := real.missing("dinov2"):
+    if lack := sources.missing("dinov2"):
         about = f"The {PHOTOGRAPHER} (90 MB) are not here. In a checkout, get them with: "
         return Shown(Part(title, (), missing=about + lack.partition(": ")[2]))
     pictures = photos.photographs()
     say(f"{PHOTOGRAPHER}: {len(pictures)} photographs")
-    steps = real.dinov2_steps(photos.SIDE)
+    steps = sources.dinov2_steps(photos.SIDE)
     x = torch.stack([steps(picture) for picture in pictures.values()])
-    model = photos.recognising(real.dinov2(), x)
+    model = photos.recognising(sources.dinov2(), x)
     found = study(PHOTOGRAPHER, model, x, methods=[ONE], proved=1, answers=range(len(x)))
     examples = tuple(_photograph(found, *item, i) for i, item in enumerate(pictures.items()))
     about = (

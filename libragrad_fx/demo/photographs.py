@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from libragrad_fx.demo import real
+from libragrad_fx.demo import sources
 from libragrad_fx.extras import need
 
 SIDE = 224  # pixels that the model sees
@@ -20,7 +20,7 @@ OF_SKIMAGE = ("astronaut", "chelsea", "coffee", "rocket")
 
 def photographs() -> dict[str, Image.Image]:
     """scikit-learn's two and, where scikit-image is installed, four of its own, by name; square."""
-    found = {n: need("sklearn.datasets", "demo").load_sample_image(f"{n}.jpg") for n in real.PHOTOGRAPHS}
+    found = {n: need("sklearn.datasets", "demo").load_sample_image(f"{n}.jpg") for n in sources.PHOTOGRAPHS}
     if importlib.util.find_spec("skimage") is not None:
         pictures = need("skimage.data", "real")
         found |= {name: getattr(pictures, name)() for name in OF_SKIMAGE}

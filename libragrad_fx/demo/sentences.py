@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from libragrad_fx.demo.data import ASSETS
 from libragrad_fx.errors import InputError
 from libragrad_fx.extras import need
 
@@ -161,9 +162,6 @@ def decoder() -> nn.Module:
 def about() -> dict[str, Any]:
     """How the decoder was trained, with its ``accuracy`` in [0, 1] by set."""
     return json.loads((ASSETS / "llama-0.json").read_text("utf-8"))
-
-
-ASSETS = importlib.resources.files("libragrad_fx") / "assets"
 
 
 # --- how a sentence is drawn

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import libragrad_fx as lg
+from libragrad_fx.demo import sources
 from zoo import real
 
 pytestmark = pytest.mark.slow  # SmolLM2 is captured in a minute
 
 
 def needs(name: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(bool(real.missing(name)), reason=real.missing(name))
+    return pytest.mark.skipif(bool(sources.missing(name)), reason=sources.missing(name))
 
 
 class Balanced(NamedTuple):
@@ -91,7 +92,7 @@ def test_sentences_add_up_to_their_cosines(minilm: Balanced, method: str) -> Non
 
 @needs("dinov2")
 def test_photographs_add_up() -> None:
-    model, pictures = real.dinov2(), real.photographs()
+    model, pictures = sources.dinov2(), real.photographs()
     gm = lg.transform(model, pictures, check=False)
     found = lg.attribute(gm, pictures, lambda y: y.norm(dim=1))
     assert found.values.shape == (2, 16, 16)

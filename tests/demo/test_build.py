@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from libragrad_fx.cli import app
-from libragrad_fx.demo import build, parts, photographs, real
+from libragrad_fx.demo import build, parts, photographs, sources
 from libragrad_fx.demo import data as demo_data
 from libragrad_fx.demo import sentences as spoken
 from libragrad_fx.demo.study import Study, share_in_box, share_of_words
@@ -28,7 +28,7 @@ def studied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Study]:
     """Few samples, and no weights that were fetched; what was studied."""
     monkeypatch.setattr(parts, "MEASURED", 4)
     monkeypatch.setattr(build, "MEASURED", 4)
-    monkeypatch.setenv(real.VARIABLE, str(tmp_path / "data"))
+    monkeypatch.setenv(sources.VARIABLE, str(tmp_path / "data"))
     kept: list[Study] = []
     study: Callable[..., Study] = parts.study
 
@@ -77,8 +77,8 @@ def test_photographs_come_first(studied: list[Study], monkeypatch: pytest.Monkey
     torch.manual_seed(0)
     small = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
     net = timm.create_model("vit_tiny_patch16_224", num_classes=0, **small).eval()
-    monkeypatch.setattr(real, "missing", lambda name: "")
-    monkeypatch.setattr(real, "dinov2", lambda: net)
+    monkeypatch.setattr(sources, "missing", lambda name: "")
+    monkeypatch.setattr(sources, "dinov2", lambda: net)
     monkeypatch.setattr(photographs, "SIDE", 32)
     shown = parts.photographed(lambda text: None)
     (found,) = studied

@@ -10,14 +10,16 @@ import pytest
 import torch
 
 import libragrad_fx as lg
+from libragrad_fx.demo import sources
 from libragrad_fx.errors import InputError
 from libragrad_fx.evaluate.data import Data, Item, open_data, selected
 from libragrad_fx.models import transform_of
-from zoo import heads, real, sets
+from zoo import heads, sets
 
 linear = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
-REAL = pytest.mark.skipif(bool(real.missing("dinov2")), reason=real.missing("dinov2"))
-FASHION = pytest.mark.skipif(bool(real.missing("fashion-mnist")), reason=real.missing("fashion-mnist"))
+REAL = pytest.mark.skipif(bool(sources.missing("dinov2")), reason=sources.missing("dinov2"))
+LACK = sources.missing("fashion-mnist")
+FASHION = pytest.mark.skipif(bool(LACK), reason=LACK)
 
 
 def clouds(classes: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,7 +85,7 @@ def test_a_classifier_of_two_photographs(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(heads, "folder", lambda: tmp_path)
     model = heads.trained(Data("crops", 12, crop, ("china", "flower")))
     assert len([*tmp_path.glob("features/crops-0-*.safetensors")]) == 1
-    monkeypatch.setattr(real, "dinov2", lambda: 1 / 0)
+    monkeypatch.setattr(sources, "dinov2", lambda: 1 / 0)
     x, labels = heads.features(Data("crops", 12, crop, ("china", "flower")))
     assert bool((model.head(x).argmax(1) == labels).all())
     monkeypatch.undo()
@@ -98,8 +100,8 @@ def test_a_classifier_of_two_photographs(tmp_path: Path, monkeypatch: pytest.Mon
 
 def crop(i: int) -> Item:
     whole = sets.photos()
-    names = [*sets.PHOTOS, "motorcycle", *real.PHOTOGRAPHS]
-    picture = whole.get(names.index(real.PHOTOGRAPHS[i % 2])).content
+    names = [*sets.PHOTOS, "motorcycle", *sources.PHOTOGRAPHS]
+    picture = whole.get(names.index(sources.PHOTOGRAPHS[i % 2])).content
     assert not isinstance(picture, str)
     left = 20 * (i // 2)
     return Item(str(i), picture.crop((left, 0, left + 400, 400)), i % 2)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from libragrad_fx.demo import sentences
+from libragrad_fx.demo import sentences, sources
 from libragrad_fx.errors import InputError
 from libragrad_fx.evaluate.data import Item, open_data
 from zoo import heads, prompts, real, sets, topics
@@ -111,7 +111,7 @@ def test_sets_are_the_same_each_time_and_say_what_is_not_there() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(real.missing("smollm2")), reason=real.missing("smollm2"))
+@pytest.mark.skipif(bool(sources.missing("smollm2")), reason=sources.missing("smollm2"))
 def test_smollm2_answers_them() -> None:
     """Each answer is one token, and is preferred to the other one."""
     model, tokenizer = real.smollm2()
@@ -129,7 +129,7 @@ def test_smollm2_answers_them() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(HEAD or real.missing("minilm")), reason=HEAD or real.missing("minilm"))
+@pytest.mark.skipif(bool(HEAD or sources.missing("minilm")), reason=HEAD or sources.missing("minilm"))
 def test_the_head_on_minilm_knows_topics() -> None:
     model, tokenizer, data = heads.topics(), real.minilm_tokenizer(), sets.topics("test")
     items = [data.get(i) for i in range(32)]

@@ -8,11 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from libragrad_fx.demo import sources
 from libragrad_fx.errors import InputError
-from zoo import real, scenes
+from zoo import scenes
 from zoo.scenes import AGREES, KINDS, MARGIN, SPLITS, Kind, Split
 
-pytestmark = pytest.mark.skipif(not real.fetched("fashion-mnist"), reason=real.missing("fashion-mnist"))
+LACK = sources.missing("fashion-mnist")
+pytestmark = pytest.mark.skipif(not sources.fetched("fashion-mnist"), reason=LACK)
 pytest.importorskip("skimage", reason="scikit-image is not installed: pip install scikit-image")
 
 asked = given(st.sampled_from(SPLITS), st.integers(0, 10**9), st.sampled_from(KINDS), st.integers(0, 5))

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from zoo import real, trained
+from libragrad_fx.demo import sources
+from zoo import trained
 
 pytest.importorskip("timm", reason="timm is not installed: pip install timm")
 pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
@@ -38,7 +39,7 @@ class Killed(Exception):
 def test_a_killed_run_goes_on_to_the_same_weights(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(real.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(sources.VARIABLE, str(tmp_path))
     monkeypatch.setattr(tool, "SAVE_EVERY", -1)  # after each step
     trained.folder().mkdir()
     recipe = trained.Recipe("a small net", nn.Identity, samples=0)

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from libragrad_fx.demo import sentences
+from libragrad_fx.demo import sentences, sources
 from libragrad_fx.errors import InputError
-from zoo import real, trained
+from zoo import trained
 from zoo.scenes import SPLITS, Split
 
 pytest.importorskip("timm", reason="timm is not installed: pip install timm")
@@ -40,7 +40,7 @@ def test_every_model_can_be_made(name: str) -> None:
 @pytest.mark.parametrize("name", ["mixer", "clip", "llama"])
 def test_weights_come_back(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model = pytest.importorskip("safetensors.torch").save_model
-    monkeypatch.setenv(real.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(sources.VARIABLE, str(tmp_path))
     x, _ = inputs(name)
     torch.manual_seed(3)
     model = trained.recipe(name).make().eval()
@@ -55,7 +55,7 @@ def test_weights_come_back(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_was_not_trained_is_said_with_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(real.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(sources.VARIABLE, str(tmp_path))
     for call in (trained.load, trained.about):
         with pytest.raises(FileNotFoundError, match=r"train_zoo.py --only eva02 --seed 9"):
             call("eva02", 9)

@@ -169,13 +169,3 @@ def dinov2_steps(side: int = 224) -> Any:
     import timm.data
 
     return timm.data.create_transform((3, side, side), interpolation="bicubic", crop_pct=1.0)
-
-
-def photographs(side: int = 224) -> Any:
-    """scikit-learn's two photographs, (2, 3, side, side), normalised as for DINOv2."""
-    from PIL import Image
-    from sklearn.datasets import load_sample_image
-
-    steps = dinov2_steps(side)
-    pictures = [load_sample_image(f"{name}.jpg") for name in PHOTOGRAPHS]
-    return torch.stack([steps(Image.fromarray(p)) for p in pictures])
