@@ -60,3 +60,7 @@ class CutWarning(UserWarning):
 
 class TargetWarning(UserWarning):
     """The target is no sum of outputs times constants: maps of it do not add up to it."""
+
+
+class BranchWarning(UserWarning):
+    """The repeated modules of the model are branches: a sum over blocks misses what flows past them."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import platform
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,10 +22,10 @@ from libragrad_fx.attribution.result import Attribution
 from libragrad_fx.attribution.shares import BY, By, parts, stages
 from libragrad_fx.attribution.storage import MAPPINGS
 from libragrad_fx.attribution.towers import avoidable, towers
-from libragrad_fx.errors import InputError
+from libragrad_fx.errors import BranchWarning, InputError
 from libragrad_fx.module.captured import CapturedModule, InGraphs, one_graph
 from libragrad_fx.module.variants import fitting
-from libragrad_fx.module.walk import calls, path_of
+from libragrad_fx.module.walk import calls, path_of, take_whole
 from libragrad_fx.target import Target, select_each
 from libragrad_fx.version import __version__
 
@@ -131,6 +133,8 @@ def questions(
     if layers is not None:
         return [(at(stages(module) if each else layers), targets, None)]
     found = towers(module)
+    if resolution == "tokens":
+        _warn_of_branches(module, found)
     if len(found) < 2 and not avoidable(module, found[0]):
         return [(at(_layers(found, how, resolution)), targets, None)]
     meant, read = _read(module, inputs, found, targets)
@@ -140,6 +144,20 @@ def questions(
         question = at(_layers(mine, how, resolution))
         asked.append((question, lambda _, mean=mean: [meant[i] for i in mean], mean))
     return asked
+
+
+def _warn_of_branches(module: CapturedModule, found: Sequence[Sequence[str]]) -> None:
+    """Warn if past each of the repeated modules a path leads to the output: they are branches, as where a
+    model loops over lists of norms, attentions and MLPs, and what flows past them is in no sum over them."""
+    for names in filter(None, found):
+        if next(take_whole(module, reversed(names)), None) is None:
+            carry = list(itertools.islice(take_whole(module, calls(module)), 12))
+            cure = f". Name modules that are given all with layers=[…], of {', '.join(carry)}" if carry else ""
+            warnings.warn(
+                f"{names[0]}, …, {names[-1]} were taken for the model's blocks, and they are branches: a path"
+                f" leads past each, and no map of theirs counts what flows there{cure}",
+                BranchWarning, stacklevel=5,
+            )  # fmt: skip
 
 
 def _read(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import libragrad_fx as lg
-from libragrad_fx.errors import ModeError
+from libragrad_fx.errors import BranchWarning, ModeError
 from libragrad_fx.module.walk import blocks
 from tests.between import fast_first
 
@@ -267,6 +267,30 @@ def test_parts_of_a_block_are_no_blocks() -> None:
     module = lg.transform(model, x)
     assert blocks(module) == ["blocks.0", "blocks.1", "blocks.2"]
     assert float(lg.attribute(module, x, 0).completeness_error.max()) < 1e-11
+
+
+def test_lists_of_modules_that_a_loop_zips_are_branches() -> None:
+    """The warning names the modules that are given the whole stream, and with those the map is complete."""
+    norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+    attends = nn.ModuleList(nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(2))
+
+    class Zipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms, self.attends, self.head = norms, attends, nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for norm, attend in zip(self.norms, self.attends, strict=True):
+                h = norm(x)
+                x = x + attend(h, h, h, need_weights=False)[0]
+            return self.head(x.mean(1))
+
+    module = lg.transform(Zipped().double().eval(), x := torch.randn(2, 5, 8, dtype=F64))
+    with pytest.warns(BranchWarning, match=r"attends\.0, …, attends\.1 .* of norms\.0, norms\.1, head$"):
+        past = lg.attribute(module, x, 0, method="fullgrad")
+    assert (past.total - past.output).abs().max() > 1e-6
+    whole = lg.attribute(module, x, 0, method="fullgrad", layers=["norms.0"])
+    torch.testing.assert_close(whole.total, whole.output)
 
 
 class Order(nn.Module):
