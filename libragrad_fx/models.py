@@ -7,14 +7,13 @@ factories come straight from a command line.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -23,7 +22,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from libragrad_fx.capture.examples import infer_inputs
-from libragrad_fx.errors import InputError
+from libragrad_fx.errors import InputError, did_you_mean
 from libragrad_fx.extras import need, quiet
 
 _IMAGENET_SIZES = (1000, 21841, 21843, 11821, 12000)
@@ -108,7 +107,7 @@ def _timm(name: str) -> Callable[[bool], torch.nn.Module]:
     timm = need("timm", "models")
     if not timm.is_model(name):
         ways = "; other models are torchvision:NAME, hf:NAME or package.module:factory"
-        raise InputError(f"timm has no model {name!r}{_near(name, timm.list_models())}{ways}")
+        raise InputError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}{ways}")
 
     def make(pretrained: bool) -> torch.nn.Module:
         published = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
@@ -122,7 +121,7 @@ def _timm(name: str) -> Callable[[bool], torch.nn.Module]:
 def _torchvision(name: str) -> Callable[[bool], torch.nn.Module]:
     models = need("torchvision.models", "models")
     if name not in models.list_models():
-        raise InputError(f"torchvision has no model {name!r}{_near(name, models.list_models())}")
+        raise InputError(f"torchvision has no model {name!r}{did_you_mean(name, models.list_models())}")
     # the backbone of a detection model is downloaded unless it is refused by name
     options = inspect.signature(models.get_model_builder(name)).parameters
     refuse = {"weights_backbone": None} if "weights_backbone" in options else {}
@@ -223,11 +222,6 @@ def made_by(name: str, kind: type[T], args: Mapping[str, Any] | None = None) -> 
         what = f"{'an nn.' if kind is torch.nn.Module else 'a '}{kind.__name__}"
         raise InputError(f"{name}() returned {type(made).__name__}, not {what}")
     return made
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, names, 4, 0.6)
-    return f"; did you mean {', '.join(found)}?" if found else ""
 
 
 def first_line(error: BaseException) -> str:
@@ -482,4 +476,4 @@ def index_of(model: torch.nn.Module, name: str) -> int:
     named = [text for text in known.values() if text]
     if not named:
         raise InputError(f"this model does not name its classes: give an index instead of {name!r}")
-    raise InputError(f"{len(found) or 'no'} classes are called {name!r}{_near(name, named)}")
+    raise InputError(f"{len(found) or 'no'} classes are called {name!r}{did_you_mean(name, named)}")

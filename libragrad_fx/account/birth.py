@@ -61,8 +61,11 @@ def reference(model: torch.nn.Module, args: Any, kwargs: Any) -> Reference | Non
         between = Snapshot(model)
         second = _run(model, args, kwargs)
     except Exception as e:
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        said = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in given)
         raise CaptureError(
-            f"{type(model).__name__} itself fails on the example inputs: {type(e).__name__}: {e}"
+            f"{type(model).__name__} itself fails on the example inputs ({said or 'no tensor'}):"
+            f" {type(e).__name__}: {e}"
         ) from e
     unfit = None
     if state := _read(model, between.changes(), args, kwargs):

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from libragrad_fx.attribution.attention import Attention
-from libragrad_fx.errors import InputError
+from libragrad_fx.errors import InputError, did_you_mean
 from libragrad_fx.target import product
 
 Term = tuple[str, torch.Tensor]
@@ -257,4 +257,7 @@ def method_of(name: str) -> Method:
             return found
         if found is not None and name == f"path_averaged({inner})" and not found.path:
             return found._replace(path="whole", sums=False, source=f"{_LIBRA}, of {found.source}")
-    raise InputError(f"no method {name!r}; there are {', '.join(METHODS)}, and path_averaged(…) of those")
+    near = did_you_mean(name, METHODS) or "."
+    raise InputError(
+        f"no method {name!r}{near} There are {', '.join(METHODS)}, and path_averaged(…) of those"
+    )

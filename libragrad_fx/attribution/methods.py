@@ -34,6 +34,7 @@ Layers = Sequence[str] | Literal["stages"] | None
 Starts = Mapping[str, torch.Tensor]
 Meant = Callable[[Any], Sequence[Target]]
 """Says targets when it gets the output."""
+_NAMED = 12  # modules that a warning names
 VERSIONS = {
     "python": platform.python_version(),
     "torch": torch.__version__.partition("+")[0],
@@ -147,17 +148,19 @@ def questions(
 
 
 def _warn_of_branches(module: CapturedModule, found: Sequence[Sequence[str]]) -> None:
-    """Warn if past each of the repeated modules a path leads to the output: they are branches, as where a
-    model loops over lists of norms, attentions and MLPs, and what flows past them is in no sum over them."""
+    """Warn if a path leads past each of the repeated modules: they are branches, as where a model loops
+    over lists of norms, attentions and MLPs, and no sum over them counts what flows past."""
     for names in filter(None, found):
-        if next(take_whole(module, reversed(names)), None) is None:
-            carry = list(itertools.islice(take_whole(module, calls(module)), 12))
-            cure = f". Name modules that are given all with layers=[…], of {', '.join(carry)}" if carry else ""
-            warnings.warn(
-                f"{names[0]}, …, {names[-1]} were taken for the model's blocks, and they are branches: a path"
-                f" leads past each, and no map of theirs counts what flows there{cure}",
-                BranchWarning, stacklevel=5,
-            )  # fmt: skip
+        if next(take_whole(module, reversed(names)), None) is not None:
+            continue
+        carry = list(itertools.islice(take_whole(module, calls(module)), _NAMED))
+        cure = f". Name modules that are given all with layers=[…], of {', '.join(carry)}" if carry else ""
+        warnings.warn(
+            f"{names[0]}, …, {names[-1]} were taken for the model's blocks, and they are branches: a path"
+            f" leads past each, and no map of theirs counts what flows there{cure}",
+            BranchWarning,
+            stacklevel=5,
+        )
 
 
 def _read(

@@ -13,7 +13,7 @@ from libragrad_fx.attribution import storage
 from libragrad_fx.errors import InputError
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Attribution:
     """A signed, un-normalised attribution.
 
@@ -167,6 +167,24 @@ class Attribution:
         from libragrad_fx.viz import figure, sheet  # here, so that only drawing imports it
 
         return figure.figure(sheet.sheet(self, title, **look))
+
+    def __repr__(self) -> str:
+        """What was asked, and of each sample what was explained and what its map adds up to."""
+        from libragrad_fx.viz import words  # here, as in ``show``
+
+        of, places = (
+            f"{words.method_name(self.method)}, {words.side_name(self.policy)}",
+            self.tokens is not None,
+        )
+        lines = [f"Attribution of {of}: values {tuple(self.values.shape)}"]
+        for i in range(min(len(self.output), _SHOWN)):
+            target, label = [*zip(self.target, self.labels, strict=True)][i] if self.target else (None, "")
+            lines.append(
+                f"  {words.target_name(target, label, places)}: {self.output[i]:.5g}, the map adds up to"
+                f" {self.total[i]:.5g} ({words.error_words(float(self.completeness_error[i]))})"
+            )
+        more = len(self.output) - _SHOWN
+        return "\n".join([*lines, *([f"  and {more} more"] if more > 0 else [])])
 
     def _repr_html_(self) -> str:
         """For notebooks: static HTML of at most ``_SHOWN`` samples."""

@@ -67,6 +67,17 @@ def test_a_file_that_is_none(ending: str, tmp_path: Path, found: lg.Attribution)
         found.save(tmp_path / f"odd{ending}" / f"map{ending}")
 
 
+def test_it_prints_what_was_asked_and_what_maps_add_up_to(found: lg.Attribution) -> None:
+    first, *samples = repr(found).splitlines()
+    assert first == f"Attribution of FullGrad+, balanced: values {tuple(found.values.shape)}"
+    assert [s.split(":")[0].strip() for s in samples] == ["class 1", "class 0", "class 2"]
+    assert all(f"adds up to {t:.5g} (completeness" in s for s, t in zip(samples, found.total, strict=True))
+    longer = {k: torch.cat([getattr(found, k)] * 7) for k in ("output", "total", "completeness_error")}
+    many = dataclasses.replace(found, **longer, target=(0,) * 21, labels=("tench, Tinca",) * 21)
+    assert "class 0 (tench): " in repr(many)
+    assert repr(many).endswith("and 5 more")
+
+
 def test_normalized_keeps_signs_and_rank(found: lg.Attribution) -> None:
     scaled = found.normalized()
     assert float(scaled.values.abs().max()) <= 1
