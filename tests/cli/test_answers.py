@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def test_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- progress and colours
 
 
-def test_progress_is_shown_on_terminals_alone(
+def test_a_bar_is_shown_on_terminals_alone(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def work() -> None:
@@ -131,6 +132,23 @@ def test_progress_is_shown_on_terminals_alone(
     assert out == "the result\n"
     for said in ("two", "counted", "1/2", "[red]now", "a library's", "a line"):
         assert said in err
+
+
+def test_where_there_is_no_terminal_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(progress, "_EVERY", 0.0)
+    with progress.counting("counted", 2) as bar:
+        bar.step()
+        bar.at("[red]now")
+    with progress.working("one") as say:
+        say("two")
+    first, now, two = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"counted 1 of 2, 0:00:00 so far(, 0:00:00 left)?", first)
+    assert re.fullmatch(r"counted 1 of 2, 0:00:00 so far(, 0:00:00 left)?, \[red\]now", now)
+    assert two == "0:00:00 so far, two"
 
 
 def test_texts_have_colours_on_terminals_that_want_them(monkeypatch: pytest.MonkeyPatch) -> None:
