@@ -101,7 +101,7 @@ def writable(path: Path, endings: Sequence[str] = (), folder: bool = False) -> P
     Raises:
         InputError: another ending, or a path that cannot be written.
     """
-    if endings and path.suffix not in endings:
+    if endings and not any(path.name.endswith(e) and path.name != e for e in endings):
         raise InputError(f"cannot write {str(path)!r}: its ending must be one of {', '.join(endings)}")
     try:
         there = next(p for p in (path, *path.parents) if p.exists())

@@ -78,10 +78,8 @@ def compile_(
     It takes what the model takes (pictures: already normalised), and a target: of each sample the index of
     a class, -1 for the model's own answer. It returns the map first.
     """
-    form = next((f for ending, f in _FORMS.items() if output.name.endswith(ending)), None)
-    if form is None:
-        raise InputError(f"-o wants a file that ends in {', '.join(_FORMS)}, got {str(output)!r}")
-    writable(output)
+    writable(output, [*_FORMS])
+    form = next(f for ending, f in _FORMS.items() if output.name.endswith(ending))
     paged = form == _FORMS[page.ENDING]
     method_of(method)  # before any work
     if (examples or runtime) and not paged:

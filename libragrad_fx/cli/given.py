@@ -70,9 +70,7 @@ def place(output: str) -> Path:
     path = Path(output)
     if output.endswith("/") or path.is_dir() or not path.suffix:
         path = path / f"{_NAME}.png"
-    if path.suffix not in (known := (*paper.ENDINGS, *RAW)):
-        raise InputError(f"-o ends in {', '.join(known)}, or is a folder; got {output!r}")
-    return writable(path)
+    return writable(path, (*paper.ENDINGS, *RAW))
 
 
 def places(output: str | None, names: Sequence[str]) -> list[Path]:

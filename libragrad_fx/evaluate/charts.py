@@ -1,4 +1,4 @@
-"""Charts of an evaluation as SVG inside a page: in the page's colours, light or dark."""
+"""Charts of an evaluation as SVG: inside a page in its colours, light or dark; as a file, on white."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from libragrad_fx.extras import need
 _INK, _SOFT, _FAINT, _PLAIN, _BALANCED = "#010101", "#020202", "#030303", "#040404", "#050505"
 _NAMES = {_INK: "ink", _SOFT: "soft", _FAINT: "faint", _PLAIN: "plain", _BALANCED: "balanced"}
 """Stand for the page's colours, and are replaced by its CSS variables."""
+_ON_WHITE = {
+    "ink": "#1f2328", "soft": "#5b636d", "faint": "#d9dde2", "plain": "#68727f", "balanced": "#b4500a"
+}  # fmt: skip
+"""These of a chart that is a file of its own."""
 _SIZE = 9  # points
 _ACROSS = 4  # panels in a row
 
@@ -147,6 +151,12 @@ def _inline(svg: str) -> str:
     for colour, name in _NAMES.items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg
+
+
+def alone(svg: str) -> str:
+    """A chart as a file of its own."""
+    look = "; ".join(f"--{name}: {colour}" for name, colour in _ON_WHITE.items())
+    return svg.replace("<svg ", f'<svg style="background: #fff; font-family: sans-serif; {look}" ', 1)
 
 
 def mean(lines: Sequence[Curve]) -> Curve:

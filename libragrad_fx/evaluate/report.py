@@ -1,4 +1,4 @@
-"""A report of an evaluation: one HTML page that stands alone, or Markdown."""
+"""A report of an evaluation: one HTML page that stands alone, or Markdown and its charts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from libragrad_fx.evaluate import charts
 from libragrad_fx.evaluate.rivalry import Policies, Rivals, all_policies, all_rivals
@@ -31,10 +32,26 @@ _MARKS = {"better": "▲", "worse": "▼", "even": "·"}
 _SHOWN = "fullgrad_plus"
 """The method whose curves are drawn for each model, if it is there; else the first."""
 _PANELS = 16  # of a figure, at most
+_KINDS = {
+    "curves": (
+        "Curves",
+        "The answers that stay while more of the input is gone: solid, the most influential first (MIF), so"
+        " that a faithful map falls at once; dashed, the least influential first (LIF): it stays high.",
+    ),
+    "completeness": (
+        "Completeness against faithfulness",
+        "Left: the map adds up to the output; up: it is faithful. Arrows lead from policy to policy.",
+    ),
+    "cost": (
+        "Cost against faithfulness",
+        "Left: fast; up: faithful. Time is that of the map alone, without capture, in batches.",
+    ),
+}
+"""What charts of a kind are called, and how they are read."""
 
 
 def report(folder: str | Path, output: str | Path, policies: tuple[str, str] = (AUTOGRAD, "libra")) -> Path:
-    """Write a report of the results in a folder, as HTML or Markdown.
+    """Write a report of the results in a folder, as HTML, or Markdown with its charts in NAME.charts.
 
     Args:
         output: ends in .html or .md.
@@ -47,7 +64,12 @@ def report(folder: str | Path, output: str | Path, policies: tuple[str, str] = (
     path = writable(Path(output), (".html", ".md"))
     found = Results(folder)
     made = tables(found, policies)
-    text = markdown(found, made, policies) if path.suffix == ".md" else page(found, made, policies)
+    if path.suffix == ".md":
+        pictures = path.with_suffix(".charts")
+        shown = _saved(_charts(found, made, policies, lambda *_: None), writable(pictures, folder=True))
+        text = markdown(found, made, policies, shown)
+    else:
+        text = page(found, made, policies)
     with writing(path):
         path.write_text(text, "utf-8")
     return path
@@ -95,11 +117,28 @@ def summary(found: Results, policies: tuple[str, str]) -> list[str]:
 # --- Markdown
 
 
-def markdown(found: Results, made: Sequence[Table], policies: tuple[str, str]) -> str:
+def _saved(drawn: Mapping[str, Sequence[tuple[str, str]]], folder: Path) -> dict[str, list[str]]:
+    """Charts as files. By kind, the lines that show them beside the folder."""
+    shown: dict[str, list[str]] = {}
+    for kind, some in drawn.items():
+        for i, (title, svg) in enumerate(some, 1):
+            with writing(file := folder / f"{kind}-{i}.svg"):
+                file.write_text(charts.alone(svg), "utf-8")
+            shown.setdefault(kind, []).append(f"{title}\n\n![{title}]({quote(folder.name)}/{file.name})")
+    return shown
+
+
+def markdown(
+    found: Results, made: Sequence[Table], policies: tuple[str, str], shown: Mapping[str, Sequence[str]]
+) -> str:
+    """The report as Markdown. shown: by kind, the lines of each chart."""
     parts = [*summary(found, policies), "", f"## Where {policies[1]} is worse", "", losses_of(made), ""]
     parts += ["## Counts", "", _counts(made), ""]
     for table in made:
         parts += [f"### {table.measure.title}; {table.data}, target {table.target}", "", grid(table), ""]
+    for kind, lines in shown.items():
+        title, how = _KINDS[kind]
+        parts += [f"## {title}", "", how, "", *(line for one in lines for line in (one, ""))]
     for p in all_policies(found, made, policies[1]):
         parts += [f"### All policies against {p.against}: {_title(p.table)}, means over models", ""]
         parts += [_policy_grid(p), ""]
@@ -272,12 +311,14 @@ def page(found: Results, made: Sequence[Table], policies: tuple[str, str]) -> st
         return f"#{anchors[model, t.data, policy, method, t.measure.metric, t.target]}"
 
     shown, count = strips(found, policies)
+    drawn = _charts(found, made, policies, link)
+    marked = {k: [(t, markup(svg, "evaluate")) for t, svg in some] for k, some in drawn.items()}
     return rendered(
         "evaluate/report.html", "evaluate", summary=summary(found, policies), policies=policies,
         counts=counted(made), marks=_MARKS, losses=losses(made), tables=made, number=number, spread=spread,
         query=query, link=link, autograd=AUTOGRAD, others=all_policies(found, made, policies[1]),
         rivals=all_rivals(found, made, policies[1]), failures=found.failures(), runs=runs,
-        charts=_charts(found, made, policies, link), strips=shown, strip_count=count, keys=keys(),
+        charts=marked, strips=shown, strip_count=count, keys=keys(),
         config=json.dumps(found.config, indent=1),
     )  # fmt: skip
 
@@ -296,9 +337,9 @@ def query(table: Table) -> str:
 
 def _charts(
     found: Results, made: Sequence[Table], policies: tuple[str, str], link: Any
-) -> dict[str, list[tuple[str, Any]]]:
+) -> dict[str, list[tuple[str, str]]]:
     """By kind, pairs of a title and SVG."""
-    drawn: dict[str, list[tuple[str, Any]]] = {"curves": [], "completeness": [], "cost": []}
+    drawn: dict[str, list[tuple[str, str]]] = {"curves": [], "completeness": [], "cost": []}
     for metric, data, target in dict.fromkeys((t.measure.metric, t.data, t.target) for t in made):
         if lines := curves(found, metric, data, target):
             for title, by in _panels(found, lines).items():
@@ -308,7 +349,7 @@ def _charts(
         if t.measure == MEASURES[0]:
             for kind, svg in _against(found, t, policies, link).items():
                 drawn[kind].append((f"{t.data}, target {t.target}", svg))
-    return {k: [(t, markup(svg, "evaluate")) for t, svg in some] for k, some in drawn.items()}
+    return drawn
 
 
 def _panels(

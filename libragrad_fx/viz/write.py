@@ -33,12 +33,9 @@ def check_path(path: str | Path, view: str = "graph") -> Path:
     Raises:
         InputError: it cannot.
     """
-    path = Path(path)
     if view not in ENDINGS:
         raise InputError(f"view is one of {', '.join(ENDINGS)}; got {view!r:.40}")
-    if path.suffix not in ENDINGS[view]:
-        raise InputError(f"{path.name!r}: view {view!r} is written as {', '.join(ENDINGS[view])}")
-    return writable(path)
+    return writable(Path(path), ENDINGS[view])
 
 
 def write(

@@ -7,6 +7,8 @@ import io
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -180,6 +182,16 @@ def test_losses_come_first_and_what_was_said_is_escaped(folder: Path, page: str)
     assert "<b>blocks" not in page
     assert "<i>cat" not in page
     assert "no &lt;b&gt;blocks" in page
+
+
+def test_markdown_shows_its_charts(folder: Path) -> None:
+    text = report(folder, folder / "some report.md").read_text("utf-8")
+    files = re.findall(r"!\[.+\]\((.+)\)", text)
+    assert {Path(f).name for f in files} >= {"curves-1.svg", "completeness-1.svg", "cost-1.svg"}
+    for file in files:
+        drawn = ElementTree.parse(folder / unquote(file)).getroot()
+        own = {*re.findall(r"(--\w+):", drawn.attrib["style"])}
+        assert {*re.findall(r"var\((--\w+)\)", ElementTree.tostring(drawn, "unicode"))} <= own
 
 
 def test_a_page_stands_alone(page: str) -> None:
