@@ -103,6 +103,7 @@ def test_an_order_that_a_value_says_is_followed_anew(how: str, times: int, follo
     assert len(followed) == times
 
 
+@pytest.mark.slow
 def test_sizes_say_where_things_lie(followed: list[Locator]) -> None:
     """The second call of a size follows nothing, and says the same to the bit; a copy starts afresh."""
     pytest.importorskip("timm")

@@ -12,7 +12,7 @@ from tests.attribution.once import captured
 from tests.between import fast_first
 from zoo.small import SMALL, Small, samples
 
-FAST = ["table", "tabular", "lstm", "gru", "series", "voxels", "shared"]
+FAST = ["table", "lstm", "voxels"]
 CUT = {"vilt"}
 """Models in several graphs, or that are recorded anew at each call: no biases, and they say so."""
 SINGLE = {"llama": 1e-6, "efficientvit": 1e-6}
@@ -78,6 +78,7 @@ def test_a_batch_is_each_sample_by_every_method(name: str) -> None:
     assert answered >= 13
 
 
+@pytest.mark.slow
 def test_the_error_of_a_llama_is_that_of_its_norms() -> None:
     """transformers rounds to float32 inside its norms; with PyTorch's, in float64, FullGrad is complete."""
     model, _ = made("llama")

@@ -325,6 +325,7 @@ def test_integrated_gradients_at_a_layer_against_captum(balanced: bool) -> None:
     torch.testing.assert_close(found.values, want.detach(), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("case", [pytest.param("plain", marks=pytest.mark.slow), "balanced"], indirect=True)
 def test_path_averaged_is_a_mean_of_maps(case: Any) -> None:
     """Of maps at k/n of the first block's input, by hand: the rest of the network on a scaled input."""
     module, _, x, _ = case
@@ -503,7 +504,7 @@ def test_where_no_token_is_read_alone_it_says_so(read: Any) -> None:
         lg.attribute(lg.transform(model, x), x, TARGET, method="rollout")
 
 
-@pytest.mark.parametrize("length", [7, 5])
+@pytest.mark.parametrize("length", fast_first([7, 5], 1))
 def test_two_sequences_of_tokens_are_not_followed_as_one(length: int) -> None:
     """Were they as many: an encoder's blocks and a decoder's are not one chain."""
 

@@ -63,6 +63,7 @@ class Deep(nn.Module):
         return self.head(x).mean(1)
 
 
+@pytest.mark.slow
 def test_tokens_keep_their_places_however_deep() -> None:
     model, ids = Deep().double().eval(), torch.randint(11, (2, 7))
     for method in ("skip_plus", "hirescam", "gradcam_plus"):

@@ -35,7 +35,7 @@ def model() -> torch.nn.Sequential:
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["-o", "x.so"], "ends in .aoti.pt2, .pt2, .onnx, .html"),
+        (["-o", "x.so"], "must be one of .aoti.pt2, .pt2, .onnx, .html"),
         (["-o", "x.html", "--runtime", "nowhere"], "npm install onnxruntime-web"),
         (["-o", "x.pt2", "--examples", "x.png"], "--examples and --runtime are for a page"),
         (["-o", "x.pt2", "--method", "nothing"], "nothing"),
@@ -71,6 +71,7 @@ def test_a_page_is_of_pictures(tmp_path: Path) -> None:
     assert "this model takes float32 (1, 6)" in done.output
 
 
+@pytest.mark.slow
 def test_a_page_is_written(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     for name in RUNTIME:

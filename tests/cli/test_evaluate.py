@@ -147,6 +147,7 @@ print("libragrad_fx.evaluate.config" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_sets_of_data_and_the_command_line_are_light() -> None:
     """Typer may bring pydantic itself; then it is there."""
     root = Path(__file__).parents[2]

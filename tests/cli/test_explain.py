@@ -89,7 +89,7 @@ def test_what_does_not_fit_together(tmp_path: Path, folder: Path) -> None:
     two = ("explain", folder / "p0.png", folder / "p1.png", "--model", TINY)
     one = ("explain", folder / "p0.png", "--model", TINY)
     assert "holds one of 2 inputs" in refusal(*two, "-o", tmp_path / "a.png")
-    assert "-o ends in .png" in refusal(*one, "-o", tmp_path / "a.jpg")
+    assert "its ending must be one of .png" in refusal(*one, "-o", tmp_path / "a.jpg")
     assert "no method 'best'" in refusal(*one, "--method", "best")
     assert "--target or --top" in refusal(*one, "--target", "1", "--top", 2)
     assert "--against needs --target" in refusal(*one, "--against", "1")
@@ -147,6 +147,7 @@ def language(tmp_path_factory: Any) -> Path:
     return where
 
 
+@pytest.mark.slow
 def test_texts_of_a_language_model(tmp_path: Path, language: Path) -> None:
     out = tmp_path / "a.html"
     asked = ("--compare", "plain", "--target", "mat", "-o", out)

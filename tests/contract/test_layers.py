@@ -168,6 +168,7 @@ def test_ops_are_named_in_the_rule_book_and_in_their_room() -> None:
     assert named.keys() == {*flat, "evaluate.search"}
 
 
+@pytest.mark.slow
 def test_pictures_are_imported_by_who_draws() -> None:
     code = (
         "import sys, libragrad_fx;"

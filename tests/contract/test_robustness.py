@@ -168,8 +168,10 @@ def rounding(name: str, dtype: torch.dtype) -> float:
 # --- dtypes and autocast
 
 
-@NAMES
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "name"), [  # in the fast suite, every dtype and every model
+    pytest.param(dtype, name, marks=() if (i + j) % 2 else pytest.mark.slow)
+    for i, dtype in enumerate(DTYPES) for j, name in enumerate(MODELS)
+], ids=str)  # fmt: skip
 def test_every_dtype_has_the_same_bits_and_balance(name: str, dtype: torch.dtype) -> None:
     one = case(name, dtype)
     assert agree(one, one.x)

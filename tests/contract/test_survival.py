@@ -64,6 +64,7 @@ def test_it_differs_from_autograds(case: Case) -> None:
     assert not close(case.gradient, case.plain)  # what every test below would notice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", fast_first(["eager", "aot_eager"], 1))
 def test_compile(case: Case, backend: str) -> None:
     torch._dynamo.reset()

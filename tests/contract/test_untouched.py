@@ -106,7 +106,10 @@ def _encoder() -> nn.Module:
 
 @pytest.mark.parametrize("make", [
     pytest.param(_encoder, marks=pytest.mark.slow),
-    lambda: nn.Sequential(nn.Linear(16, 16), nn.GRUCell(16, 16), nn.LayerNorm(16)),
+    pytest.param(
+        lambda: nn.Sequential(nn.Linear(16, 16), nn.GRUCell(16, 16), nn.LayerNorm(16)),
+        marks=pytest.mark.slow,
+    ),
     lambda: nn.Sequential(nn.Unflatten(1, (1, 16)), nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.SiLU()),
 ])  # fmt: skip
 def test_a_model_serves_while_it_is_traced(make: Any) -> None:

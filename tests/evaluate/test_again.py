@@ -141,6 +141,7 @@ def test_each_step_is_the_map_of_a_model_with_those_weights() -> None:
     assert torch.equal(case.attribution(GRADIENT, "autograd", classes, "logit").values, first)
 
 
+@pytest.mark.slow
 def test_a_capture_that_is_written_over_is_one_made_anew() -> None:
     """Under libra, after the last step of the cascade."""
     case = case_of(double())

@@ -140,6 +140,7 @@ def _random(case: Any, method: Any) -> torch.Tensor:
     return case.attribution(method, "autograd", case.target("label"), "logit").values
 
 
+@pytest.mark.slow
 def test_tokens_are_looked_for_in_each_model(tmp_path: Path) -> None:
     """Two models of the same weights: what is known of the one is not taken for the other."""
     asked = small.config(

@@ -168,6 +168,7 @@ def test_noise_is_of_usual_tokens_and_the_same_each_time() -> None:
 # --- what is measured
 
 
+@pytest.mark.slow
 def test_every_number_is_there(made: tuple[Path, list[dict[str, Any]]]) -> None:
     found = [r for r in made[1] if r["metric"] != "pixels"]
     assert {r["error"] for r in found} == {None}

@@ -88,6 +88,7 @@ def test_classes_of_a_text_have_names() -> None:
         lg.attribute(model, TEXTS, "goood", processor=words)
 
 
+@pytest.mark.slow
 def test_a_span_answers_a_question() -> None:
     model, words = bert("QuestionAnswering"), tokenizer()
     inputs = {"text": ["the cat", "a dog"], "text_pair": ["sat on the mat", "a mat"]}
@@ -101,6 +102,7 @@ def test_a_span_answers_a_question() -> None:
     assert given.target == ((1, 2), (0, 3))
 
 
+@pytest.mark.slow
 def test_a_token_has_a_class() -> None:
     model, words = bert("TokenClassification", names=("a", "b", "c")), tokenizer()
     found = lg.attribute(model, TEXTS, (1, 2), processor=words, method="fullgrad")

@@ -47,6 +47,7 @@ def ref_size(model: Any) -> tuple[int, int]:
     return tuple(embed.img_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", fast_first([torch.float64, torch.bfloat16, torch.float32], 1), ids=str)
 def test_forward_is_equal_to_the_bit(case: Case, dtype: torch.dtype) -> None:
     model = copy.deepcopy(case.model).to(dtype)

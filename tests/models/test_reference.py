@@ -19,6 +19,10 @@ CASES = [
     *(pytest.param(row, id=row[0]) for row in ref.VARIANTS),
     *(pytest.param(row, id=row[0], marks=pytest.mark.slow) for row in ref.DEEP),
 ]
+FAST = ("vit", "clip", "siglip_gap", "beitv2", "eva02")
+FORWARD = [
+    pytest.param(*c.values, id=c.id, marks=() if c.id in FAST else pytest.mark.slow) for c in CASES
+]
 GLU_FAMILIES = {"eva02", "eva02_inner_norms", "gmixer"}
 
 
@@ -62,6 +66,7 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / scale)
 
 
+@pytest.mark.parametrize("case", FORWARD, indirect=True)
 def test_the_forward_is_the_stock_models(case: Case) -> None:
     assert _relative_error(case.libra.logit, case.logits[:, TARGET]) <= 1e-10
 

@@ -86,6 +86,7 @@ def test_backgrounds_stay_in_their_columns(monkeypatch: pytest.MonkeyPatch) -> N
             assert [*np.flatnonzero(bright)] == [level]
 
 
+@pytest.mark.slow
 def test_watermarks_tell_the_class_in_training_alone() -> None:
     n = 200
     parts: dict[Split, float] = {"train": AGREES + (1 - AGREES) / 10, "test": 0.1}
@@ -112,6 +113,7 @@ def test_a_crowd_has_more_and_smaller_articles() -> None:
     assert area_many < 0.75 * area_few
 
 
+@pytest.mark.slow
 def test_labels_are_even_and_apart_from_size_and_brightness() -> None:
     drawn = [scenes.scene("train", i) for i in range(400)]
     labels = np.array([one.label for one in drawn])

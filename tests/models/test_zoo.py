@@ -19,7 +19,6 @@ from libragrad_fx.decide.roles import analyze
 from libragrad_fx.errors import GateOutputWarning, UnknownOpError
 from libragrad_fx.rewrite.edits import rewrite
 from libragrad_fx.types import Action, PolicyRow, Trace
-from tests.between import fast_first
 from tests.models.zoo import ZOO, build
 
 TOLERANCE = 1e-9
@@ -100,9 +99,10 @@ def _trace(name: str) -> tuple[Trace, torch.Tensor]:
     return normalize(model, capture(model, *example_call(model, x))), x
 
 
-@pytest.mark.parametrize(
-    "row", fast_first([r for r in BOOK.rows if r.action is not Action.KEEP], 3), ids=lambda r: r.name
-)
+@pytest.mark.parametrize("row", [
+    pytest.param(r, marks=() if r.name in ("attention/gate", "gated/gate") else pytest.mark.slow)
+    for r in BOOK.rows if r.action is not Action.KEEP
+], ids=lambda r: r.name)  # fmt: skip
 def test_no_row_is_dead(row: PolicyRow) -> None:
     """The control: without the row, its network's completeness breaks by a large margin."""
     trace, x = _trace(NEEDED[row.name])
@@ -117,7 +117,9 @@ def test_no_row_is_dead(row: PolicyRow) -> None:
     assert errors[1] > BROKEN
 
 
-@pytest.mark.parametrize("row", BOOK.rows, ids=lambda r: r.name)
+@pytest.mark.parametrize("row", [
+    pytest.param(r, marks=pytest.mark.slow if r.name == "recurrent/value" else ()) for r in BOOK.rows
+], ids=lambda r: r.name)  # fmt: skip
 def test_a_missing_row_is_refused(row: PolicyRow) -> None:
     """Silence is no decision: a site without a row is an error that names the row to add."""
     names = {**NEEDED, "attention/value": "every_fused_op", "saturating/value": "every_fused_op"}

@@ -89,6 +89,7 @@ def test_what_the_user_gets_is_not_shared(taken: Any) -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_no_mode_of_the_first_call_outlives_it() -> None:
     model, x = Positions(), tokens()
     want = torch.autograd.grad(lg.transform(model, x)(z := x.clone().requires_grad_()).sum(), z)[0]

@@ -53,9 +53,9 @@ def assert_same(gm: CapturedModule, x: torch.Tensor) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * (1 + float(b.abs().max())))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if i % 2 else ()) for i, n in enumerate(ZOO)]
-)
+@pytest.mark.parametrize("name", [
+    pytest.param(n, marks=pytest.mark.slow if i % 2 or n == "recurrent" else ()) for i, n in enumerate(ZOO)
+])  # fmt: skip
 def test_zoo(name: str) -> None:
     model, x = build(name)
     with warnings.catch_warnings():
@@ -174,7 +174,7 @@ class Scan(nn.Module):
 
 @pytest.mark.parametrize(
     ("join", "left"),
-    [
+    fast_first([
         (lambda steps: torch.stack(steps, 1), 1),
         (lambda steps: torch.cat([s.mT for s in steps], -1), 1),
         (lambda steps: torch.cat([torch.stack(steps[:2], 1), torch.stack(steps[2:], 1)], 1), 1),
@@ -182,8 +182,8 @@ class Scan(nn.Module):
         (lambda steps: torch.stack(steps, 1) + steps[0][:, None], N),  # which is read again
         (lambda steps: torch.stack([*steps[:-1], steps[-1].detach()], 1), N - 1),
         (lambda steps: torch.stack([steps[0] * 2, *steps[1:]], 1), N),
-    ],
-)
+    ], 3),
+)  # fmt: skip
 def test_equal_scales_of_what_is_joined_become_one(join: Any, left: int) -> None:
     x = torch.randn(B, N, C, dtype=F64)
     gm = lg.transform(Scan(join).to(F64), x)
@@ -215,7 +215,9 @@ class Mlp(nn.Module):
 OVER = {name: twin.over for name, twin in ALL_TWINS.items() if hasattr(twin, "over")}
 
 
-@pytest.mark.parametrize(("name", "conv"), [*((name, False) for name in OVER), ("gelu", True)])
+@pytest.mark.parametrize(
+    ("name", "conv"), fast_first([("gelu", True), *((name, False) for name in OVER)], 8)
+)
 def test_an_activation_writes_over_a_product_that_nobody_else_reads(name: str, conv: bool) -> None:
     x = torch.randn(B, N, C, dtype=F64)
     gm = lg.transform(Mlp(ALL_TWINS[name].aten_op, conv, False).to(F64), x, on_unknown="keep")

@@ -196,13 +196,16 @@ READS = {
 }
 
 
+FUSED, WRITTEN = {"class token", "last token", "read twice"}, {"class token"}  # in the fast suite
+
+
 @pytest.mark.parametrize(("post", "trained"), fast_first([(False, True), (True, False)], 1))
 @pytest.mark.parametrize(
     ("read", "written"),
     [
         pytest.param(
             read, written, id=f"{read}-{'written' if written else 'fused'}",
-            marks=pytest.mark.slow if written and read not in ("class token", "read twice") else (),
+            marks=() if read in (FUSED if not written else WRITTEN) else pytest.mark.slow,
         )
         for read in READS
         for written in (False, True)

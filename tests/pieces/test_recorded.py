@@ -145,7 +145,7 @@ class Packed(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("layer", "how"), fast_first([(nn.LSTM, "state"), (nn.GRU, "data"), (nn.RNN, "both ways")], 1)
+    ("layer", "how"), fast_first([(nn.RNN, "both ways"), (nn.LSTM, "state"), (nn.GRU, "data")], 1)
 )
 @pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
 def test_packed_sequences(layer: Any, how: str) -> None:
@@ -185,6 +185,7 @@ def tiny(name: str, **more: Any) -> Any:
     return model(model.config_class(**sizes, **more)).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [
     "BertForSequenceClassification", pytest.param("GPT2LMHeadModel", marks=pytest.mark.slow),
 ])  # fmt: skip
