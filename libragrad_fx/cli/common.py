@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import typer
+from torch.utils import _pytree as pytree
 
 from libragrad_fx import models
 from libragrad_fx.capture.examples import infer_inputs
@@ -23,10 +24,12 @@ def load_model(name: str, pretrained: bool, checkpoint: Path | None, seed: int) 
     return loaded
 
 
-def guessed_inputs(module: torch.nn.Module, seed: int) -> Any:
+def guessed_inputs(module: torch.nn.Module, seed: int, single: bool = False) -> Any:
+    """Two samples that a model may take; ``single``: the first of them."""
     torch.manual_seed(seed)
     args, kwargs = infer_inputs(module)
-    return kwargs or args
+    found = kwargs or args
+    return pytree.tree_map_only(torch.Tensor, lambda t: t[:1], found) if single else found
 
 
 def run_once(module: torch.nn.Module, inputs: Any) -> Any:

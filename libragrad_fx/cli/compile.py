@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
-from torch.utils import _pytree as pytree
 
 import libragrad_fx as lg
 from libragrad_fx import models
@@ -90,9 +88,7 @@ def compile_(
     loaded = load_model(model, pretrained, checkpoint, seed)
     module = loaded.module.requires_grad_(False)
     with working("tracing") as say:
-        inputs = guessed_inputs(module, seed)
-        if single or paged:
-            inputs = pytree.tree_map_only(torch.Tensor, lambda t: t[:1], inputs)
+        inputs = guessed_inputs(module, seed, single=single or paged)
         processor = None
         if paged:
             page.require_picture(inputs)

@@ -16,7 +16,7 @@ def methods(model: ModelName, policy: Policy = "libra", seed: Seed = 0, json: Js
     to use instead."""
     module = load_model(model, False, None, seed).module
     with working("trying each method"):
-        found = lg.methods(module, guessed_inputs(module, seed), policy=policy)
+        found = lg.methods(module, guessed_inputs(module, seed, single=True), policy=policy)
     rows = [
         (name, "no" if why else "yes", one_line(why) or METHODS[name].source) for name, why in found.items()
     ]

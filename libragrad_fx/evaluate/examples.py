@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from libragrad_fx.attribution import Attribution
 from libragrad_fx.errors import InputError
 from libragrad_fx.evaluate.data import Item
 from libragrad_fx.evaluate.data.prepare import geometry
+from libragrad_fx.evaluate.inputs import Texts
 from libragrad_fx.evaluate.measures import Case
 
 _SIDE = 64  # the most rows and columns of a map that are kept
@@ -23,34 +25,48 @@ _PICTURE = 160  # the most pixels of a picture's side
 def example(
     case: Case, found: Attribution, classes: torch.Tensor, i: int, names: Sequence[str]
 ) -> dict[str, Any]:
-    """A row of examples (``store.MAPS``) of sample ``i``; {} without a class to explain or a flat map.
+    """A row of examples (``store.MAPS``) of sample ``i``; {} without a class to explain, or if its map is
+    over neither a picture nor a text.
 
-    A map that is finer than ``_SIDE`` is the mean over areas.
+    A map of a picture that is finer than ``_SIDE`` is the mean over areas.
 
     Args:
-        names: of the classes, by index; () if they are not known.
+        names: of the classes of a set of pictures, by index; () if they are not known.
     """
-    if int(classes[i]) < 0 or found.values.ndim != 3:
-        return {}
     item, of = case.items[i], int(classes[i])
-    small = found.values[i].detach().double()
-    size = min(small.shape[0], _SIDE), min(small.shape[1], _SIDE)
+    pieces = case.subject.inputs.pieces(item)
+    if of < 0 or found.values.ndim != (3 if pieces is None else 2):
+        return {}
+    small = torch.atleast_2d(found.values[i].detach().double())
+    size = (min(small.shape[0], _SIDE), min(small.shape[1], _SIDE)) if pieces is None else small.shape
     small = torch.nn.functional.adaptive_avg_pool2d(small[None], size)[0].cpu().numpy()
     scale = float(np.abs(small[np.isfinite(small)]).max(initial=0.0)) or 1.0
     chances = case.logits[i].double().softmax(-1)
-    called = names if len(names) == len(chances) else ()
-    mask, label = case.masks[i].get(of), case.labels[i]
+    mask, label, called = case.masks[i].get(of), case.labels[i], _names(case, i, names, len(chances))
+    against = f" against {called(1 - of)}" if case.contrast is not None else ""
     return {
-        "image": item.id, "label": None if label is None else _name(label, called),
-        "predicted": _name(int(chances.argmax()), called), "explained": _name(of, called),
+        "image": item.id, "label": None if label is None else called(label),
+        "predicted": called(int(chances.argmax())), "explained": called(of) + against,
         "probability": float(chances[of]), "scale": scale, "height": size[0], "width": size[1],
         "values": (small / scale).astype("<f2").tobytes(), "picture": _picture(case, item),
-        "mask": None if mask is None else _file(Image.fromarray(mask.cpu().numpy()), "PNG"),
+        "pieces": None if pieces is None else json.dumps(pieces),
+        "mask": None if mask is None else _file(Image.fromarray(np.atleast_2d(mask.cpu().numpy())), "PNG"),
     }  # fmt: skip
 
 
-def _name(index: int, names: Sequence[str]) -> str:
-    return names[index] if index < len(names) else str(index)
+def _names(case: Case, i: int, names: Sequence[str], classes: int) -> Callable[[int], str]:
+    """What classes are called; of a contrast, the two that sample ``i`` is a choice between."""
+    inputs = case.subject.inputs
+
+    def own(index: int) -> str:
+        if isinstance(inputs, Texts):
+            return inputs.named(index) or str(index)
+        return names[index] if len(names) == classes else str(index)
+
+    if case.contrast is None:
+        return own
+    other, this = case.contrast.pairs[i].flip(0).tolist()  # class 1 is the first of them
+    return lambda index: own(this if index else other)
 
 
 def _picture(case: Case, item: Item) -> bytes | None:

@@ -20,8 +20,9 @@ from libragrad_fx.evaluate.data.prepare import Steps
 from libragrad_fx.explain.inputs import Batch, batches
 from libragrad_fx.explain.targets import class_of, is_nexts
 from libragrad_fx.extras import need
-from libragrad_fx.models import first_line, made_by, published
+from libragrad_fx.models import first_line, label_of, made_by, published
 from libragrad_fx.target import first_tensor
+from libragrad_fx.viz.pieces import readable
 
 Input = torch.Tensor | Mapping[str, torch.Tensor]
 _SHORT = "the old keys"
@@ -68,6 +69,9 @@ class Pictures:
         """Raises ``InputError``: as ``data.prepared``, or a label in words."""
         x, masks = prepared(item, self.steps)
         return Sample(item.id, x, _index(item.label, item), _index(item.against, item), masks, item)
+
+    def pieces(self, item: Item) -> None:
+        """Pictures have none."""
 
     def noise(self, size: Sequence[int]) -> list[Input]:
         """Two pictures: the same in every process."""
@@ -127,6 +131,17 @@ class Texts:
         x = {k: v[0] for k, v in batch.call.items()}
         label, against = (None if c is None else name(c) for c in (item.label, item.against))
         return Sample(item.id, x, label, against, masks, item)
+
+    def pieces(self, item: Item) -> list[str]:
+        """The tokens of a text as people read them."""
+        (tokens,) = _read(self.model, self.tokenizer, str(item.content)).tokens or ((),)
+        return readable(tokens)
+
+    def named(self, index: int) -> str:
+        """A class: the token, or as the model's config calls it; "" if it does not."""
+        if self.nexts:
+            return repr(readable(self.tokenizer.convert_ids_to_tokens([index]))[0])
+        return label_of(self.model, index)
 
     def _class(self, batch: Batch, name: int | str) -> int:
         return class_of(self.model, batch, name, self.nexts) if isinstance(name, str) else name

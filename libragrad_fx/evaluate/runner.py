@@ -332,18 +332,19 @@ class _Batches:
     def examples(self, unit: Unit, method: MethodSpec) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """The rows of a unit of maps, of the first samples that have a class to explain, and seconds."""
         spec, rows, took = self.config.kept, [], 0.0
-        for n, case in enumerate(self.cases):
-            mine = [i for i, name in enumerate(case.ids) if name in self.first]
+        for n, whole in enumerate(self.cases):
+            mine = [i for i, name in enumerate(whole.ids) if name in self.first]
             if not mine:
                 continue
             try:
+                case = whole.contrasted if unit.target == "contrast" else whole
                 classes = case.target(unit.target)
                 found, took = self._map(unit, method, n, case, classes, spec.scalar)
                 made = [example(case, found, classes, i, self.names) for i in mine]
             except Exception as e:  # a model or a method fails in any way
                 if not recorded(e):
                     raise
-                made = [{"image": case.ids[i], "error": first_line(e)} for i in mine]
+                made = [{"image": whole.ids[i], "error": first_line(e)} for i in mine]
             of = {k: getattr(unit, k) for k in ("model", "data", "policy", "method", "target")}
             rows += [{**of, **row, "run": unit.key} for row in made if row]
         return rows, {"attribution": took, "metric": 0.0}

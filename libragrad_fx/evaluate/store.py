@@ -37,12 +37,13 @@ MAPS = {
     "model": "string", "family": "string", "seed": "int64", "data": "string", "policy": "string",
     "method": "string", "target": "string", "image": "string", "label": "string", "predicted": "string",
     "explained": "string", "probability": "float64", "values": "binary", "height": "int64",
-    "width": "int64", "scale": "float64", "picture": "binary", "mask": "binary", "error": "string",
-    "run": "string",
+    "width": "int64", "scale": "float64", "picture": "binary", "pieces": "string", "mask": "binary",
+    "error": "string", "run": "string",
 }  # fmt: skip
 """The columns of examples. label, predicted, explained: names of classes, or their indices. probability: of
-the class that is explained. values: float16 (height, width), little-endian, to be multiplied by ``scale``.
-picture: a file of what the model saw. mask: a file of the mask of that class."""
+the class that is explained. values: float16 (height, width), little-endian, to be multiplied by ``scale``;
+of a text, one row. picture: a file of what the model saw. pieces: of a text, a JSON list. mask: a file of
+the mask of that class, of a text one row."""
 _ROWS = 500_000  # held in memory at once while results are put together
 
 

@@ -1,9 +1,10 @@
-"""Examples as pictures: what the model saw, and each method's map, plain above balanced."""
+"""Examples as pictures or coloured texts: what the model saw, and each method's map, plain and balanced."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from PIL import Image, ImageFilter
 
 from libragrad_fx.evaluate.store import MAPS
 from libragrad_fx.evaluate.tables import Results
-from libragrad_fx.viz import heatmap
+from libragrad_fx.viz import heatmap, html, palette
+from libragrad_fx.viz.template import markup
 
 _MOST = 12  # strips on a page
 _SIDE = 176  # pixels of a picture and of a map
@@ -21,7 +23,8 @@ _DARK, _LIGHT = (20, 20, 20), (255, 255, 255)
 
 @dataclasses.dataclass(frozen=True)
 class Strip:
-    """One sample and one model. picture: a data URI. maps: by method and policy, data URIs."""
+    """One sample and one model. picture: a data URI. maps: by method and policy, data URIs; of a text,
+    HTML. outlined: whether a mask is shown, as a line around it or under it."""
 
     model: str
     data: str
@@ -29,6 +32,7 @@ class Strip:
     target: str
     said: Mapping[str, Any]
     picture: str | None
+    text: bool
     outlined: bool
     methods: tuple[str, ...]
     maps: Mapping[tuple[str, str], str]
@@ -54,18 +58,23 @@ def _strip(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> Strip:
     first = rows[0]
     seen = None if first["picture"] is None else Image.open(io.BytesIO(first["picture"])).convert("RGB")
     mask = None if first["mask"] is None else Image.open(io.BytesIO(first["mask"])).convert("L")
+    pieces = None if first["pieces"] is None else json.loads(first["pieces"])
     maps: dict[tuple[str, str], str] = {}
     for method in methods:
         values = {r["policy"]: _values(r) for r in rows if r["method"] == method}
         if values:
             scale = heatmap.shared_scale(*values.values())
             signed = any(bool((v < 0).any()) for v in values.values())
-            maps |= {(method, p): _map(v, seen, scale, signed) for p, v in values.items()}
+            maps |= {
+                (method, p): _map(v, seen, scale, signed) if pieces is None
+                else _coloured(pieces, v[0], scale, signed, mask)
+                for p, v in values.items()
+            }  # fmt: skip
     said = {k: first[k] for k in ("label", "predicted", "explained", "probability")}
     picture = None if seen is None else _uri(_outlined(_sized(seen), mask))
     return Strip(
-        first["model"], first["data"], first["image"], first["target"], said, picture,
-        picture is not None and mask is not None,
+        first["model"], first["data"], first["image"], first["target"], said, picture, pieces is not None,
+        (picture is not None or pieces is not None) and mask is not None,
         tuple(m for m in methods if any(m == k for k, _ in maps)), maps,
     )  # fmt: skip
 
@@ -78,6 +87,13 @@ def _values(row: Mapping[str, Any]) -> np.ndarray:
 def _map(values: np.ndarray, seen: Image.Image | None, scale: float, signed: bool) -> str:
     ground = np.ones((_SIDE, _SIDE, 3)) if seen is None else np.asarray(_sized(seen)) / 255
     return _uri(heatmap.to_image(heatmap.overlay(ground, values, scale, signed)))
+
+
+def _coloured(
+    pieces: Sequence[str], values: np.ndarray, scale: float, signed: bool, mask: Image.Image | None
+) -> str:
+    marked = [] if mask is None else (np.asarray(mask)[0] > 0).tolist()
+    return markup(html.text(pieces, values, palette.colours(values, scale, signed), marked), "evaluate")
 
 
 def _sized(picture: Image.Image) -> Image.Image:

@@ -133,11 +133,13 @@ class Results:
         return self.base.execute(query, [*given]).fetchall()
 
     def examples(self) -> list[tuple[Any, ...]]:
-        """The maps that were kept, as ``store.MAPS`` says; none in a folder of an earlier version."""
+        """The maps that were kept, as ``store.MAPS`` says; NULL where an earlier version kept nothing."""
         file = self.file.with_name(EXAMPLES)
         if not file.is_file():
             return []
-        return self.rows(f"SELECT {', '.join(MAPS)} FROM read_parquet(?) WHERE error IS NULL", str(file))
+        told = {row[0] for row in self.rows("DESCRIBE SELECT * FROM read_parquet(?)", str(file))}
+        columns = ", ".join(name if name in told else f"NULL AS {name}" for name in MAPS)
+        return self.rows(f"SELECT {columns} FROM read_parquet(?) WHERE error IS NULL", str(file))
 
     @property
     def methods(self) -> list[str]:

@@ -72,7 +72,9 @@ def _width(row: Row, cell: Cell) -> str:
 
 def _cell(page: Sheet, row: Row, cell: Cell) -> str:
     if cell.values.ndim == 1:
-        return _text(row, cell) if row.pieces is not None else _bars(cell, page.reach(cell.scale))
+        if row.pieces is not None:
+            return text(row.pieces, cell.values, cell.scale.colours(cell.values))
+        return _bars(cell, page.reach(cell.scale))
     shown = page.drawn(row, cell)
     alone = row.picture is None or cell.values.ndim > 2
     shape = "x".join(map(str, cell.values.shape))
@@ -86,11 +88,14 @@ def _image(picture: np.ndarray, said: str, pixels: bool) -> str:
     return f'<img src="{uri}" alt="{html.escape(said)}" style="width:100%;display:block{how}">'
 
 
-def _text(row: Row, cell: Cell) -> str:
-    """Each piece on its colour; its value is told on hovering."""
+def text(
+    pieces: Sequence[str], values: np.ndarray, grounds: np.ndarray, marked: Sequence[bool] = ()
+) -> str:
+    """Each piece on its colour; its value is told on hovering. marked: which are underlined."""
     spans = "".join(
-        f'<span title="{v:+.4g}" style="background:{code(g)};color:{ink(g)}">{html.escape(piece)}</span>'
-        for piece, v, g in zip(row.pieces or (), cell.values, cell.scale.colours(cell.values), strict=False)
+        f'<span title="{v:+.4g}" style="background:{code(g)};color:{ink(g)}'
+        f'{";text-decoration:underline" * mark}">{html.escape(piece)}</span>'
+        for piece, v, g, mark in zip(pieces, values, grounds, marked or [False] * len(pieces), strict=False)
         if piece
     )
     return f'<div style="white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7">{spans}</div>'

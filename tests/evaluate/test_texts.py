@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +25,13 @@ from libragrad_fx.evaluate import inputs as reading
 from libragrad_fx.evaluate.config import MethodSpec, ModelSpec
 from libragrad_fx.evaluate.data import Item
 from libragrad_fx.evaluate.data.items import hashed
+from libragrad_fx.evaluate.examples import example
 from libragrad_fx.evaluate.measures import Case, Contrast, cases, places, tokens
 from libragrad_fx.evaluate.report import report
-from libragrad_fx.evaluate.store import RESULTS
+from libragrad_fx.evaluate.store import EXAMPLES, RESULTS
+from libragrad_fx.evaluate.strips import strips
 from libragrad_fx.evaluate.subject import Subject, loaded
+from libragrad_fx.evaluate.tables import Results
 from tests.evaluate import small, words
 
 CPU = torch.device("cpu")
@@ -280,6 +286,31 @@ def test_a_report_of_texts(
 
 
 # --- what is no text, or no answer
+
+
+def test_examples_of_texts_are_their_pieces(made: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, _ = made
+    rows_ = parquet.read_table(folder / EXAMPLES).to_pylist()
+    assert {(r["policy"], r["method"]) for r in rows_} == {
+        (p, m) for p in ("autograd", "libra") for m in ("random", "input_x_gradient")
+    }
+    for row in rows_:
+        pieces = json.loads(row["pieces"])
+        assert "".join(pieces) == words.TEXTS[int(row["image"])]
+        assert (row["height"], row["width"], row["picture"]) == (1, len(pieces), None)
+        assert row["explained"] == row["predicted"] in map(repr, words.WORDS)
+    shown, _ = strips(Results(folder), ("autograd", "libra"))
+    assert all(re.sub("<[^>]+>", "", m) in words.TEXTS for s in shown for m in s.maps.values())
+
+
+def test_an_example_of_a_contrast_names_both(llama: Subject) -> None:
+    (case, *_) = batch_of(llama, words.prompts(), 1)
+    found: Any = type("Found", (), {"values": torch.arange(6.0)[None]})()
+    row = example(case.contrasted, found, torch.tensor([1]), 0, ())
+    assert row["explained"] == "'dog' against 'cat'"
+    assert (row["label"], row["predicted"] in ("'dog'", "'cat'")) == ("'dog'", True)
+    assert np.asarray(Image.open(io.BytesIO(row["mask"]))).tolist() == [[False, True, *[False] * 4]]
+    assert example(case.contrasted, found, torch.tensor([-1]), 0, ()) == {}
 
 
 def test_a_text_has_no_pixels(made: tuple[Path, list[dict[str, Any]]]) -> None:
