@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-
 
 class LibraGradError(Exception):
     """Base of every error this package raises on purpose."""
@@ -67,9 +64,3 @@ class TargetWarning(UserWarning):
 
 class BranchWarning(UserWarning):
     """The repeated modules of the model are branches: a sum over blocks misses what flows past them."""
-
-
-def did_you_mean(name: object, names: Iterable[str]) -> str:
-    """``; did you mean …?`` of the names that are like one, for the end of a message; else nothing."""
-    found = difflib.get_close_matches(str(name), names, 4)
-    return f"; did you mean {', '.join(found)}?" if found else ""

@@ -1,8 +1,9 @@
-"""Optional dependencies, files to write and logs: with errors that say what to do."""
+"""Optional dependencies, files to write, names and logs: with errors that say what to do."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import importlib.metadata
 import logging
@@ -11,7 +12,7 @@ import platform
 import re
 import shlex
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,12 @@ def _requirements() -> list[str]:
         return importlib.metadata.requires("libragrad-fx") or []
     except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
         return []
+
+
+def did_you_mean(name: object, names: Iterable[str]) -> str:
+    """``; did you mean …?`` of the names that are like one, for the end of a message; else nothing."""
+    found = difflib.get_close_matches(str(name), names, 4)
+    return f"; did you mean {', '.join(found)}?" if found else ""
 
 
 def show_versions() -> None:

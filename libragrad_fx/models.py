@@ -22,8 +22,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from libragrad_fx.capture.examples import infer_inputs
-from libragrad_fx.errors import InputError, did_you_mean
-from libragrad_fx.extras import need, quiet
+from libragrad_fx.errors import InputError
+from libragrad_fx.extras import did_you_mean, need, quiet
 
 _IMAGENET_SIZES = (1000, 21841, 21843, 11821, 12000)
 T = TypeVar("T")

@@ -62,7 +62,7 @@ def reference(model: torch.nn.Module, args: Any, kwargs: Any) -> Reference | Non
         second = _run(model, args, kwargs)
     except Exception as e:
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        said = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in given)
+        said = ", ".join("nested" if t.is_nested else f"{t.dtype} {tuple(t.shape)}" for t in given)
         raise CaptureError(
             f"{type(model).__name__} itself fails on the example inputs ({said or 'no tensor'}):"
             f" {type(e).__name__}: {e}"

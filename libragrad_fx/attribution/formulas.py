@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from libragrad_fx.attribution.attention import Attention
-from libragrad_fx.errors import InputError, did_you_mean
+from libragrad_fx.errors import InputError
+from libragrad_fx.extras import did_you_mean
 from libragrad_fx.target import product
 
 Term = tuple[str, torch.Tensor]

@@ -21,11 +21,11 @@ from libragrad_fx.attribution.outside import asks_outside, run_outside
 from libragrad_fx.attribution.result import Attribution
 from libragrad_fx.attribution.shares import BY, By, parts, stages
 from libragrad_fx.attribution.storage import MAPPINGS
-from libragrad_fx.attribution.towers import avoidable, towers
+from libragrad_fx.attribution.towers import avoidable, take_whole, towers
 from libragrad_fx.errors import BranchWarning, InputError
 from libragrad_fx.module.captured import CapturedModule, InGraphs, one_graph
 from libragrad_fx.module.variants import fitting
-from libragrad_fx.module.walk import calls, path_of, take_whole
+from libragrad_fx.module.walk import calls, path_of
 from libragrad_fx.target import Target, select_each
 from libragrad_fx.version import __version__
 

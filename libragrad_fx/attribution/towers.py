@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch.fx import Node
 
 from libragrad_fx.decide.flow import reach, results
 from libragrad_fx.module.captured import CapturedModule, one_graph
-from libragrad_fx.module.walk import argument, blocks, calls, origin, path_of, returned, senders
+from libragrad_fx.module.walk import argument, blocks, bypassed, calls, origin, path_of, returned, senders
 from libragrad_fx.ops import insert
 
 
@@ -29,6 +29,17 @@ def avoidable(module: CapturedModule, names: Sequence[str]) -> bool:
     given = [{*map(origin, returned(called[name]))} for name in names]
     found = [reach([result], sends) for result in results(module.graph)]
     return not all(past & nodes for past in found for nodes in given)
+
+
+def take_whole(module: CapturedModule, names: Iterable[str]) -> Iterator[str]:
+    """Of these calls, those whose first tensor is all that the output is computed from: a block, whose
+    residual stream goes through it, and no branch. The first of those that share a tensor."""
+    called, sends, seen = calls(module), senders(module), set[Node]()
+    for name in names:
+        given = argument(called[name])
+        if given is not None and (node := origin(given)) not in seen and not bypassed(module, node, sends):
+            seen.add(node)
+            yield name
 
 
 def _read_inputs(module: CapturedModule) -> dict[str, frozenset[str]]:

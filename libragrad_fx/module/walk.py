@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torch.fx import Node
 from torch.utils import _pytree as pytree
@@ -104,14 +104,3 @@ def blocks(module: CapturedModule, among: Collection[str] | None = None) -> list
         if several:
             return several[0] if len(several) == 1 else max(several, key=size)
     return []
-
-
-def take_whole(module: CapturedModule, names: Iterable[str]) -> Iterator[str]:
-    """Of these calls, those whose first tensor is all that the output is computed from: a block, whose
-    residual stream goes through it, and no branch. The first of those that share a tensor."""
-    called, sends, seen = calls(module), senders(module), set[Node]()
-    for name in names:
-        given = argument(called[name])
-        if given is not None and (node := origin(given)) not in seen and not bypassed(module, node, sends):
-            seen.add(node)
-            yield name

@@ -83,7 +83,7 @@ def test_input_x_gradient_at_a_layer(pair: tuple) -> None:
 
 def test_bad_requests_say_what_there_is(pair: tuple) -> None:
     balanced, _, x = pair
-    with pytest.raises(InputError, match="there are random, gradient, input_x_gradient"):
+    with pytest.raises(InputError, match="There are random, gradient, input_x_gradient"):
         lg.attribute(balanced, x, 0, method="scorecam")
     with pytest.raises(InputError, match=r"blocks\.0"):
         lg.attribute(balanced, x, 0, layers=["blocks.9"])

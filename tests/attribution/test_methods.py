@@ -418,7 +418,7 @@ def test_pixels_are_no_sum_over_blocks(name: str, case: Any) -> None:
 )
 def test_no_such_method(name: Any, case: Any) -> None:
     module, _, x, _ = case
-    with pytest.raises(InputError, match="there are random, gradient"):
+    with pytest.raises(InputError, match="There are random, gradient"):
         lg.attribute(module, x, TARGET, method=name)
 
 
