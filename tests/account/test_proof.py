@@ -20,9 +20,13 @@ from libragrad_fx.errors import GateOutputWarning
 from libragrad_fx.stages import Decision, balance, decide, plain, rewritten
 from libragrad_fx.target import dot
 from libragrad_fx.types import Certificate, Edit, Ledger, LedgerRow
+from tests.between import fast_first
 from tests.models.zoo import ZOO, build
 
 timm = pytest.importorskip("timm")
+
+FAST = ("rms_norm", "fused_attention", "tanh_gelu")  # a norm, attention, an activation
+EACH = fast_first(dict.fromkeys((*FAST, *ZOO)), len(FAST))
 
 
 @functools.cache
@@ -33,13 +37,7 @@ def decided(name: str) -> Decision:
         return decide(model, x, "libra", "raise", None)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.slow if n in ("every_fused_op", "sampler") else ())
-        for n in ZOO
-    ],
-)
+@pytest.mark.parametrize("name", EACH)
 def test_without_one_edit_the_proof_names_its_node(name: str) -> None:
     """Every edit is needed, and the proof sees it without running anything."""
     made = decided(name)
@@ -267,13 +265,7 @@ def _runs_open(module: Any) -> tuple[Any, ...]:
     return prove(module, as_run=True).open
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.slow if n in ("every_fused_op", "sampler") else ())
-        for n in ZOO
-    ],
-)
+@pytest.mark.parametrize("name", EACH)
 def test_what_runs_is_proved(name: str) -> None:
     module = balance(decided(name))
     assert prove(module).open == _runs_open(module) == ()

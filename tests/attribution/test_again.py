@@ -123,6 +123,7 @@ def test_sizes_say_where_things_lie(followed: list[Locator]) -> None:
     assert len(followed) == 4
 
 
+@pytest.mark.slow
 def test_a_copy_is_explained_as_its_original(followed: list[Locator]) -> None:
     """It knows which rows are windows and which layers are stages, and keeps no places of its original."""
     pytest.importorskip("timm")
@@ -145,6 +146,7 @@ def test_what_is_kept_does_not_grow(monkeypatch: pytest.MonkeyPatch, followed: l
     assert [locator.shapes["x"][0] for locator in followed] == [2, 3, 4, 3]
 
 
+@pytest.mark.slow
 def test_places_in_windows_are_kept_for_one_sample() -> None:
     pytest.importorskip("timm")
     made, gm = swin()

@@ -47,7 +47,9 @@ class Text(nn.Module):
         return self.head(x).mean(1)
 
 
-@pytest.mark.parametrize("kind", ["net", "lstm", "conv", "one layer", "positions", "two embeddings"])
+@pytest.mark.parametrize("kind", fast_first(
+    ["net", "two embeddings", "lstm", "conv", "one layer", "positions"], 2
+))
 def test_each_term_is_counted_once(kind: str) -> None:
     model, ids = Text(kind).double().eval(), torch.randint(11, (3, 5))
     gm = lg.transform(model, ids)
@@ -74,7 +76,7 @@ class State(nn.Module):
         return self.head((state[0] if isinstance(state, tuple) else state).sum(0))
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("kind", fast_first(["lstm", "gru", "rnn"], 1))
 @pytest.mark.parametrize(("layers", "batch"), fast_first([(2, 2), (2, 3), (1, 2), (4, 2)], 1))
 def test_a_sample_is_explained_as_it_is_alone(kind: str, layers: int, batch: int) -> None:
     model, x = State(kind, layers).double().eval(), torch.randn(batch, 5, 6, dtype=F64)
@@ -117,7 +119,8 @@ class Dual(nn.Module):
         return self.head(self.both(torch.cat([a, b], 1)).mean(1))
 
 
-@pytest.mark.parametrize("how", fast_first(["cross", "product", "joined"], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["cross", "product", "joined"])
 def test_text_is_not_painted_on_the_picture(how: str) -> None:
     model = Dual(how).double().eval()
     for p in model.parameters():
@@ -194,12 +197,12 @@ class Named(nn.Module):
 
 
 NAMES = [
-    ["encoder_layer_0", "encoder_layer_1", "encoder_layer_2"], ["block1", "block2"], ["0", "1", "2"],
-    ["first", "second", "third"], ["b", "a"],
+    ["b", "a"], ["0", "1", "2"], ["first", "second", "third"], ["block1", "block2"],
+    ["encoder_layer_0", "encoder_layer_1", "encoder_layer_2"],
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("names", NAMES, ids=lambda n: n[0])
+@pytest.mark.parametrize("names", fast_first(NAMES, 2), ids=lambda n: n[0])
 @pytest.mark.parametrize("flat", fast_first([False, True], 1))
 def test_blocks_are_found_by_what_they_are(names: list[str], flat: bool) -> None:
     model, x = Named(names, flat).double().eval(), torch.randn(2, 5, 8, dtype=F64)
@@ -312,7 +315,7 @@ class Order(nn.Module):
         return self.head(x.mean(0 if self.order == "tokens first" else 1))
 
 
-@pytest.mark.parametrize("order", ["tokens first", "samples first", "weights"])
+@pytest.mark.parametrize("order", fast_first(["tokens first", "samples first", "weights"], 1))
 @pytest.mark.parametrize("batch", fast_first([5, 2], 1))
 def test_biases_belong_to_their_samples_in_any_order(order: str, batch: int) -> None:
     """A row of a bias is of the sample whose target gives it its gradient, wherever it lies."""

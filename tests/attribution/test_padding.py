@@ -11,7 +11,6 @@ from torch import nn
 
 import libragrad_fx as lg
 from libragrad_fx.attribution import METHODS
-from tests.between import fast_first
 
 Tensor = torch.Tensor
 WIDE, HEADS, VOCABULARY = 12, 2, 20
@@ -89,7 +88,8 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("policy", "causal", "side", "target"), fast_first(CASES, 1))
+@pytest.mark.slow
+@pytest.mark.parametrize(("policy", "causal", "side", "target"), CASES)
 def test_a_batch_of_texts_is_each_text(
     policy: str, causal: bool, side: str, target: Callable[[Tensor], Any]
 ) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 import libragrad_fx as lg
 from tests.attribution.once import vit
+from tests.between import fast_first
 
 F64 = torch.float64
 Tensor = torch.Tensor
@@ -48,8 +49,8 @@ def paid(module: Any, x: Tensor, parameter: Tensor) -> Tensor:
     return torch.stack(shares).detach()
 
 
-@pytest.mark.parametrize("make", [lg.transform, lg.trace])
-@pytest.mark.parametrize("how", ["table", "scaled"])
+@pytest.mark.parametrize("make", fast_first([lg.transform, lg.trace], 1))
+@pytest.mark.parametrize("how", fast_first(["table", "scaled"], 1))
 def test_tables_of_words(make: Callable[..., Any], how: str) -> None:
     model, ids = Tokens(how).double().eval(), torch.randint(11, (3, 6))
     module = make(model, ids)
@@ -59,7 +60,7 @@ def test_tables_of_words(make: Callable[..., Any], how: str) -> None:
         torch.testing.assert_close(lg.attribute(module, ids, 1, method=method).positional, want)
 
 
-@pytest.mark.parametrize("how", ["none", "one for all", "concatenated"])
+@pytest.mark.parametrize("how", fast_first(["none", "one for all", "concatenated"], 1))
 def test_what_is_no_table_of_positions(how: str) -> None:
     model, ids = Tokens(how).double().eval(), torch.randint(11, (3, 6))
     assert not bool(lg.attribute(model, ids, 1).positional.any())

@@ -14,6 +14,7 @@ import libragrad_fx as lg
 from libragrad_fx.attribution.internals import Run
 from libragrad_fx.errors import InputError
 from tests.attribution.once import captured, transformed
+from tests.between import fast_first
 
 F64 = torch.float64
 
@@ -45,10 +46,10 @@ class Mix(nn.Module):
         return x + nn.functional.gelu(self.mix(self.norm(x)))
 
 
-METHODS = ["fullgrad", "fullgrad_plus", "input_x_gradient", "gradcam", "xgradcam_plus"]
+METHODS = ["fullgrad_plus", "gradcam", "fullgrad", "input_x_gradient", "xgradcam_plus"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", fast_first(METHODS, 2))
 def test_a_stage_is_what_the_method_gives_for_its_layer(method: str, monkeypatch: Any) -> None:
     model, x = Pyramid().double().eval(), torch.randn(2, 3, 16, 16, dtype=F64)
     gm = lg.transform(model, x)
@@ -107,7 +108,7 @@ def hooked(gm: Any, paths: Sequence[str], x: torch.Tensor, target: int, given: b
     return [*zip(seen, torch.autograd.grad(logits[:, target].sum(), seen), strict=True)]
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", fast_first([True, False], 1))
 def test_heads_share_what_their_attention_returns(fused: bool) -> None:
     x = torch.randn(3, 3, 32, 32, dtype=F64)
     gm = transformed(fused)

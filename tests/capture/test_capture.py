@@ -24,6 +24,7 @@ from libragrad_fx.errors import (
 )
 from libragrad_fx.pieces.tape import transform_by_tape
 from libragrad_fx.types import Trace
+from tests.between import fast_first
 
 F64 = torch.float64
 
@@ -117,7 +118,7 @@ class Branches(nn.Module):
         return x * 2 if x.sum() > 0 else x * 3
 
 
-@pytest.mark.parametrize("make", [Region, Slices, Detached])
+@pytest.mark.parametrize("make", fast_first([Region, Detached, Slices], 2))
 def test_forward_and_gradient_are_eagers(make: type[nn.Module]) -> None:
     torch.manual_seed(0)
     same_as_eager(make().to(F64), torch.randn(2, 4, dtype=F64))
@@ -156,10 +157,13 @@ class BeforeRegion(nn.Module):
         return (h + k).relu_()  # no operand of this write is known to be fresh
 
 
-@pytest.mark.parametrize("last", [nn.Dropout(0.5), Differences()], ids=["idle dropout", "composite op"])
 @pytest.mark.parametrize(
-    "region", [torch.no_grad, lambda: torch.autocast("cpu", enabled=False)], ids=["no_grad", "autocast"]
+    "last", fast_first([nn.Dropout(0.5), Differences()], 1), ids=["idle dropout", "composite op"]
 )
+@pytest.mark.parametrize(
+    "region", fast_first([torch.no_grad, lambda: torch.autocast("cpu", enabled=False)], 1),
+    ids=["no_grad", "autocast"],
+)  # fmt: skip
 def test_a_value_before_a_region_keeps_its_readers(last: nn.Module, region: Callable[[], Any]) -> None:
     """Export forgets that the submodule's mark reads its value, whose node capture then erases."""
     torch.manual_seed(0)
@@ -389,8 +393,8 @@ def _a_part(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "how", [lambda y, x: nn.functional.silu(y, inplace=True), lambda y, x: y.relu_().add_(x), _seen_before,
-            _another_name, _nothing_dropped, _a_part],
+    "how", fast_first([lambda y, x: nn.functional.silu(y, inplace=True), lambda y, x: y.relu_().add_(x),
+                       _seen_before, _another_name, _nothing_dropped, _a_part], 4),
     ids=["activation", "residual", "seen before", "another name", "nothing dropped", "a part"],
 )  # fmt: skip
 def test_writing_in_place(how: Any) -> None:
@@ -441,7 +445,9 @@ def _recorded(model: nn.Module, x: torch.Tensor) -> nn.Module:
 
 
 @pytest.mark.parametrize("by", [lg.trace, _recorded])
-@pytest.mark.parametrize("write", [lambda g, x: g.mul_(x), _part, _flat, lambda g, x: g.copy_(x)])
+@pytest.mark.parametrize("write", fast_first(
+    [lambda g, x: g.mul_(x), _part, _flat, lambda g, x: g.copy_(x)], 1
+))
 def test_a_write_behind_no_grad_keeps_its_gradient(write: Any, by: Any) -> None:
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     model = _Region(write)

@@ -62,7 +62,10 @@ def made(name: str) -> tuple[nn.Module, torch.Tensor]:
     return Net(name).double(), torch.randn(3, 6).double()
 
 
-@pytest.mark.parametrize("name", fast_first(COMPOSITES, 6))
+FAST = ("diff", "trapezoid", "special_softmax")
+
+
+@pytest.mark.parametrize("name", fast_first(dict.fromkeys((*FAST, *COMPOSITES)), len(FAST)))
 def test_it_is_one_graph_of_known_ops(name: str) -> None:
     model, x = made(name)
     assert isinstance(certified(model, x), torch.fx.GraphModule)
@@ -78,6 +81,7 @@ def recorded() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     return module(x), model(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPOSITES)
 def test_it_is_written_out_where_it_is_recorded_while_it_runs(name: str, recorded: Any) -> None:
     """Quantile's kernel fills a tensor beside the ops that it calls: those are not all that it does."""

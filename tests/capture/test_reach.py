@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import libragrad_fx as lg
-from tests.between import Between, X, certified, of_pairs
+from tests.between import Between, X, certified, fast_first, of_pairs
 
 Tensor = torch.Tensor
 
@@ -76,7 +76,7 @@ def write_conjugate(x: Tensor) -> Tensor:
     return z.abs()
 
 
-@pytest.mark.parametrize("f", [spectral, write_rows, write_diagonal, write_conjugate])
+@pytest.mark.parametrize("f", fast_first([spectral, write_rows, write_diagonal, write_conjugate], 1))
 def test_writes_into_parts_of_complex_tensors(f: Any) -> None:
     certified(Between(lambda y, p: f(y)))
 
@@ -173,7 +173,7 @@ def as_method(m: Any) -> None:
     m.forward = types.MethodType(lambda self, x: type(m).forward(self, x), m)
 
 
-@pytest.mark.parametrize("patch", [as_closure, as_nested_closure, as_partial, as_method])
+@pytest.mark.parametrize("patch", fast_first([as_method, as_nested_closure, as_closure, as_partial], 2))
 @pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
 def test_state_behind_a_patched_forward(patch: Any) -> None:
     model = Counts()
@@ -186,12 +186,12 @@ def test_state_behind_a_patched_forward(patch: Any) -> None:
     assert model.seen == 0
 
 
-@pytest.mark.parametrize("f", [
+@pytest.mark.parametrize("f", fast_first([
     lambda y, p: torch.vmap(lambda a: torch.tanh(a) * a)(y),
     lambda y, p: torch.vmap(lambda a, b: a @ b, in_dims=(0, None))(y, p.T),
     lambda y, p: torch.vmap(torch.vmap(lambda a: F.gelu(a) + 1))(y.view(2, 2, 8)),
     lambda y, p: torch.func.vmap(lambda w: F.linear(y, w[None]))(p),
-])  # fmt: skip
+], 1))  # fmt: skip
 def test_maps_are_written_out(f: Any) -> None:
     assert isinstance(certified(Between(f)), torch.fx.GraphModule)
 
@@ -221,7 +221,7 @@ class Nested(nn.Module):
         return torch.nested.to_padded_tensor(torch.nested.as_nested_tensor([x[:2], x[2:]]), 0.0)
 
 
-@pytest.mark.parametrize("model", [WritesData, Differentiates, SolvesLeastSquares, Nested])
+@pytest.mark.parametrize("model", fast_first([Nested, SolvesLeastSquares, WritesData, Differentiates], 2))
 def test_messages_name_nothing_of_ours(model: Any) -> None:
     with pytest.raises(lg.errors.LibraGradError) as e:
         lg.transform(model(), X)

@@ -79,7 +79,9 @@ BATCH: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", fast_first(BATCH, 4))
+@pytest.mark.parametrize("name", fast_first(
+    dict.fromkeys(("another branch for one", "divided by its length", *BATCH)), 2
+))
 @pytest.mark.parametrize("example", fast_first([1, 2, 4], 1))
 def test_every_batch_gives_what_the_model_gives(name: str, example: int) -> None:
     model = Of(BATCH[name]).eval()
@@ -160,7 +162,7 @@ CONTAINERS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], list[tuple[Any,
 }
 
 
-@pytest.mark.parametrize("name", fast_first(CONTAINERS, 3))
+@pytest.mark.parametrize("name", fast_first(dict.fromkeys(("an extra key", *CONTAINERS)), 1))
 def test_every_structure_gives_what_the_model_gives(name: str) -> None:
     f, example, calls = CONTAINERS[name]
     model = Of(f).eval()
@@ -312,7 +314,7 @@ class Caching(nn.Module):
         return self.net(x + table[n])
 
 
-@pytest.mark.parametrize("how", ["lru", "buffer", "global", "class"])
+@pytest.mark.parametrize("how", fast_first(["buffer", "global", "lru", "class"], 2))
 @pytest.mark.parametrize("call", [lg.transform, lg.plan, lg.trace])
 def test_no_fake_tensor_is_left_behind(how: str, call: Callable[..., Any]) -> None:
     CACHE.clear()
@@ -393,9 +395,12 @@ GRAD_MODE: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
+GRAD_FAST = ("reentrant", "not reentrant", "a function with enable_grad", "a function with no_grad")
+
+
 @pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CustomBackwardWarning")
 @pytest.mark.filterwarnings("ignore:.*requires_grad=True:UserWarning")
-@pytest.mark.parametrize("name", GRAD_MODE)
+@pytest.mark.parametrize("name", fast_first(dict.fromkeys((*GRAD_FAST, *GRAD_MODE)), len(GRAD_FAST)))
 def test_what_comes_behind_has_its_gradient(name: str) -> None:
     last = nn.Linear(3, 3).double()
     model = Of(lambda f, x: (last(GRAD_MODE[name](f, x)), f[0](x)))

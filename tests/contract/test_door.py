@@ -21,7 +21,7 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,10 @@ def refused(call: Callable[[], Any], *words: str, error: type[Exception] = Libra
     return text
 
 
-def table(cases: dict[str, Any]) -> pytest.MarkDecorator:
-    """One test a name."""
-    return pytest.mark.parametrize("name", list(cases))
+def table(cases: dict[str, Any], slow: Collection[str] = ()) -> pytest.MarkDecorator:
+    """One test a name; those of ``slow`` in the slow suite."""
+    each = [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in cases]
+    return pytest.mark.parametrize("name", each)
 
 
 # --- what must be as it was
@@ -234,7 +235,13 @@ BAD_MODELS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
 }  # fmt: skip
 
 
-@table(BAD_MODELS)
+SLOW_MODELS = {
+    "writes into a parameter", "writes into its input", "returns an object", "is half on meta",
+    "switches grad off",
+}  # fmt: skip
+
+
+@table(BAD_MODELS, SLOW_MODELS)
 def test_malformed_models(name: str) -> None:
     make, inputs, words = BAD_MODELS[name]
     model = make()
@@ -325,7 +332,7 @@ BEYOND_GRAPHS: dict[str, Callable[[Any, torch.Tensor], Any]] = {
 }  # fmt: skip
 
 
-@table(BEYOND_GRAPHS)
+@table(BEYOND_GRAPHS, {"maps a submodule", "differentiates itself"})
 def test_refused_or_right(name: str) -> None:
     model = From(BEYOND_GRAPHS[name])
     with untouched(model), warnings.catch_warnings():
@@ -460,7 +467,7 @@ BAD_INPUTS: dict[str, Callable[[], Any]] = {
 SAME_GUARD = {"on meta", "sparse"}  # it fits what was captured; an op refuses it
 
 
-@table(BAD_INPUTS)
+@table(BAD_INPUTS, {"nested"})
 def test_inputs_to_transform(name: str) -> None:
     model = net()[0]
     given_ = BAD_INPUTS[name]()

@@ -25,6 +25,7 @@ from zoo import SAMPLE
 
 SLOW = {  # the slowest
     "mamba", "rwkv", "deberta-v2", "test_nfnet", "shufflenet_v2_x0_5", "gpt-oss", "swin", "t5", "wav2vec2",
+    "bert", "llama",
 }  # fmt: skip
 
 

@@ -168,8 +168,7 @@ def gradients(net: nn.Module, run: Callable[[Tensor], Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(y, wanted, allow_unused=True, materialize_grads=True))
 
 
-# the rows about attention differ: these policies see it written out in the fast suite as well
-OTHER_ATTENTION = {"libra", "attn_lrp", "relp", "gim", "lrp_gamma"}
+FAST = ("libra", "attn_lrp")  # a law, and one that leaves residuals
 NETS = [(g, f) for g in (True, False) for f in (False, True)]
 
 
@@ -181,7 +180,7 @@ def _named(gated: bool, fused: bool) -> str:
 EACH = [
     pytest.param(
         policy, gated, fused, id=f"{policy}, {_named(gated, fused)}",
-        marks=() if gated and (fused or policy in OTHER_ATTENTION) else pytest.mark.slow,
+        marks=() if gated and fused and policy in FAST else pytest.mark.slow,
     )
     for policy in FORMULAS
     for gated, fused in NETS
@@ -224,7 +223,7 @@ def test_a_policy_is_its_formula(policy: str, gated: bool, fused: bool) -> None:
 
 @pytest.mark.parametrize("gated", [True])
 @pytest.mark.parametrize("fused", fast_first([True, False], 1))
-@pytest.mark.parametrize("policy", FORMULAS)
+@pytest.mark.parametrize("policy", fast_first(dict.fromkeys((*FAST, *FORMULAS)), len(FAST)))
 def test_the_ledger_says_what_a_policy_leaves(policy: str, gated: bool, fused: bool) -> None:
     """The account closes with its residuals; these are where the policy is no law, and verify says so."""
     _, gm = transformed(policy, gated, fused)

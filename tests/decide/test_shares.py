@@ -150,7 +150,11 @@ RULES: dict[tuple[str, str], Rules] = {
     ("cnn", "box"): {"first": box([-2, -2.5], [2, 2.25], 9)},
     ("cnn", "all"): dict.fromkeys(["first", "second", "head"], Z_PLUS),
 }
-CASES = [pytest.param(*case, id=", ".join(case)) for case in RULES]
+FAST = {("cnn", "box"), ("vit", "range")}
+CASES = [
+    pytest.param(*case, id=", ".join(case), marks=() if case in FAST else pytest.mark.slow)
+    for case in RULES
+]
 
 
 @functools.cache
@@ -237,6 +241,7 @@ def test_the_ledger_says_what_a_box_loses(made: Callable[[str, str], nn.Module])
     assert not lg.verify(net_of("cnn"), gm, x, 1).ok
 
 
+@pytest.mark.slow
 def test_a_black_picture_is_no_trouble(made: Callable[[str, str], nn.Module]) -> None:
     for net, name in RULES:
         x = torch.zeros_like(X, requires_grad=True)

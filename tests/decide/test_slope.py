@@ -53,7 +53,9 @@ class Named(Between):
         return FORMS[self.name](self.fc(x))
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [
+    pytest.param(n, marks=pytest.mark.slow if n == "bump" else ()) for n in FORMS
+])  # fmt: skip
 def test_an_op_of_another_library_is_balanced_by_its_row(name: str) -> None:
     model = Named(name)
     module = lg.transform(model, X, rules=ROWS)

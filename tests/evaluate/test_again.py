@@ -79,6 +79,7 @@ def asked(name: str, case: Case, spec: Any, method: MethodSpec = GRADIENT, polic
 # --- places
 
 
+@pytest.mark.slow
 def test_a_mask_smaller_than_a_token_is_found_by_its_cell() -> None:
     """One pixel at the corner of the most relevant cell: the most relevant pixel of the enlarged map is
     elsewhere in the cell."""

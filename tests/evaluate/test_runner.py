@@ -430,6 +430,7 @@ def test_a_label_that_the_model_does_not_have(tmp_path: Path) -> None:
     assert len(said) == 5
 
 
+@pytest.mark.slow
 def test_pictures_of_several_sizes_are_in_batches_of_their_own(tmp_path: Path) -> None:
     sizes = [(24, 24), (32, 24), (24, 24), (32, 24)]
     for i, size in enumerate(sizes):

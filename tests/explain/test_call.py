@@ -127,7 +127,8 @@ def test_a_converted_model_is_captured_again(images: Tensor) -> None:
     assert float(found.completeness_error.max()) < 1e-12
 
 
-@pytest.mark.parametrize("policy", fast_first(["libra", "autograd"], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["libra", "autograd"])
 def test_another_size_after_the_first(policy: str, images: Tensor) -> None:
     model, other = own(), torch.randn(2, 3, 48, 32, dtype=F64)
     lg.attribute(model, images, 1, policy=policy)

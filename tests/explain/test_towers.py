@@ -126,6 +126,7 @@ def test_two_prompts_on_one_picture_are_two_maps(method: str) -> None:
         torch.testing.assert_close(alone.values, found.values[i : i + 1], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_tower_without_blocks_is_explained_where_it_begins() -> None:
     model, pictures, ids = small()
     found = lg.attribute(model, (pictures, ids), lg.Likeness("text_embeds", "image_embeds"))
@@ -137,6 +138,7 @@ def test_a_tower_without_blocks_is_explained_where_it_begins() -> None:
     assert float(found.completeness_error.max()) < 1e-9
 
 
+@pytest.mark.slow
 def test_parts_that_are_no_vectors_are_refused() -> None:
     model, pictures, ids = small()
     for target, match in (

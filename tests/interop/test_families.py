@@ -13,6 +13,7 @@ from torch import nn
 
 import libragrad_fx as lg
 from libragrad_fx.errors import InputError
+from tests.between import fast_first
 from tests.interop.matrix import Convolutions, randomised
 
 Tensor = torch.Tensor
@@ -87,12 +88,7 @@ def hires(model: nn.Module, path: str, reshape: Callable[[Tensor], Tensor], x: T
     raise AssertionError("the context swallowed an error")
 
 
-SLOW = ("swin", "torchvision", "pooled", "vit")
-
-
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=pytest.mark.slow if f in SLOW else ()) for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", fast_first(dict.fromkeys(("cnn", *FAMILIES)), 1))
 def test_grad_cam(family: str) -> None:
     make, size, layer, behind, by_hand = FAMILIES[family]
     model, x = randomised(make(), 0.2), torch.randn(2, 3, *size)
@@ -110,6 +106,7 @@ def test_grad_cam(family: str) -> None:
     assert not np.array_equal(found, known) or family == "cnn"
 
 
+@pytest.mark.slow
 def test_what_lies_on_no_grid_is_refused() -> None:
     model = randomised(timm.create_model("swin_tiny_patch4_window7_224", **SWIN))
     gm = lg.trace(model, torch.randn(2, 3, 56, 56))

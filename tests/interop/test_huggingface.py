@@ -41,7 +41,8 @@ def made(bert: Any) -> Callable[[str, int], Any]:
     return functools.cache(lambda make, inputs: MAKE[make](bert[0], bert[inputs]))
 
 
-@pytest.mark.parametrize("make", fast_first(MAKE, 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("make", MAKE)
 def test_inputs_embeds(make: str, bert: Any, made: Any) -> None:
     model, by_id, inputs = bert
     of_ids, gm = made(make, 1), made(make, 2)
@@ -70,7 +71,7 @@ def test_inputs_embeds(make: str, bert: Any, made: Any) -> None:
         torch.testing.assert_close(own.values, other.values)  # of ids, the signal starts at the embeddings
 
 
-@pytest.mark.parametrize("make", MAKE)
+@pytest.mark.parametrize("make", fast_first(["transform", "trace"], 1))
 def test_layers_of_token_ids(make: str, bert: Any, made: Any) -> None:
     model, inputs, _ = bert
     gm, path = made(make, 1), "bert.embeddings.word_embeddings"

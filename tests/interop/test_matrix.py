@@ -42,7 +42,7 @@ def form(table: str, name: str) -> nn.Module:
 
 
 CELLS = [
-    pytest.param(table, name, marks=pytest.mark.slow if "compile" in name else ())
+    pytest.param(table, name, marks=pytest.mark.slow if table == "vit" or "compile" in name else ())
     for table, (uses, _) in TABLES.items()
     for name in uses
 ]

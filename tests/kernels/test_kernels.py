@@ -20,6 +20,7 @@ from libragrad_fx.kernels import PLAIN, TRIALS, launch  # noqa: E402
 from libragrad_fx.kernels.attention import called  # noqa: E402
 from libragrad_fx.kernels.pointwise import gelu_gate, norm_gradient  # noqa: E402
 from libragrad_fx.ops.attention import attention_value  # noqa: E402
+from tests.between import fast_first  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BFLOAT = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter multiplies it as integers
@@ -115,7 +116,7 @@ def test_the_log_sum_exp_is_that_of_attention(causal: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BFLOAT])
-@pytest.mark.parametrize("trial", TRIALS, ids=range(len(TRIALS)))
+@pytest.mark.parametrize("trial", fast_first(TRIALS, 2), ids=range(len(TRIALS)))
 def test_the_trials_pass(trial: Any, dtype: torch.dtype) -> None:
     found, want = trial(torch.device(DEVICE), dtype)
     assert found.shape == want.shape
@@ -138,8 +139,11 @@ def nothing(device: torch.device, dtype: torch.dtype) -> Any:
 
 @pytest.mark.parametrize(
     ("trial", "why"),
-    [(crashes, "RuntimeError: no such instruction"), (a_wrong_one, "0.1 of its largest"), (nothing, "nan")],
-)
+    fast_first([
+        (crashes, "RuntimeError: no such instruction"), (a_wrong_one, "0.1 of its largest"),
+        (nothing, "nan"),
+    ], 1),
+)  # fmt: skip
 def test_a_kernel_that_fails_is_not_used(trial: Any, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels.works.cache_clear()
     monkeypatch.setattr(kernels, "TRIALS", [*TRIALS, trial])

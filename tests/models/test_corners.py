@@ -128,7 +128,10 @@ CASES: list[tuple[type[nn.Module], Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "shapes"), CASES, ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize(("make", "shapes"), [
+    pytest.param(*c, marks=() if c[0] in (Padded, Shaped, AsksWhetherExported) else pytest.mark.slow)
+    for c in CASES
+], ids=lambda v: getattr(v, "__name__", ""))  # fmt: skip
 def test_balanced(make: type[nn.Module], shapes: Any) -> None:
     torch.manual_seed(0)
     model = make().double().eval()

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import libragrad_fx as lg
 from libragrad_fx.errors import ModeError
+from tests.between import fast_first
 
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": (
@@ -96,7 +97,7 @@ def calls(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, list[A
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=pytest.mark.slow if n in ("swin", "convnext") else ())
+        pytest.param(n, marks=() if n == "vit" else pytest.mark.slow)
         for n in EXCEPTIONS
     ],
 )
@@ -123,7 +124,7 @@ def test_the_tree_has_the_old_names_and_classes(name: str) -> None:
     assert all(p is q for p, q in zip(gm.parameters(), model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", fast_first([False, True], 1))
 def test_the_mode_may_be_set_again_to_what_it_is(training: bool) -> None:
     """Libraries do so before they explain. A model that returns a dataclass has a module of ours."""
     model, inputs = build("bert")

@@ -38,7 +38,7 @@ class Named(nn.Module):
         return self.out(nn.functional.gelu(second(first(x))))
 
 
-@pytest.mark.parametrize("name", fast_first(OURS, 10))
+@pytest.mark.parametrize("name", fast_first(OURS, 5))
 def test_a_submodule_may_be_called_so(name: str) -> None:
     model, x = Named(name), torch.randn(2, 4, dtype=F64)
     module = lg.transform(model, x)
@@ -71,7 +71,7 @@ class Held(nn.Module):
 
 
 @pytest.mark.parametrize("place", ["_parameters", "_buffers"])
-@pytest.mark.parametrize("name", fast_first(OURS, 8))
+@pytest.mark.parametrize("name", fast_first(OURS, 3))
 def test_a_tensor_may_be_called_so(name: str, place: str) -> None:
     model, x = Held(name, place), torch.randn(2, 4, dtype=F64)
     module = lg.transform(model, x)

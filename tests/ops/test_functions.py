@@ -97,8 +97,11 @@ def _carriers(row: Any, call: Any) -> Any:
 
 @pytest.mark.parametrize("cell", [nn.GRUCell, nn.LSTMCell, nn.RNNCell])
 @pytest.mark.parametrize(
-    ("width", "dtype"), [(8, torch.float64), (16, torch.float32), (33, torch.float64)]
-)
+    ("width", "dtype"), [
+        pytest.param(n, dtype, marks=() if n == 16 else pytest.mark.slow)
+        for n, dtype in ((8, torch.float64), (16, torch.float32), (33, torch.float64))
+    ],
+)  # fmt: skip
 def test_cells_called_step_by_step(cell: Any, width: int, dtype: torch.dtype) -> None:
     """A GRU cell of PyTorch writes in place into parts of a product, whose layout picks the bits."""
 

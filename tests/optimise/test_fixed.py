@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import libragrad_fx as lg
+from tests.between import fast_first
 
 F64 = torch.float64
 
@@ -62,6 +63,7 @@ def test_a_table_of_positions_is_made_once() -> None:
     assert lg.verify(model, gm, x, target=(0, 1)).ok
 
 
+@pytest.mark.slow
 def test_a_large_table_is_let_go() -> None:
     model, x = Positions(17), tokens(17)
     gm = lg.transform(model, x)
@@ -147,7 +149,7 @@ def test_chance_is_drawn_at_every_call() -> None:
     assert not torch.equal(gm(x), gm(x))
 
 
-@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("batched", fast_first([True, False], 1))
 def test_under_func_and_compile(batched: bool) -> None:
     model, x = Positions(), tokens()
     gm = lg.transform(model, x)

@@ -53,9 +53,10 @@ def assert_same(gm: CapturedModule, x: torch.Tensor) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * (1 + float(b.abs().max())))
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(n, marks=pytest.mark.slow if i % 2 or n == "recurrent" else ()) for i, n in enumerate(ZOO)
-])  # fmt: skip
+ZOO_FAST = ("tanh_gelu", "gated_conv", "fused_attention")
+
+
+@pytest.mark.parametrize("name", fast_first(dict.fromkeys((*ZOO_FAST, *ZOO)), len(ZOO_FAST)))
 def test_zoo(name: str) -> None:
     model, x = build(name)
     with warnings.catch_warnings():
@@ -108,8 +109,11 @@ class Fused(nn.Module):
         return self.proj(z.transpose(1, 2).flatten(2)).mean(1)
 
 
+LAYOUTS_FAST = ("timm", "chunk", "heads inside")
+
+
 @pytest.mark.parametrize("written", fast_first([False, True], 1))
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", fast_first(dict.fromkeys((*LAYOUTS_FAST, *LAYOUTS)), len(LAYOUTS_FAST)))
 def test_every_layout_of_a_fused_projection_is_seen(layout: str, written: bool) -> None:
     model = Fused(layout, written).to(F64)
     x = torch.randn(B, N, C, dtype=F64)
@@ -182,7 +186,7 @@ class Scan(nn.Module):
         (lambda steps: torch.stack(steps, 1) + steps[0][:, None], N),  # which is read again
         (lambda steps: torch.stack([*steps[:-1], steps[-1].detach()], 1), N - 1),
         (lambda steps: torch.stack([steps[0] * 2, *steps[1:]], 1), N),
-    ], 3),
+    ], 1),
 )  # fmt: skip
 def test_equal_scales_of_what_is_joined_become_one(join: Any, left: int) -> None:
     x = torch.randn(B, N, C, dtype=F64)
@@ -407,7 +411,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["alone", "read as a whole too"])
-@pytest.mark.parametrize(("places", "axis", "want"), STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize(("places", "axis", "want"), fast_first(STEPS.values(), 2), ids=STEPS)
 def test_steps_of_a_scan_have_one_gradient(
     places: list[int], axis: int, want: list[str], keep: bool
 ) -> None:
@@ -483,7 +487,7 @@ ACTS = {
 
 
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize(("act", "name"), ACTS.values(), ids=ACTS)
+@pytest.mark.parametrize(("act", "name"), fast_first(ACTS.values(), 2), ids=ACTS)
 def test_what_no_backward_reads_is_written_over(act: Any, name: str | None, again: bool) -> None:
     model, x = Residual(act, again).double().eval(), torch.randn(2, 3, 5, 5, dtype=F64)
     gm = lg.transform(model, x)

@@ -80,7 +80,7 @@ VITS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", fast_first(VITS, 3))
+@pytest.mark.parametrize("kind", fast_first(VITS, 1))
 def test_vits(kind: str) -> None:
     name, options = VITS[kind]
     model = created(name, **options)

@@ -66,8 +66,13 @@ RECORDED = {
 }  # fmt: skip
 
 
+FAST = ("random rows", "repeats", "boxes")
+LAST = "while_loop"
+
+
 @pytest.mark.parametrize(
-    "name", fast_first([n for n in RECORDED if n != "while_loop"] + ["while_loop"], 6)
+    "name",
+    fast_first([n for n in dict.fromkeys((*FAST, *RECORDED)) if n != LAST] + [LAST], len(FAST)),
 )
 @pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
 def test_what_depends_on_values(name: str) -> None:
@@ -103,12 +108,12 @@ def written(write: Callable[[Tensor, Tensor], Any]) -> Any:
 @pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
 @pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CustomBackwardWarning")
 @pytest.mark.parametrize("by_value", fast_first([True, False], 1))
-@pytest.mark.parametrize("write", fast_first([
-    lambda t, v: t[..., 1:].copy_(v[..., 1:]),
+@pytest.mark.parametrize("write", [
+    pytest.param(lambda t, v: t[..., 1:].copy_(v[..., 1:]), marks=pytest.mark.slow),
     lambda t, v: t.mul_(0.5).add_(v.tanh()),
-    lambda t, v: t.__setitem__((..., 0), v[..., 0]),
-    lambda t, v: t.masked_scatter_(v > 0, v),
-], 2))  # fmt: skip
+    pytest.param(lambda t, v: t.__setitem__((..., 0), v[..., 0]), marks=pytest.mark.slow),
+    pytest.param(lambda t, v: t.masked_scatter_(v > 0, v), marks=pytest.mark.slow),
+])  # fmt: skip
 def test_writes_by_data_inside_a_function(write: Any, by_value: bool) -> None:
     apply = written(write)
 

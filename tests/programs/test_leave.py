@@ -124,6 +124,7 @@ def test_a_signature_says_what_a_file_takes() -> None:
     assert program.signature(x[:1]) == {"input": "float32 (1, 3, 16, 16)", "target": "int64 (1)"}
 
 
+@pytest.mark.slow
 def test_refusals(tmp_path: Path) -> None:
     program, x = plain()
     forms = {"save": ("x.onnx", ".pt2"), "package": ("x.so", ".pt2"), "to_onnx": ("x.pt2", ".onnx")}

@@ -198,6 +198,7 @@ def test_forms_that_a_tracer_may_change(kind: type[nn.Module], dtype: torch.dtyp
             assert torch.equal(found.output, model(batch)[:, 1])
 
 
+@pytest.mark.slow
 def test_other_layouts_are_traced_for_themselves() -> None:
     """Of the pictures, and of the model's own tensors."""
     model, x = tiny()
@@ -209,13 +210,14 @@ def test_other_layouts_are_traced_for_themselves() -> None:
     alike(program(x, 1), want)
 
 
+@pytest.mark.slow
 def test_models_in_several_graphs_have_no_program() -> None:
     made = small("vilt")
     with pytest.raises(InputError, match=r"it has no program. Use attribute\(\)"):
         lg.program(made.model, made.inputs)
 
 
-FAST_METHODS = ("input_x_gradient", "fullgrad_plus", "genatt")  # a gradient, constants, attention
+FAST_METHODS = ("input_x_gradient",)  # the quickest to trace
 SINGLE = [name for name, how in METHODS.items() if not how.path and name != "random"]
 
 
@@ -251,11 +253,12 @@ def test_a_class_token_among_others_is_followed() -> None:
     alike(found, lg.attribute(model, x[:2], 1, method="rollout"))
 
 
-@pytest.mark.parametrize("options", fast_first([
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [
     {"layers": "stages", "by": "module", "policy": "attn_lrp"},  # at once, and each by itself
     {"layers": "stages"}, {"by": "module"}, {"policy": "attn_lrp"},
     {"by": "block"}, {"by": "head"}, {"resolution": "pixels"}, {"policy": "autograd"},
-], 1), ids=str)  # fmt: skip
+], ids=str)  # fmt: skip
 def test_options(options: dict[str, Any]) -> None:
     model, x = tiny()
     method = "input_x_gradient" if "resolution" in options else "fullgrad_plus"
@@ -320,7 +323,8 @@ def test_refusals() -> None:
         program.save("program.onnx", x)
 
 
-@pytest.mark.parametrize("method", fast_first(["fullgrad_plus", "input_x_gradient", "genatt"], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fullgrad_plus", "input_x_gradient", "genatt"])
 def test_several_targets_in_one_graph(method: str) -> None:
     """As one by one: given ones, the largest entries, and both; of any batch, and of one sample."""
     model, x = tiny()
@@ -366,6 +370,7 @@ def test_several_targets_that_do_not_fit() -> None:
         program.each(x, [1])
 
 
+@pytest.mark.slow
 def test_several_targets_are_saved_for_any_batch(tmp_path: Path) -> None:
     model, x = tiny()
     program = lg.program(model, x, method="fullgrad_plus", targets=2)
