@@ -63,4 +63,4 @@ class TargetWarning(UserWarning):
 
 
 class BranchWarning(UserWarning):
-    """The repeated modules of the model are branches: a sum over blocks misses what flows past them."""
+    """The model's repeated modules are branches, and the method misses what flows past them."""

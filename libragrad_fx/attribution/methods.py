@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import platform
 import warnings
@@ -21,7 +20,7 @@ from libragrad_fx.attribution.outside import asks_outside, run_outside
 from libragrad_fx.attribution.result import Attribution
 from libragrad_fx.attribution.shares import BY, By, parts, stages
 from libragrad_fx.attribution.storage import MAPPINGS
-from libragrad_fx.attribution.towers import avoidable, take_whole, towers
+from libragrad_fx.attribution.towers import avoidable, entered, take_whole, towers
 from libragrad_fx.errors import BranchWarning, InputError
 from libragrad_fx.module.captured import CapturedModule, InGraphs, one_graph
 from libragrad_fx.module.variants import fitting
@@ -34,7 +33,6 @@ Layers = Sequence[str] | Literal["stages"] | None
 Starts = Mapping[str, torch.Tensor]
 Meant = Callable[[Any], Sequence[Target]]
 """Says targets when it gets the output."""
-_NAMED = 12  # modules that a warning names
 VERSIONS = {
     "python": platform.python_version(),
     "torch": torch.__version__.partition("+")[0],
@@ -135,7 +133,7 @@ def questions(
         return [(at(stages(module) if each else layers), targets, None)]
     found = towers(module)
     if resolution == "tokens":
-        _warn_of_branches(module, found)
+        found = _whole(module, found, how)
     if len(found) < 2 and not avoidable(module, found[0]):
         return [(at(_layers(found, how, resolution)), targets, None)]
     meant, read = _read(module, inputs, found, targets)
@@ -147,20 +145,26 @@ def questions(
     return asked
 
 
-def _warn_of_branches(module: CapturedModule, found: Sequence[Sequence[str]]) -> None:
-    """Warn if a path leads past each of the repeated modules: they are branches, as where a model loops
-    over lists of norms, attentions and MLPs, and no sum over them counts what flows past."""
-    for names in filter(None, found):
-        if next(take_whole(module, reversed(names)), None) is not None:
+def _whole(module: CapturedModule, found: Sequence[Sequence[str]], how: Method) -> list[list[str]]:
+    """The blocks; in place of branches, modules that the whole stream enters. Branches are repeated modules
+    that a path leads past, as where a model loops over lists of norms, attentions and MLPs: their maps do
+    not count what flows there. A method that looks for attention inside keeps them, with a warning."""
+    kept = [[*names] for names in found]
+    for i, names in enumerate(kept):
+        if not names or next(take_whole(module, reversed(names)), None) is not None:
             continue
-        carry = list(itertools.islice(take_whole(module, calls(module)), _NAMED))
-        cure = f". Name modules that are given all with layers=[…], of {', '.join(carry)}" if carry else ""
+        others = entered(module) if len(kept) == 1 and not how.attention else []
+        if others:
+            kept[i] = others
+            continue
         warnings.warn(
             f"{names[0]}, …, {names[-1]} were taken for the model's blocks, and they are branches: a path"
-            f" leads past each, and no map of theirs counts what flows there{cure}",
+            " leads past each, and no map of theirs counts what flows there. Compare fullgrad_plus, or name"
+            " modules that are given all with layers=[…]",
             BranchWarning,
             stacklevel=5,
         )
+    return kept
 
 
 def _read(

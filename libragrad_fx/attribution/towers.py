@@ -42,6 +42,18 @@ def take_whole(module: CapturedModule, names: Iterable[str]) -> Iterator[str]:
             yield name
 
 
+def entered(module: CapturedModule) -> list[str]:
+    """The largest list of modules of one class that the whole stream enters, one behind the other; [] if
+    there is none of two."""
+    lists: dict[tuple[str, type], list[str]] = {}
+    for name in take_whole(module, calls(module)):
+        head, _, last = (path := path_of(name)).rpartition(".")
+        if last.isdigit():
+            lists.setdefault((head, type(module.get_submodule(path))), []).append(name)
+    found = max(lists.values(), key=len, default=[])
+    return found if len(found) > 1 else []
+
+
 def _read_inputs(module: CapturedModule) -> dict[str, frozenset[str]]:
     """Of each called module that has modules inside, the inputs of the model that its first tensor argument
     is computed from."""

@@ -272,28 +272,53 @@ def test_parts_of_a_block_are_no_blocks() -> None:
     assert float(lg.attribute(module, x, 0).completeness_error.max()) < 1e-11
 
 
-def test_lists_of_modules_that_a_loop_zips_are_branches() -> None:
-    """The warning names the modules that are given the whole stream, and with those the map is complete."""
-    norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
-    attends = nn.ModuleList(nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(2))
+class Zipped(nn.Module):
+    """A loop over two lists."""
 
-    class Zipped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norms, self.attends, self.head = norms, attends, nn.Linear(8, 3)
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+        attends = (nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(2))
+        self.attends, self.head = nn.ModuleList(attends), nn.Linear(8, 3)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            for norm, attend in zip(self.norms, self.attends, strict=True):
-                h = norm(x)
-                x = x + attend(h, h, h, need_weights=False)[0]
-            return self.head(x.mean(1))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for norm, attend in zip(self.norms, self.attends, strict=True):
+            h = norm(x)
+            x = x + attend(h, h, h, need_weights=False)[0]
+        return self.head(x.mean(1))
 
-    module = lg.transform(Zipped().double().eval(), x := torch.randn(2, 5, 8, dtype=F64))
-    with pytest.warns(BranchWarning, match=r"attends\.0, …, attends\.1 .* of norms\.0, norms\.1, head$"):
-        past = lg.attribute(module, x, 0, method="fullgrad")
-    assert (past.total - past.output).abs().max() > 1e-6
-    whole = lg.attribute(module, x, 0, method="fullgrad", layers=["norms.0"])
-    torch.testing.assert_close(whole.total, whole.output)
+
+def test_blocks_of_a_loop_over_lists_begin_where_the_whole_stream_enters() -> None:
+    x = torch.randn(2, 5, 8, dtype=F64)
+    module = lg.transform(Zipped().double().eval(), x)
+    found = lg.attribute(module, x, 0, method="fullgrad")
+    assert found.layers == ("norms.0",)
+    torch.testing.assert_close(found.total, found.output)
+    found = lg.attribute(module, x, 0, method="fullgrad_plus")
+    assert found.layers == ("norms.0", "norms.1")
+    assert found.completeness_error.max() < 1e-12
+
+
+def test_branches_that_are_explained_are_told() -> None:
+    x = torch.randn(2, 5, 8, dtype=F64)
+    module = lg.transform(Zipped().double().eval(), x)
+    with pytest.warns(BranchWarning, match=r"attends\.0, …, attends\.1 were taken"):
+        lg.attribute(module, x, 0, method="attcat")
+    with pytest.warns(BranchWarning, match="fullgrad_plus"):
+        lg.attribute(lg.transform(Bypassed().double().eval(), x), x, 0, method="fullgrad")
+
+
+class Bypassed(nn.Module):
+    """Two branches beside a sum that no module carries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(net(8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x.tanh()).mean(-1, keepdim=True)
+        return x.mean(1)
 
 
 class Order(nn.Module):
