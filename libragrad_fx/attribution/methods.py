@@ -158,8 +158,8 @@ def _whole(module: CapturedModule, found: Sequence[Sequence[str]], how: Method) 
             kept[i] = others
             continue
         warnings.warn(
-            f"{names[0]}, …, {names[-1]} were taken for the model's blocks, and they are branches: a path"
-            " leads past each, and no map of theirs counts what flows there. Compare fullgrad_plus, or name"
+            f"a path leads past each of the modules that were taken for the model's blocks ({names[0]}, …,"
+            f" {names[-1]}), and no map of theirs counts what flows there. Compare fullgrad_plus, or name"
             " modules that are given all with layers=[…]",
             BranchWarning,
             stacklevel=5,

@@ -302,7 +302,7 @@ def test_blocks_of_a_loop_over_lists_begin_where_the_whole_stream_enters() -> No
 def test_branches_that_are_explained_are_told() -> None:
     x = torch.randn(2, 5, 8, dtype=F64)
     module = lg.transform(Zipped().double().eval(), x)
-    with pytest.warns(BranchWarning, match=r"attends\.0, …, attends\.1 were taken"):
+    with pytest.warns(BranchWarning, match=r"past each .* \(attends\.0, …, attends\.1\)"):
         lg.attribute(module, x, 0, method="attcat")
     with pytest.warns(BranchWarning, match="fullgrad_plus"):
         lg.attribute(lg.transform(Bypassed().double().eval(), x), x, 0, method="fullgrad")
