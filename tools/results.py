@@ -1,7 +1,7 @@
 """Writes the tables of docs/results.md from the results of the evaluations in ``zoo/evaluations/``.
 
     for name in paper seeds ablations shortcut real texts why_gradient why_attention why_path why_zeros \
-      why_real; do
+      why_real why_activation; do
       libragrad evaluate zoo/evaluations/$name.yaml -o out/evaluations/$name; done
     libragrad search-policy zoo/evaluations/search.yaml -o out/evaluations/search
     python tools/results.py
@@ -249,6 +249,7 @@ PARTS: Mapping[str, Mapping[str, Callable[[Results], str]]] = {
     "why_path": {"made": made, "tables": pairs},
     "why_zeros": {"made": made, "tables": pairs},
     "why_real": {"made": made, "tables": each_policy},
+    "why_activation": {"made": made, "tables": each_policy},
     "texts": {"made": made, "tables": each_policy},
 }  # fmt: skip
 """By evaluation, its parts of the page."""

@@ -168,7 +168,10 @@ def rounding(name: str, dtype: torch.dtype) -> float:
 # --- dtypes and autocast
 
 
-DTYPES_FAST = {(torch.float64, "conv"), (torch.bfloat16, "conv"), (torch.float32, "gated")}
+DTYPES_FAST = {
+    (torch.float64, "conv"), (torch.bfloat16, "conv"), (torch.float32, "gated"),
+    (torch.float16, "transformer"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("dtype", "name"), [
