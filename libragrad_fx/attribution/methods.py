@@ -133,7 +133,7 @@ def questions(
         return [(at(stages(module) if each else layers), targets, None)]
     found = towers(module)
     if resolution == "tokens":
-        found = _whole(module, found, how)
+        found = _whole(module, found, how, by)
     if len(found) < 2 and not avoidable(module, found[0]):
         return [(at(_layers(found, how, resolution)), targets, None)]
     meant, read = _read(module, inputs, found, targets)
@@ -145,14 +145,25 @@ def questions(
     return asked
 
 
-def _whole(module: CapturedModule, found: Sequence[Sequence[str]], how: Method) -> list[list[str]]:
+def _whole(
+    module: CapturedModule, found: Sequence[Sequence[str]], how: Method, by: By | None
+) -> list[list[str]]:
     """The blocks; in place of branches, modules that the whole stream enters. Branches are repeated modules
     that a path leads past, as where a model loops over lists of norms, attentions and MLPs: their maps do
-    not count what flows there. A method that looks for attention inside keeps them, with a warning."""
+    not count what flows there. A method that looks for attention inside keeps them, with a warning.
+
+    Raises:
+        InputError: ``by="block"``, and what is taken for blocks adds nothing to what it gets.
+    """
     kept = [[*names] for names in found]
     for i, names in enumerate(kept):
         if not names or next(take_whole(module, reversed(names)), None) is not None:
             continue
+        if by == "block":
+            raise InputError(
+                f"by='block' needs blocks, and a path leads past each of {names[0]}, …, {names[-1]}: name"
+                " modules that return all that flows with layers=[…], or use by='module'"
+            )
         others = entered(module) if len(kept) == 1 and not how.attention else []
         if others:
             kept[i] = others

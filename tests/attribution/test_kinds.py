@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import libragrad_fx as lg
-from libragrad_fx.errors import BranchWarning, ModeError
+from libragrad_fx.errors import BranchWarning, InputError, ModeError
 from libragrad_fx.module.walk import blocks
 from tests.between import fast_first
 
@@ -304,6 +304,8 @@ def test_branches_that_are_explained_are_told() -> None:
     module = lg.transform(Zipped().double().eval(), x)
     with pytest.warns(BranchWarning, match=r"past each .* \(attends\.0, …, attends\.1\)"):
         lg.attribute(module, x, 0, method="attcat")
+    with pytest.raises(InputError, match=r"by='block' needs blocks, and a path leads past each"):
+        lg.attribute(module, x, 0, method="fullgrad_plus", by="block")
     with pytest.warns(BranchWarning, match="fullgrad_plus"):
         lg.attribute(lg.transform(Bypassed().double().eval(), x), x, 0, method="fullgrad")
 
