@@ -172,17 +172,18 @@ class Attribution:
         """What was asked, and of each sample what was explained and what its map adds up to."""
         from libragrad_fx.viz import words  # here, as in ``show``
 
-        of, places = (
-            f"{words.method_name(self.method)}, {words.side_name(self.policy)}",
-            self.tokens is not None,
-        )
+        of = f"{words.method_name(self.method)}, {words.side_name(self.policy)}"
         lines = [f"Attribution of {of}: values {tuple(self.values.shape)}"]
         for i in range(min(len(self.output), _SHOWN)):
-            target, label = [*zip(self.target, self.labels, strict=True)][i] if self.target else (None, "")
-            lines.append(
-                f"  {words.target_name(target, label, places)}: {self.output[i]:.5g}, the map adds up to"
-                f" {self.total[i]:.5g} ({words.error_words(float(self.completeness_error[i]))})"
+            label = self.labels[i] if i < len(self.labels) else ""
+            known = i < len(self.target)
+            said = (
+                words.target_name(self.target[i], label, self.tokens is not None)
+                if known
+                else f"sample {i}"
             )
+            told = words.error_words(float(self.completeness_error[i]))
+            lines.append(f"  {said}: {self.output[i]:.5g}, the map adds up to {self.total[i]:.5g} ({told})")
         more = len(self.output) - _SHOWN
         return "\n".join([*lines, *([f"  and {more} more"] if more > 0 else [])])
 

@@ -76,6 +76,7 @@ def test_it_prints_what_was_asked_and_what_maps_add_up_to(found: lg.Attribution)
     many = dataclasses.replace(found, **longer, target=(0,) * 21, labels=("tench, Tinca",) * 21)
     assert "class 0 (tench): " in repr(many)
     assert repr(many).endswith("and 5 more")
+    assert "  sample 2: " in repr(dataclasses.replace(found, target=(), labels=()))
 
 
 def test_normalized_keeps_signs_and_rank(found: lg.Attribution) -> None:
