@@ -18,6 +18,13 @@ from libragrad_fx.errors import InputError
 Target = Any
 
 
+def described(value: Any) -> str:
+    """The tensors of a structure: ``float32 (2, 3, 32, 32), int64 (2, 8)``."""
+    found = [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
+    sizes = ("nested" if t.is_nested else tuple(t.shape) for t in found)
+    return ", ".join(f"{t.dtype} {s}".removeprefix("torch.") for t, s in zip(found, sizes, strict=True))
+
+
 def select(output: Any, target: Target) -> torch.Tensor:
     """The scalar to differentiate: the sum over the batch of each sample's target."""
     return select_each(output, target).sum()

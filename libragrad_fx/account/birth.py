@@ -26,7 +26,7 @@ from libragrad_fx.errors import CaptureError, LibraGradError, VerificationError
 from libragrad_fx.module.captured import CapturedModule, InGraphs
 from libragrad_fx.module.variants import fits
 from libragrad_fx.ops import insert
-from libragrad_fx.target import Arguments, differentiable, inexact, moving, undisturbed
+from libragrad_fx.target import Arguments, described, differentiable, inexact, moving, undisturbed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +61,9 @@ def reference(model: torch.nn.Module, args: Any, kwargs: Any) -> Reference | Non
         between = Snapshot(model)
         second = _run(model, args, kwargs)
     except Exception as e:
-        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        said = ", ".join("nested" if t.is_nested else f"{t.dtype} {tuple(t.shape)}" for t in given)
+        given = described((args, kwargs)) or "no tensor"
         raise CaptureError(
-            f"{type(model).__name__} itself fails on the example inputs ({said or 'no tensor'}):"
-            f" {type(e).__name__}: {e}"
+            f"{type(model).__name__} itself fails on the example inputs ({given}): {type(e).__name__}: {e}"
         ) from e
     unfit = None
     if state := _read(model, between.changes(), args, kwargs):

@@ -153,7 +153,7 @@ def _whole(
     not count what flows there. A method that looks for attention inside keeps them, with a warning.
 
     Raises:
-        InputError: ``by="block"``, and what is taken for blocks adds nothing to what it gets.
+        InputError: ``by="block"``, and a path leads past each of the modules that were taken for blocks.
     """
     kept = [[*names] for names in found]
     for i, names in enumerate(kept):
@@ -173,7 +173,7 @@ def _whole(
             f" {names[-1]}), and no map of theirs counts what flows there. Compare fullgrad_plus, or name"
             " modules that are given all with layers=[…]",
             BranchWarning,
-            stacklevel=5,
+            stacklevel=6,  # who called ``attribute``
         )
     return kept
 

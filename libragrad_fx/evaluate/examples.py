@@ -34,7 +34,8 @@ def example(
         names: of the classes of a set of pictures, by index; () if they are not known.
     """
     item, of = case.items[i], int(classes[i])
-    pieces = case.subject.inputs.pieces(item)
+    inputs = case.subject.inputs
+    pieces = inputs.pieces(item) if isinstance(inputs, Texts) else None
     if of < 0 or found.values.ndim != (3 if pieces is None else 2):
         return {}
     small = torch.atleast_2d(found.values[i].detach().double())

@@ -70,9 +70,6 @@ class Pictures:
         x, masks = prepared(item, self.steps)
         return Sample(item.id, x, _index(item.label, item), _index(item.against, item), masks, item)
 
-    def pieces(self, item: Item) -> None:
-        """Pictures have none."""
-
     def noise(self, size: Sequence[int]) -> list[Input]:
         """Two pictures: the same in every process."""
         draw = torch.Generator().manual_seed(0)

@@ -34,20 +34,24 @@ _SHOWN = "fullgrad_plus"
 _PANELS = 16  # of a figure, at most
 _KINDS = {
     "curves": (
-        "Curves",
-        "The answers that stay while more of the input is gone: solid, the most influential first (MIF), so"
-        " that a faithful map falls at once; dashed, the least influential first (LIF): it stays high.",
+        "Curves: most and least influential first",
+        "Parts of the input are taken away in the order of the map, and the line is the share of"
+        " samples whose answer stays. MIF, solid: the most influential parts go first, so a faithful map"
+        " falls at once. LIF, dashed: the least influential go first, so it stays high. The area between"
+        " the two is the symmetric relevance gain.",
     ),
     "completeness": (
         "Completeness against faithfulness",
-        "Left: the map adds up to the output; up: it is faithful. Arrows lead from policy to policy.",
+        "Left: the map adds up to the output; up: it is faithful. An arrow leads from {0} to {1}; one"
+        " to the upper left gains both. Means over models.",
     ),
     "cost": (
         "Cost against faithfulness",
-        "Left: fast; up: faithful. Time is that of the map alone, without capture, in batches.",
+        "Left: fast; up: faithful. Time is that of the map alone, without capture, in batches, on the"
+        " machine that is named below. Means over models.",
     ),
 }
-"""What charts of a kind are called, and how they are read."""
+"""What charts of a kind are called, and how they are read, of two policies."""
 
 
 def report(folder: str | Path, output: str | Path, policies: tuple[str, str] = (AUTOGRAD, "libra")) -> Path:
@@ -138,7 +142,8 @@ def markdown(
         parts += [f"### {table.measure.title}; {table.data}, target {table.target}", "", grid(table), ""]
     for kind, lines in shown.items():
         title, how = _KINDS[kind]
-        parts += [f"## {title}", "", how, "", *(line for one in lines for line in (one, ""))]
+        parts += [f"## {title}", "", how.format(*policies), ""]
+        parts += [line for one in lines for line in (one, "")]
     for p in all_policies(found, made, policies[1]):
         parts += [f"### All policies against {p.against}: {_title(p.table)}, means over models", ""]
         parts += [_policy_grid(p), ""]
@@ -318,7 +323,7 @@ def page(found: Results, made: Sequence[Table], policies: tuple[str, str]) -> st
         counts=counted(made), marks=_MARKS, losses=losses(made), tables=made, number=number, spread=spread,
         query=query, link=link, autograd=AUTOGRAD, others=all_policies(found, made, policies[1]),
         rivals=all_rivals(found, made, policies[1]), failures=found.failures(), runs=runs,
-        charts=marked, strips=shown, strip_count=count, keys=keys(),
+        charts=marked, kinds=_KINDS, strips=shown, strip_count=count, keys=keys(),
         config=json.dumps(found.config, indent=1),
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from libragrad_fx.models import label_of
 from libragrad_fx.module.captured import anchor
 from libragrad_fx.programs import leave
 from libragrad_fx.programs.call import Program, tensors_of
+from libragrad_fx.target import described
 from libragrad_fx.version import __version__
 from libragrad_fx.viz import browser, heatmap, words
 
@@ -51,10 +52,9 @@ def require_picture(call: Any) -> torch.Tensor:
     tensors = tensors_of(call)
     forms = [(t.ndim == 4 and t.shape[1] in (1, 3), t.dtype == torch.float32) for t in tensors]
     if forms != [(True, True)]:
-        said = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors)
         raise InputError(
             "a page explains pictures, whose tensor is float32 (B, C, H, W) with 1 or 3 channels; this"
-            f" model takes {said}"
+            f" model takes {described(tensors)}"
         )
     return tensors[0]
 

@@ -194,6 +194,11 @@ def test_markdown_shows_its_charts(folder: Path) -> None:
         assert {*re.findall(r"var\((--\w+)\)", ElementTree.tostring(drawn, "unicode"))} <= own
 
 
+def test_a_chart_alone_has_the_colours_of_a_light_page(page: str) -> None:
+    light = re.sub(r"@media \(prefers-color-scheme: dark\).*?\}\s*\}", "", page, flags=re.DOTALL)
+    assert all(f"--{name}: {colour};" in light for name, colour in charts._ON_WHITE.items())
+
+
 def test_a_page_stands_alone(page: str) -> None:
     assert not re.search(r"(src|href)=\"(https?:)?//", page)
     assert "url(http" not in page
