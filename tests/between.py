@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import pytest
@@ -20,6 +20,12 @@ def fast_first(values: Iterable[Any], fast: int) -> list[Any]:
     """Parameters of a test: the first few in the fast suite, the others in the slow one."""
     each = [v if isinstance(v, tuple) else (v,) for v in values]
     return [pytest.param(*v, marks=() if i < fast else pytest.mark.slow) for i, v in enumerate(each)]
+
+
+def fast_of(values: Iterable[Any], fast: Collection[Any]) -> list[Any]:
+    """Parameters of a test: these few in the fast suite, the others in the slow one."""
+    each = [(v, v if isinstance(v, tuple) else (v,)) for v in values]
+    return [pytest.param(*v, marks=() if whole in fast else pytest.mark.slow) for whole, v in each]
 
 
 class Between(nn.Module):

@@ -20,13 +20,13 @@ from libragrad_fx.errors import GateOutputWarning
 from libragrad_fx.stages import Decision, balance, decide, plain, rewritten
 from libragrad_fx.target import dot
 from libragrad_fx.types import Certificate, Edit, Ledger, LedgerRow
-from tests.between import fast_first
+from tests.between import fast_of
 from tests.models.zoo import ZOO, build
 
 timm = pytest.importorskip("timm")
 
 FAST = ("rms_norm", "fused_attention", "tanh_gelu")  # a norm, attention, an activation
-EACH = fast_first(dict.fromkeys((*FAST, *ZOO)), len(FAST))
+EACH = fast_of(ZOO, FAST)
 
 
 @functools.cache

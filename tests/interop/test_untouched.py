@@ -16,7 +16,7 @@ from torch import nn
 import libragrad_fx as lg
 from libragrad_fx.attribution import METHODS
 from libragrad_fx.errors import LibraGradError
-from tests.between import fast_first
+from tests.between import fast_first, fast_of
 from tests.contract.test_untouched import snapshot, surroundings
 from tests.interop.matrix import small_vit
 
@@ -57,7 +57,7 @@ TARGETS: dict[str, tuple[Any, Any]] = {
 
 
 FAST = ("works", "a bad target", "the backward crashes")
-HOW = pytest.mark.parametrize("how", fast_first(dict.fromkeys((*FAST, *TARGETS)), len(FAST)))
+HOW = pytest.mark.parametrize("how", fast_of(TARGETS, FAST))
 
 
 @pytest.fixture(scope="module", params=fast_first(["transform", "trace"], 1))

@@ -23,7 +23,7 @@ from libragrad_fx.ops.places import whole
 from libragrad_fx.ops.product import halved_mul
 from libragrad_fx.optimise.execute import bound
 from libragrad_fx.rewrite.erase import erase, spell
-from tests.between import fast_first
+from tests.between import fast_first, fast_of
 from tests.models.zoo import ZOO, build
 from tests.rows.one_op import ALL_TWINS
 
@@ -56,7 +56,7 @@ def assert_same(gm: CapturedModule, x: torch.Tensor) -> None:
 ZOO_FAST = ("tanh_gelu", "gated_conv", "fused_attention")
 
 
-@pytest.mark.parametrize("name", fast_first(dict.fromkeys((*ZOO_FAST, *ZOO)), len(ZOO_FAST)))
+@pytest.mark.parametrize("name", fast_of(ZOO, ZOO_FAST))
 def test_zoo(name: str) -> None:
     model, x = build(name)
     with warnings.catch_warnings():
@@ -113,7 +113,7 @@ LAYOUTS_FAST = ("timm", "chunk", "heads inside")
 
 
 @pytest.mark.parametrize("written", fast_first([False, True], 1))
-@pytest.mark.parametrize("layout", fast_first(dict.fromkeys((*LAYOUTS_FAST, *LAYOUTS)), len(LAYOUTS_FAST)))
+@pytest.mark.parametrize("layout", fast_of(LAYOUTS, LAYOUTS_FAST))
 def test_every_layout_of_a_fused_projection_is_seen(layout: str, written: bool) -> None:
     model = Fused(layout, written).to(F64)
     x = torch.randn(B, N, C, dtype=F64)

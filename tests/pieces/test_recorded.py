@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import libragrad_fx as lg
-from tests.between import Between, X, certified, fast_first, weighed
+from tests.between import Between, X, certified, fast_first, fast_of, weighed
 
 Tensor = torch.Tensor
 
@@ -67,13 +67,9 @@ RECORDED = {
 
 
 FAST = ("random rows", "repeats", "boxes")
-LAST = "while_loop"
 
 
-@pytest.mark.parametrize(
-    "name",
-    fast_first([n for n in dict.fromkeys((*FAST, *RECORDED)) if n != LAST] + [LAST], len(FAST)),
-)
+@pytest.mark.parametrize("name", fast_of(RECORDED, FAST))
 @pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
 def test_what_depends_on_values(name: str) -> None:
     if name == "boxes":

@@ -18,7 +18,7 @@ from libragrad_fx.attribution import METHODS
 from libragrad_fx.errors import InputError, VerificationError
 from libragrad_fx.programs import Program
 from libragrad_fx.programs.flat import Flat
-from tests.between import fast_first
+from tests.between import fast_first, fast_of
 from zoo.small import SMALL, samples, small
 
 F64 = torch.float64
@@ -217,11 +217,10 @@ def test_models_in_several_graphs_have_no_program() -> None:
         lg.program(made.model, made.inputs)
 
 
-FAST_METHODS = ("input_x_gradient",)  # the quickest to trace
 SINGLE = [name for name, how in METHODS.items() if not how.path and name != "random"]
 
 
-@pytest.mark.parametrize("method", fast_first(dict.fromkeys((*FAST_METHODS, *SINGLE)), len(FAST_METHODS)))
+@pytest.mark.parametrize("method", fast_of(SINGLE, ["input_x_gradient"]))
 def test_every_method(method: str) -> None:
     """One graph serves batches of two and of five; one of a single sample is traced for itself."""
     model, x = tiny()
