@@ -374,7 +374,7 @@ def run(
     module: CapturedModule,
     inputs: Any,
     layers: Sequence[str] = (),
-    biases: bool = True,
+    biases: bool | None = True,
     attention: bool = False,
     given: Mapping[str, torch.Tensor] | None = None,
     starts: bool = False,
@@ -387,7 +387,7 @@ def run(
     Args:
         inputs: as ``module`` takes them: a tensor, a tuple, or a dict of keyword arguments.
         layers: names of calls: module paths, and ``path#2`` for the second call of one.
-        biases: whether bias terms are wanted.
+        biases: whether bias terms are wanted; None leaves out tables of positions, too.
         attention: whether attention probabilities are wanted.
         given: what to start from instead of what is computed, by the names of ``Run.sources`` or of nodes.
         starts: whether embeddings at which the signal starts, and that do not pass a layer, are inputs and
@@ -434,9 +434,9 @@ def run(
         if n in at:
             called[n] = runs.fetch_args_kwargs_from_env(n)
         site = sites.get(n.name)
-        if site is not None and (biases or is_elementwise(n)):
+        if site is not None and (biases or (biases is False and is_elementwise(n))):
             bias = site_bias(site, n, *runs.fetch_args_kwargs_from_env(n))
-            counts = biases and n not in upstream
+            counts = bool(biases) and n not in upstream
             for where, value, whole in _of_site(site, y, bias):
                 known_kind = known.kinds[len(kinds)] if known else None
                 table, finite = known_kind or _kind(n, value, whole, where)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import platform
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +34,7 @@ Layers = Sequence[str] | Literal["stages"] | None
 Starts = Mapping[str, torch.Tensor]
 Meant = Callable[[Any], Sequence[Target]]
 """Says targets when it gets the output."""
+Stacked = Callable[["Question", Run, Sequence[Starts], Sequence[Target]], "At"]
 VERSIONS = {
     "python": platform.python_version(),
     "torch": torch.__version__.partition("+")[0],
@@ -47,7 +49,10 @@ class Question:
     rest: whether inputs that do not pass the one layer (another tower's) count where they enter
     stages: whether each layer has a map of its own
     by:   whose parts are asked for
+    bare: whether the layers' values and gradients alone are asked for: no constants, no attention
     known: of a traced run, what an earlier one showed
+    drawn: likewise, the noise that was drawn
+    stacked: likewise, the question at several places at once, see ``_runs``
     """
 
     module: InGraphs
@@ -61,17 +66,43 @@ class Question:
     seed: int
     stages: bool = False
     by: By | None = None
+    bare: bool = False
     known: Known | None = None
+    drawn: Sequence[Starts] = ()
+    stacked: Stacked | None = None
 
     def run(self, given: Starts | None = None, like: Run | None = None) -> Run:
         """A forward; on the values of ``given``, where things lie as in the run ``like``."""
         how, located = self.how, None if like is None else like.located
         if not isinstance(self.module, CapturedModule):
             return run_outside(self.module, self.inputs, given)
+        if self.bare:
+            known = self.known and dataclasses.replace(self.known, rows=())
+            return run(
+                self.module, self.inputs, self.paths, None, given=given, starts=self.rest, located=located,
+                known=known,
+            )  # fmt: skip
         return run(
             self.module, self.inputs, self.paths, how.biases, how.attention or self.by == "head", given,
             self.rest, located, self.by == "block", self.known,
         )  # fmt: skip
+
+    def of_layers(self, paths: Sequence[str], rest: bool) -> Question:
+        """The values and gradients of these layers, and no more."""
+        return dataclasses.replace(self, paths=tuple(paths), rest=rest, bare=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class At:
+    """What backwards show at ``count`` places: by target, the samples of each place behind those before.
+
+    asked: the question that was run
+    """
+
+    asked: Question
+    count: int
+    run: Run
+    seen: Sequence[Internals]
 
 
 def explain(
@@ -98,7 +129,7 @@ def explain(
     by_target: dict[int, Attribution] = {}
     for question, meant, at in asked:
         seen = question.run()
-        found = _BY_PATH[question.how.path](question, seen, meant(seen.output))
+        found = answers(question, seen, meant(seen.output))
         by_target |= zip(range(len(found)) if at is None else at, found, strict=True)
     return [by_target[i] for i in range(len(by_target))]
 
@@ -232,20 +263,38 @@ def _require(asked: Question) -> None:
 # --- where gradients are taken: at the inputs, or on a path to them
 
 
+def answers(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
+    """The method's answer for each target, from a run of ``asked``."""
+    return _BY_PATH[asked.how.path](asked, seen, targets)
+
+
 def _at_once(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
     return [answer(asked, one) for one in seen.backs(targets)]
 
 
+def _runs(asked: Question, first: Run, places: Sequence[Starts], targets: Sequence[Target]) -> Iterator[At]:
+    """What the targets show at each place: one after another. A traced run has them all at once."""
+    if asked.stacked is not None:
+        yield asked.stacked(asked, first, places, targets)
+        return
+    for given in places:
+        run = asked.run(given, first)
+        yield At(asked, 1, run, [*run.backs(targets)])
+
+
+def parted(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    """The samples of each of so many places."""
+    return x.unflatten(0, (count, x.shape[0] // count)).unbind(0)
+
+
 def _among_noise(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
     """SmoothGrad: gradients averaged over inputs with noise."""
-    draw = torch.Generator().manual_seed(asked.seed)
-    starts = _starts(asked, seen)
-    axes = {n.name: seen.samples[n] for n in seen.layers.values()} | dict(seen.samples)
+    starts, axes = _starts(asked, seen), samples_of(seen)
     near = [
-        ({k: x + _noise(x, draw, axes.get(k, 0)) for k, x in starts.items()}, 1 / asked.steps)
-        for _ in range(asked.steps)
+        {k: x + _noise(x, drawn[k], axes.get(k, 0)) for k, x in starts.items()}
+        for drawn in asked.drawn or noise(asked, seen)
     ]
-    means = _mean_gradients(asked, seen, targets, near)
+    means = _mean_gradients(asked, seen, targets, near, [1 / asked.steps] * asked.steps)
     return [
         answer(asked, _with_gradients(one, mean, lambda x: x))
         for one, mean in zip(seen.backs(targets), means, strict=True)
@@ -257,9 +306,8 @@ def _on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> list[At
     base = asked.baseline
     starts = _starts(asked, seen)
     nodes, weights = np.polynomial.legendre.leggauss(asked.steps)
-    line = [({k: base + (1 + a) / 2 * (x - base) for k, x in starts.items()}, w / 2)
-            for a, w in zip(nodes.tolist(), weights.tolist(), strict=True)]  # fmt: skip
-    means = _mean_gradients(asked, seen, targets, line)
+    line = [{k: base + (1 + a) / 2 * (x - base) for k, x in starts.items()} for a in nodes.tolist()]
+    means = _mean_gradients(asked, seen, targets, line, [w / 2 for w in weights.tolist()])
     origin = asked.run({k: torch.full_like(x, base) for k, x in starts.items()}, seen)
     answers = []
     for one, mean, t in zip(seen.backs(targets), means, targets, strict=True):
@@ -273,35 +321,41 @@ def _whole_on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> l
     module = one_graph(asked.module)
     apart = towers(module)
     place = next((t for t in apart if set(t) & set(asked.paths)), max(apart, key=len))[:1]
-    first = run(module, asked.inputs, place, False, located=seen.located)
-    starts = _starts(dataclasses.replace(asked, rest=True), first)
-    base, found = asked.baseline, list[list[Attribution]]()
-    for k in range(1, asked.steps + 1):
-        given = {name: base + k / asked.steps * (x - base) for name, x in starts.items()}
-        found.append(_at_once(asked, asked.run(given, seen), targets))
-    return [_mean(answers) for answers in zip(*found, strict=True)]
+    entered, base = asked.of_layers(place, True), asked.baseline
+    starts = _starts(entered, entered.run(like=seen))
+    line = [
+        {name: base + k / asked.steps * (x - base) for name, x in starts.items()}
+        for k in range(1, asked.steps + 1)
+    ]
+    found: list[list[Attribution]] = [[] for _ in targets]
+    for at in _runs(asked, seen, line, targets):
+        for mine, one in zip(found, at.seen, strict=True):
+            mine += _each(answer(at.asked, one), at.count)
+    return [*map(_mean, found)]
 
 
 def _block_by_block(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
     """LeGrad: each block's attention by the target of its own output, as if it were the last block's."""
     ends = {path: seen.values[n] for path, n in zip(asked.paths, seen.ends, strict=True)}
-    if len({(seen.samples[n], seen.values[n].shape) for n in seen.ends}) > 1:
+    axes = [(seen.samples[n], *seen.values[n].shape) for n in seen.ends]
+    if any(other != axes[0] for other in axes):
         raise InputError(_several(asked.method, asked.paths))
     module, last, samples = one_graph(asked.module), seen.ends[-1].name, seen.samples[seen.ends[-1]]
-    tails = [
-        run(module, asked.inputs, biases=False, given={last: t.detach()}, located=seen.located)
-        for t in ends.values()
-    ]
-    answers = []
-    for target in targets:
+    tails: list[list[torch.Tensor]] = [[] for _ in targets]
+    places = [{last: t.detach()} for t in ends.values()]
+    for at in _runs(asked.of_layers([], True), seen, places, targets):
+        for mine, tail in zip(tails, at.seen, strict=True):
+            mine += parted(tail.inputs[last][1], at.count)
+    found = []
+    for target, gradients in zip(targets, tails, strict=True):
         one = seen.back(target, last=False)
         attention = dict(enumerate(one.attention))
-        for (path, end), tail in zip(ends.items(), tails, strict=True):
-            inside, (_, g) = _inside(module, one, path), tail.back(target, last=False).inputs[last]
+        for (path, end), g in zip(ends.items(), gradients, strict=True):
+            inside = _inside(module, one, path)
             if inside is not None:
                 attention[inside] = seen.attended(inside, end, g.movedim(0, samples))
-        answers.append(answer(asked, dataclasses.replace(one, attention=tuple(attention.values()))))
-    return answers
+        found.append(answer(asked, dataclasses.replace(one, attention=tuple(attention.values()))))
+    return found
 
 
 _ByPath = Callable[[Question, Run, Sequence[Target]], list[Attribution]]
@@ -333,25 +387,44 @@ def _tapped(asked: Question, seen: Internals) -> dict[str, Any]:
     return {**seen.layers, **_entered(asked, seen.inputs, seen.before)}
 
 
-def _noise(x: torch.Tensor, draw: torch.Generator, samples: int) -> torch.Tensor:
-    """The same for each sample, of standard deviation 0.15 of the range of its values, as in the paper."""
+def samples_of(seen: Run) -> dict[str, int]:
+    """Which axis counts samples, by the names of what a run can start from; of others the first."""
+    return {n if isinstance(n, str) else n.name: axis for n, axis in seen.samples.items()}
+
+
+def noise(asked: Question, seen: Run) -> list[Starts]:
+    """Numbers from a normal distribution, for each step and each value; the same for each sample."""
+    draw, axes = torch.Generator().manual_seed(asked.seed), samples_of(seen)
+
+    def drawn(name: str, x: torch.Tensor) -> torch.Tensor:
+        shape = x.movedim(axes.get(name, 0), 0).shape[1:]
+        return torch.randn(shape, generator=draw, dtype=x.dtype, device=draw.device).to(x.device)
+
+    starts = _starts(asked, seen)
+    return [{name: drawn(name, x) for name, x in starts.items()} for _ in range(asked.steps)]
+
+
+def _noise(x: torch.Tensor, drawn: torch.Tensor, samples: int) -> torch.Tensor:
+    """Noise of standard deviation 0.15 of the range of a sample's values, as in the paper."""
     x = x.movedim(samples, 0)
     inner = tuple(range(1, x.ndim))
     size = 0.15 * (x.amax(inner, keepdim=True) - x.amin(inner, keepdim=True))
-    drawn = torch.randn(x.shape[1:], generator=draw, dtype=x.dtype, device=draw.device).to(x.device)
     return (drawn * size).movedim(0, samples)
 
 
 def _mean_gradients(
-    asked: Question, first: Run, targets: Sequence[Target], places: Sequence[tuple[Starts, float]]
-) -> list[dict[str, torch.Tensor]]:
+    asked: Question, first: Run, targets: Sequence[Target], places: Sequence[Starts],
+    weights: Sequence[float],
+) -> list[dict[str, torch.Tensor]]:  # fmt: skip
     """For each target the gradients at ``places``, with their weights, by the names in ``Internals``."""
     means: list[dict[str, torch.Tensor]] = [{} for _ in targets]
-    for given, weight in places:
-        seen = asked.run(given, first)
-        for mean, one in zip(means, seen.backs(targets), strict=True):
-            for name, (_, g) in _tapped(asked, one).items():
-                mean[name] = mean.get(name, 0) + weight * g
+    left = iter(weights)
+    for at in _runs(asked.of_layers(asked.paths, asked.rest), first, places, targets):
+        mine = [*itertools.islice(left, at.count)]
+        for mean, one in zip(means, at.seen, strict=True):
+            for name, (_, g) in _tapped(at.asked, one).items():
+                for weight, part in zip(mine, parted(g, at.count), strict=True):
+                    mean[name] = mean.get(name, 0) + weight * part
     return means
 
 
@@ -374,6 +447,22 @@ def _mean(answers: Sequence[Attribution]) -> Attribution:
     for name in MAPPINGS:
         means[name] = {k: sum(getattr(a, name)[k] for a in answers) / n for k in getattr(first, name)}
     return dataclasses.replace(first, **means)
+
+
+def _each(found: Attribution, count: int) -> list[Attribution]:
+    """The answer at each of so many places."""
+    if count == 1:
+        return [found]
+    fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
+    split = {k: parted(v, count) for k, v in fields.items() if isinstance(v, torch.Tensor)}
+    inner = {name: {k: parted(t, count) for k, t in fields[name].items()} for name in MAPPINGS}
+    return [
+        dataclasses.replace(
+            found, **{k: v[i] for k, v in split.items()},
+            **{name: {k: v[i] for k, v in vs.items()} for name, vs in inner.items()},
+        )
+        for i in range(count)
+    ]  # fmt: skip
 
 
 # --- from what was seen to an answer
@@ -402,6 +491,12 @@ def answer(asked: Question, seen: Internals, whole: torch.Tensor | None = None) 
         parts={} if asked.by is None else parts(asked.by, seen, terms, biases), **made,
     )  # fmt: skip
     return dataclasses.replace(found, stages=_stages(seen, terms, biases)) if asked.stages else found
+
+
+def scale(asked: Question, seen: Internals) -> float:
+    """The largest share of a channel: what rounding is to be compared with, where channels cancel."""
+    terms = (t for _, t in asked.how.terms(_taps(asked, seen)))
+    return max((float(t.abs().max()) for t in terms if t.numel()), default=0.0)
 
 
 def _stages(seen: Internals, terms: Sequence[Term], biases: Sequence[Term]) -> dict[str, torch.Tensor]:

@@ -23,8 +23,9 @@ from libragrad_fx.explain.targets import named, resolved
 from libragrad_fx.module.captured import CapturedModule, anchor
 from libragrad_fx.module.variants import fitting
 from libragrad_fx.programs import leave
-from libragrad_fx.programs.flat import Axes, Flat, batch_axes, shown, traced
+from libragrad_fx.programs.flat import Flat, shown, traced
 from libragrad_fx.programs.modes import Mode, Runs, require_close, require_device
+from libragrad_fx.programs.stack import Axes, batch_axes
 from libragrad_fx.target import Target, as_call
 from libragrad_fx.types import Told
 
@@ -187,10 +188,10 @@ class Program(Told):
         given = kept.given(call, [None] * self.targets)
         with torch.no_grad():
             ((answer, _), *_), _ = kept.flat.answers(kept.run.eager(*given))
-        given = given[len(kept.flat.paths) :]
+        given = given[len(kept.flat.state(kept.module)) :]
         made = leave.exported(kept.flat, kept.module, given, batch_axes(kept.module, call), form)
         names = [*self.signature(inputs)], self.outputs(inputs)
-        return leave.write(form, Path(path), made, given, answer.values, *names)
+        return leave.write(form, Path(path), made, given, answer.values, kept.flat.scale, *names)
 
     def signature(self, inputs: Any) -> dict[str, str]:
         """What a saved program takes, by name: dtype and shape, B for a batch of any size."""
@@ -239,15 +240,17 @@ class Program(Told):
         if not self.targets <= entries:
             raise InputError(f"{self.targets} targets of an output with {entries} entries for each sample")
         # for a free batch PyTorch may choose other kernels, or have none
-        for free in dict.fromkeys((batch_axes(module, call), ())):
+        for free in dict.fromkeys((() if first.apart else batch_axes(module, call), ())):
             try:
                 made = traced(first, self.target, self.targets, free)
             except RuntimeError:
                 if free:
                     continue
                 raise
-            run = Runs(made.graph, self.mode, len(made.paths), made.fields.index((0, "values", "")))
-            kept = _Kept(module, made, run, 0.0, _layout(made.state(module)))
+            state = made.state(module)
+            where = made.fields.index((0, "values", ""))
+            run = Runs(made.graph, self.mode, len(state), where, made.scale)
+            kept = _Kept(module, made, run, 0.0, _layout(state))
             given = kept.given(call, [(0,) * len(made.sizes)] * self.targets)
             with torch.no_grad():
                 answers, output = made.answers(run.eager(*given))
@@ -258,8 +261,8 @@ class Program(Told):
             raise VerificationError(
                 f"the traced forward differs from the model's, by {distance:.1g} at most, {ulp} ulp"
             )
-        dtype = anchor(module).dtype
-        far = max(require_close(a.values, made.like.values, "the program's map", dtype) for a, _ in answers)
+        want, dtype = made.like.values, anchor(module).dtype
+        far = max(require_close(a.values, want, "the program's map", dtype, made.scale) for a, _ in answers)
         if self.mode != "eager":
             run(*given)
         return dataclasses.replace(kept, difference=far)
@@ -302,6 +305,9 @@ def program(
     layers: Layers = None,
     by: By | None = None,
     resolution: Resolution = "tokens",
+    baseline: float = 0.0,
+    steps: int = 50,
+    seed: int = 0,
     processor: Any = None,
 ) -> Program:
     """Trace an explanation into one flat graph of ATen ops, which runs without autograd.
@@ -311,6 +317,8 @@ def program(
 
     Args:
         model, inputs, method, policy, layers, by, resolution, processor: as for ``attribute``.
+        baseline, steps, seed: as for ``attribute``. All steps of a method that averages over inputs run as
+            one batch: the program needs memory for ``steps`` times the samples of a call.
         target: None: an argument of each call. A callable (``Likeness``, or your own from the output to one
             number for each sample): a part of the graph.
         targets: how many targets of each sample a call explains, by one forward: see ``Program.each``.
@@ -320,8 +328,8 @@ def program(
             ``Program.difference``.
 
     Raises:
-        InputError: what ``attribute`` refuses; a method that averages over many runs; a mode that the
-            device has not.
+        InputError: what ``attribute`` refuses; a method that averages over inputs, of a model whose graph
+            is for one batch size; a mode that the device has not.
         VerificationError: the traced forward differs from the model's, or the map from ``attribute``'s.
     """
     if target is not None and not callable(target):
@@ -335,7 +343,7 @@ def program(
     require_device(mode, anchor(model))
     made = Program(
         model, policy, target, processor, mode, targets, method=method, layers=layers, by=by,
-        resolution=resolution,
+        resolution=resolution, baseline=baseline, steps=steps, seed=seed,
     )  # fmt: skip
     made.fitting(made._batch(inputs).call)
     return made

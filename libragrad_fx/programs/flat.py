@@ -14,70 +14,83 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.account.observe import source_name
 from libragrad_fx.attribution import Attribution, formulas
-from libragrad_fx.attribution.internals import Known
-from libragrad_fx.attribution.methods import Question, answer, one_of_several, questions
-from libragrad_fx.capture.normal import paths_of
+from libragrad_fx.attribution.internals import Internals, Known, Run
+from libragrad_fx.attribution.methods import (
+    At,
+    Question,
+    Starts,
+    answers,
+    noise,
+    one_of_several,
+    questions,
+    scale,
+)
 from libragrad_fx.errors import InputError
 from libragrad_fx.extras import quiet
 from libragrad_fx.module.captured import CapturedModule, one_graph
-from libragrad_fx.ops import insert
 from libragrad_fx.optimise.execute import attribute
 from libragrad_fx.programs.settle import settled
+from libragrad_fx.programs.stack import Axes, Stack, stacked
 from libragrad_fx.programs.zeros import without_zeros
 from libragrad_fx.target import Arguments, as_call, first_tensor, rows_of
 
 Tensor = torch.Tensor
-Axes = Collection[int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
     """The numbers to explain, one a sample: of a model's output (B, ...) the entry at a flat index (B,)
-    behind the batch axis; where that is -1, the largest, and -2 the second of ``count``."""
+    behind the batch axis."""
 
     index: Tensor
-    count: int = 1
 
     def __call__(self, output: Any) -> Tensor:
-        return first_tensor(output).flatten(1).gather(1, self.meant(output)[:, None])[:, 0]
+        return first_tensor(output).flatten(1).gather(1, self.index[:, None])[:, 0]
 
-    def meant(self, output: Any) -> Tensor:
-        """The flat index, the model's own answers filled in."""
-        entries = first_tensor(output).detach().flatten(1)
-        if self.count == 1:
-            return torch.where(self.index < 0, entries.argmax(1), self.index)
-        own = entries.topk(self.count, 1).indices
-        return torch.where(self.index < 0, own.gather(1, (~self.index).clamp(0)[:, None])[:, 0], self.index)
+
+def chosen(index: Tensor, output: Any, count: int) -> Chosen:
+    """Where an index is -1, the largest entry of the model's output; -2 is the second of ``count``."""
+    entries = first_tensor(output).detach().flatten(1)
+    if count == 1:
+        return Chosen(torch.where(index < 0, entries.argmax(1), index))
+    own = entries.topk(count, 1).indices
+    return Chosen(torch.where(index < 0, own.gather(1, (~index).clamp(0)[:, None])[:, 0], index))
 
 
 @dataclasses.dataclass(frozen=True)
 class Flat:
-    """A traced explanation. ``graph`` takes the module's tensors at ``paths``, the tensors of a call and,
-    if ``indexed``, the flat index of each sample's target (int64); it returns what ``fields`` names.
+    """A traced explanation.
 
+    ``graph`` takes the module's tensors at ``paths``, ``constants``, the tensors of a call and, if
+    ``indexed``, the flat index of each sample's target (int64); it returns what ``fields`` names.
+
+    constants: the noise that a method adds
     targets: how many it explains; of several, the index is (B, targets)
     fields: of each result, the target's number (from 0), the field, and its key if that is a mapping
     sizes: of the model's output, behind the batch axis
     batch: how many samples it serves; 0 for as many as the first tensor of a call has
     like: an answer of the method, whose other fields are those of every answer
+    scale: the largest share of a channel, in that answer
     """
 
     graph: GraphModule
     paths: tuple[str, ...]
+    constants: tuple[Tensor, ...]
     indexed: bool
     targets: int
     fields: tuple[tuple[int, str, str], ...]
     sizes: tuple[int, ...]
     batch: int
     like: Attribution
+    scale: float
 
     def index(self, targets: Sequence[Any], tensors: Sequence[Tensor]) -> Tensor:
         """The flat index of each sample's targets. Those that are None are its largest entries, in falling
@@ -103,8 +116,8 @@ class Flat:
         return [*self.state(module), *tensors, *([] if index is None else [index])]
 
     def state(self, module: CapturedModule) -> list[Tensor]:
-        """The module's tensors at ``paths``."""
-        return [attribute(module, path) for path in self.paths]
+        """What the graph takes before the tensors of a call: so many do not differ from call to call."""
+        return [*(attribute(module, path) for path in self.paths), *self.constants]
 
     def answers(self, found: Sequence[Tensor]) -> tuple[list[tuple[Attribution, Tensor | None]], Tensor]:
         """From what the graph returned: of each target the answer and the chosen index; the model's output
@@ -124,15 +137,19 @@ class Flat:
 class Shown:
     """What the method has shown of a call when it ran in the usual way.
 
+    asked:   with what is known of a run, of a run at several places, and of noise
+    apart:   whether each sample has a backward of its own, as rows of a constant are of several samples
     indexed: whether the target is an index, an argument of the graph
     like:    its answer; of an index, for the first entry of each sample's output
+    scale:   the largest share of a channel
     output:  what the model returned, under grad mode
     """
 
     asked: Question
-    known: Known
+    apart: bool
     indexed: bool
     like: Attribution
+    scale: float
     output: Tensor
 
 
@@ -150,23 +167,46 @@ def shown(module: CapturedModule, inputs: Any, target: Any, **options: Any) -> S
     ((asked, meant, _),) = questions(module, inputs, lambda output: [_first(output, target)], **options)
     if not isinstance(asked.module, CapturedModule):
         raise InputError("this model is captured in several graphs: it has no program. Use attribute()")
-    if asked.how.path or asked.how.terms is formulas.random:
-        raise InputError(
-            f"{asked.method} is no arithmetic on one forward and backward, as a program is: use"
-            " attribute(), or a program of another method"
-        )
+    if asked.how.terms is formulas.random:
+        raise InputError("random answers without the model: use attribute()")
     run = asked.run()
-    (chosen,) = meant(run.output)
-    seen = run.back(chosen)
-    if any(rows is None for rows in seen.rows):
-        raise InputError(
-            "the rows of a constant of this model are of several samples at once, and need a backward for"
-            " each sample: a program has one. Use attribute()"
-        )
-    like, output = answer(asked, seen), first_tensor(run.output).detach()
+    targets, output = meant(run.output), first_tensor(run.output).detach()
+    seen = run.back(*targets)
+    known = _known(asked, run, seen)
+    if asked.how.path:
+        drawn = noise(asked, run) if asked.how.path == "noise" else ()
+        asked = dataclasses.replace(asked, drawn=drawn, stacked=_stack(asked, targets))
+    plain = dataclasses.replace(asked, stacked=None)
+    (like,) = answers(plain, plain.run(), targets)
+    asked = dataclasses.replace(asked, known=known)
+    indexed = isinstance(targets[0], Chosen)
+    apart = [*known.rows, *(asked.stacked.known.rows if asked.stacked else ())]
+    return Shown(asked, None in apart, indexed, like, scale(plain, seen), output)
+
+
+def _known(asked: Question, run: Run, seen: Internals) -> Known:
+    """What a run shows for a traced one."""
     token = one_of_several(seen) if asked.how.row else None
-    known = Known(run.located, seen.rows, tuple(run.kinds), seen.windows, seen.shapes, token)
-    return Shown(asked, known, isinstance(chosen, Chosen), like, output)
+    return Known(run.located, seen.rows, tuple(run.kinds), seen.windows, seen.shapes, token)
+
+
+def _stack(asked: Question, targets: Sequence[Any]) -> Stack:
+    """The question at several places at once, with what is known of that.
+
+    Raises:
+        InputError: as ``stacked`` and ``Stack``.
+    """
+    stack = stacked(asked)
+    found: list[Known] = []
+
+    def noting(*given: Any) -> At:
+        at = stack(*given)
+        found.append(_known(at.asked, at.run, at.seen[0]))
+        return at
+
+    at_once = dataclasses.replace(asked, stacked=noting)
+    answers(at_once, at_once.run(), targets)
+    return dataclasses.replace(stack, known=found[-1])
 
 
 def _first(output: Any, target: Any) -> Any:
@@ -186,10 +226,11 @@ def traced(first: Shown, target: Any, targets: int, free: Sequence[Axes]) -> Fla
         free: of each tensor of the call, see ``batch_axes``; () for none.
     """
     module, leaves, spec = _call(first)
-    attributes, sizes = _attributes(module), ShapeEnv()
+    attributes, sizes, asked = _attributes(module), ShapeEnv(), first.asked
+    constants = [t for drawn in asked.drawn for t in drawn.values()]
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     mode = FakeTensorMode(shape_env=sizes)
-    fakes = [_fake(mode, t, ()) for t in attributes.values()]
+    fakes = [_fake(mode, t, ()) for t in (*attributes.values(), *constants)]
     fakes += [_fake(mode, t, axes) for t, axes in zip(tensors, free or [()] * len(tensors), strict=True)]
     if first.indexed:
         shape = (first.output.shape[0], *[targets] * (targets > 1))
@@ -198,35 +239,48 @@ def traced(first: Shown, target: Any, targets: int, free: Sequence[Axes]) -> Fla
     fields: list[tuple[int, str, str]] = []
 
     def explained(*given: Tensor) -> list[Tensor]:
-        state, rest = dict(zip(attributes, given, strict=False)), iter(given[len(attributes) :])
+        rest = iter(given)
+        state = {path: next(rest) for path in attributes}
+        drawn = [{name: next(rest) for name in each} for each in asked.drawn]
         call = pytree.tree_unflatten([next(rest) if isinstance(x, Tensor) else x for x in leaves], spec)
-        known = dataclasses.replace(first.known, attributes=state)
-        asked = dataclasses.replace(first.asked, inputs=Arguments(*call), known=known)
-        chosen = _chosen(next(rest), targets) if first.indexed else [target]
-        run = asked.run()
+        question = _with(asked, state, drawn, Arguments(*call))
+        run = question.run()
+        meant = _chosen(next(rest), run.output, targets) if first.indexed else [target]
         named: dict[tuple[int, str, str], Tensor] = {}
-        for i, (mine, seen) in enumerate(zip(chosen, run.backs(chosen), strict=True)):
-            found = _tensors(answer(asked, seen))
+        for i, (mine, answer) in enumerate(zip(meant, answers(question, run, meant), strict=True)):
+            found = _tensors(answer)
             if i == 0:
                 found["model", ""] = first_tensor(run.output).detach()
             if first.indexed:
-                found["chosen", ""] = mine.meant(run.output)
+                found["chosen", ""] = mine.index
             named |= {(i, *field): t for field, t in found.items()}
         fields[:] = named
         return [*named.values()]
 
-    with quiet(), mode:
+    with quiet(), mode, enable_python_dispatcher():  # whose kernels for shapes know free sizes
         graph = make_fx(explained)(*fakes)
         with torch.no_grad():
             graph = without_zeros(graph, fakes)
     graph = settled(graph)
     fixed = not free or sizes.guards  # something was decided by the size of the batch
     batch, behind = (first.output.shape[0] if fixed else 0), tuple(first.output.shape[1:])
-    return Flat(graph, tuple(attributes), first.indexed, targets, tuple(fields), behind, batch, first.like)
+    return Flat(
+        graph, tuple(attributes), tuple(constants), first.indexed, targets, tuple(fields), behind, batch,
+        first.like, first.scale,
+    )  # fmt: skip
 
 
-def _chosen(index: Tensor, targets: int) -> list[Any]:
-    return [Chosen(i, targets) for i in (index.unbind(1) if targets > 1 else [index])]
+def _with(asked: Question, state: Starts, drawn: Sequence[Starts], inputs: Arguments) -> Question:
+    """A question on the tensors of a trace."""
+    known = asked.known and dataclasses.replace(asked.known, attributes=state)
+    stack: Any = asked.stacked
+    if stack is not None:
+        stack = dataclasses.replace(stack, known=dataclasses.replace(stack.known, attributes=state))
+    return dataclasses.replace(asked, inputs=inputs, known=known, drawn=drawn, stacked=stack)
+
+
+def _chosen(index: Tensor, output: Any, targets: int) -> list[Chosen]:
+    return [chosen(i, output, targets) for i in (index.unbind(1) if targets > 1 else [index])]
 
 
 def _call(first: Shown) -> tuple[CapturedModule, list[Any], pytree.TreeSpec]:
@@ -239,21 +293,6 @@ def _attributes(module: CapturedModule) -> dict[str, Tensor]:
     paths = dict.fromkeys(str(n.target) for n in module.graph.nodes if n.op == "get_attr")
     found = {path: attribute(module, path) for path in paths}
     return {path: t for path, t in found.items() if isinstance(t, Tensor)}
-
-
-def batch_axes(module: CapturedModule, inputs: Any) -> tuple[Axes, ...]:
-    """Of each tensor of a call, its axes that are as long as the batch; () if the graph fixes that."""
-    if not isinstance(module, CapturedModule):  # several graphs: there will be no program
-        return ()
-    guards = module.graph.find_nodes(op="call_function", target=insert.guard)
-    shapes: dict[Any, Any] = {source_name(n): n.args[2] for n in guards}
-    batch = next((s[0] for s in shapes.values() if s and isinstance(s[0], str)), None)
-    if batch is None:
-        return ()
-    call = as_call(inputs)
-    pairs = zip(paths_of(module, *call), pytree.tree_leaves(call), strict=True)
-    mine = [shapes.get(path, ()) for path, x in pairs if isinstance(x, Tensor)]
-    return tuple(frozenset(a for a, n in enumerate(shape) if n == batch) for shape in mine)
 
 
 def _fake(mode: FakeTensorMode, x: Tensor, free: Collection[int]) -> Tensor:

@@ -16,9 +16,9 @@ from libragrad_fx.extras import need, writing
 from libragrad_fx.kernels import PLAIN
 from libragrad_fx.models import first_line
 from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.optimise.execute import attribute
-from libragrad_fx.programs.flat import Axes, Flat
+from libragrad_fx.programs.flat import Flat
 from libragrad_fx.programs.modes import Plain, require_close
+from libragrad_fx.programs.stack import Axes
 
 Tensor = torch.Tensor
 Write = Callable[[Path, torch.export.ExportedProgram, Sequence[str], Sequence[str]], Any]
@@ -32,9 +32,10 @@ class Standalone(torch.nn.Module):
 
     def __init__(self, made: Flat, module: CapturedModule, forms: Forms) -> None:
         super().__init__()
-        self.made, self.count, self.forms = made, len(made.paths), forms
-        for i, path in enumerate(made.paths):
-            self.register_buffer(f"t{i}", attribute(module, path).detach())
+        state = made.state(module)
+        self.made, self.count, self.forms = made, len(state), forms
+        for i, t in enumerate(state):
+            self.register_buffer(f"t{i}", t.detach())
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         state = [self.get_buffer(f"t{i}") for i in range(self.count)]
@@ -157,9 +158,9 @@ def require_onnx() -> None:
 
 def write(
     form: str, path: Path, program: torch.export.ExportedProgram, given: Sequence[Tensor],
-    want: Tensor, inputs: Sequence[str], outputs: Sequence[str],
+    want: Tensor, scale: float, inputs: Sequence[str], outputs: Sequence[str],
 ) -> Path:  # fmt: skip
-    """Write the file, load it, run it, and compare its map with ``want``.
+    """Write the file, load it, run it, and compare its map with ``want``; ``scale``: see ``require_close``.
 
     Raises:
         InputError: a path that cannot be written.
@@ -170,7 +171,7 @@ def write(
     try:
         with writing(path):
             run = _FORMS[form].write(path, program, inputs, outputs)
-        require_close(run(given).to(want), want, f"the map of {path.name}", dtype)
+        require_close(run(given).to(want), want, f"the map of {path.name}", dtype, scale)
     except InputError:
         raise
     except Exception as e:

@@ -22,6 +22,7 @@ Run = Callable[..., Sequence[Tensor]]
 Mode = Literal["eager", "cuda_graph", "compile"]
 _MOST = 16  # the most runs that are kept; the least recently used one is dropped
 _CLOSE = 1e-3  # of the largest value of a map; ops in another order round otherwise
+_ROUNDED = 1e3  # times eps, of the largest share: where channels cancel, a map is rounding alone
 _WARM = 3  # runs before one is recorded: kernels are loaded and chosen in the first
 
 
@@ -81,11 +82,12 @@ class Runs:
 
     count: so many of its arguments are the module's tensors, the first
     map:   which of its results is the map
+    scale: see ``require_close``
     difference: how far a map was from that of the eager run when another run was made, of its largest value
     """
 
-    def __init__(self, graph: GraphModule, mode: Mode, count: int, map: int) -> None:
-        self.graph, self.mode, self.count, self.map = graph, mode, count, map
+    def __init__(self, graph: GraphModule, mode: Mode, count: int, map: int, scale: float) -> None:
+        self.graph, self.mode, self.count, self.map, self.scale = graph, mode, count, map, scale
         self.eager = eager(graph)
         self.kept: dict[Any, Run] = {}
         self.difference = 0.0
@@ -114,22 +116,28 @@ class Runs:
         made = Recorded(run, state, rest) if rest[0].is_cuda else run
         found, want = (r(*state, *rest)[self.map] for r in (made, self.eager))
         dtype = next((t.dtype for t in (*state, *rest) if t.is_floating_point()), want.dtype)
-        far = require_close(found, want, f"a map in mode {self.mode!r}", dtype)
+        far = require_close(found, want, f"a map in mode {self.mode!r}", dtype, self.scale)
         self.difference = max(self.difference, far)
         return made
 
 
-def require_close(found: Tensor, want: Tensor, name: str, dtype: torch.dtype) -> float:
-    """How far a map is from another, of the largest value; ``dtype``: what the model computes in.
+def require_close(found: Tensor, want: Tensor, name: str, dtype: torch.dtype, scale: float) -> float:
+    """How far a map is from another, of the largest value.
+
+    Args:
+        dtype: what the model computes in.
+        scale: the largest share of a channel when the graph was traced; a map is their sum over channels.
 
     Raises:
         VerificationError: further than ops in another order round.
     """
-    top = float(want.abs().max()) if want.numel() else 0.0
-    far = float((found - want).abs().max()) / (top or 1.0) if want.numel() else 0.0
-    if not far <= max(_CLOSE, 8 * torch.finfo(dtype).eps):
-        raise VerificationError(f"{name} differs from that of attribute by {far:.1g} of its largest value")
-    return far
+    top, eps = (float(want.abs().max()) if want.numel() else 0.0), torch.finfo(dtype).eps
+    far = float((found - want).abs().max()) if want.numel() else 0.0
+    if not (far <= max(_CLOSE, 8 * eps) * (top or 1.0) or far <= _ROUNDED * eps * scale):
+        raise VerificationError(
+            f"{name} differs from that of attribute by {far / (top or 1.0):.1g} of its largest value"
+        )
+    return far / (top or 1.0)
 
 
 def require_device(mode: Mode, like: Tensor) -> None:

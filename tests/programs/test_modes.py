@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import libragrad_fx as lg
-from libragrad_fx.errors import InputError
-from libragrad_fx.programs.modes import Mode
+from libragrad_fx.errors import InputError, VerificationError
+from libragrad_fx.programs.modes import Mode, require_close
 from tests.programs.test_program import Tiny
 
 NEAR = 1e-5  # of the largest value, in float32
@@ -49,6 +49,19 @@ def test_refusals() -> None:
         lg.program(model, x, mode="fast")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="needs a GPU, and the model is on cpu: use mode='compile'"):
         lg.program(model, x, mode="cuda_graph")
+
+
+def test_maps_are_close_by_what_they_are_sums_of() -> None:
+    """Of a map that is what rounding leaves of shares which cancel, other roundings are as good."""
+    want = torch.tensor([1.0, -1.0]) * 1e-6
+    found, eps = want + 1e-7, torch.finfo(torch.float32).eps
+    with pytest.raises(VerificationError, match=r"the map differs .* by 0\.1 of its largest value"):
+        require_close(found, want, "the map", torch.float32, 1e-6)
+    assert require_close(found, want, "the map", torch.float32, 1.0) == pytest.approx(0.1, rel=1e-3)
+    with pytest.raises(VerificationError):
+        require_close(want + 2e3 * eps, want, "the map", torch.float32, 1.0)
+    with pytest.raises(VerificationError):
+        require_close(want * torch.nan, want, "the map", torch.float32, 1.0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

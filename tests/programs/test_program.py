@@ -96,7 +96,6 @@ def asked(name: str) -> tuple[Any, Any, Any, Any]:
 
 REFUSED = {
     "vilt": "captured anew at each call: there is no graph",
-    "timesformer": "rows of one constant are of several samples",
 }
 SINGLE_PRECISION = {"efficientvit": 1e-6}
 """Models that compute their attention in float32, whatever they are given."""
@@ -217,20 +216,76 @@ def test_models_in_several_graphs_have_no_program() -> None:
         lg.program(made.model, made.inputs)
 
 
-SINGLE = [name for name, how in METHODS.items() if not how.path and name != "random"]
+EVERY = [name for name in METHODS if name != "random"]
+MEANS = [name for name, how in METHODS.items() if how.path] + ["path_averaged(fullgrad)"]
+OTHER = {"baseline": 0.5, "steps": 3, "seed": 4}
+"""Options of means, none of them the usual one."""
 
 
-@pytest.mark.parametrize("method", fast_of(SINGLE, ["input_x_gradient"]))
+@pytest.mark.parametrize("method", fast_of([*EVERY, "path_averaged(fullgrad)"], ["input_x_gradient"]))
 def test_every_method(method: str) -> None:
     """One graph serves batches of two and of five; one of a single sample is traced for itself."""
     model, x = tiny()
-    program = lg.program(model, x, method=method)
+    how = OTHER if method in MEANS else {}
+    program = lg.program(model, x, method=method, **how)
     for batch in (x, x[:2], torch.randn(5, 3, 16, 16, dtype=F64)):
         targets = [i % 5 for i in range(len(batch))]
-        alike(program(batch, targets), lg.attribute(model, batch, targets, method=method))
+        alike(program(batch, targets), lg.attribute(model, batch, targets, method=method, **how))
     assert len(program._kept) == 1
-    alike(program(x[:1], 2), lg.attribute(model, x[:1], 2, method=method))
+    alike(program(x[:1], 2), lg.attribute(model, x[:1], 2, method=method, **how))
     assert len(program._kept) == 2
+
+
+@pytest.mark.parametrize("method", fast_of(MEANS, ["smoothgrad"]))
+def test_means_are_one_forward(method: str) -> None:
+    """All places of a path are one batch, so a graph has as many products for three steps as for two."""
+    model, x = shallow() if "legrad" not in method else tiny()
+    programs = [lg.program(model, x, method=method, steps=n) for n in (2, 3)]
+    products = [
+        sum("mm" in str(n.target) or "convolution" in str(n.target) for n in p.graph(x).graph.nodes)
+        for p in programs
+    ]
+    assert products[0] == products[1]
+    want = lg.attribute(model, x[:2], [1, 4], method=method, steps=3)
+    alike(programs[1](x[:2], [1, 4]), want)
+
+
+@pytest.mark.slow
+def test_a_mean_of_several_targets_and_of_a_callable() -> None:
+    model, x = shallow()
+    method = "path_averaged(input_x_gradient)"
+    program = lg.program(model, x, method=method, targets=2, steps=3)
+    for mine, target in zip(program.each(x, [2, [0, 1, 4]]), (2, [0, 1, 4]), strict=True):
+        alike(mine, lg.attribute(model, x, target, method=method, steps=3))
+    margin = lambda y: y[:, 0] - y[:, 1]  # noqa: E731
+    got = lg.program(model, x, target=margin, method="smoothgrad", steps=3)(x)
+    alike(got, lg.attribute(model, x, margin, method="smoothgrad", steps=3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "swin", "bert", "llama", "videomae", "timesformer"])
+@pytest.mark.parametrize("method", MEANS)
+def test_means_of_every_kind(name: str, method: str) -> None:
+    """Of pictures, tokens, texts and videos, where the method has an answer."""
+    made, inputs, fixed, target = asked(name)
+    if lg.methods(made.model, inputs, made.target).get(method):
+        with pytest.raises(InputError):
+            lg.program(made.model, inputs, method=method, target=fixed, steps=2)
+        return
+    want = lg.attribute(made.model, inputs, made.target, method=method, steps=2)
+    alike(lg.program(made.model, inputs, method=method, target=fixed, steps=2)(inputs, target), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["swin", "bert"])
+def test_one_graph_serves_any_batch(name: str) -> None:
+    """Of windows that are padded, and of tokens with a mask, which could be of one row for all."""
+    made, inputs, _, _ = asked(name)
+    program = lg.program(made.model, inputs)
+    assert all("(B, " in form for form in [*program.signature(inputs).values()][:-1])
+    more = pytree.tree_map(lambda t: torch.cat([t, t.flip(0)]), inputs)
+    alike(program(more, 1), lg.attribute(made.model, more, 1, method="input_x_gradient"))
+    assert len(program._kept) == 1
 
 
 class Mean(Tiny):
@@ -306,8 +361,8 @@ def test_one_row_is_all_that_a_class_token_costs() -> None:
 
 def test_refusals() -> None:
     model, x = tiny()
-    with pytest.raises(InputError, match="one forward and backward"):
-        lg.program(model, x, method="integrated_gradients")
+    with pytest.raises(InputError, match=r"random answers without the model: use attribute\(\)"):
+        lg.program(model, x, method="random")
     with pytest.raises(InputError, match="argument of each call"):
         lg.program(model, x, target=3)
     program = plain()
@@ -315,11 +370,34 @@ def test_refusals() -> None:
         program(x, 7)
     with pytest.raises(InputError, match="2 targets"):
         program(x, [1, 2])
-    made = small("timesformer")
-    with pytest.raises(InputError, match="several samples"):
-        lg.program(made.model, made.inputs, method="fullgrad_plus")
     with pytest.raises(InputError, match=r"\.pt2"):
         program.save("program.onnx", x)
+
+
+class Meeting(nn.Module):
+    """What a sample answers depends on the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.read, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.read(self.stem(x).tanh().mean(1)).tanh()
+        return self.head(x * x.mean(0, keepdim=True))
+
+
+@pytest.mark.slow
+def test_means_that_are_refused() -> None:
+    """Where a graph is for one batch size, or samples meet each other."""
+    made = small("tabular")
+    with pytest.raises(InputError, match="all its steps as one batch, and this model's graph is for one"):
+        lg.program(made.model, made.inputs, method="integrated_gradients")
+    made = small("clip")
+    meeting = Meeting().double().eval(), torch.randn(3, 2, 4, dtype=F64)
+    for model, x in ((made.model, made.inputs), meeting):
+        for method in ("path_averaged(fullgrad)", "integrated_gradients"):
+            with pytest.raises(InputError, match="an answer of this model depends on other samples"):
+                lg.program(model, x, method=method)
 
 
 @pytest.mark.slow
@@ -419,6 +497,17 @@ def test_saved_for_any_batch(tmp_path: Path) -> None:
     torch.testing.assert_close(found["values"], want.values, rtol=1e-12, atol=1e-14)
     assert torch.equal(found["model"], model(more))
     assert found["chosen"].tolist() == [0, 1, 2, own]
+
+
+@pytest.mark.slow
+def test_a_mean_is_saved_with_its_noise(tmp_path: Path) -> None:
+    model, x = tiny()
+    program = lg.program(model, x, method="smoothgrad", steps=3, seed=2)
+    more = torch.randn(4, 3, 16, 16, dtype=F64)
+    found = saved(program, x, [more, torch.tensor([0, 1, 2, 3])], tmp_path)
+    want = lg.attribute(model, more, [0, 1, 2, 3], method="smoothgrad", steps=3, seed=2)
+    torch.testing.assert_close(found["values"], want.values, rtol=1e-12, atol=1e-14)
+    assert torch.equal(found["model"], model(more))
 
 
 @pytest.mark.slow
