@@ -54,6 +54,9 @@ def compile_(
     resolution: Annotated[
         Literal["tokens", "pixels"], typer.Option(help="Where methods look that look at one place.")
     ] = "tokens",
+    steps: Annotated[
+        int, typer.Option(help="Of means over inputs: how many. All of them run as one batch.", min=1)
+    ] = 50,
     single: Annotated[
         bool, typer.Option("--single", help="For one sample at a time, not for any batch of more.")
     ] = False,
@@ -94,8 +97,9 @@ def compile_(
             page.require_picture(inputs)
             processor = models.processor(loaded)
         program = lg.program(
-            module, inputs, method=method, policy=policy, resolution=resolution, processor=processor
-        )
+            module, inputs, method=method, policy=policy, resolution=resolution, steps=steps, seed=seed,
+            processor=processor,
+        )  # fmt: skip
         say(f"writing {output}")
         if paged:
             about = {"title": loaded.title, "labels": models.categories(loaded)}

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import libragrad_fx as lg
 from libragrad_fx.cli import app
 from libragrad_fx.viz.browser import RUNTIME
 
@@ -27,6 +28,24 @@ def test_a_file_is_written(tmp_path: Path) -> None:
     torch.testing.assert_close(values, model()[0].weight[2:].double())
 
 
+def test_steps_of_a_mean(tmp_path: Path) -> None:
+    """Fewer steps are another mean: their number reaches the file, and the seed its noise."""
+    args = ["compile", "tests.cli.test_compile:curved", "--method", "smoothgrad", "--seed", "3"]
+    for steps in (2, 3):
+        path = tmp_path / f"{steps}.pt2"
+        done = run(app, [*args, "-o", str(path), "--steps", str(steps)])
+        assert done.exit_code == 0, done.output
+        x, target = torch.randn(2, 6), torch.tensor([1, 1])
+        values, *_ = torch.export.load(path).module()(x, target)
+        want = lg.attribute(curved(), x, 1, method="smoothgrad", steps=steps, seed=3)
+        torch.testing.assert_close(values, want.values, rtol=1e-4, atol=1e-6)
+
+
+def curved() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.Tanh(), torch.nn.Linear(3, 3))
+
+
 def model() -> torch.nn.Sequential:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(6, 3))
@@ -39,7 +58,7 @@ def model() -> torch.nn.Sequential:
         (["-o", "x.html", "--runtime", "nowhere"], "npm install onnxruntime-web"),
         (["-o", "x.pt2", "--examples", "x.png"], "--examples and --runtime are for a page"),
         (["-o", "x.pt2", "--method", "nothing"], "nothing"),
-        (["-o", "x.pt2", "--method", "smoothgrad"], "use attribute"),
+        (["-o", "x.pt2", "--method", "random"], "use attribute"),
     ],
 )
 def test_errors_are_one_line(args: list[str], says: str) -> None:
