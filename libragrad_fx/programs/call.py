@@ -239,10 +239,11 @@ class Program(Told):
         entries = math.prod(first.output.shape[1:]) if first.indexed else 1
         if not self.targets <= entries:
             raise InputError(f"{self.targets} targets of an output with {entries} entries for each sample")
+        axes = () if first.apart else batch_axes(module, call)
         # for a free batch PyTorch may choose other kernels, or have none
-        for free in dict.fromkeys((() if first.apart else batch_axes(module, call), ())):
+        for free, python in ((axes, True), (axes, False), ((), False)) if any(axes) else (((), False),):
             try:
-                made = traced(first, self.target, self.targets, free)
+                made = traced(first, self.target, self.targets, free, python)
             except RuntimeError:
                 if free:
                     continue

@@ -6,6 +6,7 @@ the samples of each constant are. Then the same code runs on fake tensors, and P
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -217,13 +218,15 @@ def _first(output: Any, target: Any) -> Any:
     return Chosen(torch.zeros(y.shape[0], dtype=torch.long, device=y.device))
 
 
-def traced(first: Shown, target: Any, targets: int, free: Sequence[Axes]) -> Flat:
+def traced(first: Shown, target: Any, targets: int, free: Sequence[Axes], python: bool) -> Flat:
     """Trace what ``first`` has run, for inputs of its sizes; their axes in ``free`` of any size.
 
     Args:
         target: as of ``shown``.
         targets: how many are explained, each by a backward.
         free: of each tensor of the call, see ``batch_axes``; () for none.
+        python: whether shapes come from PyTorch's Python kernels. More of these leave a size free; some
+            are made of other ops, which round otherwise.
     """
     module, leaves, spec = _call(first)
     attributes, sizes, asked = _attributes(module), ShapeEnv(), first.asked
@@ -257,7 +260,8 @@ def traced(first: Shown, target: Any, targets: int, free: Sequence[Axes]) -> Fla
         fields[:] = named
         return [*named.values()]
 
-    with quiet(), mode, enable_python_dispatcher():  # whose kernels for shapes know free sizes
+    shapes = enable_python_dispatcher() if python else contextlib.nullcontext()
+    with quiet(), mode, shapes:
         graph = make_fx(explained)(*fakes)
         with torch.no_grad():
             graph = without_zeros(graph, fakes)
