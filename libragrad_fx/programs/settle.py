@@ -49,12 +49,13 @@ def _lay(made: GraphModule) -> None:
 
 
 def _one_size(made: GraphModule) -> None:
-    """A free size is read from one tensor: the first that has it."""
+    """A size that is free is read, or computed, once."""
     first: dict[str, Node] = {}
-    for node in made.graph.find_nodes(op="call_function", target=aten.sym_size.int):
-        kept = first.setdefault(str(node.meta["val"]), node)
-        if kept is not node:
-            node.replace_all_uses_with(kept)
+    for node in made.graph.nodes:
+        if node.op == "call_function" and isinstance(size := node.meta.get("val"), torch.SymInt):
+            kept = first.setdefault(str(size), node)
+            if kept is not node:
+                node.replace_all_uses_with(kept)
 
 
 def _shorten(node: Node) -> None:
