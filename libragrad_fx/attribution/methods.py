@@ -7,7 +7,7 @@ import itertools
 import math
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -330,8 +330,8 @@ def _whole_on_a_line(asked: Question, seen: Run, targets: Sequence[Target]) -> l
     found: list[list[Attribution]] = [[] for _ in targets]
     for at in _runs(asked, seen, line, targets):
         for mine, one in zip(found, at.seen, strict=True):
-            mine += _each(answer(at.asked, one), at.count)
-    return [*map(_mean, found)]
+            mine.append(answer(at.asked, one))
+    return [_mean(answers, asked.steps) for answers in found]
 
 
 def _block_by_block(asked: Question, seen: Run, targets: Sequence[Target]) -> list[Attribution]:
@@ -439,30 +439,19 @@ def _with_gradients(
     return dataclasses.replace(seen, layers=other(seen.layers), inputs=other(seen.inputs))
 
 
-def _mean(answers: Sequence[Attribution]) -> Attribution:
-    """The mean of all that is a tensor; of a mean of maps no sum is promised."""
-    first, n = answers[0], len(answers)
+def _mean(answers: Sequence[Attribution], places: int) -> Attribution:
+    """The mean of all that is a tensor, over so many places, of which each answer has as many; of a mean of
+    maps no sum is promised."""
+    first, count = answers[0], places // len(answers)
+
+    def mean(values: Iterable[torch.Tensor]) -> Any:
+        return sum(part for x in values for part in parted(x, count)) / places
+
     fields = {f.name: [getattr(a, f.name) for a in answers] for f in dataclasses.fields(first)}
-    means: dict[str, Any] = {k: sum(v) / n for k, v in fields.items() if isinstance(v[0], torch.Tensor)}
+    means = {k: mean(v) for k, v in fields.items() if isinstance(v[0], torch.Tensor)}
     for name in MAPPINGS:
-        means[name] = {k: sum(getattr(a, name)[k] for a in answers) / n for k in getattr(first, name)}
+        means[name] = {k: mean(getattr(a, name)[k] for a in answers) for k in getattr(first, name)}
     return dataclasses.replace(first, **means)
-
-
-def _each(found: Attribution, count: int) -> list[Attribution]:
-    """The answer at each of so many places."""
-    if count == 1:
-        return [found]
-    fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-    split = {k: parted(v, count) for k, v in fields.items() if isinstance(v, torch.Tensor)}
-    inner = {name: {k: parted(t, count) for k, t in fields[name].items()} for name in MAPPINGS}
-    return [
-        dataclasses.replace(
-            found, **{k: v[i] for k, v in split.items()},
-            **{name: {k: v[i] for k, v in vs.items()} for name, vs in inner.items()},
-        )
-        for i in range(count)
-    ]  # fmt: skip
 
 
 # --- from what was seen to an answer

@@ -172,13 +172,13 @@ def shown(module: CapturedModule, inputs: Any, target: Any, **options: Any) -> S
         raise InputError("random answers without the model: use attribute()")
     run = asked.run()
     targets, output = meant(run.output), first_tensor(run.output).detach()
-    seen = run.back(*targets)
+    seen = run.back(*targets, last=False)
     known = _known(asked, run, seen)
     if asked.how.path:
         drawn = noise(asked, run) if asked.how.path == "noise" else ()
         asked = dataclasses.replace(asked, drawn=drawn, stacked=_stack(asked, targets))
     plain = dataclasses.replace(asked, stacked=None)
-    (like,) = answers(plain, plain.run(), targets)
+    (like,) = answers(plain, run, targets)
     asked = dataclasses.replace(asked, known=known)
     indexed = isinstance(targets[0], Chosen)
     apart = [*known.rows, *(asked.stacked.known.rows if asked.stacked else ())]

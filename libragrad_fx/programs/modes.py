@@ -121,6 +121,11 @@ class Runs:
         return made
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """How far numbers may be from others, of the largest, when ops ran in another order."""
+    return max(_CLOSE, 8 * torch.finfo(dtype).eps)
+
+
 def require_close(found: Tensor, want: Tensor, name: str, dtype: torch.dtype, scale: float) -> float:
     """How far a map is from another, of the largest value.
 
@@ -131,9 +136,10 @@ def require_close(found: Tensor, want: Tensor, name: str, dtype: torch.dtype, sc
     Raises:
         VerificationError: further than ops in another order round.
     """
-    top, eps = (float(want.abs().max()) if want.numel() else 0.0), torch.finfo(dtype).eps
+    top = float(want.abs().max()) if want.numel() else 0.0
     far = float((found - want).abs().max()) if want.numel() else 0.0
-    if not (far <= max(_CLOSE, 8 * eps) * (top or 1.0) or far <= _ROUNDED * eps * scale):
+    alone = _ROUNDED * torch.finfo(dtype).eps * scale
+    if not (far <= rounding(dtype) * (top or 1.0) or far <= alone):
         raise VerificationError(
             f"{name} differs from that of attribute by {far / (top or 1.0):.1g} of its largest value"
         )

@@ -21,6 +21,7 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.module.captured import CapturedModule, InGraphs, one_graph
 from libragrad_fx.module.variants import fits
 from libragrad_fx.ops import insert
+from libragrad_fx.programs.modes import rounding
 from libragrad_fx.target import Arguments, Target, as_call, select_each
 
 Tensor = torch.Tensor
@@ -71,14 +72,21 @@ class Stack:
         given = {name: torch.cat([at[name] for at in places], counted.get(name, 0)) for name in places[0]}
         inputs = repeated(asked.inputs, self.axes, len(places))
         every = dataclasses.replace(asked, inputs=inputs, known=self.known, stacked=None)
-        if self.known is None and not fits(one_graph(asked.module), *as_call(inputs)):
-            raise InputError(f"{_refused(asked)}, and this model's graph does not serve so many samples")
-        run = every.run(given, None if self.known else every.run())  # which tells where things lie
-        part = _outputs(run.output, len(places))[0]
-        if self.known is None and not _alike(part, asked.run(places[0], first).output):
-            raise InputError(f"{_refused(asked)}, and an answer of this model depends on other samples")
+        run = every.run(given) if self.known else self._first(every, given, asked, first, places)
         chosen = [lambda output, t=t: each_place(output, t, len(places)) for t in targets]
         return At(every, len(places), run, [*run.backs(chosen)])
+
+    @staticmethod
+    def _first(
+        every: Question, given: Starts, asked: Question, first: Run, places: Sequence[Starts]
+    ) -> Run:
+        """A run of ``every``, after an ordinary one that tells where things lie."""
+        if not fits(one_graph(every.module), *as_call(every.inputs)):
+            raise InputError(f"{_refused(asked)}, and this model's graph does not serve so many samples")
+        run = every.run(given, every.run())
+        if not _alike(_outputs(run.output, len(places))[0], asked.run(places[0], first).output):
+            raise InputError(f"{_refused(asked)}, and an answer of this model depends on other samples")
+        return run
 
 
 def stacked(asked: Question) -> Stack:
@@ -119,7 +127,7 @@ def _alike(output: Any, alone: Any) -> bool:
     def alike(x: Any, y: Any) -> bool:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return True
-        near = max(1e-3, 8 * torch.finfo(x.dtype).eps)
+        near = rounding(x.dtype)
         top = float(y.detach().nan_to_num(0, 0, 0).abs().max()) if y.numel() else 0.0
         return x.shape == y.shape and torch.allclose(x, y, rtol=near, atol=near * top, equal_nan=True)
 
