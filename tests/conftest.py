@@ -37,7 +37,7 @@ def _seed() -> None:
 @pytest.fixture
 def no_attention_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small attention, which is left to PyTorch's kernel, goes through ours."""
-    monkeypatch.setattr("libragrad_fx.ops.attention._SMALL", 0)
+    monkeypatch.setattr("libragrad_fx.kernels.blocks._SMALL", 0)
 
 
 @pytest.fixture

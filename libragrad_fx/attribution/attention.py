@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 from libragrad_fx.decide.flow import reach
 from libragrad_fx.graph.origin import module_path
 from libragrad_fx.graph.schema import aten_op, bind, operands, place_of, spread
-from libragrad_fx.ops.attention import is_softmax, probabilities, repeated
+from libragrad_fx.kernels.blocks import repeated
+from libragrad_fx.ops.attention import is_softmax, probabilities
 from libragrad_fx.ops.insert import is_scale, probed, stop
 from libragrad_fx.types import Kind, OpFacts
 

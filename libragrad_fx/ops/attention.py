@@ -9,9 +9,7 @@ window's), P itself is saved in place of q and k.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from torch.nn.attention import SDPBackend
 from libragrad_fx.graph.schema import aten_op
 from libragrad_fx.kernels import kernel, on_gpu
 from libragrad_fx.kernels.attention import FUSED, additive, called, fused, is_fit, value_samples
+from libragrad_fx.kernels.blocks import is_small, repeated, rows_of, summed, value_gradient
 from libragrad_fx.ops import insert
 from libragrad_fx.ops.binding import Log
 from libragrad_fx.ops.function import traced, watched
@@ -37,11 +36,7 @@ COUNTED_AS = {
 """CPU kernels, and the GPU kernels by which to count their operations: some versions of PyTorch do not."""
 _FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 CHUNK = 64  # query rows at a time, of all heads (``_attention``)
-_ROWS = 256  # the fewest query rows at a time (``_by_lse``)
-_CACHED = 2**18  # elements of a block of P, a thread: 1 MiB of float32
 _FEW = 256  # up to so many keys, the probabilities are saved
-_CHEAP = 2**21  # below so many multiplications in a product, and
-_SMALL = 2**16  # so many elements of k, one kernel for all three gradients costs less
 
 
 def is_softmax(node: Node) -> bool:
@@ -58,25 +53,10 @@ def probabilities(
         scores = scores.masked_fill(rows < torch.arange(k.shape[-2], device=q.device), -math.inf)
     if mask is None or scores.numel() == 0:
         return torch.softmax(scores, -1)
-    mask = _rows(mask, slice(first, first + q.shape[-2]))
+    mask = rows_of(mask, slice(first, first + q.shape[-2]))
     scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     nothing = scores.amax(-1, keepdim=True) == -math.inf
     return torch.softmax(scores, -1).masked_fill(nothing, 0.0)
-
-
-def repeated(x: torch.Tensor, times: int) -> torch.Tensor:
-    """Keys or values, once for each head of a group of queries."""
-    return x.repeat_interleave(times, -3) if times > 1 else x
-
-
-def summed(x: torch.Tensor, times: int) -> torch.Tensor:
-    """The transpose of ``repeated``."""
-    return x.unflatten(-3, (-1, times)).sum(-3) if times > 1 else x
-
-
-def _rows(mask: torch.Tensor, rows: slice) -> torch.Tensor:
-    """The mask's part for these query rows; a mask that all rows share is returned whole."""
-    return mask if mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
 
 
 def _attention(
@@ -114,33 +94,7 @@ def _by_lse(
 ) -> Grads:  # fmt: skip
     if watched() or g.is_cuda:
         return {"value": attention_value(g, query, key, attn_mask, lse, is_causal, scale)}
-    return {"value": _value_gradient(g, query, key, attn_mask, lse, is_causal, scale)}
-
-
-def _value_gradient(
-    g: torch.Tensor, query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor | None,
-    lse: torch.Tensor, is_causal: bool, scale: float | None,
-) -> torch.Tensor:  # fmt: skip
-    """dV, from P = exp(scale q kᵀ + mask - lse); in place, because P is the largest tensor."""
-    heads = query.shape[1] // key.shape[1]
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    wide = lse.dtype
-    mask = additive(attn_mask, lse)
-    lse = lse.masked_fill(lse == -math.inf, math.inf)  # a row with nothing to attend to: P is 0
-    keys = repeated(key, heads).to(wide)
-    dv = torch.zeros((*keys.shape[:3], g.shape[-1]), dtype=wide, device=g.device)
-    for part, rows in _blocks(query.shape, keys.shape[2]):
-        seen = slice(0, rows.stop if is_causal else None)
-        here = (*part, rows)
-        offset, q, do = (t[here].to(wide).flatten(0, 1) for t in (-lse[..., None], query, g))
-        k = keys[(*part, seen)].flatten(0, 1)
-        p = torch.baddbmm(offset, q, k.transpose(1, 2), alpha=scale)
-        if mask is not None:
-            p.unflatten(0, dv[part].shape[:2]).add_(_mask_of(mask, part, rows))
-        if is_causal:
-            p[:, :, rows.start :].masked_fill_(_later(p[0, :, rows.start :]), -math.inf)
-        dv[part].view(-1, *dv.shape[2:])[:, seen].baddbmm_(p.exp_().transpose(1, 2), do)
-    return summed(dv, heads).to(g.dtype)
+    return {"value": value_gradient(g, query, key, attn_mask, lse, is_causal, scale)}
 
 
 def written_out(
@@ -164,37 +118,9 @@ def _value_shape(g: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: An
 attention_value = kernel(
     "attention_value(Tensor g, Tensor query, Tensor key, Tensor? attn_mask, Tensor lse, bool is_causal,"
     " float? scale) -> Tensor",
-    written_out, _value_shape, value_samples, cpu=_value_gradient,
+    written_out, _value_shape, value_samples, cpu=value_gradient,
 )  # fmt: skip
 """dV as one op: (B, key heads, keys, features of v)."""
-
-
-def _blocks(shape: torch.Size, keys: int) -> Iterator[tuple[tuple[slice, slice], slice]]:
-    """Blocks whose probabilities are computed at once: ((samples, heads), query rows).
-
-    A block has all heads of several samples, or some heads of one: so it is dense in a dense tensor.
-    """
-    samples, heads, queries = shape[:3]
-    room = torch.get_num_threads() * _CACHED // max(keys, 1)  # rows
-    few = min(max(_ROWS, room // max(heads, 1)), queries)
-    fit = max(room // max(few, 1), 1)
-    some, of = max(fit // max(heads, 1), 1), min(fit, max(heads, 1))
-    for sample, head, row in itertools.product(
-        range(0, samples, some), range(0, heads, of), range(0, queries, max(few, 1))
-    ):
-        part = slice(sample, sample + some), slice(head, head + of)
-        yield part, slice(row, min(row + few, queries))
-
-
-def _mask_of(mask: torch.Tensor, part: tuple[slice, slice], rows: slice) -> torch.Tensor:
-    mask = mask[(None,) * (4 - mask.ndim)]
-    samples, heads = (p if n > 1 else slice(None) for p, n in zip(part, mask.shape, strict=False))
-    return _rows(mask, rows)[samples, heads]
-
-
-def _later(block: torch.Tensor) -> torch.Tensor:
-    """The causal mask of a block of scores whose first row and first column are the same token."""
-    return torch.ones_like(block, dtype=torch.bool).triu_(1)
 
 
 def _math(
@@ -279,9 +205,7 @@ def _is_cheap(query: torch.Tensor, key: torch.Tensor) -> bool:
     a graph, which serves other sizes too."""
     if torch.compiler.is_exporting() or traced():
         return False
-    if torch.compiler.is_compiling():
-        return True
-    return query.numel() * key.shape[-2] < _CHEAP and key.numel() < _SMALL
+    return torch.compiler.is_compiling() or is_small(query, key)
 
 
 def _chosen(query: torch.Tensor, *args: Any, **kwargs: Any) -> SDPBackend | None:

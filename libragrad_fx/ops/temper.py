@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from libragrad_fx.errors import ModeError
-from libragrad_fx.ops.attention import CHUNK, probabilities, repeated, scaled_dot_product_attention, summed
+from libragrad_fx.kernels.blocks import repeated, summed
+from libragrad_fx.ops.attention import CHUNK, probabilities, scaled_dot_product_attention
 from libragrad_fx.ops.twin import LIBRARY, NAMESPACE, Grads, made_once, twin
 
 aten = torch.ops.aten

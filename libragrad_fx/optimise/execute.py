@@ -110,12 +110,18 @@ def flattened(graph: Graph) -> tuple[Callable[[torch.nn.Module], Any], dict[str,
     names = {str(n.target): f"a{i}" for i, n in enumerate(named)}
     for node in named:
         node.target = names[str(node.target)]
-    parents = [itertools.accumulate(p.split(".")[:-1], "{}.{}".format) for p in names]
-    modules = [(p, *p.rpartition(".")[::2]) for p in sorted(set(itertools.chain(*parents)))]
-    leaves = [p.rpartition(".")[::2] for p in names]
+    read = reader([*names])
     Attributes = namedtuple("Attributes", names.values())  # a type that Dynamo can trace
+    return lambda root: Attributes(*read(root)), dict.fromkeys(names.values())
 
-    def attributes(root: torch.nn.Module) -> Any:
+
+def reader(paths: Sequence[str]) -> Callable[[torch.nn.Module], list[Any]]:
+    """A function from a module to what it has at these paths. Each submodule is looked up once a call."""
+    parents = [itertools.accumulate(p.split(".")[:-1], "{}.{}".format) for p in paths]
+    modules = [(p, *p.rpartition(".")[::2]) for p in sorted(set(itertools.chain(*parents)))]
+    leaves = [p.rpartition(".")[::2] for p in paths]
+
+    def read(root: torch.nn.Module) -> list[Any]:
         found: dict[str, Any] = {"": root}
         for path, parent, name in modules:
             found[path] = found[parent]._modules[name]
@@ -123,9 +129,9 @@ def flattened(graph: Graph) -> tuple[Callable[[torch.nn.Module], Any], dict[str,
         for parent, name in leaves:
             own = found[parent]._parameters.get(name)
             values.append(entry(found[parent], name) if own is None else own)
-        return Attributes(*values)
+        return values
 
-    return attributes, dict.fromkeys(names.values())
+    return read
 
 
 def attribute(module: torch.nn.Module, path: str) -> Any:
@@ -183,8 +189,10 @@ def _held(program: Graph) -> Callable[..., Sequence[torch.Tensor]]:
     kept: dict[Any, Any] = {}
 
     def fixed(*numbers: Any) -> Sequence[torch.Tensor]:
-        if watched() or torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled():
-            return make(*numbers)  # under such a mode, the result is not to be cached
+        modes = torch._C._len_torch_dispatch_stack() or torch._C._is_any_autocast_enabled()
+        recorded = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if watched() or modes or recorded:  # then the result is not to be cached, or is dropped too early
+            return make(*numbers)
         key = (torch.get_default_dtype(), *numbers)  # a constant may take the default dtype
         if key in kept:
             return kept[key]  # type: ignore[no-any-return]

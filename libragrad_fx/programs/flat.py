@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from libragrad_fx.attribution.methods import (
 from libragrad_fx.errors import InputError
 from libragrad_fx.extras import quiet
 from libragrad_fx.module.captured import CapturedModule, one_graph
-from libragrad_fx.optimise.execute import attribute
+from libragrad_fx.optimise.execute import attribute, reader
 from libragrad_fx.programs.settle import settled
 from libragrad_fx.programs.stack import Axes, Stack, stacked
 from libragrad_fx.programs.zeros import without_zeros
@@ -118,7 +119,11 @@ class Flat:
 
     def state(self, module: CapturedModule) -> list[Tensor]:
         """What the graph takes before the tensors of a call: so many do not differ from call to call."""
-        return [*(attribute(module, path) for path in self.paths), *self.constants]
+        return [*self._read(module), *self.constants]
+
+    @functools.cached_property
+    def _read(self) -> Callable[[torch.nn.Module], list[Any]]:
+        return reader(self.paths)
 
     def answers(self, found: Sequence[Tensor]) -> tuple[list[tuple[Attribution, Tensor | None]], Tensor]:
         """From what the graph returned: of each target the answer and the chosen index; the model's output
@@ -265,7 +270,7 @@ def traced(first: Shown, target: Any, targets: int, free: Sequence[Axes], python
         graph = make_fx(explained)(*fakes)
         with torch.no_grad():
             graph = without_zeros(graph, fakes)
-    graph = settled(graph)
+    graph = settled(graph, [i for i, (_, field, _) in enumerate(fields) if field == "model"])
     fixed = not free or sizes.guards  # something was decided by the size of the batch
     batch, behind = (first.output.shape[0] if fixed else 0), tuple(first.output.shape[1:])
     return Flat(

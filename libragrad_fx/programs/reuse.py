@@ -1,6 +1,7 @@
 """Ops of a flat graph that write over an operand which nothing reads any more, in place of new memory.
 
 New memory costs more than the arithmetic of a pointwise op: the operating system hands it out page by page.
+Small constants (masks, tables of positions) are marked, so that they are computed once and stay.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import torch
 from torch.fx import Graph, Node
 
 from libragrad_fx.graph.alias import is_fresh, memory
+from libragrad_fx.graph.notes import note
 from libragrad_fx.graph.schema import is_elementwise
+from libragrad_fx.optimise.reuse import constants
+from libragrad_fx.optimise.work import Work
 
 aten = torch.ops.aten
 
@@ -26,6 +30,7 @@ def reuse(graph: Graph) -> Graph:
     """
     new = Graph()
     new.output(new.graph_copy(graph, {}))
+    constants(Work(new, {}))
     owner = memory(new)
     last = {owner[read]: node for node in new.nodes for read in node.all_input_nodes}
     for node in new.nodes:
@@ -45,7 +50,9 @@ def reuse(graph: Graph) -> Graph:
 
 def _operands(node: Node) -> list[Node]:
     """The operands that an op may write over, as far as its kind says."""
-    return node.all_input_nodes if is_elementwise(node) and _with_out(node.target) else []  # type: ignore[arg-type]
+    if note(node).fixed or not is_elementwise(node) or not _with_out(node.target):  # type: ignore[arg-type]
+        return []
+    return node.all_input_nodes
 
 
 @functools.cache
@@ -74,8 +81,8 @@ def _is_free(x: Node, node: Node, owner: dict[Node, Node], last: dict[Node, Node
 
 
 def _is_new(node: Node) -> bool:
-    """Whether a node that shares no memory with its operands has made its own."""
-    return is_fresh(node, None) or node.target is operator.getitem
+    """Whether a node that shares no memory with its operands makes its own at each call."""
+    return not note(node).fixed and (is_fresh(node, None) or node.target is operator.getitem)
 
 
 def _form(x: torch.Tensor) -> Any:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch._functorch.compile_utils import fx_graph_cse
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 from torch.fx.node import map_arg
+
+from libragrad_fx.decide.flow import reach
 
 aten = torch.ops.aten
 _SAME = {aten.view.default, aten.alias.default, aten.detach.default, aten.slice.Tensor, aten.expand.default}
 """Ops that give their operand if the shape stays the same."""
 
 
-def settled(made: GraphModule) -> GraphModule:
-    """The same computation in fewer ops."""
+def settled(made: GraphModule, exact: Collection[int] = ()) -> GraphModule:
+    """The same computation in fewer ops. exact: the places of results whose bits stay the same; others may
+    be rounded otherwise."""
     _fold(made)
     _lay(made)
+    _one_product(made.graph, exact)
     _one_size(made)
     for node in made.graph.nodes:
         _shorten(node)
@@ -48,6 +54,30 @@ def _lay(made: GraphModule) -> None:
             setattr(made, name, value.to(*devices))
 
 
+def _one_product(graph: Graph, exact: Collection[int]) -> None:
+    """Products with one matrix, the same for the whole batch, are one product of more rows. PyTorch makes
+    many of the linear layers whose input is no dense matrix."""
+    results = graph.output_node().args[0]
+    kept = reach([results[i] for i in exact], lambda n: n.all_input_nodes)  # type: ignore[index,arg-type]
+    for node in graph.find_nodes(op="call_function", target=aten.bmm.default):
+        a, b = node.args
+        (count, rows, _), (_, terms, columns) = a.meta["val"].shape, b.meta["val"].shape
+        sizes = [-1, rows, columns] if isinstance(rows, int) else [count, -1, columns]
+        is_one = known(b.meta["val"].stride(0) == 0) and all(isinstance(n, int) for n in (terms, *sizes))
+        if node in kept or not is_one:
+            continue
+        with graph.inserting_before(node):
+            many = _call(graph, aten.reshape.default, a, [-1, terms])
+            one = _call(graph, aten.mm.default, many, _call(graph, aten.select.int, b, 0, 0))
+            node.replace_all_uses_with(_call(graph, aten.reshape.default, one, sizes))
+
+
+def _call(graph: Graph, op: Any, *args: Any) -> Node:
+    node = graph.call_function(op, args)
+    node.meta["val"] = op(*map_arg(args, lambda n: n.meta["val"]))
+    return node
+
+
 def _one_size(made: GraphModule) -> None:
     """A size that is free is read, or computed, once."""
     first: dict[str, Node] = {}
@@ -65,6 +95,9 @@ def _shorten(node: Node) -> None:
     x: Any = node.args[0] if node.op == "call_function" and node.args else None
     if not isinstance(x, Node):
         return
+    if node.target is aten.ones_like.default and not (seen := node.meta["val"]).ndim:  # of a sum, not read
+        node.target, node.args = aten.ones.default, ([],)
+        node.kwargs = {"dtype": seen.dtype, "device": seen.device}
     if node.target is aten._unsafe_view.default:  # its schema does not say that it is a view
         node.target = aten.view.default
     if node.target is x.target is aten.view.default:

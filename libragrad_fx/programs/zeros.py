@@ -99,10 +99,10 @@ class Part:
         return dataclasses.replace(self, kept=kept, shape=shape, dtype=kept.dtype, axis=axis, inner=inner)
 
     def alike(self, other: Part) -> bool:
-        """Whether two tensors of one shape are zero at the same places."""
-        mine, others = ((p.axis, p.count, p.start, p.length) for p in (self, other))
-        same = len(self.shape) == len(other.shape) and all(map(_equal, self.shape, other.shape))
-        return same and mine == others and _equal(self.inner, other.inner)
+        """Whether two tensors are zero at the same places, where one is broadcast to the other."""
+        mine, others = ((p.back, p.count, p.start, p.length) for p in (self, other))
+        same = mine == others and _equal(self.inner, other.inner)
+        return same and _equal(self.shape[self.axis], other.shape[other.axis])
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -183,7 +183,8 @@ def _fitting(part: Part, x: Any) -> Any:
 def _plus(op: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     both = [x for x in (a, b) if isinstance(x, Part) and x.kept is not None]
     if len(both) == 2 and a.alike(b):
-        return a.with_(op(a.kept, b.kept, **kwargs), a.shape, a.axis)
+        shape = torch.broadcast_shapes(a.shape, b.shape)
+        return a.with_(op(a.kept, b.kept, **kwargs), shape, len(shape) - a.back)
     zero, other = (a, b) if _is_nothing(a) else (b, a)
     plain = _is_nothing(zero) and isinstance(other, (Tensor, Part))
     if not plain or zero.dtype != other.dtype or (zero is a and (kwargs or op is aten.sub.Tensor)):

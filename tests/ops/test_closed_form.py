@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from libragrad_fx.bench import Operations
 from libragrad_fx.decide import rulebook
+from libragrad_fx.kernels import blocks
 from libragrad_fx.ops import TWINS
 from libragrad_fx.ops import attention as attention_twins
 from tests.rows.one_op import ALL_TWINS
@@ -366,7 +367,7 @@ def test_attention(
     if cached is not None:
         constants = {"_SMALL": 0, "_CACHED": cached, "_ROWS": 256 if cached > 150 else 4}
     for constant, value in constants.items():
-        monkeypatch.setattr(f"libragrad_fx.ops.attention.{constant}", value)
+        monkeypatch.setattr(f"libragrad_fx.kernels.blocks.{constant}", value)
     queries, heads, given = ATTENTION[name]
     arguments = dict(given)
     keys = queries if arguments.get("is_causal") else 9
@@ -396,7 +397,7 @@ def test_probabilities_of_few_keys_are_kept(
     mask: str | None, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where PyTorch's kernel has them anyway; the backward is one product then, and not two."""
-    monkeypatch.setattr(attention_twins, "_SMALL", 0)
+    monkeypatch.setattr(blocks, "_SMALL", 0)
     monkeypatch.setattr(attention_twins, "_FEW", few)
     q, k, v = randn(2, 3, 5, 8), randn(2, 3, 7, 8), randn(2, 3, 7, 8)
     added = {"float": randn(5, 7), "bool": randn(5, 7) < 1}.get(mask or "")
@@ -411,6 +412,36 @@ def test_probabilities_of_few_keys_are_kept(
             torch.autograd.grad(y.sum(), v)
         assert torch.equal(y, torch.nn.functional.scaled_dot_product_attention(q, k, v, added))
     assert (work.total - forward) / (forward / 2) == (2 if few == 0 else 1)
+
+
+V_CASES = (
+    "plain", "none seen", "causal", "grouped", "bias a head", "no keys", "no queries", "wide v",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("small", [0, 2**16], ids=["in blocks", "by PyTorch's kernel"])
+@pytest.mark.parametrize("name", V_CASES)
+def test_the_gradient_of_v_is_its_written_form(
+    name: str, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "_SMALL", small)
+    heads, wide, causal = {"grouped": 2}.get(name, 4), {"wide v": 9}.get(name, 8), name == "causal"
+    queries, keys = {"no keys": (6, 0), "no queries": (0, 6)}.get(name, (6, 6))
+    q, k, g = randn(2, 4, queries, 8), randn(2, heads, keys, 8), randn(2, queries, 4, wide).transpose(1, 2)
+    seen = (torch.rand(2, 1, 6, keys) > 0.5) & (torch.arange(6) != 3)[:, None]
+    mask = {"none seen": seen, "bias a head": randn(1, 4, 6, keys)}.get(name)
+    scores = q @ k.repeat_interleave(4 // heads, 1).mT * 0.3
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    if causal:
+        scores = scores.masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -math.inf)
+    args = g, q, k, mask, scores.logsumexp(-1), causal, 0.3
+    found, want = attention_twins.attention_value(*args), attention_twins.written_out(*args)
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-14)
+    like = attention_twins.attention_value(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
+    assert (found.shape, found.dtype) == (like.shape, like.dtype)
+    assert found.is_contiguous()
+    assert like.is_contiguous()
 
 
 # --- recurrent layers: gates and tanh-secants held, step by step
@@ -576,7 +607,7 @@ def test_at_zero_is_the_value_at_zero(row: Any) -> None:
 def test_attention_without_tokens(
     queries: int, keys: int, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_twins, "_CHEAP", 0)
+    monkeypatch.setattr(blocks, "_CHEAP", 0)
     q, k, v = (randn(1, 2, n, 4) for n in (queries, keys, keys))
     mask = torch.zeros(queries, keys, dtype=torch.float64) if masked else None
     y = attention_twins.scaled_dot_product_attention(q, k, v.requires_grad_(), mask)

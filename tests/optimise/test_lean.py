@@ -322,7 +322,7 @@ def test_a_graph_changed_by_hand_runs_as_it_is() -> None:
 
 def test_attention_lets_the_fused_projection_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """It keeps q and k, not the v that lies between them."""
-    monkeypatch.setattr("libragrad_fx.ops.attention._SMALL", 0)
+    monkeypatch.setattr("libragrad_fx.kernels.blocks._SMALL", 0)
     x = torch.randn(B, H, N, 3 * D, requires_grad=True)
     fused = x * 2
     held = StorageWeakRef(fused.untyped_storage())

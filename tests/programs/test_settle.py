@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from libragrad_fx.programs.settle import settled
 
@@ -44,14 +46,17 @@ CASES: dict[str, tuple[Callable[[torch.Tensor], Any], Counter[Any]]] = {
 }  # fmt: skip
 
 
+def ops(made: torch.fx.GraphModule) -> Counter[Any]:
+    return Counter(n.target for n in made.graph.nodes if n.op == "call_function")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_fewer_ops_and_the_same_result(name: str) -> None:
     f, want = CASES[name]
     x = torch.randn(2, 3)
     made = settled(make_fx(f)(x))
-    ops = Counter(n.target for n in made.graph.nodes if n.op == "call_function")
     assert torch.equal(made(x), f(x))
-    assert ops == want
+    assert ops(made) == want
 
 
 def test_what_lies_apart_is_viewed_as_before() -> None:
@@ -79,3 +84,26 @@ def test_a_free_size_is_asked_once() -> None:
     for batch in (3, 4):
         x, y = torch.randn(batch, 2, 2), torch.randn(batch, 5)
         assert all(map(torch.equal, few(x, y), f(x, y)))
+
+
+@pytest.mark.parametrize("free", [(), (0,), (1,)], ids=["fixed", "a free batch", "free rows"])
+def test_products_with_one_matrix_are_one(free: tuple[int, ...]) -> None:
+    """The matrix is cut from a larger one, behind its expansion; the first result keeps its bits."""
+    f = lambda x, w: [x @ w.t(), (x @ w.t().expand(x.shape[0], 4, 6)[:, :, 2:5]).neg()]  # noqa: E731
+    x, w = torch.randn(7, 3, 4).double().transpose(1, 2).contiguous().mT, torch.randn(6, 4).double()
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    sizes = [DimDynamic.DYNAMIC if axis in free else DimDynamic.STATIC for axis in range(3)]
+    fakes = mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(sizes)), mode.from_tensor(w)
+    with mode:
+        made = make_fx(f)(*fakes)
+    assert ops(made)[aten.bmm.default] == 2
+    few = settled(made, [0])
+    assert (ops(few)[aten.bmm.default], ops(few)[aten.mm.default]) == (1, 1)
+    found, want = few(x, w), f(x, w)
+    assert torch.equal(found[0], want[0])
+    torch.testing.assert_close(found[1], want[1], rtol=0, atol=1e-14)
+
+
+def test_products_with_several_matrices_stay() -> None:
+    made = settled(make_fx(lambda x, w: [x @ w])(torch.randn(7, 3, 4), torch.randn(7, 4, 6)))
+    assert (ops(made)[aten.bmm.default], ops(made)[aten.mm.default]) == (1, 0)

@@ -65,7 +65,9 @@ SAMPLES: dict[Any, list[tuple[Any, ...]]] = {
         (nothing(4, 12), part(4, 12, axis=0)), (nothing(1, 12), part(4, 12, axis=0)),
     ],
     aten.sub.Tensor: [(nothing(4, 3), rand(4, 3)), (rand(4, 3), nothing(4, 3)),
-                      (part(4, 3, axis=0), part(4, 3, axis=0))],
+                      *((part(4, 3, axis=0), q) for q in (
+                          part(4, 3, axis=0), part(4, 1, axis=0), part(4, 1, axis=0, start=0),
+                          part(2, 4, 3, axis=1), part(3, 1, 3, axis=0)))],
     aten.mul.Tensor: [
         *((p, q) for p in parts(4, 12) for q in [*parts(4, 12), rand(4, 12), rand(12), rand(4, 1), 0.5]),
         (rand(12), part(4, 12, axis=1, inner=2, count=3)), (rand(2, 4, 12), part(4, 12, axis=0)),
