@@ -16,8 +16,10 @@ from torch.nn.functional import linear
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import ModeError
+from libragrad_fx.graph.schema import bind
+from libragrad_fx.kernels.recurrent import WHOLE
 from libragrad_fx.ops.activation import secant_slope
-from libragrad_fx.ops.function import watched
+from libragrad_fx.ops.function import traced, watched
 from libragrad_fx.ops.twin import Grads, twin
 
 aten = torch.ops.aten
@@ -157,24 +159,35 @@ def _step(
     return tuple(kind.cell(held, linear(x, p[0], _bias(p, 2)), state, p))
 
 
-def _linearised(op: torch._ops.OpOverload, args: dict[str, Any]) -> tuple[Callable[..., Any], Groups]:
-    """A layer or cell with its gates held, as a linear function of tensors; and these tensors, grouped by
+def _functional(op: torch._ops.OpOverload, args: dict[str, Any]) -> tuple[Callable[..., Any], Groups]:
+    """A layer or cell in its functional form, of a ``Held`` and tensors; and these tensors, grouped by
     argument."""
     kind, states = _KINDS[op], args["hx"]
     groups: Groups = {"input": [args["input"]]}
     groups["hx"] = list(states) if _is_list(states) else [states]
-    count = 1 + len(groups["hx"])
+    count = len(groups["hx"])
     if "params" in args:
         groups["params"] = args["params"]
         shape = args["num_layers"], args["bidirectional"], args["batch_first"]
-        run = lambda held, x, hx, p: _form(kind, held, x, hx, p, *shape)  # noqa: E731
-    else:
-        groups |= {n: [args[n]] for n in _WEIGHTS if args[n] is not None}
-        run = lambda held, x, hx, p: _step(kind, held, x, hx, p)  # noqa: E731
-    held, own = Held(kind), [t for ts in groups.values() for t in ts]
+        return lambda held, x, *ts: _form(kind, held, x, ts[:count], ts[count:], *shape), groups
+    groups |= {n: [args[n]] for n in _WEIGHTS if args[n] is not None}
+    return lambda held, x, *ts: _step(kind, held, x, ts[:count], ts[count:]), groups
+
+
+def _linearised(op: torch._ops.OpOverload, args: dict[str, Any]) -> tuple[Callable[..., Any], Groups]:
+    """The same with its gates held, as a linear function of the tensors."""
+    run, groups = _functional(op, args)
+    held, own = Held(_KINDS[op]), [t for ts in groups.values() for t in ts]
     with torch.no_grad():
-        run(held, own[0], own[1:count], own[count:])
-    return lambda x, *rest: run(held.replay(), x, rest[: count - 1], rest[count - 1 :]), groups
+        run(held, *own)
+    return lambda *moving: run(held.replay(), *moving), groups
+
+
+def in_steps(op: torch._ops.OpOverload, *args: Any) -> Any:
+    """``op`` in elementary ops, for a format that lacks it."""
+    run, groups = _functional(op, bind(op, args, {}))
+    made = run(Held(_KINDS[op]), *(t for ts in groups.values() for t in ts))
+    return made if len(made) > 1 else made[0]
 
 
 def _is_list(x: Any) -> bool:
@@ -212,10 +225,11 @@ def _recurrent(op: torch._ops.OpOverload) -> Callable[..., Any]:
                     f"{op}: dropout between recurrent layers draws a mask that a balanced backward cannot"
                     " see; transform the model in eval mode, or with dropout=0."
                 )
+        run = WHOLE[op] if traced() else op
         if not _KINDS[op].by_grad_mode:
-            return op(*args)
+            return run(*args)
         with torch.enable_grad():  # off inside an autograd.Function
-            return pytree.tree_map(torch.detach, op(*args))
+            return pytree.tree_map(torch.detach, run(*args))
 
     names = [a.name for a in op._schema.arguments if "Tensor" in str(a.type)]
     return twin(op, vjp, saves=names, forward=forward)
@@ -225,7 +239,7 @@ def _pulled(
     form: Callable[..., tuple[torch.Tensor, ...]], moving: Tensors, g: Tensors
 ) -> Sequence[torch.Tensor]:
     """Gradients of a linear function: by plain autograd, which costs less, or else by ``torch.func``."""
-    if torch.is_grad_enabled() or watched():
+    if torch.is_grad_enabled() or (watched() and not traced()):
         return torch.func.vjp(form, *moving)[1](tuple(g))  # type: ignore[no-any-return]
     moving = [t.detach().requires_grad_() for t in moving]
     with torch.enable_grad():

@@ -237,7 +237,8 @@ def traced(first: Shown, target: Any, targets: int, free: Sequence[Axes], python
     attributes, sizes, asked = _attributes(module), ShapeEnv(), first.asked
     constants = [t for drawn in asked.drawn for t in drawn.values()]
     tensors = [x for x in leaves if isinstance(x, Tensor)]
-    mode = FakeTensorMode(shape_env=sizes)
+    own = target is not None  # a callable's own tensors are constants of the graph
+    mode = FakeTensorMode(shape_env=sizes, allow_non_fake_inputs=own)
     fakes = [_fake(mode, t, ()) for t in (*attributes.values(), *constants)]
     fakes += [_fake(mode, t, axes) for t, axes in zip(tensors, free or [()] * len(tensors), strict=True)]
     if first.indexed:

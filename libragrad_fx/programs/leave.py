@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ from torch.export import Dim
 from libragrad_fx.errors import InputError, LibraGradError
 from libragrad_fx.extras import need, writing
 from libragrad_fx.kernels import PLAIN
+from libragrad_fx.kernels.recurrent import WHOLE
 from libragrad_fx.models import first_line
 from libragrad_fx.module.captured import CapturedModule
+from libragrad_fx.ops.recurrent import in_steps
 from libragrad_fx.programs.flat import Flat
 from libragrad_fx.programs.modes import Plain, require_close
 from libragrad_fx.programs.stack import Axes
@@ -123,7 +126,18 @@ def _ends(inside: Any, outside: Any, size: Any, stride: Any, padding: Any, dilat
     return [n - (s * (m - 1) - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in each]
 
 
+def _diagonal(g: Tensor, sizes: Sequence[Any], offset: int, first: int, second: int) -> Tensor:
+    """The gradient of a square's diagonal. PyTorch's own form of it writes in place."""
+    if offset or sizes[first] != sizes[second]:
+        return aten.diagonal_backward.default(g, sizes, offset, first, second)
+    return aten.diag_embed.default(g, 0, first, second)
+
+
+OPS: Forms = {**PLAIN, **{whole: op for op, whole in WHOLE.items()}}
+"""This package's ops, in PyTorch's."""
 ONNX: Forms = {
+    aten.diagonal_backward.default: _diagonal,
+    **{whole: functools.partial(in_steps, op) for op, whole in WHOLE.items()},
     aten.convolution_backward.default: _convolution_of_gradient,
     aten.avg_pool2d_backward.default: _convolution_of_pooled,
 }
@@ -134,13 +148,13 @@ ONNX: Forms = {
 class _Form:
     ending: str
     write: Write
-    ops: Forms = dataclasses.field(default_factory=lambda: PLAIN)
+    ops: Forms = dataclasses.field(default_factory=lambda: OPS)
 
 
 _FORMS = {
     "save": _Form(".pt2", _pt2),
     "package": _Form(".pt2", _package),
-    "to_onnx": _Form(".onnx", _onnx, {**PLAIN, **ONNX}),
+    "to_onnx": _Form(".onnx", _onnx, {**OPS, **ONNX}),
 }
 
 

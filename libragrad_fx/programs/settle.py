@@ -98,6 +98,8 @@ def _shorten(node: Node) -> None:
     if node.target is aten.ones_like.default and not (seen := node.meta["val"]).ndim:  # of a sum, not read
         node.target, node.args = aten.ones.default, ([],)
         node.kwargs = {"dtype": seen.dtype, "device": seen.device}
+    if node.target is aten.squeeze.dim and _shape(x) == _shape(node):  # ONNX has none that squeezes nothing
+        node.target, node.args = aten.alias.default, (x,)
     if node.target is aten._unsafe_view.default:  # its schema does not say that it is a view
         node.target = aten.view.default
     if node.target is x.target is aten.view.default:

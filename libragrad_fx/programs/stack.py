@@ -7,7 +7,8 @@ those of the place before, along the batch axis, so that a mean over inputs is o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -136,13 +137,26 @@ def _alike(output: Any, alone: Any) -> bool:
 
 def repeated(inputs: Any, axes: Sequence[Axes], count: int) -> Arguments:
     """A call with its samples ``count`` times, all of them behind each other."""
+    more = lambda x, axis: x.unsqueeze(axis).expand(*x.shape[:axis], count, *x.shape[axis:])  # noqa: E731
+    return _changed(inputs, axes, lambda x, axis: more(x, axis).flatten(axis, axis + 1))
+
+
+def other_rows(inputs: Any, axes: Sequence[Axes]) -> list[int]:
+    """Rows that make another batch of more than one sample of a call's; none if it has one sample."""
+    tensors = [x for x in pytree.tree_leaves(as_call(inputs)) if isinstance(x, Tensor)]
+    count = next(x.shape[axis] for x, mine in zip(tensors, axes, strict=True) for axis in mine)
+    return [[], [], [0, 1, 0]][count] if count < 3 else [0, 1]
+
+
+def chosen_rows(inputs: Any, axes: Sequence[Axes], rows: Sequence[int]) -> Arguments:
+    """A call with those of its samples."""
+    at = lambda x: torch.tensor(rows, device=x.device)  # noqa: E731
+    return _changed(inputs, axes, lambda x, axis: x.index_select(axis, at(x)))
+
+
+def _changed(inputs: Any, axes: Sequence[Axes], change: Callable[[Tensor, int], Tensor]) -> Arguments:
+    """A call whose tensors are changed along the axes that count samples."""
     leaves, spec = pytree.tree_flatten(as_call(inputs))
     mine = iter(axes)
-
-    def more(x: Tensor) -> Tensor:
-        for axis in next(mine):
-            x = x.unsqueeze(axis).expand(*x.shape[:axis], count, *x.shape[axis:]).flatten(axis, axis + 1)
-        return x
-
-    every = [more(x) if isinstance(x, Tensor) else x for x in leaves]
+    every = [functools.reduce(change, next(mine), x) if isinstance(x, Tensor) else x for x in leaves]
     return Arguments(*pytree.tree_unflatten(every, spec))

@@ -21,12 +21,11 @@ from libragrad_fx.errors import InputError, LibraGradError
 from libragrad_fx.programs import leave
 from libragrad_fx.programs.leave import ONNX
 from tests.programs.test_modes import tiny
-from zoo.small import small
+from tests.programs.test_program import REFUSED
+from zoo.small import SMALL, small
 
 aten = torch.ops.aten
-KINDS = [
-    "vit", "eva02", "mixer", "swin", "convnext", "resnet", "pvt", "bert", "llama", "t5", "gru", "voxels",
-]  # fmt: skip
+KINDS = [name for name in SMALL if name not in REFUSED]
 
 
 def single(name: str) -> tuple[torch.nn.Module, Any]:

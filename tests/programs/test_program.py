@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -112,6 +113,35 @@ def test_every_kind(name: str) -> None:
     alike(program(inputs, target), want, SINGLE_PRECISION.get(name, NEAR))
 
 
+RECURRENT = [(kind, dtype) for kind in (nn.LSTM, nn.GRU, nn.RNN) for dtype in (torch.float32, F64)]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), fast_first(RECURRENT, 1))
+def test_a_recurrent_layer_serves_any_batch(kind: type[nn.RNNBase], dtype: torch.dtype) -> None:
+    """oneDNN's kernel for an LSTM in float32, which rounds otherwise under grad mode."""
+    torch.manual_seed(0)
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.head = kind(4, 5, 1, batch_first=True, bidirectional=True), nn.Linear(10, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.net(x)[0][:, -1])
+
+    model, near = Last().to(dtype), 1e-6 if dtype is torch.float32 else NEAR
+    program = lg.program(model, torch.randn(3, 2, 4, dtype=dtype))
+    for batch in (2, 5):
+        x, target = torch.randn(batch, 2, 4, dtype=dtype), [0, 1, 2, 1, 0][:batch]
+        want = lg.attribute(model, x, target, method="input_x_gradient")
+        alike(program(x, target), want, near)
+        kept = program.fitting(x)
+        output = kept.run(*kept.given(x, [target]))[program.outputs(x).index("model")]
+        with torch.no_grad():
+            assert torch.equal(output, model(x))
+    assert [said.partition("for ")[2][:9] for said in program.said()[1:]] == ["any batch"]
+
+
 def test_a_forward_that_differs_in_a_bit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = shallow()
     read = Flat.answers
@@ -123,6 +153,34 @@ def test_a_forward_that_differs_in_a_bit_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Flat, "answers", other)
     with pytest.raises(VerificationError, match=r"differs from the model's, by .* at most"):
         lg.program(model, x)
+
+
+def test_a_graph_that_is_wrong_for_another_batch_serves_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was decided by the size of the batch, but the map of two samples is another."""
+    model, x = shallow()
+    read = Flat.answers
+
+    def other(self: Flat, found: Any) -> Any:
+        answers, output = read(self, found)
+        twice = lambda a: dataclasses.replace(a, values=a.values * 2)  # noqa: E731
+        return ([(twice(a), i) for a, i in answers] if len(output) == 2 else answers), output
+
+    monkeypatch.setattr(Flat, "answers", other)
+    program = lg.program(model, x)
+    assert "for 3 samples" in str(program)
+
+
+@pytest.mark.parametrize("each", [True, False], ids=["for each sample", "for all"])
+def test_a_target_has_tensors_of_its_own(each: bool) -> None:
+    """They are constants. With one for each sample, the graph is for so many."""
+    model, x = shallow()
+    weights = torch.randn(*[3] * each, 5, dtype=F64)
+    score = lambda y: (y * weights).sum(1)  # noqa: E731
+    program = lg.program(model, x, target=score)
+    for batch in (x,) if each else (x, torch.cat([x, x + 1])):
+        alike(program(batch), lg.attribute(model, batch, score, method="input_x_gradient"))
+    assert ("for 3 samples" if each else "for any batch") in str(program)
+    assert len(program.said()) == 2
 
 
 class Alibi(nn.Module):

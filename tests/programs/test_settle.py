@@ -36,6 +36,12 @@ CASES: dict[str, tuple[Callable[[torch.Tensor], Any], Counter[Any]]] = {
     ),
     "an alias": (lambda x: aten.alias(x).neg(), Counter({aten.neg.default: 1})),
     "an expand to the same shape": (lambda x: x.expand(2, 3).neg(), Counter({aten.neg.default: 1})),
+    "a squeeze of several": (lambda x: x.squeeze(1).neg(), Counter({aten.neg.default: 1})),
+    "such a squeeze, read out": (lambda x: x.squeeze(1), Counter({aten.alias.default: 1})),
+    "a squeeze of one": (
+        lambda x: x[None].neg().squeeze(0),
+        Counter({aten.unsqueeze.default: 1, aten.neg.default: 1, aten.squeeze.dim: 1}),
+    ),
     "twice the same": (lambda x: x.neg() + x.neg(), Counter({aten.neg.default: 1, aten.add.Tensor: 1})),
     "constants": (lambda x: x + CONSTANT.view(2, 3).exp(), Counter({aten.add.Tensor: 1})),
     "a copy of an expanded tensor": (
