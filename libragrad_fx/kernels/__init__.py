@@ -30,6 +30,17 @@ _NEAR = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 """How far a kernel may be from its reference, of the largest value."""
 
 
+def register(
+    schema: str, run: Callable[..., Any], shapes: Callable[..., Any] | None = None
+) -> torch._ops.OpOverload:  # fmt: skip
+    """An op of this package. run: on every device; shapes: what a tracer sees, ``run`` too by default."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", shapes or run, lib=LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default  # type: ignore[no-any-return]
+
+
 def kernel(
     schema: str, plain: Callable[..., torch.Tensor], shape: Callable[..., torch.Tensor],
     samples: Callable[[torch.Tensor], list[tuple[Any, ...]]],
@@ -44,8 +55,7 @@ def kernel(
         samples: arguments to try the kernel with, made of a tensor (2, 4, 32, 16).
         cpu: what runs on other devices, if not ``plain``.
     """
-    name = schema.partition("(")[0]
-    LIBRARY.define(schema)
+    op, name = register(schema, cpu or plain, shape), schema.partition("(")[0]
 
     def launched(*args: Any) -> torch.Tensor:
         from libragrad_fx.kernels import launch  # Triton, and only where there is a GPU
@@ -62,11 +72,8 @@ def kernel(
         found = [getattr(launch, name)(*args).double().flatten() for args in given]
         return torch.cat(found), torch.cat([plain(*args).flatten() for args in wide])
 
-    LIBRARY.impl(name, cpu or plain, "CompositeExplicitAutograd")
     if _triton():
         LIBRARY.impl(name, launched, "CUDA")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", shape, lib=LIBRARY)
-    op = getattr(torch.ops.libragrad_fx, name).default
     PLAIN[op] = plain
     TRIALS.append(trial)
     return op

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from libragrad_fx.kernels import LIBRARY, NAMESPACE
+from libragrad_fx.kernels import register
 
 aten = torch.ops.aten
 
@@ -34,10 +34,7 @@ def _cell(x: torch.Tensor, hx: Any, *_: Any) -> Any:
 
 def _one_op(op: Any, shapes: Any) -> Any:
     name, schema = op._schema.name.replace("aten::", "whole_"), str(op._schema)
-    LIBRARY.define(name + schema[schema.index("(") :])
-    LIBRARY.impl(name, lambda *args: op(*args), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", shapes, lib=LIBRARY)
-    return getattr(torch.ops.libragrad_fx, name).default
+    return register(name + schema[schema.index("(") :], lambda *args: op(*args), shapes)
 
 
 _LAYERS = aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input

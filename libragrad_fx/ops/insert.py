@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 from libragrad_fx.errors import GuardError, InputError, ModeError
 from libragrad_fx.graph.notes import note
+from libragrad_fx.kernels import LIBRARY, register
 from libragrad_fx.ops.function import quick, same
-from libragrad_fx.ops.twin import LIBRARY, NAMESPACE
 
 stop = torch.ops.aten.detach.default
 """Cuts the gradient of one operand. ``detach`` is an ATen op, so it survives every transformation."""
@@ -49,14 +49,12 @@ def _times(g: torch.Tensor | None, factor: float) -> torch.Tensor | None:
     return None if g is None or factor == 0 else g * factor
 
 
-LIBRARY.define("scale(Tensor x, float factor, Tensor[] sources) -> Tensor")
 # a custom op may not return its argument, so while exporting (only then) scaling copies
-torch.library.impl(f"{NAMESPACE}::scale", "CompositeExplicitAutograd", lib=LIBRARY)(
-    lambda x, factor, sources: x.clone()
+_scale_op = register(
+    "scale(Tensor x, float factor, Tensor[] sources) -> Tensor", lambda x, factor, sources: x.clone()
 )
-torch.library.register_fake(f"{NAMESPACE}::scale", lambda x, factor, sources: x.clone(), lib=LIBRARY)
 torch.library.register_autograd(
-    f"{NAMESPACE}::scale",
+    _scale_op,
     lambda ctx, g: (_times(g, ctx.kept[0]), None, [None] * ctx.kept[1]),
     setup_context=lambda ctx, inputs, output: setattr(ctx, "kept", (inputs[1], len(inputs[2]))),
     lib=LIBRARY,
@@ -70,7 +68,7 @@ def scale(x: torch.Tensor, factor: float, *sources: torch.Tensor) -> torch.Tenso
     nothing is sent on, even if the gradient is infinite.
     """
     if torch.compiler.is_exporting():
-        return torch.ops.libragrad_fx.scale(x, factor, sources)
+        return _scale_op(x, factor, sources)  # type: ignore[no-any-return]
     return _scaled(x, factor, *sources)  # type: ignore[no-any-return]
 
 
@@ -84,20 +82,12 @@ def is_end(node: torch.fx.Node) -> bool:
     return node.target is stop or (is_scale(node) and not node.args[1])
 
 
-LIBRARY.define("cut(Tensor x) -> Tensor")
-torch.library.impl(f"{NAMESPACE}::cut", "CompositeExplicitAutograd", lib=LIBRARY)(lambda x: x.clone())
-torch.library.register_fake(f"{NAMESPACE}::cut", lambda x: x.clone(), lib=LIBRARY)
-cut = torch.ops.libragrad_fx.cut.default
+cut = register("cut(Tensor x) -> Tensor", lambda x: x.clone())
 """Capture's ``stop`` until writes in place are gone: ``detach`` is an alias, which PyTorch takes again
 after a write, and the gradient of what was written would end there."""
 
 
-LIBRARY.define("observe(Tensor[] xs, str[] places, int call) -> ()")
-torch.library.impl(f"{NAMESPACE}::observe", "CompositeExplicitAutograd", lib=LIBRARY)(
-    lambda xs, places, call: None
-)
-torch.library.register_fake(f"{NAMESPACE}::observe", lambda xs, places, call: None, lib=LIBRARY)
-observe = torch.ops.libragrad_fx.observe.default
+observe = register("observe(Tensor[] xs, str[] places, int call) -> ()", lambda xs, places, call: None)
 """Capture's mark on the tensors of one module call; ``places`` says which argument or output each is.
 It does nothing."""
 has_side_effect(observe)

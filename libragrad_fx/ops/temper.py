@@ -13,22 +13,23 @@ from typing import Any
 import torch
 
 from libragrad_fx.errors import ModeError
+from libragrad_fx.kernels import register
 from libragrad_fx.kernels.blocks import repeated, summed
 from libragrad_fx.ops.attention import CHUNK, probabilities, scaled_dot_product_attention
-from libragrad_fx.ops.twin import LIBRARY, NAMESPACE, Grads, made_once, twin
+from libragrad_fx.ops.twin import Grads, made_once, twin
 
 aten = torch.ops.aten
-LIBRARY.define(
-    "with_weights(Tensor result, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal,"
-    " float scale, bool enable_gqa) -> Tensor"
-)
 
 
 def _copy(result: torch.Tensor, *_: Any) -> torch.Tensor:
     return result.clone()
 
 
-torch.library.impl(f"{NAMESPACE}::with_weights", "CompositeExplicitAutograd", lib=LIBRARY)(_copy)
+_with_weights = register(
+    "with_weights(Tensor result, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, bool is_causal,"
+    " float scale, bool enable_gqa) -> Tensor",
+    _copy,
+)
 
 
 @made_once
@@ -56,9 +57,8 @@ def _attention(temperature: float, label: str) -> Callable[..., Any]:
     def vjp(needs: frozenset[str], g: torch.Tensor, **saved: Any) -> Grads:
         return {"result": g, **_scores(needs, g, temperature, **saved)}
 
-    op = torch.ops.libragrad_fx.with_weights.default
     saves = ("query", "key", "value", "attn_mask")
-    weights = twin(op, vjp, saves=saves, forward=_copy, name=f"with_weights_{label}")
+    weights = twin(_with_weights, vjp, saves=saves, forward=_copy, name=f"with_weights_{label}")
 
     def call(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None,

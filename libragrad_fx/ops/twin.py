@@ -20,7 +20,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.graph.schema import signature
-from libragrad_fx.kernels import LIBRARY, NAMESPACE
+from libragrad_fx.kernels import LIBRARY, register
 from libragrad_fx.ops.binding import binding
 from libragrad_fx.ops.function import linked, note_tensors, wanted, watched
 
@@ -300,10 +300,7 @@ def _custom_op(form: _Form, run: Callable[..., Any]) -> Any:
     arguments, returns = schema[schema.index("(") :].split(" -> ")
     if extras:
         returns = f"({', '.join([returns, *['Tensor'] * extras])})"
-    LIBRARY.define(f"{form.label}{arguments} -> {returns}")
-    qualified = f"{NAMESPACE}::{form.label}"
-    torch.library.impl(qualified, "CompositeExplicitAutograd", lib=LIBRARY)(run)
-    torch.library.register_fake(qualified, run, lib=LIBRARY)
+    custom = register(f"{form.label}{arguments} -> {returns}", run)
     names, keyword, _ = signature(form.op)
     positional = names[: len(names) - len(keyword)]
 
@@ -317,5 +314,5 @@ def _custom_op(form: _Form, run: Callable[..., Any]) -> Any:
         grads = {} if g[0] is None else pull(ctx, g[: len(g) - extras], needs)
         return tuple(grads.get(n) for n in positional)
 
-    torch.library.register_autograd(qualified, backward, setup_context=setup, lib=LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), form.label).default
+    torch.library.register_autograd(custom, backward, setup_context=setup, lib=LIBRARY)
+    return custom

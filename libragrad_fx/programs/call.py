@@ -24,8 +24,8 @@ from libragrad_fx.module.captured import CapturedModule, anchor
 from libragrad_fx.module.variants import fitting
 from libragrad_fx.programs import leave
 from libragrad_fx.programs.flat import Flat, shown, traced
-from libragrad_fx.programs.modes import Mode, Runs, require_close, require_device, rounding
-from libragrad_fx.programs.stack import Axes, batch_axes, chosen_rows, other_rows
+from libragrad_fx.programs.modes import Mode, Runs, require_close, require_device
+from libragrad_fx.programs.stack import Axes, alike, batch_axes, chosen_rows, other_rows
 from libragrad_fx.target import Target, as_call, first_tensor
 from libragrad_fx.types import Told
 
@@ -284,7 +284,7 @@ class Program(Told):
         some, dtype = chosen_rows(call, axes, rows), anchor(kept.module).dtype
         try:
             ((answer, _), *_), found, _ = self._first(kept, some)
-            if len(map) == len(output) and compare([found], [output[rows]])[1] <= rounding(output.dtype):
+            if len(map) == len(output) and alike(found, output[rows]):
                 require_close(answer.values, map[rows], "the map of another batch", dtype, kept.flat.scale)
         except (RuntimeError, VerificationError):  # as of a callable target with a tensor for each sample
             return False

@@ -38,7 +38,7 @@ from libragrad_fx.attribution.methods import (
 from libragrad_fx.errors import InputError
 from libragrad_fx.extras import quiet
 from libragrad_fx.module.captured import CapturedModule, one_graph
-from libragrad_fx.optimise.execute import attribute, reader
+from libragrad_fx.optimise.execute import reader
 from libragrad_fx.programs.settle import settled
 from libragrad_fx.programs.stack import Axes, Stack, stacked
 from libragrad_fx.programs.zeros import without_zeros
@@ -301,8 +301,8 @@ def _call(first: Shown) -> tuple[CapturedModule, list[Any], pytree.TreeSpec]:
 def _attributes(module: CapturedModule) -> dict[str, Tensor]:
     """The module's tensors that its graph reads, by path."""
     paths = dict.fromkeys(str(n.target) for n in module.graph.nodes if n.op == "get_attr")
-    found = {path: attribute(module, path) for path in paths}
-    return {path: t for path, t in found.items() if isinstance(t, Tensor)}
+    found = zip(paths, reader([*paths])(module), strict=True)
+    return {path: t for path, t in found if isinstance(t, Tensor)}
 
 
 def _fake(mode: FakeTensorMode, x: Tensor, free: Collection[int]) -> Tensor:

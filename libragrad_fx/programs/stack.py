@@ -85,7 +85,7 @@ class Stack:
         if not fits(one_graph(every.module), *as_call(every.inputs)):
             raise InputError(f"{_refused(asked)}, and this model's graph does not serve so many samples")
         run = every.run(given, every.run())
-        if not _alike(_outputs(run.output, len(places))[0], asked.run(places[0], first).output):
+        if not alike(_outputs(run.output, len(places))[0], asked.run(places[0], first).output):
             raise InputError(f"{_refused(asked)}, and an answer of this model depends on other samples")
         return run
 
@@ -122,17 +122,17 @@ def _outputs(output: Any, count: int) -> list[Any]:
     return [pytree.tree_unflatten([*part], spec) for part in zip(*map(parts, leaves), strict=True)]
 
 
-def _alike(output: Any, alone: Any) -> bool:
-    """Whether a model answers this at a place by itself, but for rounding."""
+def alike(output: Any, alone: Any) -> bool:
+    """Whether a model answers this for samples by themselves, but for rounding."""
 
-    def alike(x: Any, y: Any) -> bool:
+    def close(x: Any, y: Any) -> bool:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return True
         near = rounding(x.dtype)
         top = float(y.detach().nan_to_num(0, 0, 0).abs().max()) if y.numel() else 0.0
         return x.shape == y.shape and torch.allclose(x, y, rtol=near, atol=near * top, equal_nan=True)
 
-    return all(map(alike, *map(pytree.tree_leaves, (output, alone))))
+    return all(map(close, *map(pytree.tree_leaves, (output, alone))))
 
 
 def repeated(inputs: Any, axes: Sequence[Axes], count: int) -> Arguments:

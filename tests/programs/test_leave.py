@@ -21,11 +21,10 @@ from libragrad_fx.errors import InputError, LibraGradError
 from libragrad_fx.programs import leave
 from libragrad_fx.programs.leave import ONNX
 from tests.programs.test_modes import tiny
-from tests.programs.test_program import REFUSED
-from zoo.small import SMALL, small
+from tests.programs.test_program import KINDS
+from zoo.small import small
 
 aten = torch.ops.aten
-KINDS = [name for name in SMALL if name not in REFUSED]
 
 
 def single(name: str) -> tuple[torch.nn.Module, Any]:
