@@ -62,8 +62,9 @@ class Snapshot:
             self._containers[id(thing)] = name, thing, _plain_copy(thing), own
             if len(thing) < 1000:
                 for key, value in _items(thing):
-                    if key not in _TREE and "hooks" not in str(key):
-                        self._note(f"{name}.{key}", value, own, depth + 1)
+                    if key not in _TREE:  # of hooks only which there are: they are code
+                        inner = _DEEP if "hooks" in str(key) else depth + 1
+                        self._note(f"{name}.{key}", value, own, inner)
         elif isinstance(thing, tuple):
             for i, value in enumerate(thing):
                 self._note(f"{name}.{i}", value, own, depth + 1)
@@ -87,7 +88,7 @@ class Snapshot:
         """Restore the model's own state; elsewhere, only what a trace changed."""
         for _, now, then, own in self._containers.values():
             if _moved(now, then) and (own or _is_traced(now)):
-                kinds: tuple[Any, ...] = (dict, list, deque, set)
+                kinds: tuple[Any, ...] = (OrderedDict, dict, list, deque, set)
                 kind = next(t for t in kinds if isinstance(now, t))
                 kind.clear(now)
                 (kind.extend if kind in (list, deque) else kind.update)(now, then)

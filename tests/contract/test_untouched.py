@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -13,8 +14,13 @@ import libragrad_fx as lg
 from libragrad_fx.errors import CaptureError, InputError, UnknownOpError
 
 
+def noted(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    """A hook that changes nothing."""
+
+
 class Model(nn.Module):
-    """Shared weights, buffers, a list attribute that forward writes, and a way to fail."""
+    """Shared weights, buffers, attributes that forward writes, a hook that the first one puts on a part (as
+    transformers does), and a way to fail."""
 
     def __init__(self, fail: str = "") -> None:
         super().__init__()
@@ -22,11 +28,14 @@ class Model(nn.Module):
         self.second = self.first
         self.frozen = nn.Parameter(torch.ones(4), requires_grad=False)
         self.fail, self.seen, self.last = fail, [], None
+        self.named, self.watched = OrderedDict(first=1, last=None), False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.watched:
+            self.watched = bool(self.norm.register_forward_hook(noted))
         h = self.norm(self.first(x)) * self.frozen
         self.seen.append(h)
-        self.last = h
+        self.last = self.named["last"] = h
         if self.fail == "crash":
             raise ValueError("in the middle")
         if self.fail == "unknown":
@@ -64,7 +73,7 @@ def test_transform(fail: str, error: type[Exception] | None, training: bool) -> 
         gm = lg.transform(model, x)
         lg.verify(model, gm, x, target=1) if not training else None
         model.seen.clear()
-        model.last = None
+        model.last = model.named["last"] = None
         assert [s[:2] for s in snapshot(model)] == [s[:2] for s in before]
     else:
         with pytest.raises(error):
@@ -81,6 +90,8 @@ def test_transform_alone_changes_nothing() -> None:
     lg.plan(model, x)
     lg.audit(model, x, target=1)
     assert snapshot(model) == before
+    assert not model.norm._forward_hooks
+    assert [*model.named] == ["first", "last"]
     assert surroundings() == around
 
 
