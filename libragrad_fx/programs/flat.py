@@ -6,7 +6,6 @@ the samples of each constant are. Then the same code runs on fake tensors, and P
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -39,6 +37,7 @@ from libragrad_fx.errors import InputError
 from libragrad_fx.extras import quiet
 from libragrad_fx.module.captured import CapturedModule, one_graph
 from libragrad_fx.optimise.execute import reader
+from libragrad_fx.programs.free import Fakes, shapes
 from libragrad_fx.programs.settle import settled
 from libragrad_fx.programs.stack import Axes, Stack, stacked
 from libragrad_fx.programs.zeros import without_zeros
@@ -238,7 +237,7 @@ def traced(first: Shown, target: Any, targets: int, free: Sequence[Axes], python
     constants = [t for drawn in asked.drawn for t in drawn.values()]
     tensors = [x for x in leaves if isinstance(x, Tensor)]
     own = target is not None  # a callable's own tensors are constants of the graph
-    mode = FakeTensorMode(shape_env=sizes, allow_non_fake_inputs=own)
+    mode = Fakes(shape_env=sizes, allow_non_fake_inputs=own)
     fakes = [_fake(mode, t, ()) for t in (*attributes.values(), *constants)]
     fakes += [_fake(mode, t, axes) for t, axes in zip(tensors, free or [()] * len(tensors), strict=True)]
     if first.indexed:
@@ -266,8 +265,7 @@ def traced(first: Shown, target: Any, targets: int, free: Sequence[Axes], python
         fields[:] = named
         return [*named.values()]
 
-    shapes = enable_python_dispatcher() if python else contextlib.nullcontext()
-    with quiet(), mode, shapes:
+    with quiet(), mode, shapes(sizes, python):
         graph = make_fx(explained)(*fakes)
         with torch.no_grad():
             graph = without_zeros(graph, fakes)

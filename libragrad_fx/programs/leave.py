@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +12,16 @@ from torch.export import Dim
 
 from libragrad_fx.errors import InputError, LibraGradError
 from libragrad_fx.extras import need, writing
-from libragrad_fx.kernels import PLAIN
-from libragrad_fx.kernels.recurrent import WHOLE
 from libragrad_fx.models import first_line
 from libragrad_fx.module.captured import CapturedModule
-from libragrad_fx.ops.recurrent import in_steps
 from libragrad_fx.programs.flat import Flat
+from libragrad_fx.programs.forms import ONNX, OPS, Forms
 from libragrad_fx.programs.modes import Plain, require_close
 from libragrad_fx.programs.stack import Axes
 
 Tensor = torch.Tensor
 Write = Callable[[Path, torch.export.ExportedProgram, Sequence[str], Sequence[str]], Any]
 Run = Callable[[Sequence[Tensor]], Tensor]
-Forms = Mapping[Any, Callable[..., Any]]
-aten = torch.ops.aten
 
 
 class Standalone(torch.nn.Module):
@@ -92,56 +86,6 @@ def _onnx(
         return torch.as_tensor(found)
 
     return run
-
-
-def _convolution_of_gradient(
-    g: Tensor, x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any,
-    transposed: bool, output_padding: Any, groups: int, wanted: Any,
-) -> Any:  # fmt: skip
-    """The gradient of a convolution's input as a convolution, transposed; ONNX has no other op for it."""
-    if [*wanted] != [True, False, False]:
-        given = stride, padding, dilation, transposed, output_padding, groups, wanted
-        return aten.convolution_backward.default(g, x, weight, bias, *given)
-    ends = _ends(x.shape[2:], g.shape[2:], weight.shape[2:], stride, padding, dilation)
-    ends = [0] * len(ends) if transposed else ends
-    how = stride, padding, dilation, not transposed, ends, groups
-    return aten.convolution.default(g, weight, None, *how), None, None
-
-
-def _convolution_of_pooled(
-    g: Tensor, x: Tensor, size: Any, stride: Any, padding: Any, ceil: bool, pads: bool, divisor: int | None
-) -> Any:
-    """The gradient of average pooling, likewise: each element of g goes to a window in equal parts."""
-    stride = stride or size
-    ends = _ends(x.shape[2:], g.shape[2:], size, stride, padding, (1, 1))
-    if min(ends) < 0 or (any(padding) and not pads):  # some windows have fewer elements
-        return aten.avg_pool2d_backward.default(g, x, size, stride, padding, ceil, pads, divisor)
-    share = g.new_full((x.shape[1], 1, *size), 1 / (divisor or math.prod(size)))
-    return aten.convolution.default(g, share, None, stride, padding, (1, 1), True, ends, x.shape[1])
-
-
-def _ends(inside: Any, outside: Any, size: Any, stride: Any, padding: Any, dilation: Any) -> list[Any]:
-    """How many elements of each axis lie behind the last window."""
-    each = zip(inside, outside, size, stride, padding, dilation, strict=True)
-    return [n - (s * (m - 1) - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in each]
-
-
-def _diagonal(g: Tensor, sizes: Sequence[Any], offset: int, first: int, second: int) -> Tensor:
-    """The gradient of a square's diagonal. PyTorch's own form of it writes in place."""
-    if offset or sizes[first] != sizes[second]:
-        return aten.diagonal_backward.default(g, sizes, offset, first, second)
-    return aten.diag_embed.default(g, 0, first, second)
-
-
-OPS: Forms = {**PLAIN, **{whole: op for op, whole in WHOLE.items()}}
-"""This package's ops, in PyTorch's."""
-ONNX: Forms = {
-    aten.diagonal_backward.default: _diagonal,
-    **{whole: functools.partial(in_steps, op) for op, whole in WHOLE.items()},
-    aten.convolution_backward.default: _convolution_of_gradient,
-    aten.avg_pool2d_backward.default: _convolution_of_pooled,
-}
-"""Ops that ONNX lacks, in others."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 import libragrad_fx as lg
 from libragrad_fx.errors import InputError, LibraGradError
 from libragrad_fx.programs import leave
-from libragrad_fx.programs.leave import ONNX
+from libragrad_fx.programs.forms import ONNX
 from tests.programs.test_modes import tiny
-from tests.programs.test_program import KINDS
+from tests.programs.test_program import KINDS, PICTURED, pictured
 from zoo.small import small
 
 aten = torch.ops.aten
@@ -68,6 +68,21 @@ def test_every_kind_in_onnx(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     model, inputs = single(name)
     lg.program(model, inputs).to_onnx(tmp_path / "x.onnx", inputs)  # compares its map
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PICTURED)
+def test_pictures_leave_in_any_batch(name: str, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model, x = pictured(name)
+    program, target = lg.program(model, x[:2]), torch.ones(len(x), dtype=torch.long)
+    want = lg.attribute(model, x, 1, method="input_x_gradient").values
+    near = {"rtol": 0, "atol": 1e-5 * float(want.abs().max())}
+    path = program.save(tmp_path / "x.pt2", x[:2])
+    torch.testing.assert_close(torch.export.load(path).module()(x, target)[0], want, **near)
+    session = runtime.InferenceSession(program.to_onnx(tmp_path / "x.onnx", x[:2]))
+    found, *_ = session.run(None, {"input": x.numpy(), "target": target.numpy()})
+    torch.testing.assert_close(torch.as_tensor(found), want, **near)
 
 
 @pytest.mark.slow

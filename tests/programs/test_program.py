@@ -241,6 +241,56 @@ class Spread(nn.Module):
         return self.head(y + (wide.sigmoid() * x.flatten(1).repeat(1, 4)).sum(1, keepdim=True))
 
 
+def resized(how: str, dims: int = 2, **options: Any) -> tuple[int, nn.Module]:
+    return dims, nn.Upsample(scale_factor=1.5, mode=how, **options)
+
+
+class Smoothed(nn.Module):
+    """A picture made smaller, without aliases."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.interpolate(x, size=(4, 3), mode="bilinear", antialias=True)
+
+
+PICTURED = {
+    "convolution": (2, nn.Conv2d(2, 3, 1)),
+    "bilinear": resized("bilinear"),
+    "wide": (2, nn.Conv2d(2, 3, 3, padding=1)),
+    "of a channel": (2, nn.Conv2d(2, 2, 3, groups=2)),
+    "transposed": (2, nn.ConvTranspose2d(2, 3, 2, 2)),
+    "of a line": (1, nn.Conv1d(2, 3, 3)),
+    "of a volume": (3, nn.Conv3d(2, 3, 1)),
+    "corners": resized("bilinear", align_corners=True),
+    "bicubic": resized("bicubic"),
+    "nearest": resized("nearest"),
+    "exact": resized("nearest-exact"),
+    "linear": resized("linear", 1),
+    "line": resized("nearest", 1),
+    "trilinear": resized("trilinear", 3),
+    "volume": resized("nearest", 3),
+    "smoothed": (2, Smoothed()),
+    "pooled": (2, nn.AdaptiveAvgPool2d((4, 3))),
+}
+"""Layers whose kernels PyTorch chooses by the number of samples, or that read all sizes; their axes."""
+SAMPLES = 20  # from 16 on, oneDNN has all convolutions
+
+
+def pictured(name: str) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    dims, layer = PICTURED[name]
+    x = torch.randn(SAMPLES, 2, *[6] * dims)
+    return nn.Sequential(layer, nn.Flatten(), nn.Linear(layer(x)[0].numel(), 5)).eval(), x
+
+
+@pytest.mark.parametrize("name", fast_first(PICTURED, 2))
+def test_pictures_come_in_any_batch(name: str) -> None:
+    model, x = pictured(name)
+    program = lg.program(model, x[:2])
+    alike(program(x, 1), lg.attribute(model, x, 1, method="input_x_gradient"), 1e-6)
+    assert len(program.said()) == 2
+    assert "for any batch" in str(program)
+
+
 @pytest.mark.parametrize("kind", fast_first([Resized, Spread, Alibi, Queries], 2))
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(F64, marks=pytest.mark.slow)])
 def test_forms_that_a_tracer_may_change(kind: type[nn.Module], dtype: torch.dtype) -> None:
