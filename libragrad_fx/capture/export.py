@@ -288,8 +288,15 @@ def _made_inside(region: torch.nn.Module, output: torch.fx.Node, book: RuleBook)
     made = returned if place is None else returned[place]
     if not isinstance(made, torch.fx.Node):
         return False
-    readers = [n for n in made.users if n.target is not insert.observe]
-    return readers == [end] and is_fresh(made, book.fact(made.target))
+    shared = [made]  # what may lie in its memory: it may be a view of others
+    for node in shared:
+        if node.op != "call_function":
+            return False
+        if not is_fresh(node, book.fact(node.target)):
+            tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+            shared += [n for n in tensors if n not in shared]
+    readers = [(n, r) for n in shared for r in n.users if r.target is not insert.observe]
+    return all(r in shared or (n, r) == (made, end) for n, r in readers)
 
 
 def _uncut(program: ExportedProgram) -> None:

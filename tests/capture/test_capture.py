@@ -418,13 +418,13 @@ def test_one_example_for_two_arguments_leaves_them_two() -> None:
 class _Region(nn.Module):
     """Writes with a gradient into what a ``no_grad`` region has made."""
 
-    def __init__(self, write: Any) -> None:
+    def __init__(self, write: Any, view: Any = lambda g: g) -> None:
         super().__init__()
-        self.fc, self.write = nn.Linear(4, 4).double(), write
+        self.fc, self.write, self.view = nn.Linear(4, 4).double(), write, view
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            g = self.fc(x)
+            g = self.view(self.fc(x))
         self.write(g, x)
         return (g + x).sin()
 
@@ -449,8 +449,18 @@ def _recorded(model: nn.Module, x: torch.Tensor) -> nn.Module:
     [lambda g, x: g.mul_(x), _part, _flat, lambda g, x: g.copy_(x)], 1
 ))
 def test_a_write_behind_no_grad_keeps_its_gradient(write: Any, by: Any) -> None:
+    _require_gradient_kept(_Region(write), by)
+
+
+@pytest.mark.parametrize("by", [lg.trace, _recorded])
+@pytest.mark.parametrize("view", [lambda g: g.view(-1).view(3, 4), lambda g: g.mT.reshape(4, 3).mT])
+def test_a_view_that_a_no_grad_region_has_made_may_be_written_to(view: Any, by: Any) -> None:
+    """As LayoutLMv3's bias of positions. PyTorch forbids a write that has a gradient."""
+    _require_gradient_kept(_Region(lambda g, x: g.t().mul_(2), view), by)
+
+
+def _require_gradient_kept(model: nn.Module, by: Any) -> None:
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    model = _Region(write)
     traced = by(model, x)
     want, got = (torch.autograd.grad(m(x).sum(), x)[0] for m in (model, traced))
     assert torch.equal(traced(x), model(x))
