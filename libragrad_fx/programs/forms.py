@@ -13,15 +13,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from libragrad_fx.kernels import PLAIN
 from libragrad_fx.kernels.recurrent import WHOLE
 from libragrad_fx.ops.recurrent import in_steps
+from libragrad_fx.programs.free import EXACT, RESIZING
 
 Tensor = torch.Tensor
 Forms = Mapping[Any, Callable[..., Any]]
 aten = torch.ops.aten
-_RESIZING = (
-    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
-    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
-    "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-)  # fmt: skip
+_POOLING = "_adaptive_avg_pool2d", "_adaptive_avg_pool3d"
 
 
 def _convolution_of_gradient(
@@ -118,7 +115,7 @@ def _forms_of(names: Sequence[str], form: Callable[..., Tensor], ending: str = "
 OPS: Forms = {
     **PLAIN,
     **{whole: op for op, whole in WHOLE.items()},
-    **_forms_of(_RESIZING, _of_resized, "_backward"),
+    **_forms_of(RESIZING, _of_resized, "_backward"),
     aten.view.default: aten.reshape.default,
 }
 """This package's ops in PyTorch's; in others, those that ``torch.export`` has for a fixed batch only. Forms
@@ -128,8 +125,8 @@ ONNX: Forms = {
     **{whole: functools.partial(in_steps, op) for op, whole in WHOLE.items()},
     aten.convolution_backward.default: _convolution_of_gradient,
     aten.avg_pool2d_backward.default: _convolution_of_pooled,
-    **_forms_of(_RESIZING[3:6], _resized),
-    **_forms_of(["_adaptive_avg_pool2d"], _resized),
-    **_forms_of(["_adaptive_avg_pool2d", "_adaptive_avg_pool3d"], _of_pooled, "_backward"),
+    **_forms_of(EXACT, _resized),
+    **_forms_of(_POOLING, _resized),
+    **_forms_of(_POOLING, _of_pooled, "_backward"),
 }
 """Ops that ONNX lacks, in others."""

@@ -13,8 +13,16 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 
 aten = torch.ops.aten
+EXACT = "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"
+RESIZING = (
+    *EXACT, "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d",
+    "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa",
+)  # fmt: skip
+"""Ops that resize a picture; each has a gradient of the same name and ``_backward``."""
+_RESIZES = {getattr(aten, name) for name in RESIZING}
+_GRADIENTS = {getattr(aten, f"{name}_backward").default for name in RESIZING}
 _CONVOLUTIONS = aten.convolution.default, aten.convolution_backward.default
-_RESIZING = "aten.upsample_", "aten._upsample_"
 _FORMATS = torch.contiguous_format, torch.channels_last, torch.channels_last_3d
 
 
@@ -28,12 +36,10 @@ class Fakes(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """As it is, those two without a guard on sizes."""
-        if func in _CONVOLUTIONS:
-            with _unguarded(self.shape_env):
-                return super().__torch_dispatch__(func, types, args, kwargs)
-        if str(func).startswith(_RESIZING) and "_backward" in str(func):
+        if func in _GRADIENTS:
             return self._resized(func, *args)
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        with _unguarded(self.shape_env) if func in _CONVOLUTIONS else contextlib.nullcontext():
+            return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _resized(
         self, func: Any, gradient: torch.Tensor, size: Any, shape: Any, *rest: Any
@@ -58,7 +64,7 @@ class _Resizing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """As it is, what resizes without Python kernels, and without a guard on sizes."""
-        if not str(func).startswith(_RESIZING):
+        if getattr(func, "overloadpacket", None) not in _RESIZES:
             return func(*args, **kwargs or {})
         with _unguarded(self._sizes), torch._C._DisablePythonDispatcher():
             return func(*args, **kwargs or {})

@@ -270,6 +270,7 @@ PICTURED = {
     "volume": resized("nearest", 3),
     "smoothed": (2, Smoothed()),
     "pooled": (2, nn.AdaptiveAvgPool2d((4, 3))),
+    "pooled volume": (3, nn.AdaptiveAvgPool3d((4, 3, 2))),
 }
 """Layers whose kernels PyTorch chooses by the number of samples, or that read all sizes; their axes."""
 SAMPLES = 20  # from 16 on, oneDNN has all convolutions
