@@ -12,7 +12,13 @@ from typing import Any, Literal
 
 import torch
 
-from libragrad_fx.account.birth import reference, require_balanced, require_same, require_same_sizes
+from libragrad_fx.account.birth import (
+    reference,
+    require_balanced,
+    require_same,
+    require_same_gradient,
+    require_same_sizes,
+)
 from libragrad_fx.account.certificate import certify
 from libragrad_fx.account.ledger import ledger, ledger_and_forward, share_as_run
 from libragrad_fx.capture.examples import example_call, infer_inputs
@@ -63,8 +69,9 @@ def transform(
             ``"keep"`` leaves autograd's gradient there and says so in the plan.
         rules: facts to add: a YAML file, or a list of mappings (see ``rules/README.md``).
         check: run the original twice before and the result twice after; require the same bits (for a
-            batch of one as well), and a ledger that adds up. It costs these forwards and one backward.
-            Without it, only ``verify`` notices if capture lost something.
+            batch of one as well), of the captured graph the model's own gradient, and a ledger that adds
+            up. It costs these forwards, two more, and three backwards. Without it, ``verify`` notices
+            what capture lost of the forward, and nothing what it lost of the gradient.
         dynamic: more free axes: by argument of ``forward``, axes with a name or a ``torch.export.Dim``
             (``{"x": {2: "height", 3: "width"}}``); for a container, one such entry for each member. Other
             sizes work without it, but each gets a graph of its own.
@@ -133,6 +140,7 @@ def _one_graph(
             if made.reference is not None:
                 require_same(model, module, made.reference)
                 require_same_sizes(model, module, made.reference)
+                require_same_gradient(model, plain(made), made.reference)
             break
         except VerificationError as e:
             free = made.free.fewer()

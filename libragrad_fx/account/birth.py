@@ -18,8 +18,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.account.certificate import compare, tolerance_of
+from libragrad_fx.account.certificate import compare, rounding_of, tolerance_of
 from libragrad_fx.account.ledger import ledger_and_forward
+from libragrad_fx.capture.context import custom_functions
 from libragrad_fx.capture.examples import without_cache
 from libragrad_fx.capture.state import Snapshot, untouched
 from libragrad_fx.errors import CaptureError, LibraGradError, VerificationError
@@ -185,7 +186,7 @@ def require_balanced(module: InGraphs, known: Reference) -> None:
     if any(h.plan.unbalanced or h.plan.unknown or h.gate_outputs for h in made):
         return  # it is known not to add up, or not for every output
     account, forward = ledger_and_forward(module, Arguments(known.args, known.kwargs), _everything)
-    allowed = tolerance_of(forward, known.args, known.kwargs, account)
+    allowed = tolerance_of(forward.graphs.values(), known.args, known.kwargs, account)
     if forward.between or account.completeness_error <= allowed:
         return
     worst = account.worst(1)
@@ -196,6 +197,71 @@ def require_balanced(module: InGraphs, known: Reference) -> None:
         f"{''.join(named)} Either a row says of its op what is not so for these inputs, or a part of the"
         " model hides its ops from the capture."
     )
+
+
+def require_same_gradient(model: torch.nn.Module, plain: InGraphs, known: Reference) -> None:
+    """Raise ``VerificationError`` unless autograd's gradient of the captured graphs is the model's own, for
+    inputs, and for the embeddings that token ids index.
+
+    A capture that cuts a path has the same forward, and a ledger that adds up. A user-written backward is
+    not compared: the graph replaces it.
+    """
+    embeddings, custom = _embeddings(plain), list[str]()
+    with undisturbed(model), untouched(model), custom_functions(custom):
+        try:
+            wanted = _gradients(model, known, embeddings)
+        except Exception:  # its own backward fails, so there is nothing to compare with
+            return
+    if custom:
+        return
+    with plain.unchanged():
+        found = _gradients(plain, known, embeddings)
+    allowed = rounding_of(plain.captured_graphs.values(), known.args, known.kwargs)
+    for place, (a, b) in enumerate(zip(wanted, found, strict=True)):
+        top, apart = _largest(a), _largest(a - b)
+        if apart > allowed * top:
+            raise VerificationError(
+                f"the gradient of the captured graph is not that of {type(model).__name__}: at"
+                f" {'input' if place < len(wanted) - len(embeddings) else 'embedding'} {place} it is"
+                f" {apart:.3g} off, and {top:.3g} at most. Capture has lost or cut a path of the gradient;"
+                " or the forward registers a hook on a tensor, which changes it"
+            )
+
+
+def _embeddings(plain: InGraphs) -> list[torch.Tensor]:
+    """The float parameters of the ops at which the signal of token ids starts."""
+    found: dict[int, torch.Tensor] = {}
+    for graph in plain.captured_graphs.values():
+        own = dict(graph.named_parameters(remove_duplicate=False))
+        for node in graph.graph.nodes:
+            if node.name in graph.record.starts:
+                read = [own.get(str(a.target)) for a in node.all_input_nodes if a.op == "get_attr"]
+                found |= {id(p): p for p in read if p is not None and inexact(p)}
+    return [*found.values()]
+
+
+def _gradients(
+    module: torch.nn.Module, known: Reference, others: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Of all float inputs, then of ``others``; 0 where there is none."""
+    flags = [t.requires_grad for t in others]
+    with differentiable(), _seeded():
+        call = pytree.tree_map(moving, (known.args, dict(known.kwargs)))
+        leaves = [t for t in pytree.tree_leaves(call) if inexact(t)] + [*others]
+        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, call)
+        try:
+            for t in others:
+                t.requires_grad_()
+            total = _everything(module(*args, **kwargs))
+            found = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+        finally:
+            for t, flag in zip(others, flags, strict=True):
+                t.requires_grad_(flag)
+    return [g.to_dense() for g in found]
+
+
+def _largest(t: torch.Tensor) -> float:
+    return float(t.abs().nan_to_num(0.0, 0.0, 0.0).max()) if t.numel() else 0.0
 
 
 def _everything(output: Any) -> Any:

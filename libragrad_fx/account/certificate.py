@@ -37,7 +37,7 @@ def certify(
     equal, difference, ulp = forward_equal(model, module, args, {**forced, **kwargs})
     proofs = {name: prove(g) for name, g in forward.graphs.items()}
     if tolerance is None:
-        tolerance = _tolerance(_dtypes(module, args, kwargs), graphs, account)
+        tolerance = tolerance_of(graphs, args, kwargs, account)
     plans = [g.history.plan for g in graphs]
     worst = account.worst(1)
     dtype, device = _dtype_and_device(module, args, kwargs)
@@ -99,31 +99,31 @@ def casts(graphs: Iterable[CapturedModule]) -> dict[torch.dtype, str]:
     return found
 
 
-def tolerance_of(forward: Forward, args: Any, kwargs: Any, account: Ledger) -> float:
-    """The default tolerance of ``certify``."""
-    graphs = forward.graphs.values()
-    return _tolerance([d for g in graphs for d in _dtypes(g, args, kwargs)], graphs, account)
+def tolerance_of(graphs: Collection[CapturedModule], args: Any, kwargs: Any, account: Ledger) -> float:
+    """The default tolerance of ``certify``: what rounding may leave of the account's largest number."""
+    largest = max((abs(r.out) for r in account.rows), default=0.0)
+    largest = max(abs(account.output), abs(account.input), abs(account.bias), largest)
+    return rounding_of(graphs, args, kwargs) * largest
 
 
-def _dtypes(module: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.dtype]:
-    """The float dtypes that a call starts with: the first parameter's, and its inputs'."""
+def _dtypes(graphs: Iterable[torch.nn.Module], args: Any, kwargs: Any) -> list[torch.dtype]:
+    """The float dtypes that a call starts with: its inputs', and those of each graph's first parameter."""
     leaves = [t for t in pytree.tree_leaves((args, dict(kwargs))) if inexact(t)]
-    first = next((p for p in module.parameters() if inexact(p)), None)
-    return [t.dtype.to_real() for t in ([] if first is None else [first]) + leaves]
+    for graph in graphs:
+        leaves += [p for p in graph.parameters() if inexact(p)][:1]
+    return [t.dtype.to_real() for t in leaves]
 
 
-def _tolerance(dtypes: Iterable[torch.dtype], graphs: Collection[CapturedModule], account: Ledger) -> float:
-    """What rounding may leave: a thousand ulp (8 in half precision) of the largest number of the account,
-    in the coarsest dtype of the computation.
+def rounding_of(graphs: Collection[CapturedModule], args: Any, kwargs: Any) -> float:
+    """What rounding may leave of the largest number: a thousand ulp (8 in half precision), in the coarsest
+    dtype of the computation.
     """
-    used = {*dtypes, *casts(graphs)}
+    used = {*casts(graphs), *_dtypes(graphs, args, kwargs)}
     used |= {torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
     eps = max((torch.finfo(d).eps for d in used), default=torch.finfo(torch.float32).eps)
     if torch.float32 in used and _in_tf32(graphs):
         eps = max(eps, 2.0**-10)
-    ulp = 1e3 if eps < 1e-5 else 8  # half precision is summed in float32, and has few ulp to give
-    largest = max((abs(r.out) for r in account.rows), default=0.0)
-    return ulp * eps * max(abs(account.output), abs(account.input), abs(account.bias), largest)
+    return eps * (1e3 if eps < 1e-5 else 8)  # half precision is summed in float32, and has few ulp to give
 
 
 def _in_tf32(graphs: Iterable[CapturedModule]) -> bool:

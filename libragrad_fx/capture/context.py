@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ from torch.nn.modules import module as _modules
 from torch.utils import _pytree as pytree
 
 from libragrad_fx.capture.fit import library
+from libragrad_fx.errors import CustomBackwardWarning
 from libragrad_fx.extras import quiet
 from libragrad_fx.ops.insert import observe
 
@@ -51,9 +53,9 @@ def export_state() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def traced_as_run() -> Iterator[None]:
-    """The state of an export, for a model that is recorded while it runs."""
-    with export_state(), global_hooks_kept(), custom_functions([]):
+def traced_as_run(custom: list[str]) -> Iterator[None]:
+    """The state of an export, for a model that is recorded while it runs; see ``custom_functions``."""
+    with export_state(), global_hooks_kept(), custom_functions(custom):
         yield
 
 
@@ -138,6 +140,18 @@ def custom_functions(found: list[str]) -> Iterator[None]:
     meta = torch.autograd.function.FunctionMeta
     with mock.patch.object(meta, "__getattribute__", look_up), _reentrant_checkpoints():
         yield
+
+
+def replaced_backwards(custom: list[str]) -> tuple[str, ...]:
+    """The note of user-written ``autograd.Function``s, as a warning too; none without any."""
+    if not custom:
+        return ()
+    text = (
+        f"{', '.join(sorted(set(custom)))}: a user-written autograd.Function was traced through; "
+        "its forward is kept, its own backward is replaced by that of the ops it calls"
+    )
+    warnings.warn(text, CustomBackwardWarning, stacklevel=4)
+    return (text,)
 
 
 @contextlib.contextmanager

@@ -29,14 +29,15 @@ from libragrad_fx.capture.context import (
     export_state,
     global_hooks_kept,
     observed,
+    replaced_backwards,
 )
 from libragrad_fx.capture.examples import without_cache
 from libragrad_fx.capture.free import USUAL, Free, batch_of_two, by_name, freed
-from libragrad_fx.capture.inplace import drop_idle, rename
+from libragrad_fx.capture.inplace import drop_returned, rename
 from libragrad_fx.capture.state import untouched
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.rulebook import RuleBook
-from libragrad_fx.errors import CustomBackwardWarning, ExportError
+from libragrad_fx.errors import ExportError
 from libragrad_fx.graph.alias import is_fresh, memory, written
 from libragrad_fx.graph.schema import bind
 from libragrad_fx.ops import insert
@@ -101,15 +102,7 @@ def capture(
             except ExportError:  # the eager branch may ask for tensor values, the other one not
                 calls.clear()
                 program, conditions = _export(model, args, kwargs, book, free)
-    notes: tuple[str, ...] = ()
-    if custom:
-        text = (
-            f"{', '.join(sorted(set(custom)))}: a user-written autograd.Function was traced through; "
-            "its forward is kept, its own backward is replaced by that of the ops it calls"
-        )
-        warnings.warn(text, CustomBackwardWarning, stacklevel=3)
-        notes = (text,)
-    return Capture(program, conditions, args, kwargs, forced, tuple(calls), notes)
+    return Capture(program, conditions, args, kwargs, forced, tuple(calls), replaced_backwards(custom))
 
 
 def _export(
@@ -188,7 +181,7 @@ def _functional(program: ExportedProgram, book: RuleBook) -> ExportedProgram:
         write_out(program.graph, book)
         rename(program.graph, book)
         if again and any(map(_writes, program.graph.nodes)):
-            drop_idle(program.graph)
+            drop_returned(program.graph)
             stops = _stops(program)
             program = program.run_decompositions({})
             if _stops(program) > stops:
@@ -239,6 +232,8 @@ def _detach_no_grad_regions(program: ExportedProgram, book: RuleBook) -> None:
     a region has made itself is cut, so that it may be written to behind it."""
     module = program.graph_module
     regions = [n for n in module.graph.nodes if _is_no_grad(n)]
+    for node in regions:
+        _lead_around(node, module.get_submodule(str(node.args[1].target)).graph)  # type: ignore[union-attr, arg-type]
     moving = _moving(program) if regions else set()
     for node in regions:
         region = module.get_submodule(str(node.args[1].target))  # type: ignore[union-attr]
@@ -258,6 +253,19 @@ def _detach_no_grad_regions(program: ExportedProgram, book: RuleBook) -> None:
                 cut.meta = dict(user.meta)
                 user.replace_all_uses_with(cut, delete_user_cb=lambda u, cut=cut: u is not cut)
     module.recompile()
+
+
+def _lead_around(node: torch.fx.Node, region: torch.fx.Graph) -> None:
+    """Let what a region returns as it was given bypass it, and keep its gradient. From an op on that has
+    returned ``x`` itself, as ``x.float()`` may, export (2.14) takes its result for ``x``."""
+    drop_returned(region)
+    inner: Any = next(n.args[0] for n in region.nodes if n.op == "output")
+    given = dict(zip(region.find_nodes(op="placeholder"), node.args[2:], strict=True))
+    for user in list(node.users):
+        made = inner[user.args[1]] if isinstance(inner, (list, tuple)) else inner  # type: ignore[index]
+        if made in given:
+            user.replace_all_uses_with(given[made])  # type: ignore[arg-type]
+            user.graph.erase_node(user)
 
 
 def _is_no_grad(node: torch.fx.Node) -> bool:

@@ -7,11 +7,15 @@ readers can simply read the plain op's result. Other writes are left to PyTorch.
 
 from __future__ import annotations
 
+import operator
+
 import torch
+from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from libragrad_fx.decide.rulebook import RuleBook
-from libragrad_fx.graph.alias import functional, is_fresh, is_idle_dropout
+from libragrad_fx.graph.alias import functional, is_fresh
 
 
 def rename(graph: Graph, book: RuleBook) -> None:
@@ -29,13 +33,38 @@ def rename(graph: Graph, book: RuleBook) -> None:
                 user.replace_input_with(target, node)
 
 
-def drop_idle(graph: Graph) -> None:
-    """Remove every dropout that drops nothing. It returns its argument, which its schema does not say, so
-    PyTorch (2.11) would lose a later write through that alias."""
+def drop_returned(graph: Graph) -> None:
+    """Remove every op that returns an argument itself: an idle dropout, ``x.to(x.dtype)``. ``no_grad`` cuts
+    no gradient there; and PyTorch (2.11) would lose a later write, if the schema does not say so."""
     for node in list(graph.nodes):
-        if is_idle_dropout(node):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+        if (operand := _returned(node)) is not None:
+            node.replace_all_uses_with(operand)
             graph.erase_node(node)
+
+
+def _returned(node: Node) -> Node | None:
+    """The operand that is a node's result: the same object, not only the same memory."""
+    source, place = node, ()
+    if node.target is operator.getitem:
+        source, place = node.all_input_nodes[0], node.args[1:]
+    op = source.target
+    if not isinstance(op, torch._ops.OpOverload) or op._schema.is_mutable or is_fresh(source, None):
+        return None
+    values = {n: n.meta.get("val") for n in source.all_input_nodes}
+    mode = detect_fake_mode([*values.values()])
+    if mode is None or _form(node) not in map(_form, values):
+        return None
+    args, kwargs = map_arg((source.args, source.kwargs), values.get)
+    with mode, torch.no_grad():
+        made = op(*args, **kwargs)
+    found = operator.getitem(made, *place) if place else made
+    return next((n for n, x in values.items() if x is found), None)
+
+
+def _form(node: Node) -> object:
+    """Size and dtype of a tensor. As text: comparing free sizes would be an assumption on them."""
+    x = node.meta.get("val")
+    return (str(x.shape), x.dtype) if isinstance(x, torch.Tensor) else node
 
 
 def _is_safe(node: Node, place: dict[Node, int], book: RuleBook) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from libragrad_fx.account.birth import Reference, require_balanced, require_same
+from libragrad_fx.account.birth import Reference, require_balanced, require_same, require_same_gradient
 from libragrad_fx.capture.normal import paths_of
 from libragrad_fx.capture.state import copied, untouched
 from libragrad_fx.decide import rulebook
@@ -145,12 +145,13 @@ class CutModule(InGraphs):
     def _reset(self) -> None:
         self.pieces: dict[str, CapturedModule] = {}
         self.cuts: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = ()  # of the captures
         self._local = threading.local()
         compiled = torch.compile(self._model, backend=self._backend, dynamic=False)
         self.__dict__["_compiled"] = compiled  # not a submodule
 
     def __getstate__(self) -> dict[str, Any]:
-        dropped = ("pieces", "cuts", "_local", "_compiled")
+        dropped = ("pieces", "cuts", "notes", "_local", "_compiled")
         return {k: v for k, v in vars(self).items() if k not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -178,7 +179,7 @@ class CutModule(InGraphs):
             rows = ((name, x) for name, p in plans for x in getattr(p, field))
             return tuple(dataclasses.replace(x, node=f"{name}/{x.node}") for name, x in rows)
 
-        notes = (self.refusal, *(f"cut at {c}" for c in self.cuts))
+        notes = (self.refusal, *(f"cut at {c}" for c in self.cuts), *self.notes)
         why = {f"{name}/{k}": v for name, p in plans for k, v in p.why.items()}
         book = rulebook.load(self.options["policy"], self.options["rules"])
         return Plan(
@@ -291,6 +292,7 @@ class CutModule(InGraphs):
             )  # fmt: skip
         except NoPathError:
             return "", None, []
+        self.notes = tuple(dict.fromkeys([*self.notes, *decision.trace.notes]))
         final = next(n for n in decision.trace.graph.nodes if n.op == "output")
         known = decision.analysis.roles
         outputs = pytree.tree_leaves(final.args[0])
@@ -358,5 +360,10 @@ def prove_born(model: nn.Module, module: CutModule, known: Reference | None) -> 
         return
     with module.unchanged():
         require_same(model, module, known)
+    plain = type(module)(model, module.refusal, module.options, "keep", balanced=False)
+    with warnings.catch_warnings(action="ignore"):
+        with plain.unchanged(), differentiable():
+            plain._forward(known.args, known.kwargs)
+        require_same_gradient(model, plain, known)
     if module.balanced and module.on_unknown == "raise":
         require_balanced(module, known)

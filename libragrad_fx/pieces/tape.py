@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from libragrad_fx.account.birth import Reference
 from libragrad_fx.account.certificate import compare
 from libragrad_fx.capture.composite import COMPOSITE, every_op, in_parts
-from libragrad_fx.capture.context import traced_as_run
+from libragrad_fx.capture.context import replaced_backwards, traced_as_run
 from libragrad_fx.decide import rulebook
 from libragrad_fx.decide.rulebook import RuleBook
 from libragrad_fx.errors import CaptureError, CutWarning, LibraGradError, VerificationError
@@ -40,12 +40,13 @@ from libragrad_fx.target import differentiable, moving, undisturbed
 @dataclasses.dataclass(frozen=True)
 class Tape:
     """One recorded forward. ``body`` takes the tensors among the inputs, then ``held``: all other tensors
-    that it reads (parameters, buffers, tensors that Python made)."""
+    that it reads (parameters, buffers, tensors that Python made). custom: user-written functions."""
 
     body: GraphModule
     held: Sequence[torch.Tensor]
     outputs: Sequence[torch.Tensor]
     restore: Callable[[Sequence[torch.Tensor]], Any]
+    custom: list[str]
 
 
 def record(model: nn.Module, args: Any, kwargs: Any, book: RuleBook) -> Tape:
@@ -59,6 +60,7 @@ def record(model: nn.Module, args: Any, kwargs: Any, book: RuleBook) -> Tape:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     places = [i for i, x in enumerate(leaves) if isinstance(x, torch.Tensor)]
     seen: dict[str, Any] = {}
+    custom: list[str] = []
 
     def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
         filled = [*leaves]
@@ -72,7 +74,7 @@ def record(model: nn.Module, args: Any, kwargs: Any, book: RuleBook) -> Tape:
     tensors = [moving(leaves[i]).clone() for i in places]
     try:
         parts = in_parts(book)
-        with traced_as_run(), _own_kernels(), _written_out():
+        with traced_as_run(custom), _own_kernels(), _written_out():
             traced = make_fx(run, parts, pre_dispatch=True, _error_on_data_dependent_ops=False)(*tensors)
     except LibraGradError:
         raise
@@ -88,7 +90,7 @@ def record(model: nn.Module, args: Any, kwargs: Any, book: RuleBook) -> Tape:
         return pytree.tree_unflatten(filled, seen["spec"])
 
     outputs = [x.detach() for x in flat if isinstance(x, torch.Tensor)]
-    return Tape(*_parametric(traced), outputs, restore)
+    return Tape(*_parametric(traced), outputs, restore, custom)
 
 
 @contextlib.contextmanager
@@ -151,6 +153,7 @@ class TapeModule(CutModule):
 
     def _reset(self) -> None:
         self.pieces = {}
+        self.notes = ()
         self.cuts = ("recorded as it ran: the graph is that of one call",)
         self._made: dict[Any, Any] = {}
         self._book: RuleBook | None = None
@@ -183,6 +186,7 @@ class TapeModule(CutModule):
         shapes = tuple((t.shape, t.dtype, t.device) for t in given)
         key = spell(body.graph), kinds, held, shapes, self.training
         if key not in self._made:
+            self.notes = tuple(dict.fromkeys([*self.notes, *replaced_backwards(tape.custom)]))
             self._made[key] = self._piece(body, tuple(given), kinds)
         name, piece, depends = self._made[key]
         free = [t for t, k in zip(given, kinds, strict=True) if piece is None or k != HELD]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import libragrad_fx as lg
-from libragrad_fx.account.certificate import _tolerance
+from libragrad_fx.account.certificate import tolerance_of
 from libragrad_fx.account.proof import prove
 from libragrad_fx.errors import GateOutputWarning
 from libragrad_fx.stages import Decision, balance, decide, plain, rewritten
@@ -232,7 +232,7 @@ def test_sites_of_a_plain_trace_hold_all_that_sees_the_input() -> None:
 def test_an_error_is_measured_by_the_account_however_small() -> None:
     """A millionth that is lost of a millionth is not rounding: nothing is held against 1."""
     leak = Ledger(rows=(), output=1e-6, input=4e-7, bias=0.0)
-    assert _tolerance([torch.float32], (), leak) < leak.completeness_error
+    assert tolerance_of((), (torch.zeros(1),), {}, leak) < leak.completeness_error
 
 
 class Looked(torch.nn.Module):

@@ -467,6 +467,33 @@ def _require_gradient_kept(model: nn.Module, by: Any) -> None:
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+RETURNED: list[Callable[[torch.Tensor], torch.Tensor]] = [
+    lambda h: h.double(),
+    lambda h: nn.functional.dropout(h, 0.5, training=False),
+    lambda h: nn.functional.alpha_dropout(h.resolve_conj(), training=False),
+    lambda h: torch.broadcast_tensors(h, h[:1])[0],
+    lambda h: +torch.atleast_2d(h.type_as(h)),
+    lambda h: h.view(h.shape),  # another tensor
+    torch.sin,
+]
+
+
+@pytest.mark.parametrize("by", [lg.trace, _recorded])
+@pytest.mark.parametrize("op", fast_first(RETURNED, 2))
+def test_no_grad_cuts_no_tensor_that_it_returns_as_it_was(op: Any, by: Any) -> None:
+    """Nor what is read of that tensor later, outside of the region."""
+
+    class Scaled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = x.sin()
+            with torch.no_grad():
+                a = op(h)
+                largest = a.abs().amax()
+            return (a * h + h / largest + x).cos()
+
+    _require_gradient_kept(Scaled(), by)
+
+
 @pytest.mark.parametrize("by", [lg.trace, _recorded])
 @pytest.mark.parametrize("write", [torch.relu_, lambda h: h[0].zero_(), lambda h: h.view(-1).mul_(2)])
 def test_a_write_inside_no_grad_into_what_has_a_gradient_is_refused(write: Any, by: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import functools
 import itertools
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import libragrad_fx as lg
+from libragrad_fx.capture import export
 from libragrad_fx.errors import GuardError, InputError, ModeError
 from libragrad_fx.pieces.dynamo import CutModule
 from tests.between import fast_first, fast_of
@@ -506,6 +508,51 @@ def test_a_row_that_lies_is_found_at_birth() -> None:
     with pytest.raises(lg.errors.VerificationError, match=r"does not close.*gelu"):
         lg.transform(net(norm=True), rows(), rules=lie)
     lg.transform(net(norm=True), rows(), rules=lie, check=False)
+
+
+def _cut_in_python(h: torch.Tensor) -> torch.Tensor:
+    return h * 2 if bool(h.sum() > 0) else h * 3
+
+
+@pytest.mark.parametrize("also", [lambda h: h, _cut_in_python], ids=["one graph", "several"])
+def test_a_path_that_capture_has_cut_is_found_at_birth(
+    also: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forward of such a graph is the model's, and its ledger adds up: the gradient tells."""
+
+    class Scaled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = also(x.sin())
+            with torch.no_grad():
+                largest = h.double().abs().amax()  # h itself, which is float64
+            return h / largest + x
+
+    lg.transform(Scaled(), rows())
+    monkeypatch.setattr(export, "drop_returned", lambda graph: None)
+    with pytest.raises(lg.errors.VerificationError, match=r"gradient of the captured graph.* at input 0"):
+        lg.transform(Scaled(), rows())
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_a_hook_on_a_tensor_may_read_its_gradient_but_not_change_it(changes: bool) -> None:
+    """A graph holds no hook. Of token ids, the embeddings' gradient is compared."""
+
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(9, 4).requires_grad_(False), nn.Linear(4, 3)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            h = self.words(ids).mean(1)
+            if h.requires_grad:
+                h.register_hook(lambda g: g * 2 if changes else None)
+            return self.head(h)
+
+    model, ids = Hooked(), torch.randint(9, (3, 5))
+    refused = pytest.raises(lg.errors.VerificationError, match=r"at embedding 0 .* a hook on a tensor")
+    with refused if changes else contextlib.nullcontext():
+        lg.transform(model, ids)
+    assert not model.words.weight.requires_grad
 
 
 # --- containers of their own kind in a model's reach

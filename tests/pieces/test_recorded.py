@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import libragrad_fx as lg
+from libragrad_fx.errors import CustomBackwardWarning
 from tests.between import Between, X, certified, fast_first, fast_of, weighed
 
 Tensor = torch.Tensor
@@ -102,7 +103,6 @@ def written(write: Callable[[Tensor, Tensor], Any]) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CutWarning")
-@pytest.mark.filterwarnings("ignore::libragrad_fx.errors.CustomBackwardWarning")
 @pytest.mark.parametrize("by_value", fast_first([True, False], 1))
 @pytest.mark.parametrize("write", [
     pytest.param(lambda t, v: t[..., 1:].copy_(v[..., 1:]), marks=pytest.mark.slow),
@@ -119,7 +119,9 @@ def test_writes_by_data_inside_a_function(write: Any, by_value: bool) -> None:
         return apply(y * 2, F.gelu(y + p[0])).sin()
 
     model = Between(f)
-    module = lg.transform(model, X)
+    with pytest.warns(CustomBackwardWarning, match=r"Write: a user-written autograd\.Function"):
+        module = lg.transform(model, X)
+    assert any("Write" in note for note in module.plan.notes)
     assert torch.equal(module(X), model(X))
     assert lg.verify(model, module, X, weighed).ok
     assert "data" not in vars(Tensor)
