@@ -32,6 +32,7 @@ from libragrad_fx.errors import (
     UnknownOpError,
     VerificationError,
 )
+from libragrad_fx.extras import quiet
 from libragrad_fx.graph.origin import short_place
 from libragrad_fx.module.captured import TREE, CapturedModule, Forward, InGraphs, RunGraph, unshare
 from libragrad_fx.stages import balance, decide, plain
@@ -337,7 +338,7 @@ def transform_in_pieces(
     """
     module = CutModule(model, str(refusal).splitlines()[0], options, on_unknown, balanced)
     try:
-        with module.unchanged(), differentiable():
+        with module.unchanged(), differentiable(), quiet():  # Dynamo logs each place; ``cuts`` has them
             module._forward(args, kwargs)
         prove_born(model, module, known)
     except (CaptureError, RuleError, UnknownOpError, VerificationError):
