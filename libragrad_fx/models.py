@@ -444,14 +444,15 @@ def categories(model: Loaded) -> Sequence[str]:
 
 
 def label_of(model: torch.nn.Module, index: int) -> str:
-    """What a model calls its class ``index``; empty where it does not say."""
+    """What a model calls its class ``index``, which may count from the end; empty where it does not say."""
     names = getattr(getattr(model, "config", None), "id2label", None)
     if isinstance(names, Mapping):
+        index += len(names) * (index < 0)
         found = str(names.get(index, ""))
         return "" if found == f"LABEL_{index}" else found
     if hasattr(model, "pretrained_cfg") and getattr(model, "num_classes", 0) in _IMAGENET_SIZES:
         subset = need("timm.data", "models").infer_imagenet_subset(model)
-        return str(_imagenet(subset).index_to_description(index)) if subset else ""
+        return str(_imagenet(subset).index_to_description(index % model.num_classes)) if subset else ""
     return ""
 
 

@@ -220,6 +220,16 @@ def differentiable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """The casts of a surrounding autocast are not the model's."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
 def undisturbed(module: torch.nn.Module) -> Iterator[None]:
     """Restore afterwards the buffers that a forward writes (statistics, counters) and the random state."""
     kept = [(b, b.detach().clone()) for b in module.buffers() if not b.is_inference()]

@@ -21,6 +21,7 @@ from libragrad_fx.capture.fit import library
 from libragrad_fx.errors import CustomBackwardWarning
 from libragrad_fx.extras import quiet
 from libragrad_fx.ops.insert import observe
+from libragrad_fx.target import without_autocast
 
 _CHECKPOINT = "torch.utils.checkpoint"
 
@@ -43,8 +44,7 @@ def export_state() -> Iterator[None]:
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(quiet())
-            for device in ("cpu", "cuda"):  # a surrounding autocast's casts are not the model's
-                stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(without_autocast())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             yield

@@ -142,11 +142,16 @@ def _own_answers(batch: Batch, output: Any, count: int) -> list[Target]:
         raise InputError(f"the output has shape {tuple(y.shape)}: say which target to explain")
     if count > y.shape[1]:
         raise InputError(f"the output has {y.shape[1]} entries: there are no {count} largest")
-    if bool(y.isnan().any()):
-        raise InputError("the model answers nan: there is nothing to explain")
+    require_answers(y)
     best = y.topk(count, 1).indices.T.tolist()
     places = [()] * y.shape[0] if ends is None else [(i,) for i in ends]
     return [[(*place, k) for place, k in zip(places, ks, strict=True)] for ks in best]
+
+
+def require_answers(y: torch.Tensor) -> None:
+    """Raise ``InputError`` if an output has no largest entry, because it is nan."""
+    if bool(y.isnan().any()):
+        raise InputError("the model answers nan: there is nothing to explain")
 
 
 def _best_span(batch: Batch, output: Any) -> Span:
@@ -269,5 +274,5 @@ def _said(model: Any, batch: Batch, target: Any) -> str:
     if isinstance(index, bool) or not isinstance(index, int):
         return ""
     if isinstance(target, tuple) and len(target) == 2 and batch.piece is not None:
-        return batch.piece(index)
+        return batch.piece(index) if index >= 0 else ""
     return label_of(model, index)

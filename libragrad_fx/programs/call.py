@@ -19,14 +19,14 @@ from libragrad_fx.attribution.shares import By
 from libragrad_fx.errors import InputError, VerificationError
 from libragrad_fx.explain.inputs import Batch, batches
 from libragrad_fx.explain.kept import Policy, captured
-from libragrad_fx.explain.targets import named, resolved
+from libragrad_fx.explain.targets import named, require_answers, resolved
 from libragrad_fx.module.captured import CapturedModule, anchor
 from libragrad_fx.module.variants import fitting
 from libragrad_fx.programs import leave
 from libragrad_fx.programs.flat import Flat, shown, traced
 from libragrad_fx.programs.modes import Mode, Runs, require_close, require_device
 from libragrad_fx.programs.stack import Axes, alike, batch_axes, chosen_rows, other_rows
-from libragrad_fx.target import Target, as_call, first_tensor
+from libragrad_fx.target import Target, as_call, first_tensor, without_autocast
 from libragrad_fx.types import Told
 
 _MOST = 16  # the most graphs that are kept; the least recently used one is dropped
@@ -55,7 +55,8 @@ class Program(Told):
     """An explanation as flat graphs of ATen ops: forward, balanced backward, method. ``program`` makes it.
 
     A graph serves any batch of more than one sample. A batch of one, and other sizes, are traced when they
-    come, and kept. Parameters stay the model's: what is trained or loaded later counts.
+    come, and kept. Parameters stay the model's: what is trained or loaded later counts. An autocast around
+    a call changes nothing.
     """
 
     def __init__(self, model: torch.nn.Module, policy: Policy, target: Target, processor: Any,
@@ -64,9 +65,20 @@ class Program(Told):
         self.targets = targets
         self.mode: Mode = mode
         self.options = options
+        self._forget()
+
+    def _forget(self) -> None:
         self._kept: dict[Any, _Kept] = {}
         self._keys: dict[Any, tuple[Any, Any]] = {}  # of a call: for any batch, and for its own sizes
         self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without its graphs: a copy traces its own."""
+        return {k: v for k, v in vars(self).items() if k not in ("_kept", "_keys", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
 
     def __call__(self, inputs: Any, target: Target = None) -> Attribution:
         """The answer of ``attribute``.
@@ -83,6 +95,7 @@ class Program(Told):
             raise InputError(f"this program explains {self.targets} targets: call each(inputs, targets)")
         return self.each(inputs, [target])[0]
 
+    @without_autocast()
     def each(self, inputs: Any, targets: Sequence[Target] | None = None) -> list[Attribution]:
         """The answers of ``attribute_each``, by one forward.
 
@@ -100,7 +113,9 @@ class Program(Told):
         batch = self._batch(inputs)
         kept = self.fitting(batch.call)
         meant = [self._meant(batch, kept.flat, target) for target in targets]
-        answers, _ = kept.flat.answers(kept.run(*kept.given(batch.call, meant)))
+        answers, output = kept.flat.answers(kept.run(*kept.given(batch.call, meant)))
+        if kept.flat.indexed and any(t is None for t in meant):
+            require_answers(output)
         chosen = [self.target if i is None else kept.flat.places(i) for _, i in answers]
         return [named(self.model, batch, a, t) for (a, _), t in zip(answers, chosen, strict=True)]
 
@@ -181,6 +196,7 @@ class Program(Told):
 
         return page.write(self, Path(path), inputs, Path(runtime), title, labels)
 
+    @without_autocast()
     def _write(self, form: str, path: str | Path, inputs: Any) -> Path:
         leave.require_ending(form, Path(path))  # before anything is traced
         call = self._batch(inputs).call
@@ -218,6 +234,7 @@ class Program(Told):
             ".".join(filter(None, (f"target_{i + 1}" if i else "", field, key))) for i, field, key in fields
         ]
 
+    @without_autocast()
     def fitting(self, call: Any) -> _Kept:
         """The graph for a call, traced if there is none yet."""
         module = fitting(captured(self.model, call, self.policy), call)

@@ -311,6 +311,8 @@ def test_a_timm_model_knows_its_pictures() -> None:
     found = lg.attribute(model, [picture(0), picture(1)])
     assert found.values.shape == (2, 10, 10)
     assert all(found.labels)
+    last = [lg.attribute(model, [picture(0)], target).labels for target in (-1, 999)]
+    assert last[0] == last[1] != ("",)
 
 
 def test_pictures_that_are_none(tmp_path: Path, images: Tensor) -> None:

@@ -83,6 +83,7 @@ def test_classes_of_a_text_have_names() -> None:
     number = lg.attribute(model, TEXTS, 1, processor=words)
     assert torch.equal(found.values, number.values)
     assert found.labels == number.labels == ("good", "good")
+    assert lg.attribute(model, TEXTS, -1, processor=words).labels == ("good", "good")
     own = lg.attribute(model, TEXTS, processor=words)
     assert set(own.labels) <= {"bad", "good"}
     with pytest.raises(InputError, match="no classes are called 'goood'; did you mean good"):

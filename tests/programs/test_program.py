@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -448,6 +450,34 @@ def test_parameters_are_the_models() -> None:
     assert all(p.grad is None for p in model.parameters())
     graph = program.graph(x)
     assert not [n for n in graph.graph.nodes if n.op == "call_function" and "detach" in str(n.target)]
+
+
+def test_an_autocast_around_a_program_changes_nothing() -> None:
+    model, x = shallow()
+    model, x = model.float(), x.float()
+    program = lg.program(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        other = lg.program(model, x)
+        found = [p(images).values for p in (program, other) for images in (x, x[:1])]
+    assert torch.equal(found[0], program(x).values)
+    assert all(map(torch.equal, found[:2], found[2:]))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+def test_a_copy_answers_as_the_program_does(copied: Any) -> None:
+    model, x = shallow()
+    program = lg.program(model, x)
+    assert torch.equal(copied(program)(x).values, program(x).values)
+
+
+def test_no_answer_of_a_model_is_explained_if_it_is_nan() -> None:
+    model, x = shallow()
+    program = lg.program(model, x)
+    x[1] = torch.nan
+    for ask in (program, functools.partial(lg.attribute, model, method="input_x_gradient")):
+        with pytest.raises(InputError, match="answers nan"):
+            ask(x)
+        assert ask(x, target=1).values.isnan().flatten(1).any(1).tolist() == [False, True, False]
 
 
 def test_a_callable_is_part_of_the_graph() -> None:
