@@ -450,9 +450,10 @@ def label_of(model: torch.nn.Module, index: int) -> str:
         index += len(names) * (index < 0)
         found = str(names.get(index, ""))
         return "" if found == f"LABEL_{index}" else found
-    if hasattr(model, "pretrained_cfg") and getattr(model, "num_classes", 0) in _IMAGENET_SIZES:
+    count: Any = getattr(model, "num_classes", 0)
+    if hasattr(model, "pretrained_cfg") and count in _IMAGENET_SIZES:
         subset = need("timm.data", "models").infer_imagenet_subset(model)
-        return str(_imagenet(subset).index_to_description(index % model.num_classes)) if subset else ""
+        return str(_imagenet(subset).index_to_description(index % count)) if subset else ""
     return ""
 
 
