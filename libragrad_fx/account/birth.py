@@ -217,14 +217,15 @@ def require_same_gradient(model: torch.nn.Module, plain: InGraphs, known: Refere
     with plain.unchanged():
         found = _gradients(plain, known, embeddings)
     allowed = rounding_of(plain.captured_graphs.values(), known.args, known.kwargs)
-    for place, (a, b) in enumerate(zip(wanted, found, strict=True)):
+    inputs = [f"input {i}" for i in range(len(wanted) - len(embeddings))]
+    places = [*inputs, *(f"embedding {i}" for i in range(len(embeddings)))]
+    for place, a, b in zip(places, wanted, found, strict=True):
         top, apart = _largest(a), _largest(a - b)
         if apart > allowed * top:
             raise VerificationError(
-                f"the gradient of the captured graph is not that of {type(model).__name__}: at"
-                f" {'input' if place < len(wanted) - len(embeddings) else 'embedding'} {place} it is"
-                f" {apart:.3g} off, and {top:.3g} at most. Capture has lost or cut a path of the gradient;"
-                " or the forward registers a hook on a tensor, which changes it"
+                f"the gradient of the captured graph is not that of {type(model).__name__}: at {place} it"
+                f" is {apart:.3g} off, and {top:.3g} at most. Capture has lost or cut a path of the"
+                " gradient; or the forward registers a hook on a tensor, which changes it"
             )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import operator
 import re
 import sys
 import warnings
@@ -261,9 +262,8 @@ def _lead_around(node: torch.fx.Node, region: torch.fx.Graph) -> None:
     drop_returned(region)
     inner: Any = next(n.args[0] for n in region.nodes if n.op == "output")
     given = dict(zip(region.find_nodes(op="placeholder"), node.args[2:], strict=True))
-    for user in list(node.users):
-        made = inner[user.args[1]] if isinstance(inner, (list, tuple)) else inner  # type: ignore[index]
-        if made in given:
+    for user in [u for u in node.users if u.target is operator.getitem]:
+        if (made := inner[user.args[1]]) in given:  # type: ignore[index]
             user.replace_all_uses_with(given[made])  # type: ignore[arg-type]
             user.graph.erase_node(user)
 
