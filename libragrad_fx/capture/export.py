@@ -182,7 +182,7 @@ def _functional(program: ExportedProgram, book: RuleBook) -> ExportedProgram:
         write_out(program.graph, book)
         rename(program.graph, book)
         if again and any(map(_writes, program.graph.nodes)):
-            drop_returned(program.graph)
+            drop_returned(program.graph, book)
             stops = _stops(program)
             program = program.run_decompositions({})
             if _stops(program) > stops:
@@ -234,7 +234,8 @@ def _detach_no_grad_regions(program: ExportedProgram, book: RuleBook) -> None:
     module = program.graph_module
     regions = [n for n in module.graph.nodes if _is_no_grad(n)]
     for node in regions:
-        _lead_around(node, module.get_submodule(str(node.args[1].target)).graph)  # type: ignore[union-attr, arg-type]
+        region = module.get_submodule(str(node.args[1].target))  # type: ignore[union-attr]
+        _lead_around(node, region.graph, book)  # type: ignore[arg-type]
     moving = _moving(program) if regions else set()
     for node in regions:
         region = module.get_submodule(str(node.args[1].target))  # type: ignore[union-attr]
@@ -256,10 +257,10 @@ def _detach_no_grad_regions(program: ExportedProgram, book: RuleBook) -> None:
     module.recompile()
 
 
-def _lead_around(node: torch.fx.Node, region: torch.fx.Graph) -> None:
+def _lead_around(node: torch.fx.Node, region: torch.fx.Graph, book: RuleBook) -> None:
     """Let what a region returns as it was given bypass it, and keep its gradient. From an op on that has
     returned ``x`` itself, as ``x.float()`` may, export (2.14) takes its result for ``x``."""
-    drop_returned(region)
+    drop_returned(region, book)
     inner: Any = next(n.args[0] for n in region.nodes if n.op == "output")
     given = dict(zip(region.find_nodes(op="placeholder"), node.args[2:], strict=True))
     for user in [u for u in node.users if u.target is operator.getitem]:

@@ -7,6 +7,7 @@ readers can simply read the plain op's result. Other writes are left to PyTorch.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 
 import torch
@@ -33,36 +34,40 @@ def rename(graph: Graph, book: RuleBook) -> None:
                 user.replace_input_with(target, node)
 
 
-def drop_returned(graph: Graph) -> None:
+def drop_returned(graph: Graph, book: RuleBook) -> None:
     """Remove every op that returns an argument itself: an idle dropout, ``x.to(x.dtype)``. ``no_grad`` cuts
     no gradient there; and PyTorch (2.11) would lose a later write, if the schema does not say so."""
     for node in list(graph.nodes):
-        if (operand := _returned(node)) is not None:
+        if (operand := _returned(node, book)) is not None:
             node.replace_all_uses_with(operand)
             graph.erase_node(node)
 
 
-def _returned(node: Node) -> Node | None:
-    """The operand that is a node's result: the same object, not only the same memory."""
+def _returned(node: Node, book: RuleBook) -> Node | None:
+    """The operand that is a node's result: the same object, not only the same memory. The op runs on fake
+    tensors to tell, without an assumption on their sizes."""
     source, place = node, ()
     if node.target is operator.getitem:
         source, place = node.all_input_nodes[0], node.args[1:]
     op = source.target
-    if not isinstance(op, torch._ops.OpOverload) or op._schema.is_mutable or is_fresh(source, None):
+    if not isinstance(op, torch._ops.OpOverload) or op._schema.is_mutable:
+        return None
+    if is_fresh(source, book.fact(op)):
         return None
     values = {n: n.meta.get("val") for n in source.all_input_nodes}
     mode = detect_fake_mode([*values.values()])
     if mode is None or _form(node) not in map(_form, values):
         return None
     args, kwargs = map_arg((source.args, source.kwargs), values.get)
-    with mode, torch.no_grad():
+    silent = mode.shape_env.suppress_guards() if mode.shape_env else contextlib.nullcontext()
+    with mode, torch.no_grad(), silent:
         made = op(*args, **kwargs)
     found = operator.getitem(made, *place) if place else made
     return next((n for n, x in values.items() if x is found), None)
 
 
 def _form(node: Node) -> object:
-    """Size and dtype of a tensor. As text: comparing free sizes would be an assumption on them."""
+    """Size and dtype of a tensor. As text, because to compare free sizes is an assumption on them."""
     x = node.meta.get("val")
     return (str(x.shape), x.dtype) if isinstance(x, torch.Tensor) else node
 

@@ -528,7 +528,7 @@ def test_a_path_that_capture_has_cut_is_found_at_birth(
             return h / largest + x
 
     lg.transform(Scaled(), rows())
-    monkeypatch.setattr(export, "drop_returned", lambda graph: None)
+    monkeypatch.setattr(export, "drop_returned", lambda graph, book: None)
     with pytest.raises(lg.errors.VerificationError, match=r"gradient of the captured graph.* at input 0"):
         lg.transform(Scaled(), rows())
 

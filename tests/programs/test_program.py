@@ -254,9 +254,23 @@ class Smoothed(nn.Module):
         return nn.functional.interpolate(x, size=(4, 3), mode="bilinear", antialias=True)
 
 
+class Written(nn.Module):
+    """A convolution whose result is of its input's size, and a write that PyTorch's pass removes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.second(self.first(x))
+        y[:, :1] *= 2
+        return y
+
+
 PICTURED = {
     "convolution": (2, nn.Conv2d(2, 3, 1)),
     "bilinear": resized("bilinear"),
+    "written": (2, Written()),
     "wide": (2, nn.Conv2d(2, 3, 3, padding=1)),
     "of a channel": (2, nn.Conv2d(2, 2, 3, groups=2)),
     "transposed": (2, nn.ConvTranspose2d(2, 3, 2, 2)),
@@ -285,7 +299,7 @@ def pictured(name: str) -> tuple[nn.Module, torch.Tensor]:
     return nn.Sequential(layer, nn.Flatten(), nn.Linear(layer(x)[0].numel(), 5)).eval(), x
 
 
-@pytest.mark.parametrize("name", fast_first(PICTURED, 2))
+@pytest.mark.parametrize("name", fast_first(PICTURED, 3))
 def test_pictures_come_in_any_batch(name: str) -> None:
     model, x = pictured(name)
     program = lg.program(model, x[:2])
