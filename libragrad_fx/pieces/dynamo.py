@@ -361,10 +361,12 @@ def prove_born(model: nn.Module, module: CutModule, known: Reference | None) -> 
         return
     with module.unchanged():
         require_same(model, module, known)
-    plain = type(module)(model, module.refusal, module.options, "keep", balanced=False)
+    plain = module
     with warnings.catch_warnings(action="ignore"):
-        with plain.unchanged(), differentiable():
-            plain._forward(known.args, known.kwargs)
+        if module.balanced:
+            plain = type(module)(model, module.refusal, module.options, "keep", balanced=False)
+            with plain.unchanged(), differentiable():
+                plain._forward(known.args, known.kwargs)
         require_same_gradient(model, plain, known)
     if module.balanced and module.on_unknown == "raise":
         require_balanced(module, known)
